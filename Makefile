@@ -1,0 +1,49 @@
+# `make help` says what each target does.
+
+# Any Python 3.9 or newer that can make virtual environments; the set-up finds the 3.12 that the project runs on.
+PYTHON ?= python3
+RECIPE ?= recipes/tiny_moe.yaml
+# More arguments: `make train ARGS="trainer.max_steps=3"`, `make test ARGS="-k objective"`.
+ARGS ?=
+
+BIN := .venv/bin
+PYTEST := $(BIN)/pytest
+# Where a suite needs more than this machine is sure to have, it has a target of its own.
+OWN_TARGET := tests/gpu tests/slurm
+
+# Compiled modules are kept: without them every process of a run compiles torch and vLLM again, some 20 s each.
+export PYTHONDONTWRITEBYTECODE =
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint test-gpu requirements clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## make .venv with the pinned packages (CUDA stack where there is a GPU; GSPO_STACK=cpu|cuda decides)
+	@$(PYTHON) tools/setup_environment.py
+
+train: setup ## run the main job, recipes/tiny_moe.yaml (RECIPE= and ARGS= change it)
+	$(BIN)/gspo train $(RECIPE) $(ARGS)
+
+test: lint ## lint, then every test that needs neither a GPU nor SLURM
+	$(PYTEST) $(addprefix --ignore=,$(OWN_TARGET)) $(ARGS)
+
+lint: setup ## ruff and pyright
+	$(BIN)/ruff check
+	$(BIN)/pyright
+
+test-gpu: setup ## the tests that need an NVIDIA GPU
+	$(PYTEST) tests/gpu $(ARGS)
+
+# uv is the one that the set-up uses.
+UV = $(or $(shell command -v uv),$(CURDIR)/.venv-tools/bin/uv)
+RESOLVE = cd requirements && $(UV) pip compile --quiet --python ../$(BIN)/python --override overrides.txt \
+	--no-emit-index-url --custom-compile-command "make requirements"
+
+requirements: setup ## resolve requirements/*.in anew (ARGS=--upgrade takes newer versions)
+	$(RESOLVE) $(ARGS) cpu.in -o cpu.txt
+	$(RESOLVE) $(ARGS) cuda.in -o cuda.txt
+
+clean: ## remove what the set-up made; runs/ stays
+	rm -rf .venv .venv-tools .venv.lock .pytest_cache .ruff_cache .hypothesis *.egg-info

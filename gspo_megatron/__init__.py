@@ -1,0 +1,3 @@
+"""GSPO on Megatron: reinforcement learning of Mixture-of-Experts language models."""
+
+__version__ = "0.1.0"

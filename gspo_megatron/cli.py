@@ -1,0 +1,90 @@
+"""The `gspo` command. Imports no torch before a run really starts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from gspo_megatron import __version__
+from gspo_megatron.config import Recipe, RecipeError, load, save_resolved
+from gspo_megatron.roles import plan_roles, run_roles
+
+REFUSED = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry of the command. Exit 0 = fine, 2 = refused recipe with one finding a line, other = the run failed."""
+    parser = argparse.ArgumentParser(
+        prog="gspo", description="Reinforcement learning of Mixture-of-Experts models with GSPO."
+    )
+    parser.add_argument("--version", action="version", version=f"gspo-megatron {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train_command = commands.add_parser("train", help="run a recipe on this machine")
+    train_command.add_argument("recipe", type=Path, help="YAML recipe, e.g. recipes/tiny_moe.yaml")
+    train_command.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="dotted overrides: trainer.max_steps=10"
+    )
+    report_command = commands.add_parser("report", help="write the plot and report.html of a run directory")
+    report_command.add_argument("run_dir", type=Path)
+    chosen = parser.parse_args(arguments)
+    try:
+        return train(chosen.recipe, chosen.overrides) if chosen.command == "train" else report(chosen.run_dir)
+    except RecipeError as error:
+        for finding in error.findings:
+            print(finding, file=sys.stderr)
+        return REFUSED
+
+
+def train(path: Path, overrides: Sequence[str]) -> int:
+    """Run a recipe with all its roles on this machine."""
+    recipe = load(path, overrides)
+    ranks = recipe.trainer.ranks or count_gpus() or 2
+    run_dir = prepare_run(recipe)
+    print(
+        f"{recipe.run.name}: {ranks} trainer ranks, {recipe.rollout.servers} rollout server(s); all of it goes to {run_dir}"
+    )
+    attempt = 1 + sum(1 for _ in (run_dir / "logs").glob("attempt_*"))
+    return run_roles(plan_roles(recipe, run_dir, ranks), run_dir / "logs" / f"attempt_{attempt}")
+
+
+def report(run_dir: Path) -> int:
+    """Write accuracy.png and report.html again from what a run recorded."""
+    if not (run_dir / "metrics.jsonl").is_file():
+        print(f"{run_dir} holds no metrics.jsonl; give the directory that `gspo train` printed", file=sys.stderr)
+        return REFUSED
+    from gspo_megatron.report.plot import write_plot, write_report
+
+    write_plot(run_dir)
+    print(write_report(run_dir))
+    return 0
+
+
+def prepare_run(recipe: Recipe) -> Path:
+    """Make the run directory: resolved recipe, objective sentence, the servers' model description."""
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    run_dir = recipe.run.directory or Path("runs") / f"{recipe.run.name}-{stamp}"
+    (run_dir / "model").mkdir(parents=True, exist_ok=True)
+    save_resolved(recipe, run_dir / "recipe.resolved.yaml")
+    batch = recipe.batch
+    spec = recipe.objective.spec(recipe.rollout.max_answer_tokens)
+    sentence = spec.describe(batch.prompts * batch.answers // batch.updates, batch.updates)
+    (run_dir / "objective.txt").write_text(sentence + "\n")
+    print(sentence)
+    arch = recipe.model.architecture
+    assert arch is not None
+    (run_dir / "model" / "config.json").write_text(json.dumps(arch.to_hugging_face(recipe.model.dtype), indent=1))
+    return run_dir
+
+
+def count_gpus() -> int:
+    """NVIDIA GPUs of this machine, without importing torch."""
+    return len(list(Path("/dev").glob("nvidia[0-9]*"))) if shutil.which("nvidia-smi") else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""From YAML to a checked `Recipe`: `base:` inheritance, dotted overrides, errors as sentences."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+from yaml import YAMLError
+
+from gspo_megatron.config.model import Architecture
+from gspo_megatron.config.schema import Recipe
+from gspo_megatron.types import Finding
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; `findings` holds one entry a fault."""
+
+    def __init__(self, findings: Sequence[Finding]) -> None:
+        super().__init__("\n".join(str(finding) for finding in findings))
+        self.findings = tuple(findings)
+
+
+def refuse(code: str, key: str, message: str, fix: str) -> RecipeError:
+    """A `RecipeError` of one finding."""
+    return RecipeError([Finding(code, "error", key, message, fix)])
+
+
+def load(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe, its bases and the overrides.
+
+    Args:
+        path: YAML file; its `base:` is a path relative to it.
+        overrides: `section.key=value` items, values in YAML syntax.
+
+    Raises:
+        RecipeError: unreadable file, unknown key, wrong type, broken rule; every fault at once.
+    """
+    merged = _read(Path(path), seen=())
+    for item in overrides:
+        merged = OmegaConf.merge(merged, _read_override(item))
+    return parse(_to_plain(merged, str(path)))
+
+
+def load_resolved(path: Path) -> Recipe:
+    """Read a `recipe.resolved.yaml`, which has neither base nor overrides left."""
+    return load(path)
+
+
+def parse(tree: dict[str, Any]) -> Recipe:
+    """Check a plain tree against the schema and fill in what `model.path` says. Raises RecipeError."""
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError([_explain(fault) for fault in error.errors()]) from None
+    if recipe.model.architecture is None:
+        architecture = read_architecture(recipe.model.path)
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"architecture": architecture})})
+    return recipe
+
+
+def read_architecture(directory: Path) -> Architecture:
+    """The typed part of a Hugging Face `config.json`. Raises RecipeError naming the missing file or key."""
+    file = Path(directory) / "config.json"
+    if not file.is_file():
+        raise refuse(
+            "model-file-missing", "model.path", f"{file} does not exist", "name a Hugging Face model directory"
+        )
+    values = json.loads(file.read_text())
+    # transformers 5 writes the rotary settings as `rope_parameters`, the published files as `rope_theta`.
+    rope = dict(values.get("rope_parameters") or {})
+    values.setdefault("rope_theta", rope.pop("rope_theta", 1e6))
+    if rope.get("rope_type", "default") != "default":
+        values.setdefault("rope_scaling", rope)
+    known = {name: values[name] for name in Architecture.model_fields if values.get(name) is not None}
+    try:
+        return Architecture.model_validate(known)
+    except ValidationError as error:
+        raise RecipeError([_explain(fault, prefix=("model", "architecture")) for fault in error.errors()]) from None
+
+
+def save_resolved(recipe: Recipe, path: Path) -> None:
+    """Write the complete recipe, as it will be run."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump(mode="json"))))
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
+    resolved = path.resolve()
+    if not path.is_file():
+        raise refuse(
+            "recipe-missing",
+            "recipe",
+            f"{path} does not exist",
+            "give the path of a YAML recipe, e.g. recipes/tiny_moe.yaml",
+        )
+    if resolved in seen:
+        raise refuse("base-cycle", "base", f"{path} inherits from itself", "remove one `base:` of the cycle")
+    try:
+        tree = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise refuse(
+            "recipe-unreadable", "recipe", f"{path} is not YAML: {' '.join(str(error).split())}", "mend the line"
+        ) from None
+    if not isinstance(tree, DictConfig):
+        raise refuse("recipe-unreadable", "recipe", f"{path} holds no mapping", "write `section:` keys at its top")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    merged = OmegaConf.merge(_read(path.parent / str(base), (*seen, resolved)), tree)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _read_override(item: str) -> DictConfig:
+    key, sign, _ = item.partition("=")
+    if not sign or not key or key.startswith("-"):
+        raise refuse("override-form", item, "is not of the form section.key=value", "write e.g. trainer.max_steps=10")
+    try:
+        return OmegaConf.from_dotlist([item])
+    except (YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise refuse(
+            "override-form",
+            key,
+            f"{item} cannot be read: {' '.join(str(error).split())}",
+            "quote the value as YAML wants it",
+        ) from None
+
+
+def _to_plain(tree: Any, where: str) -> dict[str, Any]:
+    try:
+        plain = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        raise refuse(
+            "recipe-unreadable", "recipe", f"{where}: {' '.join(str(error).split())}", "mend the reference"
+        ) from None
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _explain(fault: Any, prefix: tuple[str, ...] = ()) -> Finding:
+    """One sentence for one pydantic fault."""
+    path = prefix + tuple(str(part) for part in fault["loc"])
+    key = ".".join(path) or "recipe"
+    if fault["type"] == "extra_forbidden":
+        names = _fields_at(path[:-1])
+        close = difflib.get_close_matches(path[-1], names, n=1)
+        fix = f"did you mean {close[0]}?" if close else f"known keys here: {', '.join(sorted(names))}"
+        return Finding("unknown-key", "error", key, "is not a key of the recipe", fix)
+    if fault["type"] == "missing":
+        return Finding("missing-key", "error", key, "is missing", "set it")
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    if fault["type"] == "value_error":
+        said, _, fix = message.rpartition("; ")
+        return Finding("rule", "error", key, said or message, fix if said else "see the key's documentation")
+    return Finding(
+        "wrong-value",
+        "error",
+        key,
+        f"{fault['input']!r}: {message[0].lower()}{message[1:]}",
+        "set a value of that kind",
+    )
+
+
+def _fields_at(path: Sequence[str]) -> list[str]:
+    """Names of the keys a recipe may hold at a dotted place."""
+    model: type[BaseModel] = Recipe
+    for part in path:
+        if part not in model.model_fields:
+            return []
+        found = _section_of(model.model_fields[part].annotation)
+        if found is None:
+            return []
+        model = found
+    return list(model.model_fields)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)

@@ -1,0 +1,175 @@
+"""The objective of a run: one table of axes, and presets that are points in it.
+
+Imports without torch, so that a plan can name the algorithm before anything is queued. What the axes
+compute is in `gspo_megatron/objective/`; formulas and metrics are in its README.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from gspo_megatron.config.base import Section
+from gspo_megatron.config.objective_findings import findings
+from gspo_megatron.config.objective_words import one_sentence
+from gspo_megatron.config.plugins import load_object
+from gspo_megatron.config.presets import PRESETS
+
+__all__ = ["TRUST_RULES", "Axes", "ObjectiveSection", "ObjectiveSpec", "findings"]
+
+TRUST_RULES = ("clip", "dual_clip", "detached_clip", "soft_gate", "mask", "log_clip", "none")
+Correction = Literal["tis", "mis", "icepop", "geometric_mask", "sequence_product", "opsm", "veto"]
+
+
+class Axes(Section):
+    """Every axis of the objective; the defaults are GSPO as published."""
+
+    advantage: Literal["std", "mean", "rloo", "batch_std"] = "std"
+    """Within a group: (r - mean)/std; r - mean; r - mean of the others; (r - group mean)/std of the batch."""
+    advantage_ddof: Literal[0, 1] = 0
+    """Degrees of freedom taken off in the standard deviation."""
+    advantage_eps: float = Field(default=0.0, ge=0)
+    """Added to the standard deviation. 0 is safe: a group without variance gets exactly 0."""
+    ratio_level: Literal["token", "sequence", "sequence_token"] = "sequence"
+    """Unit of the importance ratio; `sequence` takes one advantage an answer, `sequence_token` also one a token."""
+    ratio_reference: Literal["recomputed", "sampler"] = "recomputed"
+    """Denominator of the ratio: the trainer's own log-probs of the old weights, or what the sampler reported."""
+    trust: str = "clip"
+    """How far the ratio may carry: a name of TRUST_RULES, or `file.py:function` of your own."""
+    clip_low: float = Field(default=3e-4, ge=0)
+    """Left width of the band: ratios below 1 - clip_low stop a negative advantage. Nats for log_clip."""
+    clip_high: float = Field(default=4e-4, ge=0)
+    """Right width of the band: ratios above 1 + clip_high stop a positive advantage. Nats for log_clip."""
+    dual_clip_bound: float = Field(default=3.0, gt=1)
+    """dual_clip: a negative advantage counts at most this many times."""
+    ratio_cap: float = Field(default=5.0, gt=0)
+    """detached_clip: the largest weight of a token."""
+    tau_positive: float = Field(default=1.0, gt=0)
+    """soft_gate: temperature of the gate where the advantage is positive."""
+    tau_negative: float = Field(default=1.05, gt=0)
+    """soft_gate: temperature of the gate where the advantage is negative."""
+    options: dict[str, float] = Field(default_factory=dict)
+    """Numbers for a trust rule of your own, read there as `terms.options`."""
+    correction: tuple[Correction, ...] = ()
+    """Detached factors for the gap between sampler and trainer; several multiply. They never change |y_i|."""
+    tis_cap: float = Field(default=2.0, gt=0)
+    """tis, sequence_product: largest weight."""
+    mask_low: float | None = Field(default=None, ge=0)
+    """mis, icepop: smallest weight kept; null = 0 and 0.5."""
+    mask_high: float | None = Field(default=None, gt=0)
+    """mis, icepop: largest weight kept; null = 2 and 5."""
+    geometric_low: float = Field(default=0.99, ge=0)
+    """geometric_mask: smallest geometric mean of the weights of a sequence that is kept."""
+    geometric_high: float = Field(default=1.01, gt=0)
+    """geometric_mask: largest one kept."""
+    opsm_delta: float = Field(default=1e-4, ge=0)
+    """opsm: negative answers are dropped above this mean of (sampler's log-prob - current log-prob), nats a token."""
+    veto_below: float = Field(default=1e-4, gt=0)
+    """veto: an answer with any token weight below it is dropped."""
+    aggregation: Literal["seq_mean_token_mean", "token_mean", "seq_mean_token_sum", "constant"] = "seq_mean_token_mean"
+    """How token terms become one number; `constant` divides the token sum by sequences x aggregation_length."""
+    aggregation_length: int | None = Field(default=None, gt=0)
+    """constant: tokens; null = rollout.max_answer_tokens."""
+    kl: Literal["none", "k1", "k2", "k3", "k3_unbiased"] = "none"
+    """Estimator of the divergence from the reference policy."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Where the divergence is charged: in the loss at every token, or in the reward as a sum over the answer."""
+    kl_coefficient: float = Field(default=0.0, ge=0)
+    """Weight of the divergence."""
+    overlong: Literal["none", "soft", "zero", "filter"] = "none"
+    """Long answers: soft = a penalty over the last tokens; truncated ones get reward 0, or are not trained on."""
+    overlong_buffer: int | None = Field(default=None, gt=0)
+    """soft: tokens before the answer limit over which the penalty grows from 0 to 1."""
+    group_filter: Literal["none", "dynamic_sampling"] = "none"
+    """dynamic_sampling: groups whose rewards are all equal are replaced by others."""
+    replay: Literal["off", "trainer", "sampler"] = "off"
+    """Experts are chosen again as recorded in the old log-prob forward (trainer) or while sampling (sampler)."""
+
+    @field_validator("trust")
+    @classmethod
+    def trust_is_known(cls, value: str) -> str:
+        if value not in TRUST_RULES and ":" not in value:
+            raise ValueError(f"{value} is no trust rule; use one of {', '.join(TRUST_RULES)} or file.py:function")
+        return value
+
+    @field_validator("correction", mode="before")
+    @classmethod
+    def one_correction_may_stand_alone(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return () if value == "none" else (value,)
+        return value
+
+
+class ObjectiveSpec(Axes):
+    """A point in the table of axes: what `policy_loss` computes."""
+
+    name: str = "gspo"
+    """The preset it started from."""
+
+    @classmethod
+    def preset(cls, name: str) -> ObjectiveSpec:
+        """A row of `PRESETS`, or `file.py:NAME` / `package.module:NAME` of an ObjectiveSpec of your own."""
+        if ":" in name:
+            found = load_object(name)
+            if not isinstance(found, cls):
+                raise ValueError(f"{name} is a {type(found).__name__}, not an ObjectiveSpec; name one")
+            return found
+        if name not in PRESETS:
+            close = difflib.get_close_matches(name, PRESETS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(PRESETS)} or file.py:NAME"
+            raise ValueError(f"preset={name} is not known; {hint}")
+        return cls(name=name, **PRESETS[name])
+
+    def replace(self, **changes: Any) -> ObjectiveSpec:
+        """The same point with some axes moved; checked like a recipe."""
+        return type(self).model_validate({**self.model_dump(), **changes})
+
+    @property
+    def per_sequence(self) -> bool:
+        """Whether the ratio is one number a sequence."""
+        return self.ratio_level != "token"
+
+    def mask_bounds(self, name: str) -> tuple[float, float]:
+        """Weights that the token mask `mis` or `icepop` keeps: what the recipe says, or the published bounds."""
+        low, high = (0.5, 5.0) if name == "icepop" else (0.0, 2.0)
+        return (low if self.mask_low is None else self.mask_low, high if self.mask_high is None else self.mask_high)
+
+    def describe(self, sequences: int | None = None, updates: int | None = None) -> str:
+        """The objective in one sentence.
+
+        Args:
+            sequences: sequences of one mini-batch over all ranks.
+            updates: optimizer steps a rollout batch.
+        """
+        return one_sentence(self, sequences, updates)
+
+
+class ObjectiveSection(Axes):
+    """`objective`: a preset, and every axis of it that this recipe moves; an axis left out or null is the preset's."""
+
+    preset: str = "gspo"
+    """gspo, gspo_token, grpo, grpo_replay, dr_grpo, dapo, cispo, sapo, gmpo, luspo, rloo, minirl, or `file.py:NAME`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def axes_come_from_the_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        axes = ObjectiveSpec.preset(str(values.get("preset") or "gspo")).model_dump(exclude={"name"})
+        moved = {key: value for key, value in values.items() if value is not None}
+        if isinstance(moved.get("options"), dict):
+            moved["options"] = {**axes["options"], **moved["options"]}
+        return {**axes, **moved}
+
+    def spec(self, max_answer_tokens: int | None = None) -> ObjectiveSpec:
+        """The point this section names.
+
+        Args:
+            max_answer_tokens: `rollout.max_answer_tokens`: what `aggregation=constant` divides by when nothing is set.
+        """
+        axes = self.model_dump(exclude={"preset"})
+        if self.aggregation == "constant" and self.aggregation_length is None:
+            axes["aggregation_length"] = max_answer_tokens
+        return ObjectiveSpec(name=ObjectiveSpec.preset(self.preset).name, **axes)

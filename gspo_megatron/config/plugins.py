@@ -1,0 +1,50 @@
+"""Objects that a user keeps in a file of their own, by name."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+def load_object(reference: str) -> Any:
+    """The object behind `path/to/file.py:NAME` or `package.module:NAME`.
+
+    Raises:
+        ValueError: no such file, module or name.
+    """
+    place, _, name = reference.rpartition(":")
+    module = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
+    if not hasattr(module, name):
+        raise ValueError(f"{place} holds no {name}; define it there or correct the name in {reference}")
+    return getattr(module, name)
+
+
+def _load_module(place: str) -> ModuleType:
+    try:
+        return importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"module {error.name} of {place} cannot be found; put it on the Python path") from None
+
+
+def _load_file(path: Path) -> ModuleType:
+    resolved = path.resolve()
+    # One module a file: a rule and a preset of one file see the same globals, however often they are named.
+    name = f"gspo_plugin_{resolved.stem}_{abs(hash(resolved)):x}"
+    if name in sys.modules:
+        return sys.modules[name]
+    if not resolved.is_file():
+        raise ValueError(f"{path} does not exist; give the path of a Python file, relative to where the run starts")
+    spec = importlib.util.spec_from_file_location(name, resolved)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

@@ -1,0 +1,1 @@
+"""From problems to packed rows of token ids: tokenizers, prompt streams, demonstrations, samples, packing."""

@@ -1,0 +1,77 @@
+"""Worked answers for the cold start: a table of writers, and the training rows made of them."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from gspo_megatron.config.loading import refuse
+from gspo_megatron.config.schema import ColdStartSection
+from gspo_megatron.data.tokenizers import Tokenizer
+from gspo_megatron.types import Problem, Sample, SampleRef
+
+Writer = Callable[[Problem, bool], str]
+"""(problem, worked) -> the text of a right answer, with its working or without."""
+
+
+def write_column_addition(problem: Problem, worked: bool) -> str:
+    """`<|work|>9413,7715,8918=1853` for 879 + 974, or `1853` when not worked.
+
+    One group a column from the right: digit, digit, carry out of the column, digit of the sum.
+    """
+    numbers = re.findall(r"\d+", problem.question)
+    operators = re.findall(r"[-+*/]", problem.question)
+    if len(numbers) != 2 or operators != ["+"]:
+        raise refuse(
+            "demonstration-does-not-fit",
+            "cold_start.demonstrations",
+            f"column_addition writes sums of two whole numbers, not {problem.question!r}",
+            "choose a task it fits, or another writer",
+        )
+    left, right = numbers
+    total = str(int(left) + int(right))
+    if not worked:
+        return total
+    width = max(len(left), len(right))
+    columns, carry = [], 0
+    for first, second in zip(reversed(left.zfill(width)), reversed(right.zfill(width)), strict=True):
+        carry, digit = divmod(int(first) + int(second) + carry, 10)
+        columns.append(f"{first}{second}{carry}{digit}")
+    return f"<|work|>{','.join(columns)}={total}"
+
+
+WRITERS: dict[str, Writer] = {"column_addition": write_column_addition}
+"""Names that `cold_start.demonstrations` may hold."""
+
+
+def find_writer(name: str) -> Writer:
+    """The writer of a name. Raises RecipeError with the known names."""
+    if name not in WRITERS:
+        raise refuse("unknown-demonstrations", "cold_start.demonstrations", f"{name} is no writer", f"known: {', '.join(WRITERS)}")
+    return WRITERS[name]
+
+
+def is_worked(problem: Problem, worked_fraction: float) -> bool:
+    """Whether a problem's demonstration shows its working: by hash of the question, so equal in every pass and for every seed."""
+    digest = hashlib.sha256(f"style/{problem.question}".encode()).digest()
+    return int.from_bytes(digest[:8]) < worked_fraction * 2**64
+
+
+def demonstrate(problem: Problem, section: ColdStartSection) -> str:
+    """The right answer to a problem in the style its hash says."""
+    return find_writer(section.demonstrations)(problem, is_worked(problem, section.worked_fraction))
+
+
+def build_demonstrations(problems: Iterable[Problem], section: ColdStartSection, tokenizer: Tokenizer) -> list[Sample]:
+    """Fine-tuning rows: the answer with its stop id is trained, the prompt is not; `advantage` is 1 and nothing was sampled."""
+    rows = []
+    for index, problem in enumerate(problems):
+        prompt = tokenizer.encode_prompt(problem.question)
+        answer = tokenizer.encode_answer(demonstrate(problem, section))
+        ids = np.array([*prompt, *answer], dtype=np.int32)
+        ref = SampleRef("", index, 0, len(prompt), len(answer), reward=1.0, stop_reason="stop", segments=())
+        rows.append(Sample(ids, np.arange(len(ids)) >= len(prompt), np.zeros(len(ids), dtype=np.float32), 1.0, ref))
+    return rows

@@ -1,0 +1,140 @@
+"""Sequences into bins, and bins into packed rows.
+
+Legend: S sequences of one micro-batch, T tokens of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gspo_megatron.data.balance import balance
+from gspo_megatron.types import Sample, SampleRef
+
+Cost = Callable[[int], float]
+"""Tokens of a sequence -> its cost in any unit, e.g. FLOPs; costs in one bin add up."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """One micro-batch of one data-parallel rank, before any cut over context-parallel ranks. Index t predicts token t + 1."""
+
+    token_ids: np.ndarray
+    """[T] int64; the padding behind each sequence is 0."""
+    positions: np.ndarray
+    """[T] int64, from 0 in every sequence, through its padding."""
+    targets: np.ndarray
+    """[T] int64, the next token of the same sequence; 0 where there is none."""
+    loss_mask: np.ndarray
+    """[T] bool, True where `targets` is a trained token."""
+    rollout_logprobs: np.ndarray
+    """[T] float32, the sampler's log-prob of `targets`; 0 where `loss_mask` is False."""
+    advantages: np.ndarray
+    """[S] float32."""
+    cu_seqlens: np.ndarray
+    """[S+1] int32, from 0 to T: where each padded sequence begins. Padding comes last and is never attended to by a real token."""
+    lengths: np.ndarray
+    """[S] int32, tokens without padding."""
+    refs: tuple[SampleRef, ...]
+    """[S], shorter by one in an empty batch, whose single sequence comes from nowhere."""
+
+
+def padded_length(length: int, multiple: int) -> int:
+    """Tokens that a sequence takes in a packed row."""
+    return -(-length // multiple) * multiple
+
+
+def pack(
+    lengths: Sequence[int],
+    cost: Cost,
+    num_ranks: int,
+    max_tokens: int,
+    ranks_per_expert_group: int = 1,
+) -> list[list[list[int]]]:
+    """Spread sequences over ranks and micro-batch slots so that the ranks wait for each other as little as possible.
+
+    Ranks of one expert group exchange tokens in every layer, so within a slot the group is as slow as its slowest
+    rank: the sum over slots of that maximum is what is made small, for the slowest group. Deterministic.
+
+    Args:
+        lengths: Tokens of each sequence, padding included.
+        cost: Cost of a sequence of so many tokens.
+        num_ranks: Data-parallel ranks.
+        max_tokens: Most tokens of a bin.
+        ranks_per_expert_group: Ranks that share one set of experts and wait for each other in every slot.
+
+    Returns:
+        [slot][rank] -> indices into `lengths`; every rank has the same number of slots, some lists may be empty.
+    """
+    if num_ranks % ranks_per_expert_group:
+        raise ValueError(f"ranks_per_expert_group={ranks_per_expert_group} does not divide num_ranks={num_ranks}")
+    for index, length in enumerate(lengths):
+        if not 0 < length <= max_tokens:
+            raise ValueError(
+                f"sequence {index} has {length} tokens, a micro-batch takes 1 to {max_tokens}; "
+                "raise trainer.micro_batch_tokens or lower rollout.max_answer_tokens"
+            )
+    if not lengths:
+        return []
+    tokens = np.asarray(lengths, dtype=np.int64)
+    costs = np.array([cost(int(length)) for length in lengths], dtype=np.float64)
+    return balance(tokens, costs, num_ranks // ranks_per_expert_group, ranks_per_expert_group, max_tokens)
+
+
+def imbalance(slots: list[list[list[int]]], costs: Sequence[float], ranks_per_expert_group: int = 1) -> float:
+    """Time of the slowest expert group over the time of a perfect spread: 1.0 is perfect, 1.5 wastes a third."""
+    per_bin = np.array([[sum(costs[index] for index in members) for members in slot] for slot in slots])
+    per_group = per_bin.reshape(len(slots), -1, ranks_per_expert_group).max(axis=2).sum(axis=0)
+    return float(per_group.max() / (per_bin.sum() / per_bin.shape[1]))
+
+
+def collate(samples: Sequence[Sample], pad_multiple: int = 1) -> PackedBatch:
+    """Lay sequences end to end, each padded to a multiple; targets are shifted here, before any context-parallel cut.
+
+    No samples gives one sequence of padding without a trained token, so that an idle rank takes part in every
+    exchange of its slot.
+
+    Args:
+        samples: The sequences of one bin.
+        pad_multiple: E.g. 2 * CP * TP with context and sequence parallelism.
+    """
+    lengths = [len(sample.token_ids) for sample in samples] or [0]
+    sizes = [max(padded_length(length, pad_multiple), pad_multiple) for length in lengths]
+    starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+    total = int(starts[-1])
+    token_ids, targets = np.zeros(total, dtype=np.int64), np.zeros(total, dtype=np.int64)
+    loss_mask, rollout_logprobs = np.zeros(total, dtype=bool), np.zeros(total, dtype=np.float32)
+    for sample, start, length in zip(samples, starts, lengths, strict=False):
+        if sample.loss_mask[0]:
+            raise ValueError(f"the first token of {sample.ref.path} is marked as trained, but nothing comes before it")
+        here, ahead = slice(start, start + length), slice(start, start + length - 1)
+        token_ids[here] = sample.token_ids
+        targets[ahead] = sample.token_ids[1:]
+        loss_mask[ahead] = sample.loss_mask[1:]
+        rollout_logprobs[ahead] = sample.rollout_logprobs[1:]
+    return PackedBatch(
+        token_ids=token_ids,
+        positions=np.concatenate([np.arange(size) for size in sizes]),
+        targets=targets,
+        loss_mask=loss_mask,
+        rollout_logprobs=rollout_logprobs,
+        advantages=np.array([sample.advantage for sample in samples] or [0.0], dtype=np.float32),
+        cu_seqlens=starts,
+        lengths=np.array(lengths, dtype=np.int32),
+        refs=tuple(sample.ref for sample in samples),
+    )
+
+
+def unpack(batch: PackedBatch, values: np.ndarray) -> list[np.ndarray]:
+    """Undo the packing of per-target values: [T] -> one [length] a sequence, each value at the token it is about.
+
+    The first token of a sequence has no value and gets 0.
+    """
+    rows = []
+    for start, length in zip(batch.cu_seqlens[: len(batch.refs)], batch.lengths, strict=False):
+        row = np.zeros(length, dtype=values.dtype)
+        row[1:] = values[start : start + length - 1]
+        rows.append(row)
+    return rows

@@ -1,0 +1,188 @@
+"""Where problems come from: reasoning-gym's generators or a JSONL file, each with a held-out part cut by question text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from gspo_megatron.config.loading import refuse
+from gspo_megatron.config.schema import DataSection
+from gspo_megatron.types import Problem
+
+MOST_REFUSALS = 10_000
+"""Questions refused one after the other before a source is taken for exhausted."""
+BLOCK = 1000
+"""Items of one reasoning-gym dataset."""
+
+
+class ProblemSource(Protocol):
+    """Endless training problems by position, and a fixed held-out set that none of them shares a question with."""
+
+    @property
+    def held_out(self) -> tuple[Problem, ...]:
+        """The same for every seed."""
+        ...
+
+    def draw(self, stage: str, seed: int, position: int) -> Problem | None:
+        """The problem at a position of a stage's stream; None where a held-out question stands. A pure function."""
+        ...
+
+    @property
+    def span(self) -> int:
+        """Positions within which some problem must turn up, if there are any left."""
+        ...
+
+
+def open_problems(section: DataSection) -> ProblemSource:
+    """The source that a recipe names."""
+    if section.source == "jsonl":
+        assert section.path is not None
+        return JsonlProblems(section.path, section.held_out_path, section.held_out)
+    assert section.task is not None
+    return GymProblems(section.task, section.options, section.held_out)
+
+
+def problem_id(question: str) -> str:
+    """Stable name of a question: 16 hex digits of its SHA-256."""
+    return hashlib.sha256(question.encode()).hexdigest()[:16]
+
+
+class GymProblems:
+    """A reasoning-gym task, read in blocks: each (stage, seed, block) is a dataset of its own.
+
+    Item `i` of a dataset with seed `s` is drawn from `Random(s + i)`, so seeds that lie side by side share their
+    problems; ours are hashes. Blocks, because some tasks fix their items when they are made and end at their size.
+    """
+
+    span = MOST_REFUSALS
+
+    def __init__(self, task: str, options: dict[str, Any], held_out: int) -> None:
+        self._task, self._options = task, options
+        self._block: tuple[str, Any] | None = None
+        found: dict[str, Problem] = {}
+        refused, position = 0, 0
+        while len(found) < held_out:
+            problem = self._at("held_out", 0, position)
+            refused = refused + 1 if problem.id in found else 0
+            found.setdefault(problem.id, problem)
+            position += 1
+            if refused > MOST_REFUSALS:
+                raise refuse("held-out-too-large", "data.held_out", f"{task} has only about {len(found)} questions", f"set it below {len(found)}")
+        self.held_out = tuple(found.values())
+        self._held_out_ids = frozenset(found)
+
+    def draw(self, stage: str, seed: int, position: int) -> Problem | None:
+        """See `ProblemSource.draw`."""
+        problem = self._at(stage, seed, position)
+        return None if problem.id in self._held_out_ids else problem
+
+    def _at(self, stage: str, seed: int, position: int) -> Problem:
+        block, place = divmod(position, BLOCK)
+        name = f"{stage}/{seed}/{block}"
+        if self._block is None or self._block[0] != name:
+            self._block = name, open_gym(self._task, self._options, _hashed_seed(name))
+        entry = self._block[1][place]
+        return Problem(id=problem_id(entry["question"]), question=entry["question"], reference=entry)
+
+
+def open_gym(task: str, options: dict[str, Any], seed: int) -> Any:
+    """A reasoning-gym dataset of one block; a task or an option it does not know is refused with its own words."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # from one of its dependencies, at the first import only
+        import reasoning_gym
+    try:
+        return reasoning_gym.create_dataset(task, seed=seed, size=BLOCK, **options)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise refuse("reasoning-gym", "data.task", f"{task} with {options}: {error}", "see the task's options in reasoning-gym") from None
+
+
+def _hashed_seed(name: str) -> int:
+    """31 bits: some tasks hand their seed to numpy, which takes 32."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) >> 1
+
+
+class JsonlProblems:
+    """A file of problems, shuffled anew for every pass. Equal questions count once."""
+
+    def __init__(self, path: Path, held_out_path: Path | None, held_out: int) -> None:
+        found = read_jsonl(path)
+        if held_out_path is not None:
+            kept_out = read_jsonl(held_out_path, "data.held_out_path")
+        else:
+            # Ordered by hash: the cut moves neither with the order of the lines nor with the seed.
+            kept_out = dict(sorted(found.items())[:held_out])
+        self.held_out = tuple(kept_out.values())
+        self._training = [problem for name, problem in sorted(found.items()) if name not in kept_out]
+        if not self._training:
+            key = "data.held_out" if held_out_path is None else "data.held_out_path"
+            raise refuse("no-training-problems", key, f"all {len(found)} questions of {path} are held out", "hold out fewer")
+        self._orders: dict[str, list[int]] = {}
+
+    @property
+    def span(self) -> int:
+        """One pass over the file."""
+        return len(self._training)
+
+    def draw(self, stage: str, seed: int, position: int) -> Problem | None:
+        """See `ProblemSource.draw`."""
+        epoch, place = divmod(position, len(self._training))
+        return self._training[self._order(f"{stage}/{seed}/{epoch}")[place]]
+
+    def _order(self, name: str) -> list[int]:
+        if name not in self._orders:
+            order = list(range(len(self._training)))
+            random.Random(name).shuffle(order)
+            self._orders = {name: order}  # only the pass being read: a run makes many
+        return self._orders[name]
+
+
+def read_jsonl(path: Path, key: str = "data.path") -> dict[str, Problem]:
+    """Problems of a file by id, in the order of its lines. Raises RecipeError naming file, line and fault."""
+    if not path.is_file():
+        raise refuse("prompt-file-missing", key, f"{path} does not exist", "name a file with one object a line")
+    found: dict[str, Problem] = {}
+    for number, line in _lines(path, key):
+        problem = _read_line(line, f"{path} line {number}", key)
+        first = found.setdefault(problem.id, problem)
+        if first.reference != problem.reference:
+            told = f"{first.reference['answer']!r} and {problem.reference['answer']!r}"
+            raise refuse("prompt-file-broken", key, f"{path} line {number} repeats a prompt with another answer: {told}", "keep one of them")
+    if not found:
+        raise refuse("prompt-file-empty", key, f"{path} holds no problem", "write one object with `prompt` and `answer` a line")
+    return found
+
+
+def _lines(path: Path, key: str) -> Iterator[tuple[int, str]]:
+    """Numbered lines that are not blank; a line is what ends in a line feed, since JSON texts may hold other separators."""
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            try:
+                line = raw.decode()
+            except UnicodeDecodeError as error:
+                raise refuse("prompt-file-broken", key, f"{path} line {number} is not UTF-8: {error.reason}", "mend the line") from None
+            if line.strip():
+                yield number, line
+
+
+def _read_line(line: str, where: str, key: str) -> Problem:
+    try:
+        values = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise refuse("prompt-file-broken", key, f"{where} is not JSON: {error.msg} at column {error.colno}", "mend the line") from None
+    if not isinstance(values, dict):
+        raise refuse("prompt-file-broken", key, f"{where} is not an object", 'write {"prompt": ..., "answer": ...}')
+    for name in ("prompt", "answer"):
+        if name not in values:
+            raise refuse("prompt-file-broken", key, f"{where} has no `{name}`", f"add `{name}`; it has {', '.join(values) or 'nothing'}")
+    prompt, answer = values["prompt"], values["answer"]
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        answer = str(answer)
+    for name, value in (("prompt", prompt), ("answer", answer)):
+        if not isinstance(value, str) or not value.strip():
+            raise refuse("prompt-file-broken", key, f"{where}: `{name}` is {value!r}", "write a text that is not empty")
+    return Problem(id=problem_id(prompt), question=prompt, reference={"answer": answer})

@@ -1,0 +1,106 @@
+"""From references and advantages to training rows, with what was dropped and why; and the cut into mini-batches."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from gspo_megatron.types import Sample, SampleRef
+
+
+class SampleReader(Protocol):
+    """The part of the sample store that training needs."""
+
+    def read(self, ref: SampleRef) -> tuple[np.ndarray, int, np.ndarray]:
+        """Token ids int32 [length], index of the first answer token, sampler log-probs float32 [answer_length]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The samples to train on, in prompt order."""
+
+    refs: tuple[SampleRef, ...]
+    """[N] kept references."""
+    advantages: np.ndarray
+    """[N] float32, one a reference."""
+    dropped: dict[str, int]
+    """Samples left out, by reason: `{"aborted": 2}`; empty = none."""
+
+
+def select(refs: Sequence[SampleRef], advantages: Sequence[float] | np.ndarray) -> Selection:
+    """Leave out what cannot be trained on: answers that were aborted, answers without a token.
+
+    Reads metadata only, so every rank decides the same without opening a file. Answers with zero advantage stay:
+    they count in the denominators.
+
+    Args:
+        refs: [N], the groups one after the other.
+        advantages: [N], computed over the whole groups before anything is dropped.
+    """
+    values = np.asarray(advantages, dtype=np.float32)
+    if values.shape != (len(refs),):
+        raise ValueError(f"{len(refs)} samples but advantages of shape {values.shape}; give one number a sample")
+    if not np.isfinite(values).all():
+        raise ValueError(f"advantage {values[~np.isfinite(values)][0]} is not finite; look at the rewards of its group")
+    reasons = [_reason_to_drop(ref) for ref in refs]
+    kept = [index for index, reason in enumerate(reasons) if reason is None]
+    dropped = Counter(reason for reason in reasons if reason is not None)
+    return Selection(tuple(refs[index] for index in kept), values[kept], dict(dropped))
+
+
+def build_samples(refs: Sequence[SampleRef], advantages: Sequence[float] | np.ndarray, store: SampleReader) -> list[Sample]:
+    """Read the rows of selected references; a file that contradicts its reference is refused by name.
+
+    Args:
+        refs: [N] or any part of it: a data-parallel rank reads only its own.
+        advantages: One a reference.
+        store: Where the rows lie.
+    """
+    return [_build(ref, float(advantage), store) for ref, advantage in zip(refs, advantages, strict=True)]
+
+
+def split[Item: SampleRef | Sample](items: Sequence[Item], updates: int) -> list[list[Item]]:
+    """Cut a rollout batch into mini-batches of whole groups, in the order in which the prompts come.
+
+    Args:
+        items: The groups one after the other; groups may differ in size.
+        updates: Mini-batches. Where it does not divide the groups (some were dropped whole), the first get one more.
+    """
+    groups: dict[int, list[Item]] = {}
+    for item in items:
+        groups.setdefault(_prompt_index(item), []).append(item)
+    if len(groups) < updates:
+        raise ValueError(f"{len(groups)} groups are left for {updates} updates; each update needs at least one group")
+    ordered = list(groups.values())
+    sizes = [len(ordered) // updates + (index < len(ordered) % updates) for index in range(updates)]
+    cuts = np.cumsum([0, *sizes])
+    return [[item for group in ordered[start:end] for item in group] for start, end in zip(cuts[:-1], cuts[1:], strict=True)]
+
+
+def _reason_to_drop(ref: SampleRef) -> str | None:
+    if ref.stop_reason == "abort":
+        return "aborted"
+    return "empty-answer" if ref.answer_length == 0 else None
+
+
+def _build(ref: SampleRef, advantage: float, store: SampleReader) -> Sample:
+    token_ids, start, logprobs = store.read(ref)
+    found = (start, len(token_ids) - start, len(logprobs))
+    wanted = (ref.prompt_length, ref.answer_length, ref.answer_length)
+    if found != wanted:
+        raise ValueError(f"{ref.path} holds prompt, answer and log-probs of {found} tokens, its reference says {wanted}")
+    if not np.isfinite(logprobs).all():
+        raise ValueError(f"{ref.path} holds a log-prob that is not finite; the sampler reported it for a token it sampled")
+    loss_mask = np.arange(len(token_ids)) >= start
+    rollout_logprobs = np.zeros(len(token_ids), dtype=np.float32)
+    rollout_logprobs[start:] = logprobs
+    return Sample(np.asarray(token_ids, dtype=np.int32), loss_mask, rollout_logprobs, advantage, ref)
+
+
+def _prompt_index(item: SampleRef | Sample) -> int:
+    return item.prompt_index if isinstance(item, SampleRef) else item.ref.prompt_index

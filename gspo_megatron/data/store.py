@@ -1,0 +1,87 @@
+"""The sample store: one small binary file a sample, written once, memory-mapped by every reader.
+
+File layout, little-endian: a 32-byte header (magic `GSPO`, format version, prompt length, answer length, CRC-32 of
+the body, 12 zero bytes), then int32 ids of prompt and answer, then float32 log-probs of the answer. Ids start at
+byte 32 and log-probs at a multiple of 4, so both can be viewed in place.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from gspo_megatron.types import Answer, Prompt, SampleRef
+
+MAGIC = b"GSPO"
+FORMAT_VERSION = 1
+HEADER = struct.Struct("<4sIIII12x")
+
+
+class DamagedSample(ValueError):
+    """A sample file that is not what was written; the message names the file and the fault."""
+
+
+class SampleStore:
+    """Samples of a run under one directory, on a file system that all roles see."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+
+    def write(self, prompt: Prompt, answer: Answer, reward: float) -> SampleRef:
+        """Store one finished answer; the file appears under its name only when it is complete."""
+        first, last = (answer.segments[0].version, answer.segments[-1].version) if answer.segments else (0, 0)
+        name = f"{answer.prompt_index:08d}-{answer.sample_index:04d}-v{first}-{last}.sample"
+        ids = np.concatenate([np.asarray(prompt.token_ids, np.int32), np.asarray(answer.token_ids, np.int32)])
+        body = ids.astype("<i4").tobytes() + np.asarray(answer.logprobs, "<f4").tobytes()
+        if len(answer.logprobs) != len(answer.token_ids):
+            raise ValueError(f"{name}: {len(answer.logprobs)} log-probs for {len(answer.token_ids)} tokens")
+        header = HEADER.pack(MAGIC, FORMAT_VERSION, len(prompt.token_ids), len(answer.token_ids), zlib.crc32(body))
+        temporary = self.directory / f".{name}.{os.getpid()}"
+        temporary.write_bytes(header + body)
+        temporary.rename(self.directory / name)
+        return SampleRef(
+            path=name,
+            prompt_index=answer.prompt_index,
+            sample_index=answer.sample_index,
+            prompt_length=len(prompt.token_ids),
+            answer_length=len(answer.token_ids),
+            reward=reward,
+            stop_reason=answer.stop_reason,
+            segments=answer.segments,
+        )
+
+    def read(self, ref: SampleRef) -> tuple[np.ndarray, int, np.ndarray]:
+        """Map one sample.
+
+        Returns:
+            token_ids [prompt_length + answer_length] int32, index of the first answer token, and the sampler's
+            log-probs [answer_length] float32; both arrays read-only.
+
+        Raises:
+            DamagedSample: missing, cut, changed or belonging to other metadata.
+        """
+        file = self.directory / ref.path
+        if not file.is_file():
+            raise DamagedSample(f"sample {file} does not exist; the step it belongs to cannot be replayed")
+        size = file.stat().st_size
+        if size < HEADER.size:
+            raise DamagedSample(f"sample {file} has {size} bytes, fewer than its header; remove it")
+        body = np.memmap(file, np.uint8, mode="r", offset=HEADER.size) if size > HEADER.size else np.empty(0, np.uint8)
+        with file.open("rb") as opened:
+            magic, version, prompt_length, answer_length, checksum = HEADER.unpack(opened.read(HEADER.size))
+        if magic != MAGIC or version != FORMAT_VERSION:
+            raise DamagedSample(f"sample {file} is not a sample of format {FORMAT_VERSION}; remove it")
+        if (prompt_length, answer_length) != (ref.prompt_length, ref.answer_length):
+            raise DamagedSample(
+                f"sample {file} holds {prompt_length} + {answer_length} tokens, its metadata says "
+                f"{ref.prompt_length} + {ref.answer_length}; remove it"
+            )
+        length = prompt_length + answer_length
+        if len(body) != 4 * (length + answer_length) or zlib.crc32(body) != checksum:
+            raise DamagedSample(f"sample {file} is damaged: its checksum does not fit its {len(body)} bytes; remove it")
+        return body[: 4 * length].view("<i4"), prompt_length, body[4 * length :].view("<f4")

@@ -1,0 +1,143 @@
+"""Text to token ids and back: one small interface over SentencePiece and Hugging Face tokenizers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Protocol
+
+from gspo_megatron.config.loading import refuse
+from gspo_megatron.config.schema import TokenizerSection
+
+
+class Tokenizer(Protocol):
+    """What the package needs of a tokenizer. A text becomes ids once; ids never go back to text and to ids again."""
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer; the first is the one written at the end of demonstrations."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that mean something, `0..vocab_size-1`; a model may have more rows."""
+        ...
+
+    def encode_prompt(self, question: str) -> list[int]:
+        """Ids of the question in its template, up to where the answer begins."""
+        ...
+
+    def encode_answer(self, text: str) -> list[int]:
+        """Ids of a whole answer, stop id appended."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of sampled ids without stop ids. Takes any ids, those of a model's unused rows too."""
+        ...
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model whose pieces `<q>` and `<a>` frame the question: `<q>` question `<a>` answer `</s>`."""
+
+    def __init__(self, path: Path) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self._model = SentencePieceProcessor(model_file=str(path))
+        self._path = path
+        self.vocab_size: int = self._model.get_piece_size()
+        self.stop_ids: tuple[int, ...] = (self._model.eos_id(),)
+        self._question, self._answer = (self._piece(piece) for piece in ("<q>", "<a>"))
+
+    def encode_prompt(self, question: str) -> list[int]:
+        """`<q>` question `<a>`. Raises ValueError on a character that the vocabulary lacks."""
+        return [self._question, *self._encode(question), self._answer]
+
+    def encode_answer(self, text: str) -> list[int]:
+        """Text, then `</s>`. Raises ValueError on a character that the vocabulary lacks."""
+        return [*self._encode(text), *self.stop_ids]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids that no piece has (a model's padded rows can be sampled) read like the unknown piece."""
+        unknown = self._model.unk_id()
+        kept = (int(i) for i in ids if i not in self.stop_ids)
+        return self._model.decode([i if 0 <= i < self.vocab_size else unknown for i in kept])
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._model.encode(text)
+        if self._model.unk_id() in ids:
+            lacking = sorted({char for char in text if self._model.unk_id() in self._model.encode(char)})
+            raise ValueError(f"{text!r} has characters that {self._path} lacks: {' '.join(lacking)}; train a tokenizer with them")
+        return ids
+
+    def _piece(self, piece: str) -> int:
+        found = self._model.piece_to_id(piece)
+        if found == self._model.unk_id():
+            raise refuse(
+                "tokenizer-piece-missing",
+                "tokenizer.path",
+                f"{self._path} has no piece {piece}, which frames a prompt",
+                "train it with <q> and <a> as user-defined symbols (tools/train_tokenizer.py)",
+            )
+        return found
+
+
+class HuggingFaceTokenizer:
+    """A Hugging Face tokenizer directory, prompts written by its chat template."""
+
+    def __init__(self, path: Path, system_prompt: str | None = None, enable_thinking: bool | None = None) -> None:
+        from transformers import AutoTokenizer
+
+        self._model: Any = AutoTokenizer.from_pretrained(path)
+        if not self._model.chat_template:
+            raise refuse("chat-template-missing", "tokenizer.path", f"{path} has no chat template", "add chat_template.jinja to the directory")
+        self._system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+        self._options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        self.vocab_size: int = len(self._model)
+        self.stop_ids: tuple[int, ...] = _stop_ids(path, self._model)
+
+    def encode_prompt(self, question: str) -> list[int]:
+        """The chat template with the question as the user's turn, opened for the assistant's."""
+        messages = [*self._system, {"role": "user", "content": question}]
+        ids = self._model.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False, **self._options)
+        return [int(i) for i in ids]
+
+    def encode_answer(self, text: str) -> list[int]:
+        """Text as it is, then the stop id."""
+        return [*self._model.encode(text, add_special_tokens=False), self.stop_ids[0]]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids outside the vocabulary (a model's padded rows can be sampled) read as U+FFFD."""
+        kept = [int(i) for i in ids if i not in self.stop_ids]
+        runs = groupby(kept, key=lambda i: 0 <= i < self.vocab_size)
+        return "".join(self._model.decode(list(run)) if known else "\ufffd" * len(list(run)) for known, run in runs)
+
+
+def load_tokenizer(section: TokenizerSection, model_path: Path | None) -> Tokenizer:
+    """The tokenizer that a recipe names.
+
+    Args:
+        section: `tokenizer` of the recipe.
+        model_path: `model.path` of the recipe, read when the section has no path of its own.
+    """
+    path = section.path or model_path
+    if path is None:
+        raise refuse("tokenizer-missing", "tokenizer.path", "is not set and there is no model.path to take it from", "set one of them")
+    if section.kind == "sentencepiece":
+        if not path.is_file():
+            raise refuse("tokenizer-missing", "tokenizer.path", f"{path} is not a file", "name a SentencePiece .model file")
+        return SentencePieceTokenizer(path)
+    if not (path / "tokenizer_config.json").is_file():
+        raise refuse("tokenizer-missing", "tokenizer.path", f"{path} has no tokenizer_config.json", "name a Hugging Face model directory")
+    return HuggingFaceTokenizer(path, section.system_prompt, section.enable_thinking)
+
+
+def _stop_ids(path: Path, model: Any) -> tuple[int, ...]:
+    """What the model's publisher stops at: `generation_config.json` first, since chat models often name several ids there."""
+    file = Path(path) / "generation_config.json"
+    named = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    found = named if isinstance(named, list) else [named if named is not None else model.eos_token_id]
+    if found == [None]:
+        raise refuse("stop-id-missing", "tokenizer.path", f"{path} names no eos token", "set eos_token_id in its generation_config.json")
+    return tuple(found)

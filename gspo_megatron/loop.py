@@ -1,0 +1,84 @@
+"""The training loop. Every trainer rank runs it: `python -m gspo_megatron.loop --run-dir DIR --controller URL`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from gspo_megatron.cold_start import prepare_weights
+from gspo_megatron.config import load_resolved
+from gspo_megatron.metrics import RunLog
+from gspo_megatron.policy import mesh
+from gspo_megatron.policy.policy import Policy
+from gspo_megatron.policy.weights import save_hf
+from gspo_megatron.report.plot import write_plot, write_report
+from gspo_megatron.rollout.link import ControllerLink
+from gspo_megatron.rollout.processes import die_with_parent
+from gspo_megatron.trainer import Trainer
+
+
+def train(trainer: Trainer) -> None:
+    """Reinforcement learning: one rollout batch, `batch.updates` optimizer steps, new weights for the servers."""
+    recipe, log = trainer.recipe, trainer.log
+    prepare_weights(trainer)
+    trainer.start_reinforcement()
+    trainer.sync()
+    trainer.evaluate(step=0)
+    for step in range(1, recipe.trainer.max_steps + 1):
+        with log.step(step):
+            refs = trainer.rollout(step)
+            advantages = trainer.advantages(refs)
+            minibatches = trainer.mini_batches(refs, advantages)
+            sums = [trainer.update(minibatch) for minibatch in minibatches]
+            trainer.reduce_metrics(sums)
+            trainer.sync()
+            if due(step, recipe.evaluation.every, recipe.trainer.max_steps):
+                trainer.evaluate(step)
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether something that happens every so many steps, and at the last, happens now."""
+    return step == last or (every > 0 and step % every == 0)
+
+
+def main() -> None:
+    """Entry of one trainer rank; RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT and GSPO_JOB_KEY are set."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--controller", required=True)
+    arguments = parser.parse_args()
+    die_with_parent()
+    recipe = load_resolved(arguments.run_dir / "recipe.resolved.yaml")
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+    device = mesh.start_world()
+    first = dist.get_rank() == 0
+    link = ControllerLink(arguments.controller, os.environ["GSPO_JOB_KEY"]) if first else None
+    log = RunLog(arguments.run_dir, owns_terminal=first)
+    policy = Policy(recipe, device)
+    trainer = Trainer(recipe, arguments.run_dir, policy, link, log)
+    with log:
+        train(trainer)
+        tensors = policy.export()
+        if first:
+            save_hf(tensors, arguments.run_dir / "checkpoints" / "final")
+            write_plot(arguments.run_dir)
+            write_report(arguments.run_dir)
+            (arguments.run_dir / "DONE").touch()
+            log.finish(arguments.run_dir)
+        else:
+            for _ in tensors:
+                pass
+    dist.barrier()
+    sys.stdout.flush()
+    # Libraries leave threads and process groups behind whose destructors may hang; nothing of ours is left to do.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Advantages from rewards: relative to a group, or from a value function.
+
+Host-side arithmetic on one number an answer: it runs once a rollout batch, on CPU tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+def group_advantages(
+    rewards: Tensor,
+    group_ids: Tensor,
+    normalize: Literal["std", "mean", "rloo", "batch_std"] = "std",
+    ddof: int = 0,
+    eps: float = 0.0,
+) -> Tensor:
+    """[N] rewards -> [N] advantages; groups may differ in size and lie in any order.
+
+    A group whose rewards are all equal, or of one member, gives exactly 0: no `eps` is needed to keep it finite.
+
+    Args:
+        rewards: [N].
+        group_ids: [N] any integers; equal ids are one group.
+        normalize: std = (r - mean) / (std + eps); mean = r - mean; rloo = r - mean of the others;
+            batch_std = (r - group mean) / (std of those over the whole batch + eps).
+        ddof: degrees of freedom taken off in the std.
+        eps: added to the std.
+    """
+    _check_rewards(rewards, group_ids)
+    values = rewards.double()
+    group, num_groups = number_groups(group_ids)
+    size = _per_group(torch.ones_like(values), group, num_groups)
+    # Rewards of 0.1 have a rounded mean and with it a std of 1e-17: only the spread tells an exactly equal group.
+    flat = equal_groups(values, group, num_groups)[group]
+    centered = torch.where(flat, 0.0, values - (_per_group(values, group, num_groups) / size)[group])
+    if normalize == "rloo":
+        centered = centered * (size / (size - 1).clamp(min=1))[group]
+    elif normalize == "std":
+        variance = _per_group(centered.square(), group, num_groups) / (size - ddof).clamp(min=1)
+        centered = torch.where(flat, 0.0, centered / (variance.sqrt()[group] + eps))
+    elif normalize == "batch_std":
+        variance = centered.square().sum() / max(centered.numel() - ddof, 1)
+        centered = torch.where(flat, 0.0, centered / (variance.sqrt() + eps))
+    elif normalize != "mean":
+        raise ValueError(f"normalize={normalize} is not known; use std, mean, rloo or batch_std")
+    return centered.to(rewards.dtype) if rewards.is_floating_point() else centered
+
+
+def generalized_advantages(
+    rewards: Tensor, values: Tensor, loss_mask: Tensor, cu_seqlens: Tensor, discount: float = 1.0, decay: float = 0.95
+) -> Tensor:
+    """[T] token advantages from a value function (GAE), 0 at untrained positions, which are stepped over.
+
+    delta_t = r_t + discount V_next - V_t and A_t = delta_t + discount decay A_next, where `next` is the next trained
+    token of the sequence, and V and A beyond its last one are 0.
+
+    Args:
+        rewards: [T] reward given at each token.
+        values: [T] value of the state before each token.
+        loss_mask: [T] bool.
+        cu_seqlens: [S+1].
+        discount: factor a token.
+        decay: lambda; 0 = one-step, 1 = Monte Carlo.
+    """
+    advantages = torch.zeros(rewards.shape, dtype=torch.float64)
+    bounds = cu_seqlens.tolist()
+    trained = loss_mask.nonzero().flatten().tolist()
+    reward, value = rewards.tolist(), values.tolist()
+    sequence, next_value, next_advantage = len(bounds) - 2, 0.0, 0.0
+    for at in reversed(trained):
+        while at < bounds[sequence]:
+            sequence, next_value, next_advantage = sequence - 1, 0.0, 0.0
+        next_advantage = reward[at] + discount * next_value - value[at] + discount * decay * next_advantage
+        next_value = value[at]
+        advantages[at] = next_advantage
+    return advantages.to(rewards.dtype)
+
+
+def number_groups(group_ids: Tensor) -> tuple[Tensor, int]:
+    """[N] any ids -> [N] 0..M-1, and M."""
+    _, group = torch.unique(group_ids, return_inverse=True)
+    return group, int(group.max()) + 1 if group.numel() else 0
+
+
+def equal_groups(values: Tensor, group: Tensor, num_groups: int) -> Tensor:
+    """[M] bool: groups whose values are all the same number."""
+    highest = values.new_full((num_groups,), -torch.inf).scatter_reduce(0, group, values, "amax")
+    lowest = values.new_full((num_groups,), torch.inf).scatter_reduce(0, group, values, "amin")
+    return highest == lowest
+
+
+def _per_group(values: Tensor, group: Tensor, num_groups: int) -> Tensor:
+    return values.new_zeros(num_groups).index_add(0, group, values)
+
+
+def _check_rewards(rewards: Tensor, group_ids: Tensor) -> None:
+    if rewards.dim() != 1 or rewards.shape != group_ids.shape:
+        raise ValueError(
+            f"rewards {list(rewards.shape)} and group_ids {list(group_ids.shape)} must both be [N], one id a reward"
+        )
+    bad = torch.nonzero(~torch.isfinite(rewards))
+    if bad.numel():
+        at = int(bad[0])
+        raise ValueError(f"rewards {list(rewards.shape)} is {float(rewards[at])} at index {at}; it must be finite")

@@ -1,0 +1,158 @@
+"""From reduced metric sums to the numbers that are logged. Plain Python, no torch.
+
+`finalize_metrics` serves one mini-batch, `finalize_step` a whole rollout batch; README.md lists every name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Sums = Mapping[str, float | Sequence[Sequence[float]]]
+"""Reduced sums; `log_s_histogram` is the only one that is not a number."""
+
+# As in metrics.py, which needs torch; a test holds the two together.
+BINS_PER_DECADE, SMALLEST_EXPONENT, SIDE_BINS = 10, -8, 90
+BUCKET_NAMES = ("le_64", "le_256", "le_1024", "le_4096", "le_16384", "le_65536", "gt_65536")
+PER_MINIBATCH = ("clip_fraction_sequences", "clip_left_sequences", "clip_right_sequences", "clip_fraction_tokens",
+                 "clip_left_tokens", "clip_right_tokens", "log_s_abs_max", "log_s_p50")  # fmt: skip
+_QUANTILES = {"p01": 0.01, "p50": 0.50, "p99": 0.99}
+
+
+def finalize_metrics(sums: Sums) -> dict[str, float]:
+    """Logged metrics of what the sums were taken over."""
+    value = {name: entry for name, entry in sums.items() if isinstance(entry, (int, float))}
+    tokens, sequences = max(value["tokens"], 1.0), max(value["sequences"], 1.0)
+    logged = {
+        "loss": value["loss"],
+        "trained_tokens": value["tokens"],
+        "trained_sequences": value["sequences"],
+        "nonfinite_tokens": value["nonfinite_tokens"],
+        "zero_coefficient_tokens": value["zero_tokens"] / tokens,
+        "zero_coefficient_sequences": value["zero_sequences"] / sequences,
+        "zero_advantage_sequences": value["zero_advantage_sequences"] / sequences,
+        "policy_k1": value["policy_k1"] / tokens,
+        "policy_k3": value["policy_k3"] / tokens,
+        "entropy": value["negative_logprobs"] / tokens,
+    }
+    for unit, count in (("tokens", tokens), ("sequences", sequences)):
+        logged[f"clip_left_{unit}"] = value[f"clip_low_{unit}"] / count
+        logged[f"clip_right_{unit}"] = value[f"clip_high_{unit}"] / count
+        logged[f"clip_fraction_{unit}"] = logged[f"clip_left_{unit}"] + logged[f"clip_right_{unit}"]
+    logged |= _log_s(value, sums["log_s_histogram"], sequences)
+    if "mismatch_k" in value:
+        logged |= _mismatch(value, tokens, sequences)
+    if "correction_weight" in value:
+        logged["correction_weight_mean"] = value["correction_weight"] / tokens
+        logged["correction_zero_tokens"] = value["correction_zero_tokens"] / tokens
+    if "reference_kl" in value:
+        logged["reference_kl"] = value["reference_kl"] / tokens
+    return logged
+
+
+def finalize_step(minibatches: Sequence[Sums]) -> dict[str, float]:
+    """Logged metrics of one rollout batch, and the clip and log s metrics of its mini-batches as `name/minibatch_K`.
+
+    Args:
+        minibatches: reduced sums of each optimizer step, in order.
+    """
+    logged = finalize_metrics(add_sums(minibatches))
+    logged["loss"] /= len(minibatches)
+    for index, sums in enumerate(minibatches):
+        one = finalize_metrics(sums)
+        logged |= {f"{name}/minibatch_{index}": one[name] for name in PER_MINIBATCH if name in one}
+    return logged
+
+
+def add_sums(parts: Sequence[Sums]) -> Sums:
+    """Combine reduced sums: `/max` entries by their maximum, all others by addition."""
+    total = dict(parts[0])
+    for part in parts[1:]:
+        for name, entry in part.items():
+            have = total.get(name, 0.0)
+            if isinstance(entry, (int, float)) and isinstance(have, (int, float)):
+                total[name] = max(have, entry) if name.endswith("/max") else have + entry
+            elif not isinstance(entry, (int, float)) and not isinstance(have, (int, float)):
+                total[name] = [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(have, entry, strict=True)]
+    return total
+
+
+def group_metrics(rewards: Tensor, group_ids: Tensor) -> dict[str, float]:
+    """Logged metrics of a rollout batch's groups, from the scores [N] and their groups [N], on the host."""
+    groups: dict[int, list[float]] = {}
+    for reward, group in zip(rewards.tolist(), group_ids.tolist(), strict=True):
+        groups.setdefault(group, []).append(reward)
+    every, num_groups = [r for members in groups.values() for r in members], max(len(groups), 1)
+    mean = sum(every) / max(len(every), 1)
+    flat = [members[0] for members in groups.values() if min(members) == max(members)]
+    return {
+        "reward_mean": mean,
+        "reward_std": math.sqrt(sum((r - mean) ** 2 for r in every) / max(len(every), 1)),
+        "groups": float(len(groups)),
+        "zero_variance_groups": len(flat) / num_groups,
+        "solved_groups": sum(reward >= 1 for reward in flat) / num_groups,
+        "unsolved_groups": sum(reward <= 0 for reward in flat) / num_groups,
+    }
+
+
+def _log_s(
+    value: Mapping[str, float], histogram: float | Sequence[Sequence[float]], sequences: float
+) -> dict[str, float]:
+    mean = value["log_s"] / sequences
+    logged = {
+        "log_s_mean": mean,
+        "log_s_std": math.sqrt(max(value["log_s_square"] / sequences - mean**2, 0.0)),
+        "log_s_noise": math.sqrt(value["log_s_square_length"] / sequences),
+        "log_s_abs_max": value["log_s_abs/max"],
+    }
+    assert not isinstance(histogram, (int, float))
+    overall = [sum(column) for column in zip(*histogram, strict=True)]
+    logged |= {f"log_s_{name}": quantile(overall, q) for name, q in _QUANTILES.items() if sum(overall) > 0}
+    for bucket, counts in zip(BUCKET_NAMES, histogram, strict=True):
+        if sum(counts) > 1e-6:
+            logged[f"sequences/{bucket}"] = sum(counts)
+            logged |= {f"log_s_{name}/{bucket}": quantile(counts, q) for name, q in _QUANTILES.items()}
+    return logged
+
+
+def quantile(counts: Sequence[float], fraction: float) -> float:
+    """log s below which a fraction of a histogram row lies, to the width of a bin (26 % of the value)."""
+    reached = fraction * sum(counts) * (1 - 1e-12)
+    below = accumulate(counts)
+    side = next(at for at, count in enumerate(below) if count > 0 and count >= reached) - SIDE_BINS
+    if side == 0:
+        return 0.0
+    return math.copysign(10.0 ** (SMALLEST_EXPONENT + (abs(side) - 0.5) / BINS_PER_DECADE), side)
+
+
+def _mismatch(value: Mapping[str, float], tokens: float, sequences: float) -> dict[str, float]:
+    k, k_square = value["mismatch_k"], value["mismatch_k_square"]
+    p, q = value["mismatch_p_trainer"] / tokens, value["mismatch_p_sampler"] / tokens
+    covariance = value["mismatch_p_product"] / tokens - p * q
+    spread = value["mismatch_p_trainer_square"] / tokens - p * p
+    spread *= value["mismatch_p_sampler_square"] / tokens - q * q
+    log_trainer = value["mismatch_log_ppl_trainer"] / sequences
+    log_sampler = value["mismatch_log_ppl_sampler"] / sequences
+    return {
+        "mismatch_k1": value["mismatch_k1"] / tokens,
+        "mismatch_k3": value["mismatch_k3"] / tokens,
+        "mismatch_ratio_mean": k / tokens,
+        "mismatch_ratio_max": value["mismatch_k/max"],
+        "mismatch_ess": k * k / (tokens * k_square) if k_square > 0 else 1.0,
+        "mismatch_chi2": k_square / tokens - 1,
+        "mismatch_chi2_sequences": value["mismatch_sequence_k_square"] / sequences - 1,
+        "mismatch_f2": value["mismatch_outside_2"] / tokens,
+        "mismatch_outside_icepop": value["mismatch_outside_icepop"] / tokens,
+        "mismatch_dp_mean": value["mismatch_dp"] / tokens,
+        "mismatch_dp_max": value["mismatch_dp/max"],
+        # Undefined where one side hardly varies; 1 there, like two equal constants.
+        "mismatch_correlation": covariance / math.sqrt(spread) if spread > 1e-20 else 1.0,
+        "mismatch_log_ppl_trainer": log_trainer,
+        "mismatch_log_ppl_sampler": log_sampler,
+        "mismatch_ppl_ratio": math.exp(log_trainer - log_sampler),
+    }

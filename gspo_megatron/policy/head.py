@@ -1,0 +1,105 @@
+"""Log-probs of chosen tokens without ever holding the logits.
+
+hidden [T, H] and the vocabulary-parallel head weight [V/TP, H] -> float32 log-probs [T]. Logits exist for one chunk of
+tokens at a time, in forward and again, recomputed, in backward. Workspace: about 3 * chunk * V/TP * 4 bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class _ChunkedLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        temperature: float,
+        chunk: int,
+        group: dist.ProcessGroup,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.settings = (temperature, chunk, group)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        logprobs, entropy, normalizers = (hidden.new_empty(len(hidden), dtype=wide) for _ in range(3))
+        for part in _chunks(len(hidden), chunk):
+            logits = _logits(hidden[part], weight, temperature, wide)
+            top = _reduce(logits.amax(-1), dist.ReduceOp.MAX, group)
+            weights = torch.exp(logits - top[:, None])
+            sums = _reduce(torch.stack([weights.sum(-1), (weights * logits).sum(-1)]), dist.ReduceOp.SUM, group)
+            normalizers[part] = top + sums[0].log()
+            entropy[part] = normalizers[part] - sums[1] / sums[0]
+            logprobs[part] = (
+                _reduce(_chosen(logits, targets[part], group), dist.ReduceOp.SUM, group) - normalizers[part]
+            )
+        ctx.save_for_backward(hidden, weight, targets, normalizers)
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, normalizers = ctx.saved_tensors
+        temperature, chunk, group = ctx.settings
+        wide = normalizers.dtype
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=wide)
+        for part in _chunks(len(hidden), chunk):
+            scale = grads[0][part, None] / temperature
+            probabilities = torch.exp(_logits(hidden[part], weight, temperature, wide) - normalizers[part, None])
+            grad_logits = probabilities.mul_(-scale)
+            local, held = _local_targets(targets[part], weight.shape[0], group)
+            grad_logits[torch.arange(len(local), device=local.device), local] += torch.where(held, scale[:, 0], 0.0)
+            grad_logits = grad_logits.to(hidden.dtype)
+            grad_hidden[part] = grad_logits @ weight
+            grad_weight += grad_logits.T @ hidden[part]
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+
+
+def chosen_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """Log-prob of each target and the entropy of each distribution, at a sampling temperature.
+
+    Args:
+        hidden: [T, H], the same on every tensor-parallel rank; its gradient comes back as this rank's part of a sum.
+        weight: [V/TP, H] this rank's rows of the head.
+        targets: [T] global token ids.
+        chunk: tokens whose logits exist at one time.
+        group: the tensor-parallel ranks.
+
+    Returns:
+        logprobs [T] in at least float32, differentiable; entropy [T] in nats, not differentiable.
+    """
+    logprobs, entropy = _ChunkedLogProbs.apply(hidden, weight, targets, temperature, chunk, group)
+    return logprobs, entropy
+
+
+def _chunks(length: int, chunk: int) -> list[slice]:
+    return [slice(start, min(start + chunk, length)) for start in range(0, length, chunk)]
+
+
+def _logits(hidden: Tensor, weight: Tensor, temperature: float, wide: torch.dtype) -> Tensor:
+    return (hidden @ weight.T).to(wide) / temperature
+
+
+def _reduce(values: Tensor, operation: Any, group: dist.ProcessGroup) -> Tensor:
+    if group.size() > 1:
+        dist.all_reduce(values, operation, group=group)
+    return values
+
+
+def _local_targets(targets: Tensor, rows: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Row of each target among this rank's, clamped, and whether it really lies there."""
+    local = targets - group.rank() * rows
+    held = (local >= 0) & (local < rows)
+    return local.clamp(0, rows - 1), held
+
+
+def _chosen(logits: Tensor, targets: Tensor, group: dist.ProcessGroup) -> Tensor:
+    local, held = _local_targets(targets, logits.shape[1], group)
+    return torch.where(held, logits.gather(1, local[:, None])[:, 0], 0.0)

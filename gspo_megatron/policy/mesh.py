@@ -1,0 +1,56 @@
+"""The process groups of the policy, made once by megatron-core's parallel state."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from gspo_megatron.config.schema import TrainerSection
+from gspo_megatron.weights.layout import Layout
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+def layout_of(trainer: TrainerSection, world: int) -> Layout:
+    """The layout a recipe asks for on `world` ranks."""
+    return Layout(
+        world=world,
+        tensor=trainer.tensor_parallel,
+        pipeline=trainer.pipeline_parallel,
+        virtual=trainer.virtual_pipeline or 1,
+        context=trainer.context_parallel,
+        expert=trainer.expert_parallel,
+        expert_tensor=trainer.expert_tensor_parallel,
+        first_stage_layers=trainer.first_stage_layers,
+        last_stage_layers=trainer.last_stage_layers,
+    )
+
+
+def start_world() -> torch.device:
+    """Join the world of RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; returns this rank's device."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=COLLECTIVE_TIMEOUT, device_id=device)
+        return device
+    dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
+    return torch.device("cpu")
+
+
+def build_groups(layout: Layout) -> None:
+    """Make megatron's process groups for a layout; an earlier layout's are dropped first."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+        create_gloo_process_groups=torch.cuda.is_available(),
+    )

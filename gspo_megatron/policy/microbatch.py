@@ -1,0 +1,78 @@
+"""A packed batch as one rank sees it: cut over the context-parallel ranks, on its device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gspo_megatron.data.packing import PackedBatch
+from gspo_megatron.policy.attention import PackedBatchParams, plan_buckets, zigzag_indices
+from gspo_megatron.weights.layout import Coordinates, Layout
+
+ROPE_LENGTH_STEP = 1024
+"""Rotary tables are cached by length; rounding up to this keeps each new longest sequence from making one."""
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """What one forward pass of this rank reads. T_local = T / CP."""
+
+    token_ids: Tensor
+    """[T_local] int64."""
+    targets: Tensor
+    """[T_local] int64, the token each position predicts."""
+    loss_mask: Tensor
+    """[T_local] bool, True where the target is trained."""
+    advantages: Tensor
+    """[S] float64."""
+    rollout_logprobs: Tensor
+    """[T_local] float32, aligned with `targets`."""
+    cu_seqlens: Tensor
+    """[S+1] int32, starts of the sequences among the local tokens."""
+    indices: Tensor
+    """[T_local] int64, place of each local token in the whole pack."""
+    params: PackedBatchParams
+    """The pack as Megatron wants it: global padded lengths."""
+
+
+def pad_multiple(layout: Layout) -> int:
+    """Each sequence is padded to a multiple of this, so that it divides over CP and TP ranks."""
+    return (2 * layout.context if layout.context > 1 else 1) * layout.tensor
+
+
+def place(batch: PackedBatch, layout: Layout, at: Coordinates, device: torch.device) -> MicroBatch:
+    """This rank's part of a packed batch."""
+    cu_seqlens = torch.as_tensor(batch.cu_seqlens, dtype=torch.int32)
+    keep = zigzag_indices(cu_seqlens, at.context, layout.context)
+    longest = int(cu_seqlens.diff().max())
+    on_device = cu_seqlens.to(device)
+    rope_length = -(-longest // ROPE_LENGTH_STEP) * ROPE_LENGTH_STEP
+    if rope_length == int(cu_seqlens[-1]):
+        # Where it equals the pack's, Megatron counts rotary positions over the pack, not from each start.
+        rope_length += ROPE_LENGTH_STEP
+    params = PackedBatchParams(
+        qkv_format="thd",
+        cu_seqlens_q=on_device,
+        cu_seqlens_kv=on_device,
+        cu_seqlens_q_padded=on_device,
+        cu_seqlens_kv_padded=on_device,
+        max_seqlen_q=rope_length,
+        max_seqlen_kv=rope_length,
+        buckets=plan_buckets(cu_seqlens, at.context, layout.context, device),
+    )
+
+    def cut(values: object, dtype: torch.dtype) -> Tensor:
+        return torch.as_tensor(values)[keep].to(device=device, dtype=dtype)
+
+    return MicroBatch(
+        token_ids=cut(batch.token_ids, torch.int64),
+        targets=cut(batch.targets, torch.int64),
+        loss_mask=cut(batch.loss_mask, torch.bool),
+        advantages=torch.as_tensor(batch.advantages, dtype=torch.float64).to(device),
+        rollout_logprobs=cut(batch.rollout_logprobs, torch.float32),
+        cu_seqlens=on_device // layout.context,
+        indices=keep.to(device),
+        params=params,
+    )

@@ -1,0 +1,176 @@
+"""From a recipe to Megatron's model: the transformer configuration and the chunks of this rank."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from gspo_megatron.config.model import Architecture
+from gspo_megatron.config.schema import Recipe, TrainerSection
+from gspo_megatron.policy.specs import has_transformer_engine, reference_spec, transformer_engine_spec
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def transformer_config(arch: Architecture, trainer: TrainerSection, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron's configuration of a Qwen3 model under the recipe's layout."""
+    engine = has_transformer_engine()
+    config = TransformerConfig(
+        num_layers=arch.num_hidden_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.intermediate_size,
+        num_attention_heads=arch.num_attention_heads,
+        num_query_groups=arch.num_key_value_heads,
+        kv_channels=arch.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.rms_norm_eps,
+        qk_layernorm=True,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        tensor_model_parallel_size=trainer.tensor_parallel,
+        sequence_parallel=trainer.tensor_parallel > 1,
+        context_parallel_size=trainer.context_parallel,
+        # With a loss divisor of its own per token Megatron would rescale gradients by the local token count.
+        calculate_per_token_loss=False,
+        variable_seq_lengths=True,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        perform_initialization=False,
+        bias_activation_fusion=engine,
+        bias_dropout_fusion=engine,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        deallocate_pipeline_outputs=True,
+        **_pipeline_settings(trainer),
+        **_expert_settings(arch, trainer, dtype, engine),
+        **_recompute_settings(trainer),
+    )
+    if arch.rope_scaling:
+        _set_yarn(config, arch.rope_scaling)
+    return config
+
+
+def _pipeline_settings(trainer: TrainerSection) -> dict[str, Any]:
+    return {
+        "pipeline_model_parallel_size": trainer.pipeline_parallel,
+        "virtual_pipeline_model_parallel_size": trainer.virtual_pipeline,
+        "num_layers_in_first_pipeline_stage": trainer.first_stage_layers,
+        "num_layers_in_last_pipeline_stage": trainer.last_stage_layers,
+        # With two stages the batched order of sends and receives swaps activations and gradients between the same two
+        # peers; point-to-point calls in their own order do not.
+        "overlap_p2p_comm": trainer.virtual_pipeline is not None,
+        "batch_p2p_comm": trainer.virtual_pipeline is None,
+    }
+
+
+def _expert_settings(arch: Architecture, trainer: TrainerSection, dtype: torch.dtype, engine: bool) -> dict[str, Any]:
+    if not arch.num_experts:
+        return {}
+    return {
+        "num_moe_experts": arch.num_experts,
+        "moe_ffn_hidden_size": arch.moe_intermediate_size,
+        "moe_router_topk": arch.num_experts_per_tok,
+        "moe_router_score_function": "softmax",
+        # Top-k of the logits, then softmax over the chosen: equal to Hugging Face's softmax, top-k, renormalise.
+        "moe_router_pre_softmax": not arch.norm_topk_prob,
+        "moe_router_dtype": "fp64" if dtype is torch.float64 else "fp32",
+        "moe_router_load_balancing_type": "aux_loss" if trainer.aux_loss_coefficient else "none",
+        "moe_aux_loss_coeff": trainer.aux_loss_coefficient,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": engine,
+        "moe_permute_fusion": engine,
+        "expert_model_parallel_size": trainer.expert_parallel,
+        "expert_tensor_parallel_size": trainer.expert_tensor_parallel,
+    }
+
+
+def _recompute_settings(trainer: TrainerSection) -> dict[str, Any]:
+    if trainer.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if trainer.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe"]}
+    return {}
+
+
+def _set_yarn(config: TransformerConfig, scaling: dict[str, Any]) -> None:
+    """Megatron reads YaRN from attributes of the configuration; the sampler reads the values in `config.json`."""
+    config.position_embedding_type = "yarn"
+    config.yarn_rotary_scaling_factor = float(scaling["factor"])
+    config.yarn_original_max_position_embeddings = int(scaling["original_max_position_embeddings"])
+    config.yarn_beta_fast = float(scaling.get("beta_fast", 32))
+    config.yarn_beta_slow = float(scaling.get("beta_slow", 1))
+    config.yarn_mscale = 1.0
+    config.yarn_mscale_all_dim = 0.0
+    config.yarn_correction_range_round_to_int = True
+
+
+class SortedTopK:
+    """Chooses a token's experts in descending order of score in every pass.
+
+    Megatron asks for a sorted top-k only while gradients are on, so the pass that makes the old log-probs would add the
+    chosen probabilities up in another order than the training pass. The router calls this in place of its own choice,
+    through the seam that routing replay uses.
+    """
+
+    def get_replay_topk(self, scores: Tensor, topk: int, *_: Any) -> tuple[Tensor, Tensor]:
+        """[tokens, experts] scores -> values and indices [tokens, topk]."""
+        if _margins is not None and len(scores) and topk < scores.shape[1]:
+            best = torch.topk(scores.detach(), k=topk + 1, dim=1, sorted=True).values
+            _margins.append(float((best[:, topk - 1] - best[:, topk]).min()))
+        values, indices = torch.topk(scores, k=topk, dim=1, sorted=True)
+        return values, indices
+
+
+_margins: list[float] | None = None
+
+
+@contextlib.contextmanager
+def record_margins() -> Iterator[list[float]]:
+    """Collect, for every router call inside, the smallest gap between a chosen and a rejected logit."""
+    global _margins
+    _margins = []
+    try:
+        yield _margins
+    finally:
+        _margins = None
+
+
+def build_chunks(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None) -> list[GPTModel]:
+    """The model chunks of this rank: one, or one for each virtual stage. Weights are uninitialised until loaded."""
+    arch = recipe.model.architecture
+    assert arch is not None
+    config = transformer_config(arch, recipe.trainer, dtype or DTYPES[recipe.model.dtype])
+    chunks = []
+    for index in range(recipe.trainer.virtual_pipeline or 1):
+        stage = index if recipe.trainer.virtual_pipeline else None
+        spec = transformer_engine_spec(config) if has_transformer_engine() else reference_spec(config, stage)
+        chunk = GPTModel(
+            config=config,
+            transformer_layer_spec=spec,
+            vocab_size=arch.vocab_size,
+            max_sequence_length=arch.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            share_embeddings_and_output_weights=arch.tie_word_embeddings,
+            position_embedding_type="yarn" if arch.rope_scaling else "rope",
+            rotary_base=int(arch.rope_theta),
+            vp_stage=stage,
+        ).to(device)
+        for module in chunk.modules():
+            if isinstance(module, TopKRouter):
+                module.router_replay = SortedTopK()
+        chunks.append(chunk)
+    return chunks

@@ -1,0 +1,259 @@
+"""The Megatron policy of one rank: score, train, export. Every method is a collective over all trainer ranks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from torch import Tensor
+
+from gspo_megatron.config.schema import Recipe
+from gspo_megatron.data.packing import PackedBatch
+from gspo_megatron.policy import mesh
+from gspo_megatron.policy.head import chosen_logprobs
+from gspo_megatron.policy.microbatch import MicroBatch, place
+from gspo_megatron.policy.model import build_chunks, record_margins
+from gspo_megatron.policy.weights import ReadPiece, ShardedWeights
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """The head's output for one micro-batch; on the last pipeline stage only."""
+
+    logprobs: Tensor
+    """[T_local] float32, of each position's target."""
+    entropy: Tensor
+    """[T_local] float32, nats."""
+
+
+LossFunction = Callable[[MicroBatch, Scored, int], tuple[Tensor, dict[str, Tensor]]]
+"""(micro-batch, head output, its index) -> (this rank's share of the loss, metric sums)."""
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerSettings:
+    """What one phase of training asks of the optimizer."""
+
+    lr: float
+    """Peak learning rate; the phase scales it every step."""
+    betas: tuple[float, float]
+    """Adam's averaging constants."""
+    eps: float
+    """Adam's epsilon."""
+    weight_decay: float
+    """Decoupled weight decay."""
+    clip_grad: float
+    """Largest global gradient norm."""
+
+
+class Policy:
+    """A Qwen3 model over the trainer ranks."""
+
+    def __init__(self, recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        self.recipe, self.device = recipe, device
+        self.layout = mesh.layout_of(recipe.trainer, dist.get_world_size())
+        mesh.build_groups(self.layout)
+        self.at = self.layout.coordinates(dist.get_rank())
+        tensor_parallel.model_parallel_cuda_manual_seed(recipe.run.seed)
+        bare = build_chunks(recipe, device, dtype)
+        self.config = bare[0].config
+        assert not self.config.calculate_per_token_loss, (
+            "calculate_per_token_loss multiplies every gradient by the token count"
+        )
+        assert recipe.model.architecture is not None
+        self.weights = ShardedWeights(recipe.model.architecture, self.layout, dist.get_rank(), bare)
+        self.chunks = [self._wrap(chunk) for chunk in bare]
+        self.config.finalize_model_grads_func = finalize_model_grads
+        self.optimizer: Any = None
+        self.temperature = recipe.rollout.temperature
+
+    def _wrap(self, chunk: torch.nn.Module) -> DistributedDataParallel:
+        double = next(chunk.parameters()).dtype is torch.float64
+        settings = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=not double,
+            overlap_grad_reduce=False,
+            use_distributed_optimizer=self._distributes_optimizer,
+        )
+        return DistributedDataParallel(config=self.config, ddp_config=settings, module=chunk)
+
+    @property
+    def _distributes_optimizer(self) -> bool:
+        return self.recipe.trainer.distributed_optimizer and torch.cuda.is_available()
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes log-probs and the loss."""
+        return self.at.pipeline == self.layout.pipeline - 1
+
+    def load(self, read: ReadPiece) -> None:
+        """Fill the weights from pieces of Hugging Face tensors."""
+        self.weights.load(read)
+        if self.optimizer is not None:
+            self.optimizer.reload_model_params()
+
+    def start_optimizer(self, settings: OptimizerSettings) -> None:
+        """A fresh optimizer over the present weights; an earlier phase's states are dropped."""
+        config = OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.betas[0],
+            adam_beta2=settings.betas[1],
+            adam_eps=settings.eps,
+            clip_grad=settings.clip_grad,
+            bf16=self.config.bf16,
+            params_dtype=self.config.params_dtype,
+            use_distributed_optimizer=self._distributes_optimizer,
+        )
+        self.optimizer = get_megatron_optimizer(config, self.chunks, use_gloo_process_groups=torch.cuda.is_available())
+
+    def place(self, batches: Sequence[PackedBatch]) -> list[MicroBatch]:
+        """This rank's part of each packed batch of its data-parallel rank."""
+        return [place(batch, self.layout, self.at, self.device) for batch in batches]
+
+    def score(self, batches: Sequence[MicroBatch]) -> list[Scored]:
+        """Log-probs of every micro-batch at the sampling temperature, without gradients; nothing off the last stage."""
+
+        def keep(_: MicroBatch, scored: Scored, __: int) -> tuple[Tensor, dict[str, Any]]:
+            return scored.logprobs.sum(), {"scored": scored}
+
+        with torch.no_grad():
+            results = self._run(batches, keep, forward_only=True)
+        return [result["scored"] for result in results]
+
+    def probe(self, batch: PackedBatch) -> tuple[Tensor, float]:
+        """Log-probs [T] of every token of a pack at temperature 1, and how far its routing is from a tie.
+
+        Every data-parallel rank brings the same pack, and every rank gets the answer. The second number is the smallest
+        gap, over tokens and layers, between the last chosen and the first rejected router logit; infinite when dense.
+        """
+        placed = place(batch, self.layout, self.at, self.device)
+        self.temperature = 1.0
+        with record_margins() as margins:
+            scored = self.score([placed])
+        self.temperature = self.recipe.rollout.temperature
+        whole = torch.zeros(len(batch.token_ids), dtype=torch.float64, device=self.device)
+        if scored and self.at.tensor == self.at.data == 0:
+            whole[placed.indices] = scored[0].logprobs.double()
+        margin = torch.tensor(min(margins, default=float("inf")), dtype=torch.float64).to(self.device)
+        dist.all_reduce(whole)
+        dist.all_reduce(margin, dist.ReduceOp.MIN)
+        return whole, float(margin)
+
+    def train(
+        self, batches: Sequence[MicroBatch], loss: LossFunction, lr: float
+    ) -> tuple[list[dict[str, Tensor]], float, bool]:
+        """One optimizer step.
+
+        Args:
+            batches: this rank's micro-batches; every rank brings the same number.
+            loss: gives this rank's share; the shares of all ranks and micro-batches add up to the loss.
+            lr: learning rate of this step.
+
+        Returns:
+            Metric sums of each micro-batch (last stage only), global gradient norm before clipping, whether the step
+            was taken (a gradient that is not finite skips it on every rank).
+        """
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        sums = self._run(batches, loss, forward_only=False)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        norm = self.optimizer.get_grad_norm()
+        if not torch.isfinite(torch.as_tensor(norm)):
+            return sums, float(norm), False
+        _, norm, _ = self.optimizer.step()
+        return sums, float(norm), True
+
+    def export(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole Hugging Face tensors on rank 0, nothing elsewhere; every rank must exhaust it."""
+        return self.weights.export(self.recipe.weight_update.bucket_mib * 2**20)
+
+    def sum_over_context(self, values: Tensor) -> Tensor:
+        """Add a detached [S] tensor over the context-parallel ranks that share these sequences."""
+        if self.layout.context > 1:
+            dist.all_reduce(values, group=parallel_state.get_context_parallel_group())
+        return values
+
+    def _run(self, batches: Sequence[MicroBatch], loss: LossFunction, forward_only: bool) -> list[dict[str, Any]]:
+        schedule = get_forward_backward_func()
+        iterators = [iter(enumerate(batches)) for _ in self.chunks]
+        return schedule(
+            forward_step_func=partial(self._forward, loss=loss, num_microbatches=len(batches)),
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(batches),
+            seq_length=1,  # the true lengths travel with the activations (variable_seq_lengths)
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def _forward(
+        self,
+        iterator: Iterator[tuple[int, MicroBatch]],
+        model: torch.nn.Module,
+        *,
+        loss: LossFunction,
+        num_microbatches: int,
+    ) -> tuple[Tensor, Callable[[Any], tuple[Tensor, dict[str, Any]]]]:
+        index, batch = next(iterator)
+        entropy: list[Tensor] = []
+        output = model(
+            input_ids=batch.token_ids[None],
+            position_ids=None,
+            attention_mask=None,
+            packed_seq_params=batch.params,
+            output_processor=partial(self._head, targets=batch.targets, entropy=entropy),
+        )
+
+        def finish(logprobs: Tensor) -> tuple[Tensor, dict[str, Any]]:
+            share, sums = loss(batch, Scored(logprobs, entropy[0]), index)
+            return self.scale_share(share, num_microbatches), sums
+
+        return output, finish
+
+    def _head(
+        self,
+        *,
+        hidden_states: Tensor,
+        output_layer: Any,
+        output_weight: Tensor | None,
+        targets: Tensor,
+        entropy: list[Tensor],
+        **_: Any,
+    ) -> Tensor:
+        if self.config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=True, group=parallel_state.get_tensor_model_parallel_group()
+            )
+        logprobs, spread = chosen_logprobs(
+            hidden_states[:, 0],
+            output_layer.weight if output_weight is None else output_weight,
+            targets,
+            self.temperature,
+            self.recipe.trainer.head_chunk_tokens,
+            parallel_state.get_tensor_model_parallel_group(),
+        )
+        entropy.append(spread)
+        return logprobs
+
+    def scale_share(self, share: Tensor, num_microbatches: int) -> Tensor:
+        """Turn a share of the loss into what Megatron's schedule and data-parallel reduction expect.
+
+        The schedule multiplies by CP and divides by the number of micro-batches (`schedules.forward_step_calc_loss`),
+        the gradient reduction divides by DP * CP; what is left to undo is num_microbatches * DP.
+        """
+        return share * (num_microbatches * self.layout.data)

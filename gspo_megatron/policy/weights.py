@@ -1,0 +1,221 @@
+"""Weights of this rank from and to Hugging Face tensors, through the table of `gspo_megatron.weights`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gspo_megatron.config.model import Architecture
+from gspo_megatron.weights.buckets import TensorMeta
+from gspo_megatron.weights.layout import Layout
+from gspo_megatron.weights.table import Parameter, Piece, hf_shapes, local_parameters
+
+ReadPiece = Callable[[Piece], Tensor]
+Values = Callable[[torch.nn.Parameter], Tensor]
+INDEX_FILE = "model.safetensors.index.json"
+SHARD_BYTES = 4 * 2**30
+
+
+class ShardedWeights:
+    """The parameters of this rank's model chunks under their global names."""
+
+    def __init__(self, arch: Architecture, layout: Layout, rank: int, chunks: Sequence[torch.nn.Module]) -> None:
+        self.arch, self.layout, self.rank = arch, layout, rank
+        at = layout.coordinates(rank)
+        self.parameters: dict[str, tuple[Parameter, torch.nn.Parameter]] = {}
+        for index, chunk in enumerate(chunks):
+            described = {entry.name: entry for entry in local_parameters(arch, layout, at, index)}
+            layers = layout.layers(arch.num_hidden_layers, at.pipeline, index)
+            first_expert = at.expert * (arch.num_experts // layout.expert)
+            for local_name, parameter in chunk.named_parameters():
+                name = global_name(local_name, layers, first_expert)
+                entry = described.pop(name)
+                if tuple(parameter.shape) != entry.shape:
+                    raise ValueError(
+                        f"{name} has shape {tuple(parameter.shape)}, the table says {entry.shape}; the table is wrong"
+                    )
+                self.parameters[name] = (entry, parameter)
+            if described:
+                raise ValueError(f"the model lacks {sorted(described)}; the table is wrong")
+
+    def load(self, read: ReadPiece) -> None:
+        """Fill every parameter from pieces of Hugging Face tensors."""
+        with torch.no_grad():
+            for entry, parameter in self.parameters.values():
+                for piece in entry.pieces:
+                    parameter[piece.at[0] : piece.at[1]].copy_(read(piece))
+
+    def export(self, batch_bytes: int, values: Values = torch.Tensor.detach) -> Iterator[tuple[str, Tensor]]:
+        """Every Hugging Face tensor, whole, in manifest order, on rank 0; the other ranks send and yield nothing.
+
+        A collective: every rank must exhaust it. Each rectangle is sent by the lowest rank that holds it.
+
+        Args:
+            batch_bytes: most bytes gathered at one time.
+            values: what to export of each parameter: itself, or a tensor of its shape such as its gradient.
+        """
+        self._values = values
+        owners = self._owners()
+        batch: dict[str, list[tuple[int, str, Piece]]] = {}
+        held = 0
+        for meta in self.manifest():
+            if batch and held + meta.num_bytes > batch_bytes:
+                yield from self._gather_batch(batch)
+                batch, held = {}, 0
+            batch[meta.name] = owners[meta.name]
+            held += meta.num_bytes
+        yield from self._gather_batch(batch)
+
+    def manifest(self) -> list[TensorMeta]:
+        """Every Hugging Face tensor, in file order."""
+        dtype = str(next(iter(self.parameters.values()))[1].dtype).removeprefix("torch.")
+        return [TensorMeta(name, dtype, shape) for name, shape in hf_shapes(self.arch).items()]
+
+    def _owners(self) -> dict[str, list[tuple[int, str, Piece]]]:
+        """For each Hugging Face tensor its rectangles: (rank that sends it, parameter, piece)."""
+        owners: dict[str, dict[tuple[object, ...], tuple[int, str, Piece]]] = {
+            name: {} for name in hf_shapes(self.arch)
+        }
+        for rank in range(self.layout.world):
+            at = self.layout.coordinates(rank)
+            for chunk in range(self.layout.virtual):
+                for entry in local_parameters(self.arch, self.layout, at, chunk):
+                    for piece in entry.pieces:
+                        owners[piece.tensor].setdefault((piece.rows, piece.columns), (rank, entry.name, piece))
+        return {name: list(found.values()) for name, found in owners.items()}
+
+    def _gather_batch(self, batch: dict[str, list[tuple[int, str, Piece]]]) -> Iterator[tuple[str, Tensor]]:
+        senders = sorted({rank for pieces in batch.values() for rank, _, _ in pieces} - {0})
+        if self.rank in senders:
+            dist.send(torch.cat([part.reshape(-1) for part in self._pieces_of(batch, self.rank)]), dst=0)
+        if self.rank:
+            return
+        shapes = hf_shapes(self.arch)
+        sample = self._values(next(iter(self.parameters.values()))[1])
+        whole = {name: sample.new_empty(shapes[name], requires_grad=False) for name in batch}
+        for rank in (0, *senders):
+            wanted = [(name, piece) for name, pieces in batch.items() for owner, _, piece in pieces if owner == rank]
+            parts = self._pieces_of(batch, 0) if rank == 0 else _receive(rank, [piece for _, piece in wanted], sample)
+            for (name, piece), part in zip(wanted, parts, strict=True):
+                target = whole[name][slice(*piece.rows)]
+                (target if piece.columns is None else target[:, slice(*piece.columns)]).copy_(part)
+        yield from whole.items()
+
+    def _pieces_of(self, batch: dict[str, list[tuple[int, str, Piece]]], rank: int) -> list[Tensor]:
+        return [
+            self._values(self.parameters[parameter][1])[slice(*piece.at)]
+            for pieces in batch.values()
+            for owner, parameter, piece in pieces
+            if owner == rank
+        ]
+
+
+def _receive(rank: int, pieces: list[Piece], like: Tensor) -> list[Tensor]:
+    sizes = [torch.Size(piece.shape).numel() for piece in pieces]
+    flat = like.new_empty(sum(sizes), requires_grad=False)
+    dist.recv(flat, src=rank)
+    return [part.view(piece.shape) for part, piece in zip(flat.split(sizes), pieces, strict=True)]
+
+
+def global_name(local_name: str, layers: range, first_expert: int) -> str:
+    """The table's name of a parameter of a model chunk, in either layer spec.
+
+    `decoder.layers.0.mlp.experts.local_experts.1.linear_fc1.weight` on a chunk that starts at layer 12 and expert 4 is
+    `decoder.layers.12.mlp.experts.5.linear_fc1.weight`; so is Transformer Engine's `....experts.linear_fc1.weight1`.
+    """
+    name = re.sub(r"^decoder\.layers\.(\d+)\.", lambda m: f"decoder.layers.{layers[int(m[1])]}.", local_name)
+    name = re.sub(r"\.local_experts\.(\d+)\.", lambda m: f".{first_expert + int(m[1])}.", name)
+    name = re.sub(
+        r"\.experts\.(linear_fc[12])\.weight(\d+)$",
+        lambda m: f".experts.{first_expert + int(m[2])}.{m[1]}.weight",
+        name,
+    )
+    name = name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight")
+    return name.replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
+
+
+def random_pieces(arch: Architecture, seed: int) -> ReadPiece:
+    """A reader of random weights that depend on the seed and the tensor's name, so on no layout."""
+    shapes = hf_shapes(arch)
+
+    def read(piece: Piece) -> Tensor:
+        shape = shapes[piece.tensor]
+        if len(shape) == 1:
+            return torch.ones(piece.shape)
+        digest = hashlib.sha256(f"{seed}/{piece.tensor}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        whole = torch.empty(shape).normal_(0.0, arch.initializer_range, generator=generator)
+        return whole[slice(*piece.rows), slice(*(piece.columns or (0, 1)))]
+
+    return read
+
+
+def safetensors_pieces(directory: Path, arch: Architecture) -> ReadPiece:
+    """A reader of a Hugging Face directory that touches only the bytes it is asked for.
+
+    Raises:
+        ValueError: names or shapes that do not fit the architecture, all of them in one sentence.
+    """
+    files = _files_of(directory)
+    handles = {path: safe_open(path, framework="pt") for path in sorted(set(files.values()))}
+    shapes = hf_shapes(arch)
+    faults = [f"{name} is missing" for name in shapes if name not in files]
+    faults += [f"{name} is unknown" for name in files if name not in shapes]
+    for name in shapes.keys() & files.keys():
+        found = tuple(handles[files[name]].get_slice(name).get_shape())
+        if found != shapes[name]:
+            faults.append(f"{name} has shape {found}, expected {shapes[name]}")
+    if faults:
+        raise ValueError(f"{directory} does not hold this model: {'; '.join(sorted(faults))}")
+
+    def read(piece: Piece) -> Tensor:
+        view = handles[files[piece.tensor]].get_slice(piece.tensor)
+        rows = slice(*piece.rows)
+        return view[rows] if piece.columns is None else view[rows, slice(*piece.columns)]
+
+    return read
+
+
+def _files_of(directory: Path) -> dict[str, Path]:
+    index = directory / INDEX_FILE
+    if index.is_file():
+        return {name: directory / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    single = directory / "model.safetensors"
+    if not single.is_file():
+        raise ValueError(
+            f"{directory} has neither {INDEX_FILE} nor model.safetensors; name a Hugging Face model directory"
+        )
+    with safe_open(single, framework="pt") as handle:
+        return dict.fromkeys(handle.keys(), single)
+
+
+def save_hf(tensors: Iterator[tuple[str, Tensor]], directory: Path) -> None:
+    """Write tensors as they come into numbered safetensors files with an index, at most SHARD_BYTES each."""
+    directory.mkdir(parents=True, exist_ok=True)
+    shards: list[list[str]] = []
+    held: dict[str, Tensor] = {}
+    total = 0
+
+    def flush() -> None:
+        save_file(held, directory / f"model-{len(shards) + 1:05d}.safetensors", metadata={"format": "pt"})
+        shards.append(list(held))
+        held.clear()
+
+    for name, tensor in tensors:
+        if held and sum(part.nbytes for part in held.values()) + tensor.nbytes > SHARD_BYTES:
+            flush()
+        held[name] = tensor.cpu().contiguous()
+        total += tensor.nbytes
+    flush()
+    weight_map = {name: f"model-{number:05d}.safetensors" for number, names in enumerate(shards, 1) for name in names}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=1))

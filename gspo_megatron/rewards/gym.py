@@ -1,0 +1,23 @@
+"""The own scorer of a reasoning-gym task."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any
+
+from gspo_megatron.config.schema import DataSection
+from gspo_megatron.types import Problem
+
+
+def score(data: DataSection, problem: Problem, text: str) -> float:
+    """The task's score; many tasks give part marks to a text that contains the answer ("9912" for 912 gets 0.75)."""
+    return _task(data.task, json.dumps(data.options, sort_keys=True)).score_answer(text, problem.reference)
+
+
+@lru_cache(maxsize=4)
+def _task(name: str | None, options: str) -> Any:
+    """The task's dataset object, which holds its scorer; made once a process."""
+    import reasoning_gym
+
+    return reasoning_gym.create_dataset(name, seed=0, **json.loads(options))

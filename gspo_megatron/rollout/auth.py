@@ -1,0 +1,57 @@
+"""The job key: one secret a job, in the environment only, asked for on every path of every role but `/health`."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from typing import Any
+
+KEY_VARIABLE = "GSPO_JOB_KEY"
+OPEN_PATH = "/health"
+REFUSAL = "this request does not carry the job key"
+REFUSAL_BODY = b'{"error": "%s"}' % REFUSAL.encode()
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Any]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+
+def read_key() -> str:
+    """The job key. Exits with a sentence where there is none: a role without a guard must not start."""
+    key = os.environ.get(KEY_VARIABLE, "")
+    if not key:
+        raise SystemExit(f"{KEY_VARIABLE} is not set; start this role through `gspo train`, which makes a key a job")
+    return key
+
+
+def key_header(key: str) -> dict[str, str]:
+    """The request header that carries the key."""
+    return {"Authorization": f"Bearer {key}"}
+
+
+def has_key(headers: Mapping[str, str], key: str) -> bool:
+    """Whether a request with these headers belongs to the job; takes the same time for every wrong key."""
+    return secrets.compare_digest(headers.get("Authorization", "").encode(), f"Bearer {key}".encode())
+
+
+class KeyGuard:
+    """ASGI middleware for vLLM's server, whose own key leaves the control plane open."""
+
+    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+        self.app = app
+        self.key = read_key()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan" or (scope["type"] == "http" and scope["path"] == OPEN_PATH):
+            await self.app(scope, receive, send)
+            return
+        headers = {name.decode("latin1").title(): value.decode("latin1") for name, value in scope["headers"]}
+        if scope["type"] == "http" and has_key(headers, self.key):
+            await self.app(scope, receive, send)
+        elif scope["type"] == "http":
+            json = [(b"content-type", b"application/json")]
+            await send({"type": "http.response.start", "status": 401, "headers": json})
+            await send({"type": "http.response.body", "body": REFUSAL_BODY})
+        else:
+            await send({"type": "websocket.close", "code": 1008})

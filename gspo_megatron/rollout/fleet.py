@@ -1,0 +1,67 @@
+"""The servers of a run: which of them serve, and why the others do not."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+from gspo_megatron.rollout.client import ServerClient
+
+log = logging.getLogger(__name__)
+
+
+class Refused(RuntimeError):
+    """What the controller cannot or will not do; one sentence, sent to the caller as it is."""
+
+
+class Fleet:
+    """All servers of a run. A server that is dropped never serves again."""
+
+    def __init__(self, servers: Sequence[ServerClient]) -> None:
+        self.servers = tuple(servers)
+
+    @property
+    def live(self) -> list[ServerClient]:
+        """The servers in use, in the order of the command line."""
+        return [server for server in self.servers if not server.fault]
+
+    def drop(self, server: ServerClient, reason: str) -> None:
+        """Take a server out for good. Raises Refused with the reason if it was the last one."""
+        if not server.fault:
+            server.fault = reason
+            log.error("server %s is taken out: %s", server.url, reason)
+        if not self.live:
+            raise Refused(f"no server is left: {reason}")
+
+    def faults(self) -> dict[str, str]:
+        """By address: why a server is out, or an empty text."""
+        return {server.url: server.fault for server in self.servers}
+
+    async def wait_healthy(self, timeout: float) -> None:
+        """Wait until every server answers its health check. Raises Refused naming the first that does not."""
+        deadline = asyncio.get_running_loop().time() + timeout
+        for server in self.servers:
+            while not await server.is_healthy():
+                if asyncio.get_running_loop().time() > deadline:
+                    raise Refused(
+                        f"server {server.url} did not answer its health check within "
+                        f"rollout.start_timeout={timeout:g} s; its log says why"
+                    )
+                await asyncio.sleep(0.25)
+
+    @asynccontextmanager
+    async def watched(self) -> AsyncIterator[None]:
+        """While the body samples, give up servers that make no progress."""
+        watchers = [asyncio.create_task(server.watch()) for server in self.live]
+        try:
+            yield
+        finally:
+            for watcher in watchers:
+                watcher.cancel()
+
+    async def close(self) -> None:
+        """Close all connections."""
+        for server in self.servers:
+            await server.close()

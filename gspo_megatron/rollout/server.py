@@ -1,0 +1,162 @@
+"""Role entry of one vLLM server: `python -m gspo_megatron.rollout.server --run-dir DIR --index K --host H --port P`.
+
+The weights come with the first live update: the server starts from DIR/model/config.json and random values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+from gspo_megatron.config.loading import RecipeError, load_resolved
+from gspo_megatron.config.schema import Recipe
+from gspo_megatron.rollout import plugin
+from gspo_megatron.rollout.auth import read_key
+from gspo_megatron.rollout.processes import bind_forked_children, die_with_parent
+
+MODEL_NAME = "policy"
+GIB = 1 << 30
+MIN_STEP_TOKENS = 8192
+"""Prompt tokens that one engine step takes in where there is no GPU."""
+
+
+def main() -> None:
+    """Serve until the parent ends or SIGTERM comes; exit 1 with one sentence if the server cannot start."""
+    die_with_parent()
+    arguments = _read_arguments()
+    read_key()
+    try:
+        recipe = load_resolved(arguments.run_dir / "recipe.resolved.yaml")
+    except RecipeError as error:
+        raise SystemExit(f"rollout server {arguments.index}: {error}") from None
+    model = arguments.run_dir / "model"
+    if not (model / "config.json").is_file():
+        missing = model / "config.json"
+        raise SystemExit(f"rollout server {arguments.index}: {missing} does not exist; write the model there first")
+    refuse_used_port(arguments.host, arguments.port)
+    prepare_environment(arguments.index)
+    serve(vllm_arguments(recipe, model, arguments.host, arguments.port), arguments.index)
+
+
+def _read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m gspo_megatron.rollout.server", description=__doc__)
+    parser.add_argument("--run-dir", type=Path, required=True, help="holds recipe.resolved.yaml and model/")
+    parser.add_argument("--index", type=int, required=True, help="which server of the run this is, from 0")
+    parser.add_argument("--host", required=True, help="address to listen on; one of the job's own")
+    parser.add_argument("--port", type=int, required=True, help="port to listen on")
+    return parser.parse_args()
+
+
+def refuse_used_port(host: str, port: int) -> None:
+    """Exit with a sentence, before the slow imports, if nothing can listen there."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise SystemExit(f"cannot listen on {host}:{port}: {reason}; choose a free port of this host") from None
+
+
+def prepare_environment(index: int) -> None:
+    """What vLLM and its libraries read from the environment; must run before vllm is imported."""
+    os.environ[plugin.SERVER_VARIABLE] = str(index)
+    os.environ["VLLM_SERVER_DEV_MODE"] = "1"
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    # The server closes idle connections after 5 s by default, and a request that is just being sent on one is lost.
+    os.environ["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] = "86400"
+    # Whole GiB only, and it would override the byte-exact argument.
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    # By default every server pins its workers to core 0.
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+
+def vllm_arguments(recipe: Recipe, model: Path, host: str, port: int) -> list[str]:
+    """vLLM's command line for this recipe, device arguments left out."""
+    rollout = recipe.rollout
+    return [
+        f"--model={model}",
+        f"--served-model-name={MODEL_NAME}",
+        f"--host={host}",
+        f"--port={port}",
+        f"--dtype={recipe.model.dtype}",
+        f"--seed={recipe.run.seed}",
+        f"--tensor-parallel-size={rollout.tensor_parallel}",
+        f"--max-model-len={rollout.max_prompt_tokens + rollout.max_answer_tokens}",
+        f"--max-num-seqs={rollout.max_concurrency}",
+        "--load-format=dummy",
+        "--skip-tokenizer-init",
+        # A model directory's generation_config would silently become the sampler.
+        "--generation-config=vllm",
+        "--logprobs-mode=processed_logprobs",
+        "--enable-prefix-caching",
+        "--enable-scale-out",
+        "--disable-uvicorn-access-log",
+        "--middleware=gspo_megatron.rollout.auth.KeyGuard",
+        "--worker-extension-cls=gspo_megatron.rollout.worker.WorkerExtension",
+        f"--weight-transfer-config={json.dumps({'backend': plugin.BACKEND})}",
+        *_device_arguments(recipe),
+    ]
+
+
+def _device_arguments(recipe: Recipe) -> list[str]:
+    import torch
+
+    if torch.cuda.is_available():
+        return [f"--gpu-memory-utilization={recipe.rollout.gpu_memory_fraction}"]
+    context = recipe.rollout.max_prompt_tokens + recipe.rollout.max_answer_tokens
+    return [
+        "--enforce-eager",
+        f"--kv-cache-memory-bytes={int(recipe.rollout.kv_cache_gib * GIB)}",
+        # vllm 0.32 dies on a seeded request whose prompt is cut into chunks ("CPU Generator does not use offset").
+        "--no-enable-chunked-prefill",
+        f"--max-num-batched-tokens={max(MIN_STEP_TOKENS, context)}",
+    ]
+
+
+def fork_workers() -> None:
+    """Let vLLM's CPU platform fork its processes instead of importing everything again in each: 17 s instead of 45."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = CpuPlatform.check_and_update_config.__func__
+
+    def check_and_update_config(cls: type[CpuPlatform], vllm_config: object) -> None:
+        original(cls, vllm_config)
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)  # type: ignore[assignment]
+
+
+def serve(arguments: list[str], index: int) -> None:
+    """Run vLLM's own API server in this process."""
+    import uvloop
+    from vllm.entrypoints.launchers.api_server.entry import run_server
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.platforms import current_platform
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    if current_platform.is_cpu():
+        fork_workers()
+    bind_forked_children()
+    plugin.register()
+    parsed: argparse.Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)  # type: ignore[assignment]
+    validate_parsed_serve_args(parsed)
+    try:
+        uvloop.run(run_server(parsed))
+    except KeyboardInterrupt:
+        sys.exit(0)
+    # Whatever ends the engine ends this role; its own words are the reason.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"rollout server {index} died: {type(error).__name__}: {reason}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""The weight update as a state machine, driven by the trainer's two calls.
+
+    begin    pause every server -> take its model apart -> let it receive, while the trainer sends
+    finish   reception complete -> checksum of what was received = the trainer's -> model together, labelled
+             -> prefix cache forgotten -> engine runs for the canary only -> probe log-probs = the trainer's -> open
+
+A server that fails anywhere is dropped: until a complete update it would serve mixed weights or die. A `begin` that
+comes while an update is under way abandons that one and starts over with the servers that are still there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from gspo_megatron.config.schema import WeightUpdateSection
+from gspo_megatron.rollout.client import ServerClient, ServerError
+from gspo_megatron.rollout.fleet import Fleet, Refused
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A fixed token sequence that both sides score after every update."""
+
+    token_ids: list[int]
+    """[length] ids."""
+    logprobs: list[float]
+    """[length - 1], the trainer's log-probs of token_ids[1:] at temperature 1."""
+
+
+@dataclass(slots=True)
+class _Flight:
+    """An update between `begin` and `finish`."""
+
+    version: int
+    started: float
+    receptions: dict[ServerClient, asyncio.Task[dict[str, Any]]] = field(default_factory=dict)
+
+
+class WeightUpdater:
+    """Brings new weights to every server of a fleet."""
+
+    def __init__(self, fleet: Fleet, settings: WeightUpdateSection, host: str) -> None:
+        """
+        Args:
+            fleet: the servers.
+            settings: bucket size, time limit and the canary's bound.
+            host: this controller's address as the trainer and the servers reach it.
+        """
+        self.version: int | None = None
+        """Version that every live server holds and was checked for; None before the first update and during one."""
+        self._newest = -1
+        self._fleet = fleet
+        self._settings = settings
+        self._host = host
+        self._store: Any = None
+        self._flight: _Flight | None = None
+        self._members: list[ServerClient] = []
+        self._group = 0
+
+    async def open_store(self) -> None:
+        """Start the rendezvous store of the transfer group."""
+
+        def listen() -> Any:
+            from torch.distributed import TCPStore  # 2 s of import, in a thread while the servers start
+
+            return TCPStore(self._host, 0, is_master=True, wait_for_workers=False)
+
+        self._store = await asyncio.to_thread(listen)
+
+    async def begin(self, version: int, manifest: list[Any]) -> dict[str, Any]:
+        """Make every server receive; the answer is the `Ticket` with which the trainer joins them."""
+        if version <= self._newest:
+            raise Refused(f"weights of version {version} cannot follow version {self._newest}; versions only grow")
+        self.version = None
+        if self._flight is not None:
+            self._abandon()
+        await self._each(self._fleet.live, self._take_apart)
+        members = self._fleet.live
+        if members != self._members:
+            self._members, self._group = members, self._group + 1
+        sizes = [await server.world_size() for server in members]
+        settings = self._settings
+        ticket = {
+            "store_host": self._host,
+            "store_port": self._store.port,
+            "world_size": 1 + sum(sizes),
+            "group": f"weights-{self._group}",
+            "bucket_mib": settings.bucket_mib,
+            "timeout": settings.timeout,
+        }
+        self._flight = _Flight(version, time.monotonic())
+        for index, server in enumerate(members):
+            reception = server.receive_weights(ticket, 1 + sum(sizes[:index]), manifest, settings.timeout)
+            self._flight.receptions[server] = asyncio.create_task(reception)
+        return ticket
+
+    async def finish(self, version: int, checksum: int, probes: list[Probe]) -> dict[str, Any]:
+        """Check what the servers received, make it their model, check the model, open.
+
+        Returns:
+            `largest` and `mean` |log-prob difference| over all probes and servers, `seconds` since `begin`, and
+            `servers`: the same by address with the seconds and the number of tensors received.
+        """
+        flight = self._flight
+        if flight is None or flight.version != version:
+            raise Refused(f"no update to version {version} is under way; call /weights/begin first")
+        await asyncio.wait(flight.receptions.values())
+        self._flight = None
+        received = await self._each(list(flight.receptions), flight.receptions.__getitem__)
+        for server, report in received.items():
+            if report["checksum"] != str(checksum):
+                self._drop(
+                    server,
+                    f"server {server.url} received weights with checksum {report['checksum']} where the trainer sent "
+                    f"{checksum}; it is not used for version {version}",
+                )
+        whole = [server for server in received if not server.fault]
+        await self._each(whole, lambda server: self._put_together(server, version))
+        running = [server for server in whole if not server.fault]
+        canaries = await self._each(running, lambda server: self._canary(server, version, probes))
+        self.version = self._newest = version
+        everywhere = [difference for differences in canaries.values() for difference in differences]
+        servers = {
+            server.url: {**_summary(differences), **{name: received[server][name] for name in ("seconds", "tensors")}}
+            for server, differences in canaries.items()
+        }
+        return {**_summary(everywhere), "seconds": time.monotonic() - flight.started, "servers": servers}
+
+    async def _take_apart(self, server: ServerClient) -> None:
+        await server.pause()
+        await server.start_update()
+
+    async def _put_together(self, server: ServerClient, version: int) -> None:
+        await server.finish_update(version, self._settings.timeout)
+        await server.reset_prefix_cache()
+        await server.resume()
+
+    async def _canary(self, server: ServerClient, version: int, probes: list[Probe]) -> list[float]:
+        """|log-prob difference| of every probe token; only the canary's own requests reach the server here."""
+        differences: list[float] = []
+        bound = self._settings.canary_bound
+        for number, probe in enumerate(probes):
+            theirs = await server.score(probe.token_ids)
+            if len(theirs) != len(probe.logprobs):
+                raise Refused(
+                    f"probe {number} has {len(theirs) + 1} tokens and {len(probe.logprobs)} log-probs; send one fewer"
+                )
+            for position, (a, b) in enumerate(zip(theirs, probe.logprobs, strict=True), start=1):
+                # A NaN compares as false, and must be refused.
+                if not abs(a - b) <= bound:
+                    raise ServerError(
+                        f"the canary refuses version {version} on server {server.url}: the log-prob of probe {number}, "
+                        f"token {position} is {a:.6g} there and {b:.6g} in the trainer, a difference above "
+                        f"weight_update.canary_bound={bound:g}; the two do not hold the same weights"
+                    )
+                differences.append(abs(a - b))
+        return differences
+
+    async def _each(
+        self, servers: list[ServerClient], step: Callable[[ServerClient], Awaitable[T]]
+    ) -> dict[ServerClient, T]:
+        """Run a step on all servers at once; those that fail are dropped."""
+        results = await asyncio.gather(*(step(server) for server in servers), return_exceptions=True)
+        done: dict[ServerClient, T] = {}
+        for server, result in zip(servers, results, strict=True):
+            if isinstance(result, ServerError):
+                self._drop(server, str(result))
+            elif isinstance(result, BaseException):
+                raise result
+            else:
+                done[server] = result
+        return done
+
+    def _drop(self, server: ServerClient, reason: str) -> None:
+        # The group has a dead member now: the next update needs a new one.
+        self._members = []
+        self._fleet.drop(server, reason)
+
+    def _abandon(self) -> None:
+        """Forget an update that broke on the way; its servers are still paused and get a complete one."""
+        assert self._flight is not None
+        for reception in self._flight.receptions.values():
+            reception.cancel()
+        self._flight = None
+        self._members = []
+
+
+def _summary(differences: list[float]) -> dict[str, float]:
+    if not differences:
+        return {"largest": math.nan, "mean": math.nan}
+    return {"largest": max(differences), "mean": sum(differences) / len(differences)}

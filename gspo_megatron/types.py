@@ -1,0 +1,126 @@
+"""The data contracts: what the roles hand to each other.
+
+Frozen, free of torch, one docstring a field with its shape, its unit and an example. Ids in and out
+everywhere: a text is tokenized once, when it becomes a prompt, and never again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+StopReason = Literal["stop", "length", "repetition", "abort"]
+Severity = Literal["error", "warning", "info"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that `gspo plan`, a loader or a running job has to say about a recipe."""
+
+    code: str
+    """Stable name, kebab-case: `clip-too-wide`."""
+    severity: Severity
+    """`error` stops the run before it starts, `warning` needs a reason, `info` is only said."""
+    key: str
+    """The dotted recipe key it is about: `objective.clip_high`."""
+    message: str
+    """What is wrong, with the numbers in it."""
+    fix: str
+    """What to do: `set objective.clip_high to about 4e-4`."""
+
+    def __str__(self) -> str:
+        return f"{self.severity} [{self.code}] {self.key}: {self.message}; {self.fix}"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A task with a checkable answer, before it is turned into tokens."""
+
+    id: str
+    """Unique and stable over runs: a hash of the question text."""
+    question: str
+    """What the model is asked, without any template: `Calculate 879 + 974.`"""
+    reference: dict[str, Any]
+    """What the scorer needs to judge an answer: `{"answer": "1853"}` or a reasoning-gym entry."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A problem at its place in the prompt stream, as token ids."""
+
+    index: int
+    """Position in the stream, from 0; never given twice in a run."""
+    problem: Problem
+    """The task itself."""
+    token_ids: tuple[int, ...]
+    """[prompt_length] ids, template included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of answer tokens that were sampled under one version of the weights."""
+
+    version: int
+    """Weight version; 0 = the weights the run started with."""
+    start: int
+    """First answer token of the segment."""
+    end: int
+    """One past its last answer token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One sampled answer, complete or partial."""
+
+    prompt_index: int
+    """`Prompt.index` of the prompt it answers."""
+    sample_index: int
+    """Which of the G answers to that prompt, 0..G-1."""
+    token_ids: np.ndarray
+    """[answer_length] int32, the stop token included when the sampler emitted one."""
+    logprobs: np.ndarray
+    """[answer_length] float32, what the sampler reported for each of them."""
+    segments: tuple[Segment, ...]
+    """Cover [0, answer_length) in order."""
+    stop_reason: StopReason
+    """`stop` = a stop token was sampled; `length` = cut at the answer limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRef:
+    """Metadata of a stored sample: all that the controller and the loop handle of it."""
+
+    path: str
+    """File name within the sample store of the run directory."""
+    prompt_index: int
+    """Group key: the answers to one prompt share it."""
+    sample_index: int
+    """Place in the group."""
+    prompt_length: int
+    """Tokens of the prompt."""
+    answer_length: int
+    """Tokens of the answer, stop token included."""
+    reward: float
+    """Score in [0, 1]."""
+    stop_reason: StopReason
+    """Why the answer ended."""
+    segments: tuple[Segment, ...]
+    """Weight versions of the answer's tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A training sequence: prompt and answer in one row of token ids."""
+
+    token_ids: np.ndarray
+    """[length] int32: prompt, then answer."""
+    loss_mask: np.ndarray
+    """[length] bool, True on trained tokens: the answer with its stop token; prompt and tool output are False."""
+    rollout_logprobs: np.ndarray
+    """[length] float32, the sampler's log-prob of each token; 0 where `loss_mask` is False."""
+    advantage: float
+    """The group advantage of the whole answer."""
+    ref: SampleRef
+    """Where it came from."""

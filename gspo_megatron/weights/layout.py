@@ -1,0 +1,118 @@
+"""Which rank holds what: the coordinates and the layers of every trainer rank, as plain arithmetic.
+
+Equal to megatron-core's `RankGenerator` with its default order `tp-cp-ep-dp-pp`; a test compares the two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Coordinates:
+    """Where one rank stands in each dimension of the layout."""
+
+    tensor: int
+    """Position among the tensor-parallel ranks; fastest varying."""
+    context: int
+    """Position among the context-parallel ranks."""
+    data: int
+    """Position among the data-parallel ranks."""
+    pipeline: int
+    """Pipeline stage; slowest varying."""
+    expert_tensor: int
+    """Position among the ranks that share one expert."""
+    expert: int
+    """Position among the expert-parallel ranks."""
+    expert_data: int
+    """Position among the replicas of one expert."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The parallel layout of the policy."""
+
+    world: int
+    """Trainer ranks."""
+    tensor: int = 1
+    """TP; sequence parallelism is on whenever it is above 1."""
+    pipeline: int = 1
+    """PP stages."""
+    virtual: int = 1
+    """Model chunks a stage."""
+    context: int = 1
+    """CP."""
+    expert: int = 1
+    """EP."""
+    expert_tensor: int = 1
+    """ETP."""
+    first_stage_layers: int | None = None
+    """Layers of the first stage when uneven."""
+    last_stage_layers: int | None = None
+    """Layers of the last stage when uneven."""
+
+    @property
+    def data(self) -> int:
+        """Data-parallel ranks of the attention side."""
+        return self.world // (self.tensor * self.pipeline * self.context)
+
+    @property
+    def expert_data(self) -> int:
+        """Replicas of each expert."""
+        return self.world // (self.expert * self.expert_tensor * self.pipeline)
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """Place of a global rank."""
+        stage_ranks = self.world // self.pipeline
+        within, pipeline = rank % stage_ranks, rank // stage_ranks
+        rest = within // self.tensor
+        expert_rest = within // self.expert_tensor
+        return Coordinates(
+            tensor=within % self.tensor,
+            context=rest % self.context,
+            data=rest // self.context,
+            pipeline=pipeline,
+            expert_tensor=within % self.expert_tensor,
+            expert=expert_rest % self.expert,
+            expert_data=expert_rest // self.expert,
+        )
+
+    def stage_sizes(self, num_layers: int) -> list[int]:
+        """Layers of each pipeline stage.
+
+        Raises:
+            ValueError: layers that do not divide, with the numbers and the mend.
+        """
+        sizes: list[int | None] = [None] * self.pipeline
+        if self.first_stage_layers is not None:
+            sizes[0] = self.first_stage_layers
+        if self.last_stage_layers is not None:
+            sizes[-1] = self.last_stage_layers
+        free = sizes.count(None)
+        left = num_layers - sum(size for size in sizes if size is not None)
+        if left < free or (free and left % free) or (not free and left):
+            raise ValueError(
+                f"{num_layers} layers over pipeline_parallel={self.pipeline} leave {left % free if free else left}; "
+                "set first_stage_layers and last_stage_layers"
+            )
+        filled = [size if size is not None else left // free for size in sizes]
+        for size in filled:
+            if size % self.virtual:
+                raise ValueError(
+                    f"a stage of {size} layers does not divide by virtual_pipeline={self.virtual}; choose a divisor"
+                )
+        return filled
+
+    def layers(self, num_layers: int, stage: int, chunk: int = 0) -> range:
+        """Global layer numbers, from 0, of one model chunk of one stage (interleaved order)."""
+        sizes = [size // self.virtual for size in self.stage_sizes(num_layers)]
+        start = chunk * sum(sizes) + sum(sizes[:stage])
+        return range(start, start + sizes[stage])
+
+    def place_of_layer(self, num_layers: int, layer: int) -> tuple[int, int]:
+        """(stage, chunk) that holds a global layer."""
+        for chunk in range(self.virtual):
+            for stage in range(self.pipeline):
+                if layer in self.layers(num_layers, stage, chunk):
+                    return stage, chunk
+        raise ValueError(f"layer {layer} is not one of {num_layers} layers")

@@ -1,0 +1,37 @@
+"""What decides whether a test runs here: its markers, the machine, and --slow."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        reason = why_not(item, slow=config.getoption("--slow"))
+        if reason:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def why_not(item: pytest.Item, slow: bool) -> str | None:
+    """The sentence a skipped test shows, or None for one that runs."""
+    if item.get_closest_marker("slow") and not slow:
+        return "it takes more than a minute: run it with --slow"
+    if item.get_closest_marker("multi_gpu") and count_gpus() < 2:
+        return f"it needs two NVIDIA GPUs and torch sees {count_gpus()}"
+    if item.get_closest_marker("gpu") and count_gpus() < 1:
+        return "it needs an NVIDIA GPU and torch sees none"
+    return None
+
+
+@functools.cache
+def count_gpus() -> int:
+    # Imported late: torch takes seconds, and most runs hold no test that asks.
+    import torch
+
+    return torch.cuda.device_count()

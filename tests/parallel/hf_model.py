@@ -1,0 +1,99 @@
+"""The oracle of the policy tests: transformers' Qwen3-MoE in float64, each sequence run alone.
+
+Its inner float32 casts (norms, softmax) are neutralised, else it is only good to 5e-7. Rotary tables stay float32, as
+in Megatron.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from gspo_megatron.config.model import Architecture
+from gspo_megatron.weights.table import Piece, hf_shapes
+
+
+class KeepDouble(TorchFunctionMode):
+    """Inside, a float64 tensor is never cast to float32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        double = bool(args) and isinstance(args[0], torch.Tensor) and args[0].dtype is torch.float64
+        if double and func is torch.Tensor.float:
+            return args[0]
+        if double and func is torch.Tensor.to:
+            args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+        if double and kwargs.get("dtype") is torch.float32:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+def read_whole(read: Any, arch: Architecture) -> dict[str, torch.Tensor]:
+    """Every tensor of a reader of pieces, whole."""
+    return {
+        name: read(Piece(name, (0, shape[0]), (0, shape[1]) if len(shape) > 1 else None, (0, shape[0])))
+        for name, shape in hf_shapes(arch).items()
+    }
+
+
+def build_oracle(arch: Architecture, tensors: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """transformers' model with these weights, in float64."""
+    values = arch.to_hugging_face("float64")
+    for name in ("architectures", "dtype", "model_type"):
+        values.pop(name)
+    moe = bool(arch.num_experts)
+    config = (Qwen3MoeConfig if moe else Qwen3Config)(**values)
+    config._attn_implementation = "eager"
+    config._experts_implementation = "eager"
+    model = (Qwen3MoeForCausalLM if moe else Qwen3ForCausalLM)(config)
+    inv_freq = model.model.rotary_emb.inv_freq.clone()
+    model = model.to(torch.float64)
+    model.model.rotary_emb.inv_freq = inv_freq
+    model.load_state_dict(stack_experts(arch, {name: t.double() for name, t in tensors.items()}))
+    return model
+
+
+def stack_experts(arch: Architecture, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """transformers 5 holds the experts of a layer in two stacked tensors."""
+    stacked = dict(tensors)
+    for layer in range(arch.num_hidden_layers if arch.num_experts else 0):
+        prefix = f"model.layers.{layer}.mlp.experts."
+        parts = {
+            kind: [stacked.pop(f"{prefix}{expert}.{kind}_proj.weight") for expert in range(arch.num_experts)]
+            for kind in ("gate", "up", "down")
+        }
+        both = [torch.cat(pair) for pair in zip(parts["gate"], parts["up"], strict=True)]
+        stacked[prefix + "gate_up_proj"] = torch.stack(both)
+        stacked[prefix + "down_proj"] = torch.stack(parts["down"])
+    return stacked
+
+
+def gradients(arch: Architecture, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Gradients under the names of the checkpoint, experts unstacked."""
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+        if name.endswith("experts.gate_up_proj"):
+            for expert, both in enumerate(gradient):
+                prefix = f"{name.removesuffix('gate_up_proj')}{expert}."
+                found[prefix + "gate_proj.weight"], found[prefix + "up_proj.weight"] = both.chunk(2)
+        elif name.endswith("experts.down_proj"):
+            for expert, one in enumerate(gradient):
+                found[f"{name.removesuffix('down_proj')}{expert}.down_proj.weight"] = one
+        else:
+            found[name] = gradient
+    return found
+
+
+def token_logprobs(model: torch.nn.Module, sequences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """For each sequence [L] the log-probs [L-1] of its tokens after the first."""
+    found = []
+    with KeepDouble():
+        for sequence in sequences:
+            logits = model(sequence[None]).logits[0]
+            found.append(logits.log_softmax(-1)[:-1].gather(1, sequence[1:, None])[:, 0])
+    return found

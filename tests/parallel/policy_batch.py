@@ -1,0 +1,33 @@
+"""The batch of the policy tests, the same in every rank and in the oracle."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from gspo_megatron.types import Sample, SampleRef
+
+SEED = 3
+SEQUENCES = [(9, 4), (31, 20), (5, 2), (17, 8), (12, 0), (7, 6), (22, 1), (14, 7)]
+"""(length, trained tokens); one is fully masked, one has a single trained token."""
+SLOTS = [[0], [1, 2, 3], [4], [5, 6, 7]]
+"""Uneven micro-batches; one holds the fully masked sequence alone, so some ranks have nothing trained."""
+
+
+def make_samples(vocab_size: int) -> list[Sample]:
+    """The same ragged batch everywhere."""
+    generator = np.random.default_rng(SEED)
+    samples = []
+    for index, (length, trained) in enumerate(SEQUENCES):
+        mask = np.zeros(length, dtype=bool)
+        mask[length - trained :] = trained > 0
+        ref = SampleRef("", index, 0, length - trained, trained, 0.0, "stop", ())
+        token_ids = generator.integers(0, vocab_size, length).astype(np.int32)
+        samples.append(Sample(token_ids, mask, np.zeros(length, np.float32), float(generator.choice([-1.0, 0.5, 1.0])), ref))
+    return samples
+
+
+def old_logprobs(trained: int, index: int) -> torch.Tensor:
+    """[trained] fixed offsets that make ratios differ from 1 on both sides of the band."""
+    generator = torch.Generator().manual_seed(100 + index)
+    return 0.02 * torch.randn(trained, generator=generator, dtype=torch.float64)
