@@ -46,7 +46,7 @@ def train(path: Path, overrides: Sequence[str]) -> int:
     ranks = recipe.trainer.ranks or count_gpus() or 2
     run_dir = prepare_run(recipe)
     print(
-        f"{recipe.run.name}: {ranks} trainer ranks, {recipe.rollout.servers} rollout server(s); all of it goes to {run_dir}"
+        f"{recipe.run.name}: {ranks} trainer ranks, {recipe.rollout.servers} rollout server(s), all goes to {run_dir}"
     )
     attempt = 1 + sum(1 for _ in (run_dir / "logs").glob("attempt_*"))
     return run_roles(plan_roles(recipe, run_dir, ranks), run_dir / "logs" / f"attempt_{attempt}")

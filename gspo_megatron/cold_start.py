@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,7 +16,7 @@ from gspo_megatron.data.stream import PromptStream
 from gspo_megatron.data.tokenizers import load_tokenizer
 from gspo_megatron.policy.microbatch import MicroBatch
 from gspo_megatron.policy.policy import LossFunction, OptimizerSettings, Scored
-from gspo_megatron.policy.weights import random_pieces, safetensors_pieces, save_hf
+from gspo_megatron.policy.weights import random_pieces, safetensors_pieces
 from gspo_megatron.trainer import Trainer
 
 
@@ -34,14 +32,14 @@ def prepare_weights(trainer: Trainer) -> None:
         policy.load(source)
         return
     cached = recipe.cold_start.cache / cache_key(recipe)
-    have = [(cached / "COMPLETE").is_file()]
+    have = [(cached / "config.json").is_file()]
     dist.broadcast_object_list(have, src=0)
     if not have[0]:
         policy.load(
             safetensors_pieces(recipe.model.path, arch) if recipe.model.path else random_pieces(arch, recipe.run.seed)
         )
         fine_tune(trainer, recipe.cold_start)
-        _publish(trainer, cached)
+        policy.save(cached)
     policy.load(safetensors_pieces(cached, arch))
     trainer.log.say(f"cold start: {cached}{' (cached)' if have[0] else ''}")
 
@@ -92,19 +90,3 @@ def _cross_entropy(tokens: int) -> LossFunction:
         return -torch.where(batch.loss_mask, scored.logprobs, 0.0).sum() / tokens, {}
 
     return loss
-
-
-def _publish(trainer: Trainer, directory: Path) -> None:
-    """Write beside the final name, then rename: a half-written cache is never picked up."""
-    tensors = trainer.policy.export()
-    if dist.get_rank() == 0:
-        partial = directory.with_name(directory.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        save_hf(tensors, partial)
-        (partial / "COMPLETE").touch()
-        shutil.rmtree(directory, ignore_errors=True)
-        partial.rename(directory)
-    else:
-        for _ in tensors:
-            pass
-    dist.barrier()

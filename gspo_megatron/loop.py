@@ -11,14 +11,14 @@ import torch
 import torch.distributed as dist
 
 from gspo_megatron.cold_start import prepare_weights
-from gspo_megatron.config import load_resolved
+from gspo_megatron.config import RecipeError, load_resolved
 from gspo_megatron.metrics import RunLog
 from gspo_megatron.policy import mesh
 from gspo_megatron.policy.policy import Policy
-from gspo_megatron.policy.weights import save_hf
 from gspo_megatron.report.plot import write_plot, write_report
-from gspo_megatron.rollout.link import ControllerLink
+from gspo_megatron.rollout.link import ControllerError, ControllerLink
 from gspo_megatron.rollout.processes import die_with_parent
+from gspo_megatron.rollout.transfer import TransferError
 from gspo_megatron.trainer import Trainer
 
 
@@ -27,6 +27,7 @@ def train(trainer: Trainer) -> None:
     recipe, log = trainer.recipe, trainer.log
     prepare_weights(trainer)
     trainer.start_reinforcement()
+    trainer.wait_for_servers()
     trainer.sync()
     trainer.evaluate(step=0)
     for step in range(1, recipe.trainer.max_steps + 1):
@@ -64,21 +65,26 @@ def main() -> None:
     trainer = Trainer(recipe, arguments.run_dir, policy, link, log)
     with log:
         train(trainer)
-        tensors = policy.export()
+        policy.save(arguments.run_dir / "checkpoints" / "final")
         if first:
-            save_hf(tensors, arguments.run_dir / "checkpoints" / "final")
             write_plot(arguments.run_dir)
             write_report(arguments.run_dir)
             (arguments.run_dir / "DONE").touch()
             log.finish(arguments.run_dir)
-        else:
-            for _ in tensors:
-                pass
     dist.barrier()
+
+
+def end(code: int) -> None:
+    """Leave without destructors: libraries hold threads and process groups whose end may hang."""
     sys.stdout.flush()
-    # Libraries leave threads and process groups behind whose destructors may hang; nothing of ours is left to do.
-    os._exit(0)
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (RecipeError, ControllerError, TransferError, OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        end(1)
+    end(0)

@@ -77,6 +77,12 @@ class Trainer:
             OptimizerSettings(wanted.lr, wanted.betas, wanted.eps, wanted.weight_decay, wanted.clip_grad)
         )
 
+    def wait_for_servers(self) -> None:
+        """Wait until the controller and all its servers answer."""
+        limit = self.recipe.rollout.start_timeout
+        with self.log.time("start_servers"), self.log.progress("servers", self.recipe.rollout.servers) as bar:
+            self.on_first_rank(lambda link: link.wait_ready(limit, lambda status: bar.update(count_ready(status))))
+
     def sync(self) -> None:
         """Bring the present weights to every server as a new version and prove that they arrived."""
         version = self.version + 1
@@ -249,3 +255,8 @@ def _untrained(token_ids: np.ndarray) -> Sample:
     ref = SampleRef("", 0, 0, len(token_ids), 0, 0.0, "stop", ())
     nothing = np.zeros(len(token_ids))
     return Sample(token_ids, nothing.astype(bool), nothing.astype(np.float32), 0.0, ref)
+
+
+def count_ready(status: dict[str, Any]) -> int:
+    """Servers that answered their health check, by the controller's status."""
+    return sum(not fault for fault in status["servers"].values()) if status["phase"] == "idle" else 0

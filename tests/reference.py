@@ -36,7 +36,9 @@ class Answer:
 # --- advantages --------------------------------------------------------------------------------------------------
 
 
-def advantages(rewards: Sequence[float], groups: Sequence[int], kind: str, ddof: int = 0, eps: float = 0.0) -> list[float]:
+def advantages(
+    rewards: Sequence[float], groups: Sequence[int], kind: str, ddof: int = 0, eps: float = 0.0
+) -> list[float]:
     """Group-relative advantages by their definitions."""
     members = {g: [r for r, h in zip(rewards, groups, strict=True) if h == g] for g in set(groups)}
     centered = [r - sum(members[g]) / len(members[g]) for r, g in zip(rewards, groups, strict=True)]
@@ -116,9 +118,13 @@ def gspo_token(answers: Sequence[Answer], low: float = 3e-4, high: float = 4e-4)
 
     def value(a: Answer) -> Tensor:
         s = sequence_ratio(a).detach()
-        return token_terms(
-            a, lambda a, t: clip(s * torch.exp(a.logp[t]) / torch.exp(a.logp[t]).detach(), a.advantage[t], low, high)
-        ) / a.length
+        return (
+            token_terms(
+                a,
+                lambda a, t: clip(s * torch.exp(a.logp[t]) / torch.exp(a.logp[t]).detach(), a.advantage[t], low, high),
+            )
+            / a.length
+        )
 
     return sequence_mean(answers, value)
 

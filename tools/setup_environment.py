@@ -183,7 +183,7 @@ def make_venv(uv: str, stack: str) -> None:
         roots = ", ".join(str(root) for root in pyenv_roots())
         raise SetupError(
             f"no Python 3.12 was found: tried python3.12 and python3 on the PATH, pyenv's versions in {roots}, and "
-            "uv's own download; install Python 3.12 (a package of your system, or `pyenv install 3.12`) and run this again"
+            "uv's own download; install it (a package of your system, or `pyenv install 3.12`) and run this again"
         )
     if made.returncode:
         raise SetupError(f"uv could not make .venv with {python}; its message is above")

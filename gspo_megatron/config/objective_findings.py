@@ -73,8 +73,8 @@ def _ratio(spec: ObjectiveSpec, updates: int | None, max_answer_tokens: int | No
     if spec.ratio_reference == "sampler" and spec.per_sequence and spec.clip_low < 2e-3 and spec.trust in _BANDED:
         yield _say(
             "sampler-reference-band", "warning", "ratio_reference",
-            f"clip_low={spec.clip_low:g} around the sampler's log-probs: at the 1.5e-3 nats a token by which two engines "
-            "differ on a mixture of experts, nearly every negative answer is clipped before the first update",
+            f"clip_low={spec.clip_low:g} around the sampler's log-probs: at the 1.5e-3 nats a token by which two "
+            "engines differ on a mixture of experts, nearly every negative answer is clipped before the first update",
             "use ratio_reference=recomputed",
         )  # fmt: skip
     if updates == 1 and spec.ratio_reference == "recomputed" and spec.trust in (*_BANDED, "log_clip", "soft_gate"):
@@ -146,7 +146,7 @@ def _kl(spec: ObjectiveSpec) -> Iterator[Finding]:
     if spec.kl == "k1" and spec.kl_in == "loss":
         yield _say(
             "kl-k1-in-loss", "error", "kl",
-            "the gradient of k1 has mean 0 on the policy's own samples, whatever the reference: in the loss it is noise",
+            "the gradient of k1 has mean 0 on the policy's own samples whatever the reference: in the loss it is noise",
             "use k2 or k3 in the loss, or kl_in=reward",
         )  # fmt: skip
     if spec.kl == "k3_unbiased" and spec.kl_in == "reward":

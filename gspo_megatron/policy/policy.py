@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +26,7 @@ from gspo_megatron.policy import mesh
 from gspo_megatron.policy.head import chosen_logprobs
 from gspo_megatron.policy.microbatch import MicroBatch, place
 from gspo_megatron.policy.model import build_chunks, record_margins
-from gspo_megatron.policy.weights import ReadPiece, ShardedWeights
+from gspo_megatron.policy.weights import ReadPiece, ShardedWeights, save_hf
 
 log = logging.getLogger(__name__)
 
@@ -181,6 +184,21 @@ class Policy:
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """Whole Hugging Face tensors on rank 0, nothing elsewhere; every rank must exhaust it."""
         return self.weights.export(self.recipe.weight_update.bucket_mib * 2**20)
+
+    def save(self, directory: Path) -> None:
+        """Write a Hugging Face checkpoint, under another name until it is whole."""
+        tensors = self.export()
+        if dist.get_rank() == 0:
+            partial = directory.with_name(directory.name + ".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            save_hf(tensors, partial)
+            arch = self.weights.arch.to_hugging_face(self.recipe.model.dtype)
+            (partial / "config.json").write_text(json.dumps(arch, indent=1))
+            shutil.rmtree(directory, ignore_errors=True)
+            partial.rename(directory)
+        for _ in tensors:
+            pass
+        dist.barrier()
 
     def sum_over_context(self, values: Tensor) -> Tensor:
         """Add a detached [S] tensor over the context-parallel ranks that share these sequences."""

@@ -218,7 +218,7 @@ class ServerClient:
     async def receive_weights(
         self, ticket: dict[str, Any], first_rank: int, manifest: list[Any], timeout: float
     ) -> dict[str, Any]:
-        """Join the transfer group and receive one update; the paused engine must have started it.
+        """Join the transfer group, take the model apart and receive one update; the engine must be paused.
 
         Returns:
             The worker's report: `checksum` (decimal text), `tensors`, `seconds`.
@@ -228,16 +228,14 @@ class ServerClient:
         """
         joining = {"init_info": {"ticket": ticket, "first_rank": first_rank}}
         await self.call("POST", "/init_weight_transfer_engine", joining, timeout)
+        # Only now: a server that could not join is whole still, one that has started is not until a complete update.
+        await self.call("POST", "/start_weight_update", timeout=timeout)
         await self.call("POST", "/update_weights", {"update_info": {"manifest": manifest}}, timeout)
         reports = (await self.call("POST", "/collective_rpc", {"method": "weight_report"}, timeout))["results"]
         checksums = {report["checksum"] for report in reports}
         if len(checksums) != 1:
             raise ServerError(f"the workers of server {self.url} received different weights: {sorted(checksums)}")
         return reports[0]
-
-    async def start_update(self) -> None:
-        """Take the model apart; only a complete update makes it whole."""
-        await self.call("POST", "/start_weight_update", timeout=60)
 
     async def finish_update(self, version: int, timeout: float) -> None:
         """Put the model together and label it."""

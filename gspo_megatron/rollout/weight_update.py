@@ -1,6 +1,6 @@
 """The weight update as a state machine, driven by the trainer's two calls.
 
-    begin    pause every server -> take its model apart -> let it receive, while the trainer sends
+    begin    pause every server -> let it join, take its model apart and receive, while the trainer sends
     finish   reception complete -> checksum of what was received = the trainer's -> model together, labelled
              -> prefix cache forgotten -> engine runs for the canary only -> probe log-probs = the trainer's -> open
 
@@ -81,7 +81,7 @@ class WeightUpdater:
         self.version = None
         if self._flight is not None:
             self._abandon()
-        await self._each(self._fleet.live, self._take_apart)
+        await self._each(self._fleet.live, lambda server: server.pause())
         members = self._fleet.live
         if members != self._members:
             self._members, self._group = members, self._group + 1
@@ -132,10 +132,6 @@ class WeightUpdater:
             for server, differences in canaries.items()
         }
         return {**_summary(everywhere), "seconds": time.monotonic() - flight.started, "servers": servers}
-
-    async def _take_apart(self, server: ServerClient) -> None:
-        await server.pause()
-        await server.start_update()
 
     async def _put_together(self, server: ServerClient, version: int) -> None:
         await server.finish_update(version, self._settings.timeout)

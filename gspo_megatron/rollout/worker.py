@@ -56,6 +56,7 @@ class PackedTransferEngine(WeightTransferEngine[JoinInfo, ReceiveInfo]):
         self.bucket_mib = 0
         self.report: dict[str, Any] = {}
         self._missing: set[str] = set()
+        self._apart = False
 
     def init_transfer_engine(self, init_info: JoinInfo) -> None:
         """Join the group; vLLM keeps this call waiting until all ranks have."""
@@ -70,7 +71,11 @@ class PackedTransferEngine(WeightTransferEngine[JoinInfo, ReceiveInfo]):
     def start_weight_update(self) -> None:
         """Take the parameters apart; from here to a complete finish this model cannot serve."""
         self.report = {}
+        if self._apart:
+            # An update broke on its way. Its half-filled layers must not count towards this one.
+            finalize_layerwise_reload(self.model, self.model_config)
         initialize_layerwise_reload(self.model)
+        self._apart = True
         self._missing = {name for name, _ in self.model.named_parameters()}
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -102,6 +107,7 @@ class PackedTransferEngine(WeightTransferEngine[JoinInfo, ReceiveInfo]):
         if self._missing:
             raise RuntimeError(f"the update brought no weights for {', '.join(sorted(self._missing)[:3])}")
         finalize_layerwise_reload(self.model, self.model_config)
+        self._apart = False
         if self.device.type == "cpu":
             pack_experts(self.model)
 

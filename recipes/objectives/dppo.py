@@ -1,4 +1,4 @@
-"""DPPO (2602.04879) with its total-variation mask, as anyone adds an objective: a rule, and a point in the table of axes.
+"""DPPO (2602.04879) with its total-variation mask, as anyone adds an objective: a rule and a point in the axes.
 
     gspo train RECIPE objective.preset=recipes/objectives/dppo.py:DPPO objective.options.up=0.1
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def binary_tv(terms: TokenTerms) -> Surrogate:
-    """A token counts until its probability, not its ratio, has moved too far in the direction its advantage pushes it."""
+    """A token counts until its probability, not its ratio, has moved too far the way its advantage pushes it."""
     moved = (terms.logprobs.exp() - terms.old_logprobs.exp()).detach()
     low = (terms.advantages < 0) & (moved < -terms.options["down"])
     high = (terms.advantages > 0) & (moved > terms.options["up"])

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from gspo_megatron.objective import ObjectiveSpec, group_advantages, policy_loss
 from torch import Tensor
 
+from gspo_megatron.objective import ObjectiveSpec, group_advantages, policy_loss
 from tests.reference import Answer
 from tests.unit.objective_cases import (
     FIXTURES,
@@ -94,7 +94,11 @@ def run_case(case: Case, layout: str, rank: int, world: int) -> dict[str, Any]:
         losses.append(out.loss.double())
         outputs.append(out)
     loss = torch.stack([*losses, torch.zeros((), dtype=torch.float64)]).sum()
-    grads = torch.autograd.grad(loss, [row.leaf for row in rows], allow_unused=True) if loss.requires_grad else [None] * len(rows)
+    grads = (
+        torch.autograd.grad(loss, [row.leaf for row in rows], allow_unused=True)
+        if loss.requires_grad
+        else [None] * len(rows)
+    )
     flat = torch.cat([torch.zeros_like(r.leaf) if g is None else g for r, g in zip(rows, grads, strict=True)])
     value = loss.detach().clone()
     dist.all_reduce(value)

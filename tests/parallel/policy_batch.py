@@ -23,7 +23,9 @@ def make_samples(vocab_size: int) -> list[Sample]:
         mask[length - trained :] = trained > 0
         ref = SampleRef("", index, 0, length - trained, trained, 0.0, "stop", ())
         token_ids = generator.integers(0, vocab_size, length).astype(np.int32)
-        samples.append(Sample(token_ids, mask, np.zeros(length, np.float32), float(generator.choice([-1.0, 0.5, 1.0])), ref))
+        samples.append(
+            Sample(token_ids, mask, np.zeros(length, np.float32), float(generator.choice([-1.0, 0.5, 1.0])), ref)
+        )
     return samples
 
 

@@ -21,6 +21,7 @@ from gspo_megatron.policy.weights import random_pieces
 from tests.parallel.hf_model import read_whole
 from tests.parallel.policy_batch import SEED, SEQUENCES, SLOTS, make_samples, old_logprobs
 
+
 def main() -> None:
     """Run every case of cases.json in one world."""
     directory = Path(sys.argv[1])
@@ -76,7 +77,14 @@ def run_case(case: dict, directory: Path, device: torch.device) -> None:
     agree = torch.tensor(float(all(exact)))
     dist.all_reduce(agree, dist.ReduceOp.MIN)
     if dist.get_rank() == 0:
-        result = {"loss": float(local), "norm": norm, "gradients": gradients, "weights": weights, "exact": float(agree), "taken": taken}
+        result = {
+            "loss": float(local),
+            "norm": norm,
+            "gradients": gradients,
+            "weights": weights,
+            "exact": float(agree),
+            "taken": taken,
+        }
         result["loaded"] = read_whole(random_pieces(arch, SEED), arch)
         torch.save(result, directory / f"{case['name']}.pt")
 

@@ -68,7 +68,9 @@ def test_layout_equals_the_oracle(results: Path, oracle: dict, layout: str) -> N
     assert abs(found["loss"] - oracle["loss"]) <= 1e-6 * oracle["scale"]
     wanted = oracle["gradients"]
     assert found["gradients"].keys() == wanted.keys()
-    off = {name: float((g.double() - wanted[name]).norm() / wanted[name].norm()) for name, g in found["gradients"].items()}
+    off = {
+        name: float((g.double() - wanted[name]).norm() / wanted[name].norm()) for name, g in found["gradients"].items()
+    }
     worst = max(off, key=lambda name: off[name])
     assert off[worst] <= 1e-5, f"{worst} is off by {off[worst]:.1e}"
     total = math.sqrt(sum(float(g.norm()) ** 2 for g in wanted.values()))

@@ -21,7 +21,12 @@ def run_world(worker: str, size: int, cases: Any, directory: Path, timeout: floa
         worker: file name in this folder; it reads `directory`/cases.json and writes its results there.
     """
     (directory / "cases.json").write_text(json.dumps(cases))
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0]), "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
+    place = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_ports(1)[0]),
+        "WORLD_SIZE": str(size),
+        "OMP_NUM_THREADS": "1",
+    }
     ranks = []
     for rank in range(size):
         environment = {**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)}

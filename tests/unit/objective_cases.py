@@ -10,13 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gspo_megatron.objective import BatchTotals, LossInputs, LossOutput, ObjectiveSpec, policy_loss
+from hypothesis import settings
 from torch import Tensor
 
+from gspo_megatron.objective import BatchTotals, LossInputs, LossOutput, ObjectiveSpec, policy_loss
 from tests.reference import Answer
 
 FIXTURES: dict[str, Any] = json.loads((Path(__file__).parents[1] / "data" / "objective_vectors.json").read_text())
-PRESET_NAMES = tuple("gspo gspo_token grpo grpo_replay dr_grpo dapo cispo sapo gmpo luspo rloo minirl".split())
+EXAMPLES = settings(deadline=None, derandomize=True, max_examples=25)
+"""Drawn cases: the same ones in every run, and no clock, because machines are shared."""
+PRESET_NAMES = (
+    "gspo",
+    "gspo_token",
+    "grpo",
+    "grpo_replay",
+    "dr_grpo",
+    "dapo",
+    "cispo",
+    "sapo",
+    "gmpo",
+    "luspo",
+    "rloo",
+    "minirl",
+)
 
 
 def preset(name: str) -> ObjectiveSpec:
@@ -85,7 +101,10 @@ class Row:
 
 
 def as_rows(
-    answers: Sequence[Answer], seed: int | None = None, garbage: float = float("nan"), dtype: torch.dtype = torch.float64
+    answers: Sequence[Answer],
+    seed: int | None = None,
+    garbage: float = float("nan"),
+    dtype: torch.dtype = torch.float64,
 ) -> list[Row]:
     """Rows without untrained positions, or with some drawn from a seed: a prompt, tool output, padding."""
     draw = torch.Generator().manual_seed(seed or 0)
@@ -195,9 +214,7 @@ def reduce_metrics(outputs: Sequence[LossOutput]) -> dict[str, Any]:
     return {name: value.tolist() for name, value in reduced.items()}
 
 
-def over_context(
-    context: int, run: Callable[[int, Callable[[Tensor], Tensor]], LossOutput]
-) -> list[LossOutput]:
+def over_context(context: int, run: Callable[[int, Callable[[Tensor], Tensor]], LossOutput]) -> list[LossOutput]:
     """Run every context-parallel rank in a thread of its own, with a sum that waits for all of them."""
     if context == 1:
         return [run(0, lambda values: values)]
@@ -237,3 +254,19 @@ def assert_same(got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: fl
         if a.numel():
             worst = float((a.double() - b.double()).abs().max())
             assert worst <= tolerance, f"answer {index}: gradients differ by {worst:.2e}\n{a}\n{b}"
+
+
+def near(printed: float) -> Any:
+    """Equal to 1e-10, or to the ten digits that were printed."""
+    return pytest.approx(printed, abs=max(1e-10, 6e-10 * abs(printed)))
+
+
+def check_grads(grads: Sequence[Tensor], printed: Sequence[Sequence[float]]) -> None:
+    for grad, row in zip(grads, printed, strict=True):
+        for got, expected in zip(grad.tolist(), row, strict=False):  # rows are padded with zeros
+            assert got == near(expected)
+
+
+def run(spec: ObjectiveSpec, log_ratios: Any, advantages: Any, old: float = -1.3, **layout: Any) -> Any:
+    rows = as_rows(as_answers(log_ratios, advantages, old))
+    return engine(spec, rows, Layout([list(range(len(rows)))], **layout))

@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from gspo_megatron.objective import (
     ObjectiveSpec,
     group_advantages,
@@ -15,17 +18,15 @@ from gspo_megatron.objective import (
     shape_rewards,
     soft_overlong_penalty,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-
 from tests import reference
-from tests.unit.objective_cases import as_rows, loss_inputs, random_answers, totals_of
+from tests.unit.objective_cases import EXAMPLES, as_rows, loss_inputs, random_answers, totals_of
 
 SCORES = st.sampled_from([0.0, 0.1, 0.3, 0.7, 1.0])
 
 
 @pytest.mark.parametrize("kind", ["std", "mean", "rloo", "batch_std"])
 @pytest.mark.parametrize("ddof", [0, 1])
+@EXAMPLES
 @given(data=st.lists(st.tuples(SCORES, st.integers(-2, 3)), min_size=2, max_size=12))
 def test_ragged_groups_in_any_order(kind: Any, ddof: int, data: list[tuple[float, int]]) -> None:
     rewards, groups = [r for r, _ in data], [g * 1000 for _, g in data]

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from gspo_megatron.objective import (
     ObjectiveSpec,
     finalize_metrics,
@@ -18,32 +20,15 @@ from gspo_megatron.objective import (
 )
 from gspo_megatron.objective.correction import correction_factor
 from gspo_megatron.objective.packed import Packed, identity
-from torch import Tensor
-
 from tests import reference
-from tests.unit.objective_cases import FIXTURES, Layout, as_answers, as_rows, engine, preset
+from tests.unit.objective_cases import FIXTURES, Layout, as_answers, as_rows, check_grads, engine, near, preset, run
 
 B = FIXTURES["B"]
-TESTED_ENTRIES = set("A A2 B Bside C H GAE overlong token_table GMPO_A1 GMPO_A-1 agg mismatch partial router vespo".split()) | {
-    "rfpp_baseline", "temperature", "logits_fixture", "opsm", "luspo_B", "sapo_B", "cispo_B_cap1.3_logpold-1_tokenmean",
-    "dapo_B", "drgrpo_B_L5",
+TESTED_ENTRIES = {
+    "A", "A2", "B", "Bside", "C", "H", "GAE", "overlong", "token_table", "GMPO_A1", "GMPO_A-1", "agg", "mismatch",
+    "partial", "router", "vespo", "rfpp_baseline", "temperature", "logits_fixture", "opsm", "luspo_B", "sapo_B",
+    "cispo_B_cap1.3_logpold-1_tokenmean", "dapo_B", "drgrpo_B_L5",
 }  # fmt: skip
-
-
-def near(printed: float) -> Any:
-    """Equal to 1e-10, or to the ten digits that were printed."""
-    return pytest.approx(printed, abs=max(1e-10, 6e-10 * abs(printed)))
-
-
-def check_grads(grads: Sequence[Tensor], printed: Sequence[Sequence[float]]) -> None:
-    for grad, row in zip(grads, printed, strict=True):
-        for got, expected in zip(grad.tolist(), row, strict=False):  # rows are padded with zeros
-            assert got == near(expected)
-
-
-def run(spec: ObjectiveSpec, log_ratios: Any, advantages: Any, old: float = -1.3, **layout: Any) -> Any:
-    rows = as_rows(as_answers(log_ratios, advantages, old))
-    return engine(spec, rows, Layout([list(range(len(rows)))], **layout))
 
 
 def test_every_entry_has_its_test() -> None:
@@ -112,9 +97,7 @@ def test_gspo_main_fixture_in_float32(name: str) -> None:
 
 def test_bfloat16_logprobs_would_flip_two_decisions() -> None:
     """The guard of the precision rule: rounded to bf16 the same log-probs clip y3 and let y2 pass."""
-    rounded = [
-        [(-1.3 + d) for d in row] for row in B["log_ratio"]
-    ]
+    rounded = [[(-1.3 + d) for d in row] for row in B["log_ratio"]]
     rounded = [(torch.tensor(r).bfloat16().double() - torch.tensor(-1.3).bfloat16().double()).tolist() for r in rounded]
     sums = run(preset("gspo"), rounded, B["A"])[2]
     assert (sums["clip_low_tokens"], sums["clip_high_tokens"]) == (9, 0)
@@ -236,82 +219,6 @@ def test_aggregations() -> None:
         assert -run(spec, rows, advantages)[0] == pytest.approx(expected, abs=1e-12)
     for length, factor in zip(entry["lens"], entry["luspo_factor"], strict=True):
         assert run(preset("luspo"), [[0.0] * length], [1.0])[0] == pytest.approx(factor, abs=1e-12)
-
-
-def mismatch_tensors() -> tuple[Tensor, Tensor, Packed]:
-    entry = FIXTURES["mismatch"]
-    old, sampler = (torch.tensor(entry[key], dtype=torch.float64).log() for key in ("pi_train", "mu_infer"))
-    return old, sampler, Packed.of(torch.ones(4, dtype=torch.bool), torch.tensor([0, 4]), identity)
-
-
-@pytest.mark.parametrize(
-    ("column", "changes"),
-    [
-        ("ratio", {"correction": "tis", "tis_cap": 1e9}),
-        ("tis_C2", {"correction": "tis"}),
-        ("mis_C2_mask", {"correction": "mis"}),
-        ("icepop_.5_5", {"correction": "icepop"}),
-        ("icepop_.5_2", {"correction": "icepop", "mask_high": 2.0}),
-    ],
-)
-def test_token_corrections(column: str, changes: dict[str, Any]) -> None:
-    old, sampler, packed = mismatch_tensors()
-    spec = preset("gspo").replace(**changes)
-    factor = correction_factor(spec, packed, old, old, sampler, torch.ones(4, dtype=torch.float64))
-    assert factor.tolist() == pytest.approx(FIXTURES["mismatch"][column], abs=5e-10)
-
-
-def test_sequence_corrections() -> None:
-    entry = FIXTURES["mismatch"]
-    old, sampler, packed = mismatch_tensors()
-    ones = torch.ones(4, dtype=torch.float64)
-
-    def factor(**changes: Any) -> float:
-        found = correction_factor(preset("gspo").replace(**changes), packed, old, old, sampler, ones)
-        assert len(set(found.tolist())) == 1
-        return float(found[0])
-
-    assert factor(correction="sequence_product", tis_cap=1e9) == near(entry["seq_product"])
-    assert math.log(entry["seq_product"]) == pytest.approx(entry["log_seq_product"], abs=1e-8)
-    geometric = entry["geo_mean"]
-    assert factor(correction="geometric_mask", geometric_low=geometric - 1e-8, geometric_high=9) == 1
-    assert factor(correction="geometric_mask", geometric_low=geometric + 1e-8, geometric_high=9) == 0
-    assert factor(correction="geometric_mask", geometric_low=0, geometric_high=geometric - 1e-8) == 0
-    assert factor(correction="veto", veto_below=0.0999) == 1
-    assert factor(correction="veto", veto_below=0.1001) == 0
-
-
-def test_mismatch_metrics() -> None:
-    entry = FIXTURES["mismatch"]
-    old, sampler, _ = mismatch_tensors()
-    answer = reference.Answer(old.clone(), old, torch.ones(4, dtype=torch.float64), sampler)
-    logged = finalize_metrics(engine(preset("gspo"), as_rows([answer]))[2])
-    for name, column in {
-        "mismatch_k1": "k1",
-        "mismatch_k3": "k3",
-        "mismatch_dp_mean": "abs_prob_diff_mean",
-        "mismatch_ppl_ratio": "ppl_ratio_train_over_infer",
-        "mismatch_f2": "F2",
-        "mismatch_ess": "ESS_norm",
-        "mismatch_chi2": "chi2_token",
-        "mismatch_ratio_max": "max_ratio",
-    }.items():
-        assert logged[name] == near(entry[column]), name
-    assert math.exp(logged["mismatch_log_ppl_sampler"]) == near(entry["ppl_infer"])
-    assert math.exp(logged["mismatch_log_ppl_trainer"]) == near(entry["ppl_train"])
-    p, q = torch.tensor(entry["pi_train"]).double(), torch.tensor(entry["mu_infer"]).double()
-    assert logged["mismatch_correlation"] == pytest.approx(float(torch.corrcoef(torch.stack([p, q]))[0, 1]), abs=1e-7)
-    assert logged["mismatch_dp_max"] == pytest.approx(0.3, abs=1e-12)
-    assert logged["mismatch_outside_icepop"] == 0.25
-
-
-def test_opsm() -> None:
-    entry = FIXTURES["opsm"]
-    gap = entry["mean(logold-lognew)"]
-    spec = preset("gspo").replace(trust="none", correction="opsm", opsm_delta=entry["delta"])
-    value, grads, sums = run(spec, [[-gap - 0.3, -gap + 0.3]], [-1.0])
-    assert (value, grads[0].tolist(), sums["zero_tokens"]) == (0.0, [0.0, 0.0], 2)
-    assert run(spec, [[-gap - 0.3, -gap + 0.3]], [1.0])[0] == near(entry["s"])
 
 
 def test_partial_rollout_of_two_weight_versions() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from gspo_megatron.objective import BatchTotals, LossInputs, ObjectiveSpec, group_advantages, policy_loss
 
 
@@ -33,7 +34,11 @@ def test_the_case_below_is_good() -> None:
     ("changes", "error", "words"),
     [
         ({"logprobs": with_value(2, float("nan"))}, ValueError, ["logprobs [5]", "nan", "trained position 2"]),
-        ({"old_logprobs": with_value(4, float("-inf"))}, ValueError, ["old_logprobs [5]", "-inf", "trained position 4"]),
+        (
+            {"old_logprobs": with_value(4, float("-inf"))},
+            ValueError,
+            ["old_logprobs [5]", "-inf", "trained position 4"],
+        ),
         ({"rollout_logprobs": with_value(1, float("inf"))}, ValueError, ["rollout_logprobs [5]", "trained position 1"]),
         ({"advantages": torch.tensor([1.0, float("nan")])}, ValueError, ["advantages [2]", "nan", "sequence 1"]),
         ({"logprobs": torch.full((5,), -1.0).bfloat16()}, TypeError, ["logprobs [5]", "bfloat16", "float32"]),
@@ -46,7 +51,11 @@ def test_the_case_below_is_good() -> None:
         ({"advantages": torch.ones(2, dtype=torch.int64)}, TypeError, ["advantages [2]", "int64"]),
         ({"loss_mask": torch.ones(5)}, ValueError, ["loss_mask", "float32", "bool"]),
         ({"loss_mask": torch.ones(4, dtype=torch.bool)}, ValueError, ["loss_mask", "[4]", "[5]"]),
-        ({"cu_seqlens": torch.tensor([0, 3, 4])}, ValueError, ["cu_seqlens [3]", "cover T = 5", "ends at 4", "index 2"]),
+        (
+            {"cu_seqlens": torch.tensor([0, 3, 4])},
+            ValueError,
+            ["cu_seqlens [3]", "cover T = 5", "ends at 4", "index 2"],
+        ),
         ({"cu_seqlens": torch.tensor([0, 3, 6])}, ValueError, ["cu_seqlens [3]", "cover T = 5", "ends at 6"]),
         ({"cu_seqlens": torch.tensor([1, 3, 5])}, ValueError, ["cu_seqlens [3]", "start at 0", "1 at index 0"]),
         ({"cu_seqlens": torch.tensor([0, 6, 5])}, ValueError, ["cu_seqlens [3]", "6 to 5", "index 2"]),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gspo_megatron.objective import BatchTotals, LossInputs, policy_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gspo_megatron.objective import BatchTotals, LossInputs, policy_loss
 from tests import reference
 from tests.unit.objective_cases import (
+    EXAMPLES,
     FIXTURES,
     PRESET_NAMES,
     Layout,
@@ -24,7 +25,11 @@ from tests.unit.objective_cases import (
     zigzag,
 )
 
-EVERY_CORRECTION = {"correction": ["tis", "geometric_mask", "opsm", "veto"], "geometric_low": 0.7, "geometric_high": 1.4}
+EVERY_CORRECTION = {
+    "correction": ["tis", "geometric_mask", "opsm", "veto"],
+    "geometric_low": 0.7,
+    "geometric_high": 1.4,
+}
 
 
 @pytest.mark.parametrize("garbage", [0.0, -1e30, float("inf"), float("-inf"), float("nan")])
@@ -50,7 +55,7 @@ def test_the_gradient_at_untrained_positions_is_zero() -> None:
 
 
 @pytest.mark.parametrize("name", PRESET_NAMES)
-@settings(max_examples=15, deadline=None)
+@settings(EXAMPLES, max_examples=15)
 @given(data=st.data())
 def test_no_layout_changes_loss_or_gradient(name: str, data: st.DataObject) -> None:
     """Any split into micro-batches of any rank, empty ones too, each cut zig-zag over 1, 2 or 4 context ranks."""

@@ -8,19 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+
 from gspo_megatron.objective import (
     BatchTotals,
     LossInputs,
     finalize_metrics,
     finalize_step,
     group_metrics,
+    loss,
     metrics,
     policy_loss,
     runtime_warnings,
     summary,
 )
 from gspo_megatron.objective.summary import quantile
-
 from tests.unit.objective_cases import PRESET_NAMES, as_answers, as_rows, engine, preset, random_answers
 
 README = Path(summary.__file__).with_name("README.md").read_text()
@@ -101,7 +102,9 @@ def test_a_step_is_the_sum_of_its_minibatches() -> None:
     for name in ("log_s_abs_max", "mismatch_ratio_max"):
         assert step[name] == max(one[name] for one in each)
     assert step["loss"] == pytest.approx(sum(one["loss"] for one in each) / 4)
-    assert [step[f"clip_left_sequences/minibatch_{i}"] for i in range(4)] == [one["clip_left_sequences"] for one in each]
+    assert [step[f"clip_left_sequences/minibatch_{i}"] for i in range(4)] == [
+        one["clip_left_sequences"] for one in each
+    ]
 
 
 def test_zero_coefficients_count_clips_and_zero_advantages_once() -> None:
@@ -165,6 +168,18 @@ def test_constant_reward() -> None:
     assert [f.code for f in runtime_warnings(preset("gspo"), logged)] == ["constant-reward"]
     logged |= group_metrics(torch.tensor([1.0, 0, 0, 0]), torch.tensor([0, 0, 1, 1]))
     assert runtime_warnings(preset("gspo"), logged) == []
+
+
+def test_nan_where_nobody_may_look_is_counted_and_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU values are not checked: no index may be made of a NaN."""
+    monkeypatch.setattr(loss, "check_values", lambda inputs: None)
+    current = torch.tensor([-1.0, float("nan"), -1.0, float("inf")], requires_grad=True)
+    old, mask = torch.full((4,), -1.0), torch.ones(4, dtype=torch.bool)
+    inputs = LossInputs(current, old, torch.ones(3), mask, torch.tensor([0, 2, 3, 4]), BatchTotals(3, 4), old)
+    out = policy_loss(preset("gspo"), inputs)
+    assert not torch.isfinite(out.loss)
+    assert float(out.metrics["nonfinite_tokens"]) == 2
+    assert float(out.metrics["log_s_histogram"].sum()) == 3
 
 
 def test_nonfinite_logprobs_are_counted_where_nobody_may_look() -> None:

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gspo_megatron.objective import BatchTotals, LossInputs, policy_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gspo_megatron.objective import BatchTotals, LossInputs, policy_loss
 from tests import reference
-from tests.unit.objective_cases import PRESET_NAMES, Layout, as_rows, assert_same, engine, preset, random_answers
+from tests.unit.objective_cases import (
+    EXAMPLES,
+    PRESET_NAMES,
+    Layout,
+    as_rows,
+    assert_same,
+    engine,
+    preset,
+    random_answers,
+)
 
 # Spreads of the mean log-ratio at which each preset meets both sides of its band.
 SPREAD = {"gspo": 5e-4, "gspo_token": 5e-4, "luspo": 3e-3}
@@ -17,7 +26,7 @@ DETACHED = ("cispo", "minirl")
 
 
 @pytest.mark.parametrize("name", PRESET_NAMES)
-@settings(max_examples=25, deadline=None)
+@EXAMPLES
 @given(seed=st.integers(0, 2**31), prompts=st.integers(0, 2**31))
 def test_a_preset_is_its_formula(name: str, seed: int, prompts: int) -> None:
     answers = random_answers(seed, SPREAD.get(name, 0.3))
@@ -38,7 +47,7 @@ def test_both_sides_of_the_band_are_met(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in PRESET_NAMES if name not in DETACHED])
-@settings(max_examples=4, deadline=None)
+@settings(EXAMPLES, max_examples=4)
 @given(seed=st.integers(0, 2**31))
 def test_the_gradient_is_the_slope_of_the_value(name: str, seed: int) -> None:
     """Central differences of the engine's own value; presets that freeze their weights have no such slope."""
@@ -76,7 +85,7 @@ def test_gspo_has_the_gradient_of_gspo_token_in_2000_cases() -> None:
     assert clipped > 500 and passed > 500
 
 
-@settings(max_examples=25, deadline=None)
+@EXAMPLES
 @given(seed=st.integers(0, 2**31))
 def test_with_token_advantages_gspo_token_is_its_own_algorithm(seed: int) -> None:
     answers = random_answers(seed, 5e-4, longest=6, token_advantages=True)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
+
 from gspo_megatron.config.objective import Axes, ObjectiveSection, ObjectiveSpec, findings
 from gspo_megatron.config.objective_findings import _READ_WHEN, typical_band
 from gspo_megatron.config.presets import PRESETS
 from gspo_megatron.objective import trust
-from pydantic import ValidationError
-
 from tests import reference
 from tests.unit.objective_cases import PRESET_NAMES, as_rows, assert_same, engine, random_answers
 
@@ -84,23 +84,56 @@ def test_the_sentence() -> None:
 def test_two_objectives_have_two_sentences() -> None:
     """Every axis shows: moving any of them, where it is read, changes the sentence."""
     moved: dict[str, Any] = {
-        "advantage": "mean", "advantage_ddof": 1, "advantage_eps": 0.1, "ratio_level": "token", "ratio_reference": "sampler",
-        "trust": "none", "clip_low": 0.1, "clip_high": 0.1, "dual_clip_bound": 9.0, "ratio_cap": 9.0, "tau_positive": 9.0,
-        "tau_negative": 9.0, "options": {"up": 1.0}, "correction": ["opsm"], "tis_cap": 9.0, "mask_low": 0.9, "mask_high": 9.0,
-        "geometric_low": 0.1, "geometric_high": 9.0, "opsm_delta": 0.1, "veto_below": 0.1, "aggregation": "token_mean",
-        "aggregation_length": 9, "kl": "k2", "kl_in": "reward", "kl_coefficient": 0.5, "overlong": "zero",
-        "overlong_buffer": 9, "group_filter": "dynamic_sampling", "replay": "trainer",
-    }  # fmt: skip
+        "advantage": "mean",
+        "advantage_ddof": 1,
+        "advantage_eps": 0.1,
+        "ratio_level": "token",
+        "ratio_reference": "sampler",
+        "trust": "none",
+        "clip_low": 0.1,
+        "clip_high": 0.1,
+        "dual_clip_bound": 9.0,
+        "ratio_cap": 9.0,
+        "tau_positive": 9.0,
+        "tau_negative": 9.0,
+        "options": {"up": 1.0},
+        "correction": ["opsm"],
+        "tis_cap": 9.0,
+        "mask_low": 0.9,
+        "mask_high": 9.0,
+        "geometric_low": 0.1,
+        "geometric_high": 9.0,
+        "opsm_delta": 0.1,
+        "veto_below": 0.1,
+        "aggregation": "token_mean",
+        "aggregation_length": 9,
+        "kl": "k2",
+        "kl_in": "reward",
+        "kl_coefficient": 0.5,
+        "overlong": "zero",
+        "overlong_buffer": 9,
+        "group_filter": "dynamic_sampling",
+        "replay": "trainer",
+    }
     assert set(moved) == set(Axes.model_fields)
     readers: dict[str, dict[str, Any]] = {
-        "dual_clip_bound": {"trust": "dual_clip"}, "ratio_cap": {"trust": "detached_clip"},
-        "tau_positive": {"trust": "soft_gate"}, "tau_negative": {"trust": "soft_gate"}, "options": {"trust": "x.py:y"},
-        "tis_cap": {"correction": ["tis"]}, "mask_low": {"correction": ["mis"]}, "mask_high": {"correction": ["icepop"]},
-        "geometric_low": {"correction": ["geometric_mask"]}, "geometric_high": {"correction": ["geometric_mask"]},
-        "opsm_delta": {"correction": ["opsm"]}, "veto_below": {"correction": ["veto"]},
-        "aggregation_length": {"aggregation": "constant"}, "kl_in": {"kl": "k3"}, "kl_coefficient": {"kl": "k3"},
+        "dual_clip_bound": {"trust": "dual_clip"},
+        "ratio_cap": {"trust": "detached_clip"},
+        "tau_positive": {"trust": "soft_gate"},
+        "tau_negative": {"trust": "soft_gate"},
+        "options": {"trust": "x.py:y"},
+        "tis_cap": {"correction": ["tis"]},
+        "mask_low": {"correction": ["mis"]},
+        "mask_high": {"correction": ["icepop"]},
+        "geometric_low": {"correction": ["geometric_mask"]},
+        "geometric_high": {"correction": ["geometric_mask"]},
+        "opsm_delta": {"correction": ["opsm"]},
+        "veto_below": {"correction": ["veto"]},
+        "aggregation_length": {"aggregation": "constant"},
+        "kl_in": {"kl": "k3"},
+        "kl_coefficient": {"kl": "k3"},
         "overlong_buffer": {"overlong": "soft"},
-    }  # fmt: skip
+    }
     for axis, value in moved.items():
         before = ObjectiveSpec.preset("gspo").replace(**readers.get(axis, {}))
         assert before.replace(**{axis: value}).describe(8, 4) != before.describe(8, 4), axis

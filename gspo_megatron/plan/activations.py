@@ -1,0 +1,125 @@
+"""Estimates of what a training step keeps for its backward pass, and of what one layer needs while it works.
+
+First order, from the shapes of the tensors that the layer's operations save; fragmentation is not in here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gspo_megatron.config.model import Architecture
+from gspo_megatron.config.schema import Recipe
+from gspo_megatron.plan.batch import BatchPlan
+from gspo_megatron.weights.layout import Layout
+
+EXPERT_IMBALANCE = 1.5
+"""Rows on the fullest expert rank over the mean, when experts lie on several ranks; routing at auxiliary loss 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One transformer layer on one rank, full micro-batch."""
+
+    arch: Architecture
+    """The model."""
+    layout: Layout
+    """Where the rank stands."""
+    recompute: str
+    """`none`, `selective`, `full`."""
+    tokens: float
+    """Tokens of the rank's share of a micro-batch: micro_batch_tokens / CP."""
+    element: int
+    """Bytes of an activation."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, arch: Architecture, layout: Layout) -> Shape:
+        """The layer that a recipe trains."""
+        tokens = recipe.trainer.micro_batch_tokens / layout.context
+        return cls(arch, layout, recipe.trainer.recompute, tokens, 4 if recipe.model.dtype == "float32" else 2)
+
+    @property
+    def input_bytes(self) -> int:
+        """The input of a layer, cut over the tensor-parallel ranks by sequence parallelism."""
+        return int(self.tokens / self.layout.tensor * self.arch.hidden_size * self.element)
+
+    @property
+    def rows(self) -> float:
+        """Token copies that reach this rank's experts in the fullest layer."""
+        layout = self.layout
+        spread = EXPERT_IMBALANCE if layout.expert > 1 else 1.0
+        copies = self.tokens / layout.tensor * self.arch.num_experts_per_tok
+        return copies * spread * layout.expert_tensor
+
+    @property
+    def attention_bytes(self) -> int:
+        """Norm, queries, keys and values before and after norm and rotation, output with its normalisers."""
+        arch, width = self.arch, self.arch.head_dim / self.layout.tensor
+        queries, groups = arch.num_attention_heads, arch.num_key_value_heads
+        heads = (queries + 2 * groups) + 2 * (queries + groups) + queries
+        normalisers = self.tokens * queries / self.layout.tensor * 4
+        return int(self.tokens * heads * width * self.element + normalisers) + 2 * self.input_bytes
+
+    @property
+    def mixer_bytes(self) -> int:
+        """The feed-forward half: norm, then rows in, gate and up, product, rows out, rows back at their tokens."""
+        arch, layout, element = self.arch, self.layout, self.element
+        if not arch.num_experts:
+            return int(self.tokens * 3 * arch.intermediate_size / layout.tensor * element) + 2 * self.input_bytes
+        width = 3 * arch.moe_intermediate_size / layout.expert_tensor
+        sent = self.tokens / layout.tensor * arch.num_experts_per_tok * arch.hidden_size
+        scores = self.tokens / layout.tensor * arch.num_experts * 4 * 2
+        return int(self.rows * (2 * arch.hidden_size + width) * element + sent * element + scores) + 2 * self.input_bytes
+
+    @property
+    def layer_bytes(self) -> int:
+        """Everything one layer saves."""
+        return self.attention_bytes + self.mixer_bytes
+
+    @property
+    def work_bytes(self) -> int:
+        """What comes and goes in a layer's backward pass: gradients of its widest tensors, keys and values in flight."""
+        arch, layout = self.arch, self.layout
+        if arch.num_experts:
+            sent = self.tokens / layout.tensor * arch.num_experts_per_tok * arch.hidden_size
+            wide = self.rows * (arch.hidden_size + 2 * arch.moe_intermediate_size / layout.expert_tensor) + sent
+        else:
+            wide = self.tokens * 2 * arch.intermediate_size / layout.tensor
+        ring = 0.0
+        if layout.context > 1:
+            ring = 4 * self.tokens * 2 * arch.num_key_value_heads * arch.head_dim / layout.tensor
+        return int((wide + ring) * self.element)
+
+    @property
+    def kept_bytes(self) -> int:
+        """What a layer keeps until its backward pass under the recipe's recomputation."""
+        if self.recompute == "full":
+            return self.input_bytes
+        if self.recompute == "selective":
+            return self.attention_bytes + 2 * self.input_bytes
+        return self.layer_bytes
+
+
+def layers_in_flight(layout: Layout, batch: BatchPlan, stage: int, layers: int) -> int:
+    """Layer inputs that a stage holds at its fullest moment: 1F1B, or megatron's interleaved order."""
+    waiting = layout.pipeline - stage - 1
+    if layout.virtual == 1:
+        return min(batch.micro_batches_most, waiting + 1) * layers
+    chunks = 2 * waiting + (layout.virtual - 1) * layout.pipeline + 1
+    return min(batch.micro_batches_most * layout.virtual, chunks) * (layers // layout.virtual)
+
+
+def saved_bytes(shape: Shape, batch: BatchPlan, stage: int, layers: int) -> int:
+    """Activations kept for backward passes to come."""
+    held = layers_in_flight(shape.layout, batch, stage, layers)
+    # Without recomputation the layer at work is one of those that are kept.
+    return max(0, held - (0 if shape.recompute == "full" else 1)) * shape.kept_bytes
+
+
+def head_bytes(shape: Shape, chunk: int) -> int:
+    """The log-prob head: gathered states and their gradient, logits of one chunk, the head's gradient in both types."""
+    arch = shape.arch
+    rows = arch.vocab_size / shape.layout.tensor
+    states = 2 * shape.tokens * arch.hidden_size * shape.element
+    logits = 3 * min(chunk, shape.tokens) * rows * 4
+    gradient = rows * arch.hidden_size * (4 + (shape.element if shape.element < 4 else 0))
+    return int(states + logits + gradient)

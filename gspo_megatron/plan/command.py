@@ -1,0 +1,89 @@
+"""`gspo plan`: the command line of the planner."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from gspo_megatron.config.loading import RecipeError, load
+from gspo_megatron.plan.machine import DEVICES
+from gspo_megatron.plan.plan import Plan, make_plan, with_placement
+
+REFUSED = 2
+
+
+def add_arguments(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the `plan` command."""
+    parser = subparsers.add_parser(
+        "plan",
+        help="say what a recipe will do and need, without starting anything",
+        description="Layout, batch algebra, memory, time and everything that is wrong with a recipe. "
+        "Exit 0 = would run, 2 = refused.",
+    )
+    parser.add_argument("recipe", type=Path, nargs="?", help="YAML recipe, e.g. recipes/tiny_moe.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides: trainer.max_steps=10")
+    parser.add_argument("--nodes", type=_positive, help="plan for so many nodes instead of placement.nodes")
+    parser.add_argument("--gpu", choices=sorted(DEVICES), help="plan for this kind instead of placement.gpu")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument("--ranks", action="store_true", help="add the coordinates of every trainer rank")
+    parser.add_argument("--explain", metavar="KEY", help="say what a recipe key means, e.g. trainer.recompute")
+    parser.add_argument("--search", action="store_true", help="list the best layouts for the recipe's model and GPUs")
+
+
+def run(namespace: argparse.Namespace) -> int:
+    """Entry of the command: 0 = the recipe would run, 2 = it is refused."""
+    if namespace.recipe is None and namespace.explain is None:
+        print("gspo plan: name a recipe, e.g. recipes/tiny_moe.yaml, or a key with --explain", file=sys.stderr)
+        return REFUSED
+    try:
+        return _run(namespace)
+    except RecipeError as error:
+        if namespace.json:
+            document = {"findings": [_as_json(finding) for finding in error.findings]}
+            print(json.dumps(document, indent=1))
+        else:
+            for finding in error.findings:
+                print(finding, file=sys.stderr)
+        return REFUSED
+
+
+def _run(namespace: argparse.Namespace) -> int:
+    recipe = load(namespace.recipe, namespace.overrides) if namespace.recipe else None
+    if namespace.explain is not None:
+        from gspo_megatron.plan.explain import explain
+
+        print(explain(namespace.explain, recipe))
+        return 0
+    assert recipe is not None
+    if namespace.search:
+        from gspo_megatron.plan.search import print_search
+
+        return print_search(with_placement(recipe, namespace.nodes, namespace.gpu), namespace.json)
+    plan = make_plan(recipe, namespace.nodes, namespace.gpu)
+    _print(plan, namespace)
+    return REFUSED if plan.refused else 0
+
+
+def _print(plan: Plan, namespace: argparse.Namespace) -> None:
+    if namespace.json:
+        from gspo_megatron.plan.document import to_json
+
+        print(json.dumps(to_json(plan, namespace.ranks), indent=1))
+    else:
+        from gspo_megatron.plan.text import print_plan
+
+        print_plan(plan, namespace.ranks)
+
+
+def _as_json(finding: object) -> dict[str, str]:
+    from dataclasses import asdict
+
+    return asdict(finding)  # type: ignore[call-overload]
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of nodes; give 1 or more")
+    return int(text)

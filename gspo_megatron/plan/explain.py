@@ -1,0 +1,115 @@
+"""What a recipe key means, from the schema's own words."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from gspo_megatron.config.loading import refuse
+from gspo_megatron.config.schema import Recipe
+
+
+def explain(key: str, recipe: Recipe | None = None) -> str:
+    """Meaning, type, default and bounds of a dotted key; its value where a recipe is given; a section lists its keys.
+
+    Raises:
+        RecipeError: no such key, with the nearest one.
+    """
+    model: type[BaseModel] = Recipe
+    value: Any = recipe
+    parts = key.split(".")
+    for place, part in enumerate(parts):
+        if part not in model.model_fields:
+            raise _unknown(key)
+        field = model.model_fields[part]
+        value = getattr(value, part, None)
+        inner = _section(field.annotation)
+        if place == len(parts) - 1:
+            return _section_text(key, inner) if inner else _field_text(key, field, value, recipe is not None)
+        if inner is None:
+            raise _unknown(key)
+        model = inner
+    raise _unknown(key)
+
+
+def all_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of the recipe, sections included."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        inner = _section(field.annotation)
+        if inner is not None:
+            yield from all_keys(inner, f"{prefix}{name}.")
+
+
+def _unknown(key: str) -> Exception:
+    known = list(all_keys())
+    close = difflib.get_close_matches(key, known, n=1) or [k for k in known if k.endswith("." + key.split(".")[-1])]
+    fix = f"did you mean {close[0]}?" if close else "gspo plan --explain trainer lists the keys of a section"
+    return refuse("unknown-key", key, "is not a key of the recipe", fix)
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)
+
+
+def _section_text(key: str, model: type[BaseModel]) -> str:
+    lines = [f"{key}: {(model.__doc__ or '').strip()}"]
+    width = max(len(name) for name in model.model_fields)
+    for name, field in model.model_fields.items():
+        told = " ".join((field.description or "").split())
+        lines.append(f"  {name:<{width}}  {told or _section_line(field)}")
+    return "\n".join(lines)
+
+
+def _section_line(field: FieldInfo) -> str:
+    inner = _section(field.annotation)
+    return (inner.__doc__ or "").strip() if inner else ""
+
+
+def _field_text(key: str, field: FieldInfo, value: Any, given: bool) -> str:
+    lines = [key, "  " + " ".join((field.description or "no description").split())]
+    lines.append(f"  type      {_type_words(field.annotation)}{_bounds(field)}")
+    default = "none: it must be set" if field.is_required() else _written(field.get_default(call_default_factory=True))
+    lines.append(f"  default   {default}")
+    if given:
+        lines.append(f"  here      {_written(value)}")
+    return "\n".join(lines)
+
+
+def _written(value: Any) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _type_words(annotation: Any) -> str:
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return " | ".join(str(option) for option in get_args(annotation))
+    if origin in (Union, UnionType):
+        return " | ".join(_type_words(option) for option in get_args(annotation))
+    if annotation is type(None):
+        return "null"
+    if origin is not None:
+        inner = ", ".join(_type_words(option) for option in get_args(annotation) if option is not Ellipsis)
+        return f"{origin.__name__} of {inner}" if inner else origin.__name__
+    return {"int": "whole number", "float": "number", "str": "text", "bool": "true | false"}.get(
+        getattr(annotation, "__name__", str(annotation)), getattr(annotation, "__name__", str(annotation))
+    )
+
+
+def _bounds(field: FieldInfo) -> str:
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    told = [
+        f"{sign} {getattr(limit, name)}"
+        for limit in field.metadata
+        for name, sign in signs.items()
+        if getattr(limit, name, None) is not None
+    ]
+    return f", {' and '.join(told)}" if told else ""

@@ -1,0 +1,211 @@
+"""Which role runs on which host, on which ports, with which command: the same table for one machine and for a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from gspo_megatron.config.schema import Recipe
+from gspo_megatron.types import Finding
+
+Kind = Literal["rollout", "controller", "trainer"]
+CPU_RANKS = 2
+"""Trainer ranks of a node without GPUs, unless `trainer.ranks` says otherwise."""
+PORT_STRIDE = 16
+"""Ports of one job: rendezvous, controller, and the servers of one host."""
+FIRST_PORT, PORT_JOBS = 20000, 750
+"""Ports lie in 20000-31999: below what Linux hands out to outgoing connections (32768 and up)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """One machine of the run."""
+
+    name: str
+    """As SLURM calls it: `node017`."""
+    address: str
+    """How the others reach it: an IP address once it is known, its name before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """Where the roles listen."""
+
+    rendezvous: int
+    """The trainer ranks' meeting point, on the first trainer host."""
+    controller: int
+    """The controller, on the first trainer host."""
+    servers: tuple[int, ...]
+    """One for each server of a host, the same on every host."""
+
+    @classmethod
+    def of_job(cls, job: int) -> Ports:
+        """The ports of a SLURM job; those of jobs that run at the same time are distinct."""
+        first = FIRST_PORT + PORT_STRIDE * (job % PORT_JOBS)
+        return cls(first, first + 1, tuple(range(first + 2, first + PORT_STRIDE)))
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One process of the run."""
+
+    kind: Kind
+    index: int
+    """Rank, or number of the server."""
+    host: Host
+    local: int
+    """Which of this kind it is on its host."""
+    arguments: tuple[str, ...]
+    """What follows `python`; never a secret."""
+    environment: dict[str, str]
+    """Added to the environment."""
+    ports: tuple[int, ...]
+    """Ports of its host on which it listens."""
+
+    @property
+    def name(self) -> str:
+        """`trainer-0`, `rollout-1`, `controller`."""
+        return self.kind if self.kind == "controller" else f"{self.kind}-{self.index}"
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How many of everything each host holds."""
+
+    trainers: tuple[Host, ...]
+    """Hosts with trainer ranks; the controller is on the first."""
+    ranks: int
+    """Trainer ranks of each."""
+    servers: tuple[Host, ...]
+    """Hosts with servers: the same ones when colocated."""
+    servers_each: int
+    """Servers of each."""
+    gpus: int
+    """GPUs of a host; 0 = none."""
+
+    @property
+    def world(self) -> int:
+        """Trainer ranks of the run."""
+        return self.ranks * len(self.trainers)
+
+    @property
+    def colocated(self) -> bool:
+        """Whether servers and trainer share hosts."""
+        return self.servers[0] in self.trainers
+
+    def of(self, kind: Kind) -> tuple[tuple[Host, ...], int]:
+        """Hosts of a kind of role and how many of it each has."""
+        if kind == "rollout":
+            return self.servers, self.servers_each
+        return (self.trainers, self.ranks) if kind == "trainer" else (self.trainers[:1], 1)
+
+
+def spread(recipe: Recipe, hosts: Sequence[Host], gpus: int) -> Spread:
+    """Trainer hosts first, rollout hosts after them. Only for a recipe without `findings`."""
+    apart = recipe.placement.rollout_nodes
+    trainers, servers = tuple(hosts[: len(hosts) - apart]), tuple(hosts[len(hosts) - apart :])
+    ranks = (recipe.trainer.ranks or 0) // len(trainers) or gpus or CPU_RANKS
+    where = (servers if apart else trainers)[: recipe.rollout.servers]
+    return Spread(trainers, ranks, where, recipe.rollout.servers // len(where), gpus)
+
+
+def findings(recipe: Recipe, hosts: int, gpus: int) -> Iterator[Finding]:
+    """Why a recipe does not fit on so many hosts with so many GPUs each."""
+    apart = recipe.placement.rollout_nodes
+    if apart >= hosts:
+        yield _error(
+            "no-trainer-nodes", "placement.rollout_nodes",
+            f"{apart} of {hosts} nodes run servers: none is left to train",
+            f"ask for more nodes (--nodes={apart + 1} or more), or set it below {hosts}; 0 = servers share the trainer's nodes",
+        )  # fmt: skip
+        return
+    training, serving = hosts - apart, apart or hosts
+    ranks = recipe.trainer.ranks
+    if ranks is not None and ranks % training:
+        yield _error(
+            "ranks-uneven-on-nodes", "trainer.ranks",
+            f"{ranks} ranks do not divide over {training} trainer nodes", f"choose a multiple of {training}, or null",
+        )  # fmt: skip
+    elif ranks is not None and gpus and ranks // training > gpus:
+        yield _error(
+            "more-ranks-than-gpus", "trainer.ranks",
+            f"{ranks} ranks on {training} trainer nodes are {ranks // training} a node, which has {gpus} GPUs",
+            "set trainer.ranks=null (one rank a GPU) or take more nodes",
+        )  # fmt: skip
+    yield from _server_findings(recipe, serving, gpus, apart > 0)
+
+
+def _server_findings(recipe: Recipe, nodes: int, gpus: int, apart: bool) -> Iterator[Finding]:
+    servers, size = recipe.rollout.servers, recipe.rollout.tensor_parallel
+    if servers % nodes and (servers > nodes or apart):
+        yield _error(
+            "servers-uneven-on-nodes", "rollout.servers", f"{servers} servers do not divide over {nodes} nodes",
+            f"choose a multiple of {nodes}" + (", or another placement.rollout_nodes" if apart else ""),
+        )  # fmt: skip
+        return
+    each = max(1, servers // nodes)
+    if gpus and each * size > gpus:
+        yield _error(
+            "servers-exceed-gpus", "rollout.servers",
+            f"{each} servers of {size} GPUs on one node need {each * size}, it has {gpus}",
+            f"at most {gpus // size * nodes} servers of {size}, or a smaller rollout.tensor_parallel; a server does not span nodes",
+        )  # fmt: skip
+    if each > PORT_STRIDE - 2:
+        yield _error(
+            "servers-exceed-ports", "rollout.servers", f"{each} servers on one node, where {PORT_STRIDE - 2} have ports",
+            "take fewer, larger servers",
+        )  # fmt: skip
+
+
+def _error(code: str, key: str, message: str, fix: str) -> Finding:
+    return Finding(code, "error", key, message, fix)
+
+
+def tasks(recipe: Recipe, over: Spread, ports: Ports, run_dir: Path) -> list[Task]:
+    """Every process of the run, servers first: they take longest to start."""
+    where = ("--run-dir", str(run_dir))
+    first = over.trainers[0]
+    servers = [(host, local) for host in over.servers for local in range(over.servers_each)]
+    urls = ",".join(f"http://{host.address}:{ports.servers[local]}" for host, local in servers)
+    listen = ("--host", first.address, "--port", str(ports.controller))
+    controller = ("-m", "gspo_megatron.rollout.controller", *where, *listen, "--servers", urls)
+    return [
+        *(_server(recipe, over, ports, where, index, *place) for index, place in enumerate(servers)),
+        Task("controller", 0, first, 0, controller, {}, (ports.controller,)),
+        *(
+            _trainer(over, ports, where, host, number * over.ranks + local, local)
+            for number, host in enumerate(over.trainers)
+            for local in range(over.ranks)
+        ),
+    ]
+
+
+def _server(
+    recipe: Recipe, over: Spread, ports: Ports, where: tuple[str, ...], index: int, host: Host, local: int
+) -> Task:
+    size, port = recipe.rollout.tensor_parallel, ports.servers[local]
+    devices = ",".join(str(device) for device in range(local * size, (local + 1) * size))
+    arguments = ("--index", str(index), "--host", host.address, "--port", str(port))
+    environment = {"CUDA_VISIBLE_DEVICES": devices} if over.gpus else {}
+    return Task(
+        "rollout", index, host, local, ("-m", "gspo_megatron.rollout.server", *where, *arguments), environment, (port,)
+    )
+
+
+def _trainer(over: Spread, ports: Ports, where: tuple[str, ...], host: Host, rank: int, local: int) -> Task:
+    meeting = over.trainers[0].address
+    environment = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(local),
+        "WORLD_SIZE": str(over.world),
+        "MASTER_ADDR": meeting,
+        "MASTER_PORT": str(ports.rendezvous),
+        "OMP_NUM_THREADS": "1",
+        # Megatron overlaps computing and communication by the order of launches, which one hardware queue keeps.
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    }
+    controller = f"http://{meeting}:{ports.controller}"
+    arguments = ("-m", "gspo_megatron.loop", *where, "--controller", controller)
+    return Task("trainer", rank, host, local, arguments, environment, (ports.rendezvous,) if rank == 0 else ())

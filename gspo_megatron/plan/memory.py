@@ -1,0 +1,149 @@
+"""What lies in the memory of a trainer process: counted where it can be counted, estimated where it cannot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from gspo_megatron.config.model import Architecture
+from gspo_megatron.config.schema import Recipe
+from gspo_megatron.plan import activations
+from gspo_megatron.plan.batch import BatchPlan
+from gspo_megatron.plan.machine import Machine
+from gspo_megatron.weights.layout import Layout
+from gspo_megatron.weights.table import Parameter, local_parameters
+
+GRADIENT_BYTES = 4
+"""DDP's gradient buffer is float32 whatever the weights are."""
+ADAM_BYTES = 8
+"""Two float32 averages of a parameter."""
+PROCESS_BYTES = {"one": 1_000_000_000, "many": 4_000_000_000, "cpu": 600_000_000}
+"""CUDA context and libraries; with NCCL's buffers for some ten communicators; a torch process where there is no GPU."""
+SLEEPING_SERVER_BYTES = 3_000_000_000
+"""What a sleeping vLLM process leaves on a GPU: context, graphs, NCCL."""
+ALLOCATOR_SHARE = 0.05
+"""Slack of the caching allocator over the parts that come and go."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageMemory:
+    """One rank of a pipeline stage while it trains. Every rank of the stage holds as much, up to rounding."""
+
+    stage: int
+    """From 0."""
+    layers: int
+    """Layers of the stage."""
+    dense_parameters: int
+    """Parameters of the rank outside the experts."""
+    expert_parameters: int
+    """Parameters of the rank's experts."""
+    exact: dict[str, int]
+    """Counted from the weight table: bytes of weights, gradients, optimizer; dense and expert apart."""
+    estimated: dict[str, int] = field(default_factory=dict)
+    """Bytes of activations, head, process."""
+
+    @property
+    def static_bytes(self) -> int:
+        """Bytes that are there between steps."""
+        return sum(self.exact.values())
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes at the fullest moment of a step."""
+        return self.static_bytes + sum(self.estimated.values())
+
+    @property
+    def largest(self) -> tuple[str, int]:
+        """Name and bytes of the largest term."""
+        return max({**self.exact, **self.estimated}.items(), key=lambda item: item[1])
+
+
+def element_bytes(recipe: Recipe) -> int:
+    """Bytes of a weight."""
+    return 4 if recipe.model.dtype == "float32" else 2
+
+
+def held_parameters(arch: Architecture, layout: Layout, stage: int) -> list[list[Parameter]]:
+    """The parameters of the first rank of a stage, one list a model chunk."""
+    at = layout.coordinates(stage * (layout.world // layout.pipeline))
+    return [local_parameters(arch, layout, at, chunk) for chunk in range(layout.virtual)]
+
+
+def exact_bytes(
+    chunks: Sequence[Sequence[Parameter]], layout: Layout, element: int, distributed: bool, on_cpu: bool
+) -> dict[str, int]:
+    """Bytes of weights, gradients and optimizer of one rank, dense and expert parameters apart.
+
+    Args:
+        chunks: the rank's parameters, one list a model chunk; each chunk has buffers of its own.
+        element: bytes of a weight.
+        distributed: whether megatron's distributed optimizer spreads the states over the replicas.
+        on_cpu: torch's Adam keeps a float32 step counter for each tensor; the fused ones keep one for all.
+    """
+    found: dict[str, int] = {}
+    for kind, replicas in (("dense", layout.data * layout.context), ("expert", layout.expert_data)):
+        sizes = [[_elements(p.shape) for p in chunk if p.expert == (kind == "expert")] for chunk in chunks]
+        sizes = [chunk for chunk in sizes if chunk]
+        if not sizes:
+            continue
+        shards = replicas if distributed else 1
+        buffers = sum(_buffer_elements(chunk, shards) if distributed else sum(chunk) for chunk in sizes)
+        # A float32 model is its own main copy.
+        states = ADAM_BYTES + (0 if element == 4 else 4)
+        found[f"{kind} weights"] = buffers * element
+        found[f"{kind} gradients"] = buffers * GRADIENT_BYTES
+        found[f"{kind} optimizer"] = buffers // shards * states + (4 * sum(map(len, sizes)) if on_cpu else 0)
+    return found
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    return math.prod(shape)
+
+
+def _buffer_elements(sizes: Sequence[int], shards: int) -> int:
+    """Elements of megatron's buffer: parameters from last to first, each start on 64, the end on lcm(shards, 128)."""
+    end = 0
+    for size in reversed(sizes):
+        end = -(-end // 64) * 64 + size
+    multiple = math.lcm(shards, 128)
+    return -(-end // multiple) * multiple
+
+
+def stage_memory(recipe: Recipe, layout: Layout, batch: BatchPlan, machine: Machine) -> list[StageMemory]:
+    """The memory of every pipeline stage."""
+    arch = recipe.model.architecture
+    assert arch is not None
+    distributed = recipe.trainer.distributed_optimizer and not machine.is_cpu
+    found = []
+    for stage, layers in enumerate(layout.stage_sizes(arch.num_hidden_layers)):
+        chunks = held_parameters(arch, layout, stage)
+        found.append(
+            StageMemory(
+                stage=stage,
+                layers=layers,
+                dense_parameters=sum(_elements(p.shape) for chunk in chunks for p in chunk if not p.expert),
+                expert_parameters=sum(_elements(p.shape) for chunk in chunks for p in chunk if p.expert),
+                exact=exact_bytes(chunks, layout, element_bytes(recipe), distributed, machine.is_cpu),
+                estimated=_estimate(recipe, arch, layout, batch, machine, stage, layers),
+            )
+        )
+    return found
+
+
+def _estimate(
+    recipe: Recipe, arch: Architecture, layout: Layout, batch: BatchPlan, machine: Machine, stage: int, layers: int
+) -> dict[str, int]:
+    shape = activations.Shape.of(recipe, arch, layout)
+    moving = {
+        "saved activations": activations.saved_bytes(shape, batch, stage, layers),
+        "one layer at work": shape.layer_bytes + shape.work_bytes,
+    }
+    if stage == layout.pipeline - 1:
+        moving["head"] = activations.head_bytes(shape, recipe.trainer.head_chunk_tokens)
+    if machine.is_cpu:
+        return {**moving, "process": PROCESS_BYTES["cpu"]}
+    fixed = {"process and NCCL": PROCESS_BYTES["one" if machine.ranks == 1 else "many"]}
+    if machine.colocated:
+        fixed["sleeping server"] = SLEEPING_SERVER_BYTES
+    return {**moving, "allocator slack": int(ALLOCATOR_SHARE * sum(moving.values())), **fixed}

@@ -1,0 +1,252 @@
+"""Plans a job for `gspo_moe.sh`, which runs this in the trainer's environment: `python -m launch.lib.plan PHASE ...`.
+
+draw    says what would run where, and changes nothing
+open    makes the run directory and a new attempt in it
+judge   reads what the preflight found on every node; then the roles may start
+
+Words for people go to standard error; standard output is `key=value` lines for the script. Exit 2 = refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gspo_megatron.cli import prepare_run
+from gspo_megatron.config import Recipe, RecipeError, load
+from gspo_megatron.config.loading import load_resolved, refuse
+from gspo_megatron.plan import hosts
+from gspo_megatron.plan.hosts import Host, Ports, Spread, Task
+from gspo_megatron.plan.plan import make_plan
+from launch.lib.preflight import judge
+from launch.lib.text import fold
+
+REFUSED = 2
+PLAN = "plan.json"
+FENCE = "attempt"
+"""In the run directory: the newest attempt and its job. An older attempt must not publish a checkpoint any more."""
+MAY_CHANGE = ("run.directory", "placement.", "trainer.max_steps", "checkpoint.", "evaluation.", "acknowledge")
+"""Recipe keys that a resumed run may have otherwise than before."""
+ENVIRONMENT = re.compile(r"^(SLURM|NCCL|GLOO|UCX|FI|CUDA|OMP|TORCH|VLLM|TRITON|GSPO|HF_HOME|TMPDIR|PATH|LD_LIBRARY_PATH)")
+SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
+
+
+def main() -> int:
+    """Entry of the three phases."""
+    parser = argparse.ArgumentParser(prog="launch/lib/plan.py", description=__doc__)
+    phases = parser.add_subparsers(dest="phase", required=True)
+    for name in ("draw", "open"):
+        phase = phases.add_parser(name)
+        phase.add_argument("--job", required=True, help="SLURM job id; of a drawing, any text")
+        phase.add_argument("--hosts", required=True, help="names of the nodes, comma-separated, trainers first")
+        phase.add_argument("--gpus", type=int, required=True, help="GPUs of a node, 0 = none")
+        phase.add_argument("--running", default="", help="ids of the user's running jobs")
+        phase.add_argument("recipe", type=Path)
+        phase.add_argument("overrides", nargs="*")
+    judging = phases.add_parser("judge")
+    judging.add_argument("attempt", type=Path)
+    chosen = parser.parse_args()
+    try:
+        if chosen.phase == "judge":
+            return judge_attempt(chosen.attempt)
+        names = chosen.hosts.split(",")
+        recipe = load_for_job(chosen.recipe, chosen.overrides, chosen.job, names, chosen.gpus)
+        if chosen.phase == "draw":
+            return draw(recipe, names, chosen.gpus, chosen.job)
+        return open_attempt(recipe, names, chosen.gpus, chosen.job, chosen.running.split())
+    except RecipeError as error:
+        for finding in error.findings:
+            print(finding, file=sys.stderr)
+        return REFUSED
+
+
+def load_for_job(path: Path, overrides: Sequence[str], job: str, names: Sequence[str], gpus: int) -> Recipe:
+    """The recipe with the job's own nodes and GPUs in `placement`. Raises RecipeError for one that does not fit them."""
+    recipe = load(path, overrides)
+    wanted = recipe.placement.nodes
+    if "nodes" in recipe.placement.model_fields_set and wanted != len(names):
+        print(f"placement.nodes={wanted} in the recipe, {len(names)} in the job: the job's count is used", file=sys.stderr)
+    facts: dict[str, Any] = {"nodes": len(names), "gpus_per_node": gpus or hosts.CPU_RANKS}
+    if not gpus:
+        facts["gpu"] = "cpu"
+    run = {"directory": recipe.run.directory or Path("runs") / f"{recipe.run.name}-{job}"}
+    sections = {"placement": recipe.placement.model_copy(update=facts), "run": recipe.run.model_copy(update=run)}
+    recipe = recipe.model_copy(update=sections)
+    found = list(hosts.findings(recipe, len(names), gpus))
+    errors = [finding for finding in found if finding.severity == "error"] or [
+        finding for finding in make_plan(recipe).findings if finding.severity == "error"
+    ]
+    if errors:
+        raise RecipeError(errors)
+    return recipe
+
+
+def layout(recipe: Recipe, at: Sequence[Host], gpus: int, job: str) -> tuple[Spread, Ports, list[Task]]:
+    """Where everything runs."""
+    assert recipe.run.directory is not None
+    over, ports = hosts.spread(recipe, at, gpus), Ports.of_job(int(job) if job.isdigit() else 0)
+    return over, ports, hosts.tasks(recipe, over, ports, recipe.run.directory)
+
+
+def draw(recipe: Recipe, names: Sequence[str], gpus: int, job: str) -> int:
+    """Say what would run where."""
+    over, ports, tasks = layout(recipe, [Host(name, name) for name in names], gpus, job)
+    print("\n".join(describe(recipe, over, ports)), file=sys.stderr)
+    for kind in ("rollout", "controller", "trainer"):
+        task = next(task for task in tasks if task.kind == kind)
+        settings = "".join(f"{name}={value} " for name, value in task.environment.items())
+        print(f"{task.name} on {task.host.name}: {settings}python {' '.join(task.arguments)}", file=sys.stderr)
+    answer(recipe, over, {})
+    return 0
+
+
+def describe(recipe: Recipe, over: Spread, ports: Ports) -> list[str]:
+    """Hosts, roles and ports as lines."""
+    trainer, nodes = recipe.trainer, sorted({*over.trainers, *over.servers}, key=lambda host: host.name)
+    sizes = {
+        "TP": trainer.tensor_parallel,
+        "PP": trainer.pipeline_parallel,
+        "CP": trainer.context_parallel,
+        "EP": trainer.expert_parallel,
+        "ETP": trainer.expert_tensor_parallel,
+    }
+    each = f"{over.gpus} GPUs each" if over.gpus else "no GPU"
+    placement = "colocated: servers share the trainer's nodes" if over.colocated else "disaggregated"
+    servers, size = len(over.servers) * over.servers_each, recipe.rollout.tensor_parallel
+    return [
+        f"run         {recipe.run.name} in {recipe.run.directory}",
+        f"nodes       {len(nodes)} with {each}, {placement}",
+        f"trainer     {over.world} ranks, {over.ranks} a node, on {fold(over.trainers)}; "
+        + " ".join(f"{name} {value}" for name, value in sizes.items()),
+        f"controller  on {over.trainers[0].name}",
+        f"rollout     {servers} server{'s' * (servers > 1)} of tensor-parallel size {size}, {over.servers_each} a node, "
+        f"on {fold(over.servers)}",
+        f"ports       rendezvous {ports.rendezvous}, controller {ports.controller}, servers from {ports.servers[0]}",
+    ]
+
+
+def answer(recipe: Recipe, over: Spread, more: Mapping[str, Any]) -> None:
+    """What the script needs to know, as lines."""
+    facts: dict[str, Any] = {"run_dir": recipe.run.directory, **more}
+    for kind in ("trainer", "controller", "rollout"):
+        where, each = over.of(kind)
+        facts |= {f"{kind}_hosts": ",".join(host.name for host in where), f"{kind}_each": each}
+    for name, value in facts.items():
+        print(f"{name}={value}")
+
+
+def open_attempt(recipe: Recipe, names: Sequence[str], gpus: int, job: str, running: Sequence[str]) -> int:
+    """Make or reopen the run directory, and a new attempt in it that fences off the older ones."""
+    run_dir = recipe.run.directory
+    assert run_dir is not None
+    at = [Host(name, name) for name in names]
+    over, ports, _ = layout(recipe, at, gpus, job)
+    if (run_dir / "DONE").is_file():
+        answer(recipe, over, {"done": "yes"})
+        return 0
+    refuse_other_job(run_dir, job, running)
+    refuse_other_recipe(run_dir, recipe)
+    prepare_run(recipe)
+    logs = run_dir / "logs"
+    logs.mkdir(exist_ok=True)
+    number = 1 + max((int(path.name.partition("_")[2]) for path in logs.glob("attempt_*")), default=0)
+    attempt = logs / f"attempt_{number}"
+    (attempt / "preflight").mkdir(parents=True)
+    write_plan(attempt, {"job": job, "attempt": number, "gpus": gpus, "hosts": [[name, name] for name in names]})
+    replace_text(run_dir / FENCE, f"{number} {job}\n")
+    latest = logs / ".latest"
+    latest.unlink(missing_ok=True)
+    latest.symlink_to(attempt.name)
+    latest.replace(logs / "latest")
+    kept = {key: value for key, value in sorted(os.environ.items()) if ENVIRONMENT.match(key) and not SECRET.search(key)}
+    (attempt / "environment.json").write_text(json.dumps(kept, indent=1))
+    print("\n".join(describe(recipe, over, ports)), file=sys.stderr)
+    answer(recipe, over, {"attempt": attempt, "number": number})
+    return 0
+
+
+def refuse_other_job(run_dir: Path, job: str, running: Sequence[str]) -> None:
+    """Two jobs must not write one run."""
+    if not (run_dir / FENCE).is_file():
+        return
+    _, holder = (run_dir / FENCE).read_text().split()
+    if holder != job and holder in running:
+        raise refuse(
+            "run-in-use", "run.directory", f"job {holder} is running in {run_dir}", f"wait for it, or `scancel {holder}` first"
+        )
+
+
+def refuse_other_recipe(run_dir: Path, recipe: Recipe) -> None:
+    """A resumed run stays the run that it was."""
+    if not (run_dir / "recipe.resolved.yaml").is_file():
+        return
+    before = flatten(load_resolved(run_dir / "recipe.resolved.yaml").model_dump(mode="json"))
+    now = flatten(recipe.model_dump(mode="json"))
+    for key in sorted({*before, *now}):
+        if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE):
+            raise refuse(
+                "resume-other-recipe", key,
+                f"{now.get(key)} here, {before.get(key)} in {run_dir}, which this would resume",
+                "resume with the same recipe and overrides, or name another run.directory",
+            )  # fmt: skip
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as one of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def judge_attempt(attempt: Path) -> int:
+    """Hold the nodes' reports against each other; the roles get the addresses that were found."""
+    facts = json.loads((attempt / PLAN).read_text())
+    run_dir = attempt.parent.parent
+    recipe = load_resolved(run_dir / "recipe.resolved.yaml")
+    reports = [json.loads(path.read_text()) for path in sorted((attempt / "preflight").glob("*.json"))]
+    faults = judge(reports, [name for name, _ in facts["hosts"]], facts["gpus"], recipe)
+    for fault in faults:
+        print(f"preflight: {fault}", file=sys.stderr)
+    if faults:
+        return REFUSED
+    addresses = {report["host"]: report["address"] for report in reports}
+    facts["hosts"] = [[name, addresses[name]] for name, _ in facts["hosts"]]
+    write_plan(attempt, facts)
+    return 0
+
+
+def write_plan(attempt: Path, facts: dict[str, Any]) -> None:
+    """The attempt's table of tasks, which every task reads its own line of."""
+    recipe = load_resolved(attempt.parent.parent / "recipe.resolved.yaml")
+    _, _, tasks = layout(recipe, [Host(*host) for host in facts["hosts"]], facts["gpus"], facts["job"])
+    facts["tasks"] = [
+        {
+            "kind": task.kind,
+            "name": task.name,
+            "host": task.host.name,
+            "local": task.local,
+            "arguments": task.arguments,
+            "environment": task.environment,
+            "ports": task.ports,
+        }
+        for task in tasks
+    ]
+    replace_text(attempt / PLAN, json.dumps(facts, indent=1))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file that readers see whole, before or after."""
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh.write_text(text)
+    fresh.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""What must be true of the nodes before a role starts; pure functions of the reports that `probe.py` wrote."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from gspo_megatron.config import Recipe
+
+GIB = 1 << 30
+MAX_CLOCK_SECONDS = 5.0
+"""Clocks further apart than this make logs and file times misleading, and let certificates and leases fail."""
+MIN_SCRATCH = GIB
+"""Free bytes of /tmp and /dev/shm: compile caches, NCCL's and vLLM's shared memory."""
+MAX_USED_MEMORY_MIB = 2048
+"""GPU memory in use before the job starts: more than a driver and its daemons take."""
+BYTES_PER_PARAMETER = 14
+"""Of a checkpoint: bf16 weight, fp32 master, two fp32 moments."""
+CHECKPOINTS = 3
+"""Two are kept while a third is written."""
+
+Report = Mapping[str, Any]
+
+
+def judge(reports: Sequence[Report], nodes: Sequence[str], gpus: int, recipe: Recipe) -> list[str]:
+    """One sentence a fault, each naming its node and the mend; empty when the roles may start."""
+    seen = {report["host"] for report in reports}
+    silent = [
+        f"{node}: it left no report in the run directory; mount the directory there, or give another run.directory"
+        for node in nodes
+        if node not in seen
+    ]
+    return [*silent, *_each(reports, gpus, recipe), *_together(reports)]
+
+
+def _each(reports: Sequence[Report], gpus: int, recipe: Recipe) -> Iterator[str]:
+    """Faults of single nodes."""
+    for report in reports:
+        node = report["host"]
+        yield from (f"{node}: {fault}" for fault in report["faults"])
+        for port in report["used_ports"]:
+            yield f"{node}: port {port} is taken by another program; end it (ss -tlnp), or leave the node out (--exclude={node})"
+        for place, free in report["free_bytes"].items():
+            if free < MIN_SCRATCH:
+                yield f"{node}: {place} has {free / GIB:.2f} GiB free, 1 is needed; clean it, or set TMPDIR in the site file"
+        need = BYTES_PER_PARAMETER * CHECKPOINTS * count_parameters(recipe)
+        if report["run_dir_free_bytes"] < need:
+            yield (
+                f"{node}: the run directory has {report['run_dir_free_bytes'] / GIB:.1f} GiB free, {CHECKPOINTS} checkpoints "
+                f"take {need / GIB:.1f}; free some, or give another run.directory"
+            )
+        if abs(report["clock_offset"] or 0.0) > MAX_CLOCK_SECONDS:
+            yield f"{node}: its clock is {report['clock_offset']:+.1f} s off the first node's; start its time service, or leave it out"
+        if gpus and len(report["gpus"]) < gpus:
+            yield (
+                f"{node}: nvidia-smi lists {len(report['gpus'])} GPUs where SLURM granted {gpus}; "
+                f"drain the node and leave it out (--exclude={node})"
+            )
+        for index, gpu in enumerate(report["gpus"]):
+            if gpu["used_mib"] > MAX_USED_MEMORY_MIB:
+                yield (
+                    f"{node}: {gpu['used_mib']} MiB of GPU {index} are in use before the job starts; "
+                    f"end what an earlier job left there, or leave the node out (--exclude={node})"
+                )
+
+
+def _together(reports: Sequence[Report]) -> Iterator[str]:
+    """Nodes that differ from the others: the fewer are named."""
+    for kind in sorted({report["kind"] for report in reports}):
+        group = [report for report in reports if report["kind"] == kind]
+        for name in sorted({name for report in group for name in report["versions"]}):
+            yield from _odd(group, f"{name} of the {kind}", lambda report, name=name: report["versions"].get(name, "absent"))
+    yield from _odd(reports, "GPU", lambda report: ", ".join(sorted({gpu["name"] for gpu in report["gpus"]})) or "none")
+    yield from _odd(reports, "GPU driver", lambda report: ", ".join(sorted({gpu["driver"] for gpu in report["gpus"]})) or "none")
+    yield from _odd(reports, "commit of the checkout", lambda report: report["commit"])
+
+
+def _odd(reports: Sequence[Report], what: str, value: Any) -> Iterator[str]:
+    values = {report["host"]: value(report) for report in reports}
+    common = Counter(values.values()).most_common(1)
+    for node, its in values.items():
+        if its != common[0][0]:
+            yield f"{node}: {what} is {its}, {common[0][0]} elsewhere; make the nodes alike, or leave it out (--exclude={node})"
+
+
+def count_parameters(recipe: Recipe) -> int:
+    """Weights of the model, norms left out."""
+    arch = recipe.model.architecture
+    assert arch is not None
+    attention = arch.hidden_size * arch.head_dim * 2 * (arch.num_attention_heads + arch.num_key_value_heads)
+    if arch.num_experts:
+        mlp = arch.num_experts * (3 * arch.hidden_size * arch.moe_intermediate_size + arch.hidden_size)
+    else:
+        mlp = 3 * arch.hidden_size * arch.intermediate_size
+    tables = arch.vocab_size * arch.hidden_size * (1 if arch.tie_word_embeddings else 2)
+    return arch.num_hidden_layers * (attention + mlp) + tables

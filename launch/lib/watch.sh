@@ -1,0 +1,143 @@
+# From the first start of a role to the verdict. Sourced; uses `plan`, `attempt`, `run_dir`, `step` (pid of each role's srun).
+
+grace=${GSPO_GRACE:-240} # seconds that the trainers have for a checkpoint; the job hears of its end 300 s before it
+
+newest_checkpoint() { # number of the newest complete one's step, 0 without any
+    local marker newest=0 number
+    for marker in "$run_dir"/checkpoints/step_*/COMPLETE; do
+        [ -f "$marker" ] || continue
+        number=${marker%/COMPLETE}
+        number=$((10#${number##*/step_}))
+        [ "$number" -gt "$newest" ] && newest=$number
+    done
+    echo "$newest"
+}
+
+on_usr1() { # the time limit is near, or the user asks: the trainers save and end with 85
+    [ -n "$asked" ] && return
+    asked=$SECONDS
+    echo "gspo: asked to stop (USR1); the trainers have $grace s for a checkpoint"
+    kill -USR1 "${step[trainer]}" 2>/dev/null || true
+}
+
+on_term() { # scancel, or a requeue by SLURM: it ends the roles itself
+    echo "gspo: SLURM ends this attempt (scancel, a lost node, or its limit); $(newest_checkpoint) is the newest complete checkpoint"
+    exit 143
+}
+
+watch_roles() { # returns when the first role has ended; its kind goes into `first`, its code into `code`
+    local kind
+    while :; do
+        for kind in trainer controller rollout; do
+            if ! kill -0 "${step[$kind]}" 2>/dev/null; then
+                # A role that ends takes others with it. The one whose task a signal killed is the cause.
+                sleep 2
+                first=$(find_culprit "$kind")
+                code=0
+                wait "${step[$first]}" || code=$?
+                return
+            fi
+        done
+        if [ -n "$asked" ] && [ $((SECONDS - asked)) -gt "$grace" ]; then
+            echo "gspo: no checkpoint within $grace s; the unfinished step will be done again"
+            first=trainer code=85
+            return
+        fi
+        # A trapped signal ends `wait` early, not the loop.
+        sleep 1 &
+        wait $! || true
+    done
+}
+
+find_culprit() { # KIND that ended first -> the kind whose failure is the reason
+    local kind
+    [ -f "$run_dir/DONE" ] && { echo trainer; return; }
+    for kind in rollout controller trainer; do
+        if ! kill -0 "${step[$kind]}" 2>/dev/null && grep -qE 'error: .*task.*: (Killed|Aborted|Segmentation fault|Bus error)' "$attempt/srun-$kind.txt"; then
+            echo "$kind"
+            return
+        fi
+    done
+    echo "$1"
+}
+
+end_roles() { # only the job's own steps; what is killed here has no state
+    local kind
+    for kind in "${!step[@]}"; do kill -TERM "${step[$kind]}" 2>/dev/null || true; done
+    for kind in "${!step[@]}"; do wait "${step[$kind]}" 2>/dev/null || true; done
+}
+
+explain() { # KIND CODE: the end of the culprit's log, then one sentence
+    local kind=$1 words node='' log said
+    words=$(grep -E -m1 'error: [^ ]+: tasks? |Node failure on' "$attempt/srun-$kind.txt" || tail -n1 "$attempt/srun-$kind.txt")
+    if [[ $words =~ error:\ ([^ ]+):\ tasks?\ [^:]*:\ (.*) ]]; then
+        node=${BASH_REMATCH[1]} said=${BASH_REMATCH[2]}
+    elif [[ $words =~ Node\ failure\ on\ ([^ ]+) ]]; then
+        node=${BASH_REMATCH[1]} said="the node is lost"
+    else
+        said="${words:-it said nothing} (srun ended with $2)"
+    fi
+    log=$attempt/$kind-$node.log
+    [ -f "$log" ] || log=$(ls -t "$attempt/$kind"-*.log 2>/dev/null | head -n1)
+    if [ -f "$log" ]; then
+        tail -n 15 "$log" | sed "s/^/  $kind${node:+ $node} | /"
+        # Words of the role itself say more than its exit code; of a killed one there are none.
+        [[ $said == Exited* ]] && said=$(grep -v '^[0-9: ]*$' "$log" | tail -n1)
+    fi
+    echo "gspo: $kind failed${node:+ on $node}: $said (log: ${log:-$attempt})"
+}
+
+node_is_lost() { # whether a node of the job no longer runs even `true`
+    local command all nodes
+    all=$(IFS=,; echo "${hosts[*]}")
+    nodes=${#hosts[@]}
+    [ -n "${SLURM_HET_SIZE:-}" ] && return 1
+    ! timeout 40 srun "--nodes=$nodes" "--ntasks=$nodes" --ntasks-per-node=1 "--nodelist=$all" --overlap --input=none true \
+        >"$attempt/srun-alive.txt" 2>&1
+}
+
+settle() { # the verdict: the DONE marker, never an exit code, says that the run is finished
+    local now
+    now=$(newest_checkpoint)
+    if [ -f "$run_dir/DONE" ]; then
+        end_roles
+        echo "gspo: DONE; results are in $run_dir"
+        exit 0
+    fi
+    if [ "$first" = trainer ] && { [ "$code" = 85 ] || [ -n "$asked" ]; }; then
+        end_roles
+        echo "gspo: attempt ${plan[number]} stopped as asked; step $now is checkpointed"
+        requeue
+    fi
+    end_roles
+    explain "$first" "$code" >"$attempt/failure.txt"
+    local limit=${GSPO_MAX_RESTARTS:-3} so_far=0 why=''
+    [ -f "$run_dir/logs/restarts" ] && so_far=$(wc -l <"$run_dir/logs/restarts")
+    if [ "$now" -gt "$started_from" ]; then
+        why="a newer checkpoint exists (step $now)"
+    elif node_is_lost; then
+        why="a node is lost"
+    fi
+    if [ -n "$why" ] && [ "$so_far" -lt "$limit" ]; then
+        cat "$attempt/failure.txt"
+        echo "$(date -u +%FT%TZ) attempt ${plan[number]}: $why" >>"$run_dir/logs/restarts"
+        echo "gspo: restart $((so_far + 1)) of at most $limit, because $why"
+        requeue
+    fi
+    echo "gspo: not restarted: $([ -n "$why" ] && echo "$limit restarts are used up (GSPO_MAX_RESTARTS; remove $run_dir/logs/restarts to begin anew)" ||
+        echo "there is no newer checkpoint than step $started_from, so it would fail the same way")"
+    # Last, so that the reason is what the log ends with.
+    cat "$attempt/failure.txt"
+    exit 1
+}
+
+requeue() { # `scontrol requeue` kills this script, so nothing may come after it
+    if [[ $(scontrol show job -o "$SLURM_JOB_ID") != *" Requeue=1 "* ]]; then
+        echo "gspo: the job was submitted with --no-requeue; to go on: $resume"
+        exit 85
+    fi
+    rm -f "$attempt/key"
+    scontrol requeue "$SLURM_JOB_ID"
+    sleep 60
+    exit 85
+}

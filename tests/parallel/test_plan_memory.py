@@ -1,0 +1,67 @@
+"""The planner's exact bytes against what the trainer allocates, on gloo, to the byte, on every rank."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gspo_megatron.config import load
+from gspo_megatron.plan.layout import layout_of
+from gspo_megatron.plan.memory import element_bytes, exact_bytes
+from gspo_megatron.weights.table import local_parameters
+from tests.parallel.world import run_world
+
+RECIPE = Path("recipes/tiny_moe.yaml")
+TWO_RANKS = {
+    "DP2": [],
+    "TP2": ["trainer.tensor_parallel=2"],
+    "PP2": ["trainer.pipeline_parallel=2"],
+    "PP2 uneven": ["trainer.pipeline_parallel=2", "trainer.first_stage_layers=1", "trainer.last_stage_layers=3"],
+    "PP2 VPP2": ["trainer.pipeline_parallel=2", "trainer.virtual_pipeline=2"],
+    "EP2": ["trainer.expert_parallel=2"],
+    "ETP2": ["trainer.expert_tensor_parallel=2"],
+    "CP2": ["trainer.context_parallel=2"],
+    "EP2 bfloat16": ["trainer.expert_parallel=2", "model.dtype=bfloat16"],
+    "TP2 dense": [
+        "trainer.tensor_parallel=2",
+        "model.architecture.model_type=qwen3",
+        "model.architecture.num_experts=0",
+        "model.architecture.num_experts_per_tok=0",
+    ],
+    "PP2 tied": ["trainer.pipeline_parallel=2", "model.architecture.tie_word_embeddings=true"],
+}
+FOUR_RANKS = {
+    "TP2 PP2 EP2": ["trainer.tensor_parallel=2", "trainer.pipeline_parallel=2", "trainer.expert_parallel=2"],
+    "PP2 VPP2 CP2 EP2": [
+        "trainer.pipeline_parallel=2",
+        "trainer.virtual_pipeline=2",
+        "trainer.context_parallel=2",
+        "trainer.expert_parallel=2",
+    ],
+    "TP2 EP2 ETP2 bfloat16": [
+        "trainer.tensor_parallel=2",
+        "trainer.expert_parallel=2",
+        "trainer.expert_tensor_parallel=2",
+        "model.dtype=bfloat16",
+    ],
+}
+
+
+@pytest.mark.parametrize(("size", "cases"), [(2, TWO_RANKS), (4, FOUR_RANKS)], ids=["2 ranks", "4 ranks"])
+def test_exact_bytes_are_what_the_trainer_allocates(size: int, cases: dict[str, list[str]], tmp_path: Path) -> None:
+    run_world("plan_memory_worker.py", size, list(cases.values()), tmp_path)
+    for rank in range(size):
+        measured = json.loads((tmp_path / f"memory-{rank}.json").read_text())
+        for (name, overrides), found in zip(cases.items(), measured, strict=True):
+            assert found == planned(overrides, size, rank), f"{name}, rank {rank}"
+
+
+def planned(overrides: list[str], size: int, rank: int) -> dict[str, int]:
+    recipe = load(RECIPE, overrides)
+    arch, layout = recipe.model.architecture, layout_of(recipe.trainer, size)
+    assert arch is not None
+    at = layout.coordinates(rank)
+    chunks = [local_parameters(arch, layout, at, chunk) for chunk in range(layout.virtual)]
+    return exact_bytes(chunks, layout, element_bytes(recipe), distributed=False, on_cpu=True)

@@ -1,0 +1,158 @@
+"""One vLLM server for all tests of this folder, and a controller in a thread for each test that wants one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+from aiohttp import web
+
+from gspo_megatron.config.loading import save_resolved
+from gspo_megatron.data.store import SampleStore
+from gspo_megatron.rollout.auth import KEY_VARIABLE, key_header
+from gspo_megatron.rollout.client import ServerClient
+from gspo_megatron.rollout.controller import Controller
+from gspo_megatron.rollout.fleet import Fleet
+from gspo_megatron.rollout.link import ControllerLink
+from gspo_megatron.rollout.scoring import ScoringPool
+from gspo_megatron.rollout.service import Service
+from tests.rollout.tiny import KEY, VOCAB, CountingPrompts, NumberTokenizer, Oracle, make_recipe, make_scorer, write_config
+
+ENDS_SERVER = "test_death.py"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The test that kills the server comes last in this folder."""
+    here = [place for place, item in enumerate(items) if item.path.parent == Path(__file__).parent]
+    ordered = sorted((items[place] for place in here), key=lambda item: item.path.name == ENDS_SERVER)
+    for place, item in zip(here, ordered, strict=True):
+        items[place] = item
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    start_seconds: float
+
+    def ask(self, method: str, path: str, key: str = KEY) -> httpx.Response:
+        return httpx.request(method, self.url + path, headers=key_header(key), timeout=30)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def server_command(run_dir: Path, port: int) -> list[str]:
+    where = ["--run-dir", str(run_dir), "--index", "0", "--host", "127.0.0.1", "--port", str(port)]
+    return [sys.executable, "-m", "gspo_megatron.rollout.server", *where]
+
+
+@pytest.fixture(scope="package")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("run")
+    save_resolved(make_recipe(), directory / "recipe.resolved.yaml")
+    write_config(directory / "model")
+    return directory
+
+
+@pytest.fixture(scope="package")
+def server(run_dir: Path) -> Iterator[Server]:
+    port = free_port()
+    log = run_dir / "server.log"
+    environment = {**os.environ, KEY_VARIABLE: KEY}
+    started = time.monotonic()
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            server_command(run_dir, port), env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        while not answers(url):
+            assert process.poll() is None, log.read_text()[-2000:]
+            assert time.monotonic() - started < 240, log.read_text()[-2000:]
+            time.sleep(0.2)
+        yield Server(url, process, log, time.monotonic() - started)
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+class ControllerThread:
+    """A controller of its own event loop, reached through its HTTP face."""
+
+    def __init__(self, server_url: str, samples: Path) -> None:
+        self.url = f"http://127.0.0.1:{free_port()}"
+        self.store = SampleStore(samples)
+        self._server_url = server_url
+        self._loop = asyncio.new_event_loop()
+        self._ready = threading.Event()
+        self._done = asyncio.Event()
+        self._thread = threading.Thread(target=lambda: self._loop.run_until_complete(self._serve()))
+        self._thread.start()
+        assert self._ready.wait(30)
+
+    async def _serve(self) -> None:
+        recipe = make_recipe()
+        fleet = Fleet([ServerClient(self._server_url, KEY, VOCAB, 64, 64)])
+        scoring = ScoringPool(make_scorer, 1, 5.0)
+        controller = Controller(
+            recipe, fleet, CountingPrompts(), NumberTokenizer(), scoring, self.store, "127.0.0.1"
+        )
+        runner = web.AppRunner(Service(controller, KEY).application())
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", int(self.url.rsplit(":", 1)[1])).start()
+        self._ready.set()
+        await self._done.wait()
+        await runner.cleanup()
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._done.set)
+        self._thread.join(30)
+        self._loop.close()
+
+
+@pytest.fixture
+def start_controller(server: Server, tmp_path: Path) -> Iterator[Callable[[], tuple[ControllerThread, ControllerLink]]]:
+    """Starts a controller that is ready; it knows nothing of what earlier ones did to the server."""
+    with ExitStack() as stack:
+
+        def start() -> tuple[ControllerThread, ControllerLink]:
+            controller = ControllerThread(server.url, tmp_path / "samples")
+            stack.callback(controller.stop)
+            link = ControllerLink(controller.url, KEY)
+            stack.callback(link.close)
+            link.wait_ready(60)
+            return controller, link
+
+        yield start
+
+
+@pytest.fixture(scope="package")
+def oracles() -> list[Oracle]:
+    return [Oracle(seed) for seed in (0, 1)]

@@ -1,0 +1,55 @@
+"""A controller with a real server: complete groups, readable samples, exact accounting."""
+
+from __future__ import annotations
+
+import httpx
+
+from gspo_megatron.rollout.auth import key_header
+from tests.rollout.test_weight_update import update
+from tests.rollout.tiny import STOP, CountingPrompts
+
+
+def test_a_batch_is_complete_readable_and_repeatable(start_controller, oracles) -> None:
+    controller, link = start_controller()
+    update(link, 3, oracles[0])
+    state = link.state()
+    seen = []
+    batch = link.rollout(1, on_progress=seen.append)
+    refs = batch["samples"]
+    assert [(ref.prompt_index, ref.sample_index) for ref in refs] == [(p, s) for p in range(8) for s in range(4)]
+    assert batch["accounting"] == {"sampled": 32, "kept": 32, "dropped": {}, "unscored": {}, "skipped_prompts": {}}
+    assert seen[-1]["done"] == seen[-1]["total"] == 32 and seen[-1]["tokens"] == batch["tokens"]
+    prompts = CountingPrompts().next(8)
+    read = [controller.store.read(ref) for ref in refs]
+    for ref, (token_ids, answer_start, logprobs) in zip(refs, read, strict=True):
+        answer = token_ids[answer_start:].tolist()
+        assert tuple(token_ids[:answer_start].tolist()) == prompts[ref.prompt_index].token_ids
+        assert len(answer) == len(logprobs) == ref.answer_length <= 20
+        assert (ref.stop_reason == "stop") == (answer[-1] == STOP) and STOP not in answer[:-1]
+        assert ref.reward == float((len(answer) - (answer[-1] == STOP)) % 2 == 0)
+        assert [(s.version, s.start, s.end) for s in ref.segments] == [(3, 0, len(answer))]
+    group = [tuple(ids[start:].tolist()) for ids, start, _ in read[:4]]
+    assert len(set(group)) == 4, "the answers to one prompt are the same: their seeds are"
+    assert link.rollout(2)["samples"][0].prompt_index == 8
+
+    link.restore(state)
+    again = link.rollout(1)["samples"]
+    assert [controller.store.read(ref)[0].tolist() for ref in again] == [ids.tolist() for ids, _, _ in read]
+
+
+def test_evaluation_is_greedy_and_stores_nothing(start_controller, oracles) -> None:
+    controller, link = start_controller()
+    update(link, 0, oracles[0])
+    found = [link.evaluate(6) for _ in range(2)]
+    assert found[0] == found[1]
+    assert 0 <= found[0]["accuracy"] <= 1 and found[0]["mean_reward"] == found[0]["accuracy"]
+    assert [example["question"] for example in found[0]["examples"]] == [f"question {i}" for i in (-1, -2, -3)]
+    assert list(controller.store.directory.iterdir()) == []
+
+
+def test_only_the_key_opens_the_controller(start_controller) -> None:
+    controller, _ = start_controller()
+    for headers in ({}, key_header("wrong")):
+        assert httpx.get(f"{controller.url}/status", headers=headers).status_code == 401
+        assert httpx.post(f"{controller.url}/rollout", json={"step": 0}, headers=headers).status_code == 401
+    assert httpx.get(f"{controller.url}/health").status_code == 200

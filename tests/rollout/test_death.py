@@ -1,0 +1,33 @@
+"""kill -9 of a server leaves nothing behind. Runs last: it ends the server that the other tests share."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import psutil
+
+from tests.rollout.conftest import Server, answers
+
+
+
+def test_kill_9_of_the_api_process_leaves_no_process(server: Server) -> None:
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    assert len(children) >= 2, "vLLM runs its engine and its worker in processes of their own"
+    server.process.send_signal(signal.SIGKILL)
+    server.process.wait()
+    _, alive = psutil.wait_procs([child for child in children if runs(child)], timeout=5)
+    deadline = time.monotonic() + 5
+    while any(runs(child) for child in alive) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert [child.cmdline() for child in alive if runs(child)] == []
+    assert not answers(server.url)
+
+
+def runs(process: psutil.Process) -> bool:
+    """Whether it is neither gone nor dead and waiting for a parent to notice."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

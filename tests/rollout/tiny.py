@@ -1,0 +1,152 @@
+"""A tiny Qwen3-MoE with random weights: the Hugging Face model as the oracle, its checkpoint tensors as what is sent."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from gspo_megatron.config.loading import parse
+from gspo_megatron.config.schema import Recipe
+from gspo_megatron.types import Problem, Prompt
+from gspo_megatron.weights.buckets import TensorMeta
+
+KEY = "key-of-the-rollout-tests"
+VOCAB = 96
+STOP = 1
+NUM_LAYERS = 4
+
+
+def make_recipe() -> Recipe:
+    """8 prompts, 4 answers each, of at most 20 tokens."""
+    return parse(
+        {
+            "run": {"seed": 7},
+            "model": {
+                "dtype": "float32",
+                "architecture": {
+                    "vocab_size": VOCAB,
+                    "hidden_size": 64,
+                    "num_hidden_layers": NUM_LAYERS,
+                    "num_attention_heads": 4,
+                    "num_key_value_heads": 2,
+                    "head_dim": 32,
+                    "intermediate_size": 128,
+                    "moe_intermediate_size": 64,
+                    "num_experts": 8,
+                    "num_experts_per_tok": 2,
+                    "rope_theta": 1e4,
+                    "max_position_embeddings": 128,
+                },
+            },
+            "data": {"path": "unused.jsonl"},
+            "batch": {"prompts": 8, "answers": 4, "updates": 4},
+            "rollout": {
+                "max_prompt_tokens": 44,
+                "max_answer_tokens": 20,
+                "max_concurrency": 64,
+                "kv_cache_gib": 0.0625,
+                "start_timeout": 120,
+            },
+            # 1 MiB cuts the checkpoint into several buckets.
+            "weight_update": {"bucket_mib": 1, "canary_bound": 1e-4, "timeout": 30},
+        }
+    )
+
+
+def write_config(directory: Path) -> None:
+    """config.json of the tiny model, in Hugging Face's own words."""
+    _config().save_pretrained(directory)
+
+
+def _config() -> Qwen3MoeConfig:
+    arch = make_recipe().model.architecture
+    assert arch is not None
+    values = arch.model_dump(exclude={"model_type", "rope_theta", "rope_scaling"})
+    return Qwen3MoeConfig(
+        **values, rope_parameters={"rope_type": "default", "rope_theta": arch.rope_theta}, mlp_only_layers=[]
+    )
+
+
+class Oracle:
+    """The Hugging Face model of one seed, with its experts computed one by one."""
+
+    def __init__(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        config = _config()
+        config._experts_implementation = "eager"
+        self.model = Qwen3MoeForCausalLM(config).float().eval()
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(0, 0.06)
+        with tempfile.TemporaryDirectory() as directory:
+            self.model.save_pretrained(directory)
+            self.tensors = load_file(os.path.join(directory, "model.safetensors"))
+        self.manifest = [TensorMeta(name, "float32", tuple(value.shape)) for name, value in self.tensors.items()]
+
+    @torch.no_grad()
+    def logprobs(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Log-probs of token_ids[1:], [length - 1]."""
+        logits = self.model(torch.tensor([list(token_ids)])).logits[0]
+        wanted = torch.tensor(list(token_ids[1:]))[:, None]
+        return logits.log_softmax(-1)[:-1].gather(1, wanted)[:, 0].numpy()
+
+    def probes(self) -> list[tuple[list[int], list[float]]]:
+        """Four fixed sequences with this model's log-probs."""
+        rows = np.random.default_rng(0).integers(4, VOCAB, size=(4, 16)).tolist()
+        return [(row, self.logprobs(row).tolist()) for row in rows]
+
+
+class CountingPrompts:
+    """A prompt stream in memory."""
+
+    def __init__(self) -> None:
+        self.index = 0
+        self.skipped: Counter[str] = Counter()
+
+    def next(self, count: int) -> list[Prompt]:
+        self.index += count
+        return [_prompt(index) for index in range(self.index - count, self.index)]
+
+    def held_out(self, count: int) -> list[Prompt]:
+        return [_prompt(-1 - index) for index in range(count)]
+
+    def state(self) -> dict[str, Any]:
+        return {"index": self.index}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.index = state["index"]
+
+
+def _prompt(index: int) -> Prompt:
+    length = 5 + abs(index) % 7
+    ids = np.random.default_rng(1000 + index).integers(4, VOCAB, size=length).tolist()
+    return Prompt(index, Problem(str(index), f"question {index}", {"length": length}), tuple(ids))
+
+
+class NumberTokenizer:
+    """Ids as decimal text."""
+
+    stop_ids = (STOP,)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(map(str, ids))
+
+
+def score_even(problem: Problem, text: str, stop_reason: str) -> float:
+    """1 for an answer with an even number of tokens."""
+    return float(len(text.split()) % 2 == 0)
+
+
+def make_scorer() -> Any:
+    """What a scoring process builds."""
+    return score_even

@@ -1,0 +1,108 @@
+"""The supervisor of a run's processes, with small processes in place of the real roles."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gspo_megatron.config import load
+from gspo_megatron.roles import Role, plan_roles, run_roles
+
+SLEEP = (sys.executable, "-c", "import time; time.sleep(60)")
+
+
+def python(code: str) -> tuple[str, ...]:
+    return (sys.executable, "-c", code)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def test_ends_well_when_the_trainers_do(tmp_path: Path) -> None:
+    roles = [Role("controller", SLEEP), Role("trainer-0", python("pass")), Role("trainer-1", python("pass"))]
+    began = time.monotonic()
+    assert run_roles(roles, tmp_path) == 0
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("victim", ["rollout-0", "controller", "trainer-1"])
+def test_a_failing_role_ends_the_rest_and_is_named_last(
+    tmp_path: Path, victim: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    roles = [
+        Role(
+            name,
+            python("import sys; print('cannot listen: port in use', file=sys.stderr); sys.exit(3)")
+            if name == victim
+            else SLEEP,
+        )
+        for name in ("rollout-0", "controller", "trainer-0", "trainer-1")
+    ]
+    began = time.monotonic()
+    assert run_roles(roles, tmp_path) == 1
+    assert time.monotonic() - began < 20
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert victim in last and "cannot listen: port in use" in last
+
+
+def test_a_server_that_ends_by_itself_is_a_failure_even_with_code_0(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_roles([Role("rollout-0", python("pass")), Role("trainer-0", SLEEP)], tmp_path) == 1
+    assert "rollout-0" in capfd.readouterr().err.strip().splitlines()[-1]
+
+
+def test_the_killed_role_is_blamed_and_not_the_one_it_took_along(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    killed = python("import os, signal, time; time.sleep(0.5); os.kill(os.getpid(), signal.SIGKILL)")
+    dragged = python("import sys, time; time.sleep(0.5); sys.exit(1)")
+    assert run_roles([Role("trainer-0", dragged), Role("trainer-1", killed)], tmp_path) == 1
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "trainer-1" in last and "SIGKILL" in last
+
+
+def test_children_of_roles_are_ended_too(tmp_path: Path) -> None:
+    child = tmp_path / "child"
+    code = f"import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); open({str(child)!r}, 'w').write(str(p.pid)); time.sleep(60)"
+    wait = (
+        f"import os, time\nwhile not (os.path.exists({str(child)!r}) and open({str(child)!r}).read()): time.sleep(0.05)"
+    )
+    assert run_roles([Role("controller", python(code)), Role("trainer-0", python(wait))], tmp_path / "logs") == 0
+    assert not is_alive(int(child.read_text()))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_ends_everything_with_a_sentence(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    script = (
+        "import sys; from pathlib import Path; from gspo_megatron.roles import Role, run_roles\n"
+        f"role = (sys.executable, '-c', 'import os, time; open({str(tmp_path)!r} + chr(47) + str(os.getpid()), chr(119)); time.sleep(60)')\n"
+        f"sys.exit(run_roles([Role('trainer-0', role), Role('controller', role)], Path({str(tmp_path)!r}) / 'logs'))"
+    )
+    process = subprocess.Popen(python(script), stderr=subprocess.PIPE, text=True)
+    while len([entry for entry in tmp_path.iterdir() if entry.name.isdigit()]) < 2:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == code
+    assert number.name in said.strip().splitlines()[-1]
+    assert not any(is_alive(int(entry.name)) for entry in tmp_path.iterdir() if entry.name.isdigit())
+
+
+def test_the_key_is_in_no_command_line(tmp_path: Path) -> None:
+    roles = plan_roles(load(Path("recipes/tiny_moe.yaml")), tmp_path, 2)
+    assert [role.name for role in roles] == ["rollout-0", "controller", "trainer-0", "trainer-1"]
+    keys = {role.environment["GSPO_JOB_KEY"] for role in roles}
+    assert len(keys) == 1
+    assert not any(keys.pop() in argument for role in roles for argument in role.command)
