@@ -12,6 +12,8 @@ from pathlib import Path
 
 from gspo_megatron import __version__
 from gspo_megatron.config import Recipe, RecipeError, load, save_resolved
+from gspo_megatron.plan import check
+from gspo_megatron.plan import command as plan_command
 from gspo_megatron.roles import plan_roles, run_roles
 
 REFUSED = 2
@@ -29,10 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train_command.add_argument(
         "overrides", nargs="*", metavar="key=value", help="dotted overrides: trainer.max_steps=10"
     )
+    plan_command.add_arguments(commands)
     report_command = commands.add_parser("report", help="write the plot and report.html of a run directory")
     report_command.add_argument("run_dir", type=Path)
     chosen = parser.parse_args(arguments)
     try:
+        if chosen.command == "plan":
+            return plan_command.run(chosen)
         return train(chosen.recipe, chosen.overrides) if chosen.command == "train" else report(chosen.run_dir)
     except RecipeError as error:
         for finding in error.findings:
@@ -44,6 +49,11 @@ def train(path: Path, overrides: Sequence[str]) -> int:
     """Run a recipe with all its roles on this machine."""
     recipe = load(path, overrides)
     ranks = recipe.trainer.ranks or count_gpus() or 2
+    findings = check(recipe, ranks)
+    for finding in findings:
+        print(finding, file=sys.stderr)
+    if any(finding.severity == "error" for finding in findings):
+        return REFUSED
     run_dir = prepare_run(recipe)
     print(
         f"{recipe.run.name}: {ranks} trainer ranks, {recipe.rollout.servers} rollout server(s), all goes to {run_dir}"
@@ -57,7 +67,8 @@ def report(run_dir: Path) -> int:
     if not (run_dir / "metrics.jsonl").is_file():
         print(f"{run_dir} holds no metrics.jsonl; give the directory that `gspo train` printed", file=sys.stderr)
         return REFUSED
-    from gspo_megatron.report.plot import write_plot, write_report
+    from gspo_megatron.report.page import write_report
+    from gspo_megatron.report.plot import write_plot
 
     write_plot(run_dir)
     print(write_report(run_dir))

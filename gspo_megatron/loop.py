@@ -15,7 +15,8 @@ from gspo_megatron.config import RecipeError, load_resolved
 from gspo_megatron.metrics import RunLog
 from gspo_megatron.policy import mesh
 from gspo_megatron.policy.policy import Policy
-from gspo_megatron.report.plot import write_plot, write_report
+from gspo_megatron.report.page import write_report
+from gspo_megatron.report.plot import write_plot
 from gspo_megatron.rollout.link import ControllerError, ControllerLink
 from gspo_megatron.rollout.processes import die_with_parent
 from gspo_megatron.rollout.transfer import TransferError

@@ -85,7 +85,9 @@ class RunLog:
             self.bars.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.live:
             self.bars.stop()
         if self._board is not None:
@@ -146,8 +148,10 @@ class RunLog:
         """Say what came out: three sampled answers and where everything is."""
         for example in json.loads((run_dir / EXAMPLES_FILE).read_text()):
             self.say(f"  {example['question']}  ->  {example['answer_text']}  (reward {example['reward']:g})")
-        self.say(f"plot {run_dir / 'accuracy.png'}, report {run_dir / 'report.html'}, metrics {run_dir / METRICS_FILE},")
-        self.say(f"weights {run_dir / 'checkpoints' / 'final'}, logs {run_dir / 'logs'}, tensorboard {run_dir / 'tensorboard'}")
+        self.say(
+            f"plot {run_dir / 'accuracy.png'}, report {run_dir / 'report.html'}, metrics {run_dir / METRICS_FILE},"
+        )
+        self.say(f"weights {run_dir / 'checkpoints' / 'final'}, logs {run_dir / 'logs'}, TensorBoard files beside them")
 
     def _write(self, number: int) -> None:
         if not self.owns_terminal:

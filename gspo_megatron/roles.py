@@ -58,34 +58,14 @@ def plan_roles(recipe: Recipe, run_dir: Path, ranks: int) -> list[Role]:
     where = ("--run-dir", str(run_dir))
     controller = f"http://{LOOPBACK}:{ports[1]}"
     servers = [f"http://{LOOPBACK}:{port}" for port in ports[2:]]
-    roles = [
-        Role(
-            f"rollout-{index}",
-            (
-                *python,
-                "gspo_megatron.rollout.server",
-                *where,
-                "--index",
-                str(index),
-                "--host",
-                LOOPBACK,
-                "--port",
-                str(port),
-            ),
-            key,
-        )
-        for index, port in enumerate(ports[2:])
-    ]
-    listen = ("--host", LOOPBACK, "--port", str(ports[1]))
-    roles.append(
-        Role(
-            "controller",
-            (*python, "gspo_megatron.rollout.controller", *where, *listen, "--servers", ",".join(servers)),
-            key,
-        )
-    )
+    roles = []
+    for index, port in enumerate(ports[2:]):
+        place = ("--index", str(index), "--host", LOOPBACK, "--port", str(port))
+        roles.append(Role(f"rollout-{index}", (*python, "gspo_megatron.rollout.server", *where, *place), key))
+    place = ("--host", LOOPBACK, "--port", str(ports[1]), "--servers", ",".join(servers))
+    roles.append(Role("controller", (*python, "gspo_megatron.rollout.controller", *where, *place), key))
     for rank in range(ranks):
-        place = {
+        environment = {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(ranks),
@@ -95,7 +75,7 @@ def plan_roles(recipe: Recipe, run_dir: Path, ranks: int) -> list[Role]:
             "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         }
         command = (*python, "gspo_megatron.loop", *where, "--controller", controller)
-        roles.append(Role(f"trainer-{rank}", command, {**key, **place}, owns_terminal=rank == 0))
+        roles.append(Role(f"trainer-{rank}", command, {**key, **environment}, owns_terminal=rank == 0))
     return roles
 
 

@@ -79,7 +79,7 @@ read_plan() { # PHASE: fills the table `plan` with what launch/lib/plan.py answe
     said=$(in_trainer "$(python_of trainer)" -m launch.lib.plan "$1" --job "${SLURM_JOB_ID:-JOB}" --hosts "$names" \
         --gpus "$gpus" --running "$running" "$recipe" ${overrides[@]+"${overrides[@]}"}) || exit 2
     while IFS='=' read -r key value; do plan[$key]=$value; done <<<"$said"
-    run_dir=${plan[run_dir]}
+    run_dir=${plan[run_dir]} gpus=${plan[gpus]}
 }
 
 draw_commands() {
@@ -96,7 +96,7 @@ say_how() { # one line each: follow, attach, cancel, resume
     [ "$gpus" = 8 ] || sized+=" --gpus-per-node=$gpus"
     resume="sbatch $sized launch/gspo_moe.sh $recipe ${overrides[*]-}"
     [[ " ${overrides[*]-} " == *" run.directory="* ]] || resume+=" run.directory=$run_dir"
-    echo "follow      tail -F $home/$attempt/trainer-${hosts[0]}.log"
+    echo "follow      tail -F $([[ $attempt = /* ]] || echo "$home/")$attempt/trainer-${hosts[0]}.log"
     echo "attach      srun --jobid=$SLURM_JOB_ID --overlap --pty --nodelist=${hosts[0]} bash"
     echo "cancel      scancel $SLURM_JOB_ID; with a checkpoint first: scancel --batch --signal=USR1 $SLURM_JOB_ID"
     echo "resume      $resume"

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ("fixtures", "advantages", "inputs", "invariance", "metrics", "oracle")
+TESTS = ("fixtures", "fixtures_mismatch", "advantages", "inputs", "invariance", "metrics", "oracle")
 
 
 @dataclass(frozen=True)

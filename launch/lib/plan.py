@@ -57,9 +57,10 @@ def main() -> int:
             return judge_attempt(chosen.attempt)
         names = chosen.hosts.split(",")
         recipe = load_for_job(chosen.recipe, chosen.overrides, chosen.job, names, chosen.gpus)
+        gpus = count_gpus(recipe)
         if chosen.phase == "draw":
-            return draw(recipe, names, chosen.gpus, chosen.job)
-        return open_attempt(recipe, names, chosen.gpus, chosen.job, chosen.running.split())
+            return draw(recipe, names, gpus, chosen.job)
+        return open_attempt(recipe, names, gpus, chosen.job, chosen.running.split())
     except RecipeError as error:
         for finding in error.findings:
             print(finding, file=sys.stderr)
@@ -72,6 +73,9 @@ def load_for_job(path: Path, overrides: Sequence[str], job: str, names: Sequence
     wanted = recipe.placement.nodes
     if "nodes" in recipe.placement.model_fields_set and wanted != len(names):
         print(f"placement.nodes={wanted} in the recipe, {len(names)} in the job: the job's count is used", file=sys.stderr)
+    if recipe.placement.gpu == "cpu":
+        # An exclusive job is granted the GPUs of its nodes whether it wants them or not.
+        gpus = 0
     facts: dict[str, Any] = {"nodes": len(names), "gpus_per_node": gpus or hosts.CPU_RANKS}
     if not gpus:
         facts["gpu"] = "cpu"
@@ -85,6 +89,11 @@ def load_for_job(path: Path, overrides: Sequence[str], job: str, names: Sequence
     if errors:
         raise RecipeError(errors)
     return recipe
+
+
+def count_gpus(recipe: Recipe) -> int:
+    """GPUs of a node that the run uses."""
+    return 0 if recipe.placement.gpu == "cpu" else recipe.placement.gpus_per_node or 0
 
 
 def layout(recipe: Recipe, at: Sequence[Host], gpus: int, job: str) -> tuple[Spread, Ports, list[Task]]:
@@ -133,7 +142,7 @@ def describe(recipe: Recipe, over: Spread, ports: Ports) -> list[str]:
 
 def answer(recipe: Recipe, over: Spread, more: Mapping[str, Any]) -> None:
     """What the script needs to know, as lines."""
-    facts: dict[str, Any] = {"run_dir": recipe.run.directory, **more}
+    facts: dict[str, Any] = {"run_dir": recipe.run.directory, "gpus": over.gpus, **more}
     for kind in ("trainer", "controller", "rollout"):
         where, each = over.of(kind)
         facts |= {f"{kind}_hosts": ",".join(host.name for host in where), f"{kind}_each": each}

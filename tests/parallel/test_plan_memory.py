@@ -24,12 +24,6 @@ TWO_RANKS = {
     "ETP2": ["trainer.expert_tensor_parallel=2"],
     "CP2": ["trainer.context_parallel=2"],
     "EP2 bfloat16": ["trainer.expert_parallel=2", "model.dtype=bfloat16"],
-    "TP2 dense": [
-        "trainer.tensor_parallel=2",
-        "model.architecture.model_type=qwen3",
-        "model.architecture.num_experts=0",
-        "model.architecture.num_experts_per_tok=0",
-    ],
     "PP2 tied": ["trainer.pipeline_parallel=2", "model.architecture.tie_word_embeddings=true"],
 }
 FOUR_RANKS = {

@@ -72,7 +72,10 @@ def _config() -> Qwen3MoeConfig:
     assert arch is not None
     values = arch.model_dump(exclude={"model_type", "rope_theta", "rope_scaling"})
     return Qwen3MoeConfig(
-        **values, rope_parameters={"rope_type": "default", "rope_theta": arch.rope_theta}, mlp_only_layers=[]
+        **values,
+        architectures=["Qwen3MoeForCausalLM"],
+        rope_parameters={"rope_type": "default", "rope_theta": arch.rope_theta},
+        mlp_only_layers=[],
     )
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor
@@ -125,7 +126,6 @@ class Layout:
     """Row indices of each micro-batch, whatever rank it is on: ranks only add shares."""
     context: int = 1
     token_advantages: bool = False
-    extras: dict[str, bool] = field(default_factory=dict)
 
 
 def zigzag(length: int, context: int, rank: int) -> list[int]:

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from gspo_megatron.objective import (
-    ObjectiveSpec,
     finalize_metrics,
     generalized_advantages,
     group_advantages,
     soft_overlong_penalty,
 )
-from gspo_megatron.objective.correction import correction_factor
-from gspo_megatron.objective.packed import Packed, identity
 from tests import reference
-from tests.unit.objective_cases import FIXTURES, Layout, as_answers, as_rows, check_grads, engine, near, preset, run
+from tests.unit.objective_cases import FIXTURES, as_answers, as_rows, check_grads, engine, near, preset, run
 
 B = FIXTURES["B"]
 TESTED_ENTRIES = {

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from gspo_megatron.objective import finalize_metrics
 from gspo_megatron.objective.correction import correction_factor
 from gspo_megatron.objective.packed import Packed, identity
-from torch import Tensor
-
 from tests import reference
 from tests.unit.objective_cases import FIXTURES, as_rows, engine, near, preset, run
 

@@ -75,27 +75,37 @@ def test_the_killed_role_is_blamed_and_not_the_one_it_took_along(
 
 def test_children_of_roles_are_ended_too(tmp_path: Path) -> None:
     child = tmp_path / "child"
-    code = f"import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); open({str(child)!r}, 'w').write(str(p.pid)); time.sleep(60)"
-    wait = (
-        f"import os, time\nwhile not (os.path.exists({str(child)!r}) and open({str(child)!r}).read()): time.sleep(0.05)"
-    )
+    code = f"""
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+open({str(child)!r}, "w").write(str(child.pid))
+time.sleep(60)
+"""
+    wait = f"""
+import os, time
+while not (os.path.exists({str(child)!r}) and open({str(child)!r}).read()):
+    time.sleep(0.05)
+"""
     assert run_roles([Role("controller", python(code)), Role("trainer-0", python(wait))], tmp_path / "logs") == 0
     assert not is_alive(int(child.read_text()))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupt_ends_everything_with_a_sentence(tmp_path: Path, number: signal.Signals, code: int) -> None:
-    script = (
-        "import sys; from pathlib import Path; from gspo_megatron.roles import Role, run_roles\n"
-        f"role = (sys.executable, '-c', 'import os, time; open({str(tmp_path)!r} + chr(47) + str(os.getpid()), chr(119)); time.sleep(60)')\n"
-        f"sys.exit(run_roles([Role('trainer-0', role), Role('controller', role)], Path({str(tmp_path)!r}) / 'logs'))"
-    )
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_ends_everything_with_a_sentence(tmp_path: Path, number: signal.Signals, exit_code: int) -> None:
+    code = f"import os, time; open({str(tmp_path)!r} + '/' + str(os.getpid()), 'w'); time.sleep(60)"
+    script = f"""
+import sys
+from pathlib import Path
+from gspo_megatron.roles import Role, run_roles
+command = (sys.executable, "-c", {code!r})
+sys.exit(run_roles([Role("trainer-0", command), Role("controller", command)], Path({str(tmp_path / "logs")!r})))
+"""
     process = subprocess.Popen(python(script), stderr=subprocess.PIPE, text=True)
     while len([entry for entry in tmp_path.iterdir() if entry.name.isdigit()]) < 2:
         time.sleep(0.05)
     process.send_signal(number)
     _, said = process.communicate(timeout=20)
-    assert process.returncode == code
+    assert process.returncode == exit_code
     assert number.name in said.strip().splitlines()[-1]
     assert not any(is_alive(int(entry.name)) for entry in tmp_path.iterdir() if entry.name.isdigit())
 
@@ -103,6 +113,5 @@ def test_an_interrupt_ends_everything_with_a_sentence(tmp_path: Path, number: si
 def test_the_key_is_in_no_command_line(tmp_path: Path) -> None:
     roles = plan_roles(load(Path("recipes/tiny_moe.yaml")), tmp_path, 2)
     assert [role.name for role in roles] == ["rollout-0", "controller", "trainer-0", "trainer-1"]
-    keys = {role.environment["GSPO_JOB_KEY"] for role in roles}
-    assert len(keys) == 1
-    assert not any(keys.pop() in argument for role in roles for argument in role.command)
+    (key,) = {role.environment["GSPO_JOB_KEY"] for role in roles}
+    assert not any(key in argument for role in roles for argument in role.command)
