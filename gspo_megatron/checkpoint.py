@@ -13,8 +13,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -23,12 +25,29 @@ import torch.distributed as dist
 from gspo_megatron.policy.checkpoint import policy_state, restore_policy
 from gspo_megatron.trainer import Trainer
 
+STOPPED = 85
+"""Exit code of a trainer that saved and stopped because it was asked to: the job is to be queued again."""
 MARKER = "COMPLETE"
 STATE = "state.json"
 FENCE = "attempt"
 """File of the run directory: number of its newest attempt, then the job."""
 KEPT = 2
 """Complete checkpoints that stay: the newest, and the one before in case the newest is damaged later."""
+
+
+class StopRequest:
+    """SIGUSR1 asks the trainer to save after the step that it is in, and to stop."""
+
+    def __init__(self) -> None:
+        self._raised = False
+        signal.signal(signal.SIGUSR1, self._raise)
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        self._raised = True
+
+    def is_raised(self, trainer: Trainer) -> bool:
+        """Whether rank 0 was asked, on every rank; the signal reaches them at different moments."""
+        return trainer.on_first_rank(lambda link: self._raised)
 
 
 def save(trainer: Trainer, directory: Path, step: int) -> None:
@@ -97,7 +116,9 @@ def load_latest(trainer: Trainer, directory: Path) -> int | None:
     restore_policy(trainer.policy, torch.load(_rank_file(newest), weights_only=True, map_location="cpu"))
     # `sync` counts on: the version that the servers get first is the one they had.
     trainer.version, trainer.updates, trainer.skipped = state["version"] - 1, state["updates"], state["skipped"]
+    trainer.wait_for_servers()
     trainer.on_first_rank(lambda link: link.restore(state["controller"]))
+    trainer.log.rewind(state["step"])
     trainer.log.say(f"goes on after step {state['step']} ({newest})")
     return state["step"]
 
@@ -114,7 +135,9 @@ def refuse_if_replaced(run_dir: Path) -> None:
         return
     newest = fence.read_text().split()[0]
     if int(newest) > int(mine):
-        raise ValueError(f"attempt {mine} was replaced by attempt {newest} of {run_dir}; its checkpoint is not published")
+        raise ValueError(
+            f"attempt {mine} was replaced by attempt {newest} of {run_dir}; its checkpoint is not published"
+        )
 
 
 def _rank_file(directory: Path) -> Path:

@@ -54,6 +54,9 @@ def train(path: Path, overrides: Sequence[str]) -> int:
         print(finding, file=sys.stderr)
     if any(finding.severity == "error" for finding in findings):
         return REFUSED
+    if recipe.run.directory is not None and (recipe.run.directory / "DONE").is_file():
+        print(f"{recipe.run.directory} holds a finished run (DONE); name another run.directory to start a new one")
+        return 0
     run_dir = prepare_run(recipe)
     print(
         f"{recipe.run.name}: {ranks} trainer ranks, {recipe.rollout.servers} rollout server(s), all goes to {run_dir}"

@@ -18,6 +18,7 @@ from gspo_megatron.policy.microbatch import MicroBatch
 from gspo_megatron.policy.policy import LossFunction, OptimizerSettings, Scored
 from gspo_megatron.policy.weights import random_pieces, safetensors_pieces
 from gspo_megatron.trainer import Trainer
+from gspo_megatron.types import Finding
 
 
 def prepare_weights(trainer: Trainer) -> None:
@@ -42,6 +43,16 @@ def prepare_weights(trainer: Trainer) -> None:
         policy.save(cached)
     policy.load(safetensors_pieces(cached, arch))
     trainer.log.say(f"cold start: {cached}{' (cached)' if have[0] else ''}")
+
+
+def check_band(trainer: Trainer, accuracy: float) -> None:
+    """Warn when the cold start left the model too weak to be rewarded, or too good to improve."""
+    section = trainer.recipe.cold_start
+    if section is not None and not section.accuracy_band[0] <= accuracy <= section.accuracy_band[1]:
+        low, high = section.accuracy_band
+        message = f"held-out accuracy {accuracy:.3f} after fine-tuning is outside {low}..{high}"
+        fix = "change cold_start.steps, or accuracy_band if that is meant"
+        trainer.log.warn(Finding("cold-start-outside-band", "warning", "cold_start.steps", message, fix))
 
 
 def cache_key(recipe: Recipe) -> str:

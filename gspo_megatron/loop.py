@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from gspo_megatron.cold_start import prepare_weights
+from gspo_megatron.checkpoint import STOPPED, StopRequest, load_latest, save
+from gspo_megatron.cold_start import check_band, prepare_weights
 from gspo_megatron.config import RecipeError, load_resolved
 from gspo_megatron.metrics import RunLog
 from gspo_megatron.policy import mesh
@@ -23,15 +25,23 @@ from gspo_megatron.rollout.transfer import TransferError
 from gspo_megatron.trainer import Trainer
 
 
-def train(trainer: Trainer) -> None:
-    """Reinforcement learning: one rollout batch, `batch.updates` optimizer steps, new weights for the servers."""
+def train(trainer: Trainer, checkpoints: Path) -> bool:
+    """Reinforcement learning: one rollout batch, `batch.updates` optimizer steps, new weights for the servers.
+
+    Returns:
+        Whether all steps are done; False when the run was asked to stop and saved itself.
+    """
     recipe, log = trainer.recipe, trainer.log
-    prepare_weights(trainer)
-    trainer.start_reinforcement()
-    trainer.wait_for_servers()
+    last, asked = recipe.trainer.max_steps, StopRequest()
+    done = load_latest(trainer, checkpoints)
+    if done is None:
+        prepare_weights(trainer)
+        trainer.start_reinforcement()
+        trainer.wait_for_servers()
     trainer.sync()
-    trainer.evaluate(step=0)
-    for step in range(1, recipe.trainer.max_steps + 1):
+    if done is None:
+        check_band(trainer, trainer.evaluate(step=0))
+    for step in range((done or 0) + 1, last + 1):
         with log.step(step):
             refs = trainer.rollout(step)
             advantages = trainer.advantages(refs)
@@ -39,8 +49,15 @@ def train(trainer: Trainer) -> None:
             sums = [trainer.update(minibatch) for minibatch in minibatches]
             trainer.reduce_metrics(sums)
             trainer.sync()
-            if due(step, recipe.evaluation.every, recipe.trainer.max_steps):
+            if due(step, recipe.evaluation.every, last):
                 trainer.evaluate(step)
+        stop = asked.is_raised(trainer) and step < last
+        if stop or (recipe.checkpoint.every and step % recipe.checkpoint.every == 0):
+            save(trainer, checkpoints, step)
+        if stop:
+            log.say(f"stopped after step {step} as asked; the same command goes on from there")
+            return False
+    return True
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -48,8 +65,12 @@ def due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def main() -> None:
-    """Entry of one trainer rank; RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT and GSPO_JOB_KEY are set."""
+def main() -> int:
+    """Entry of one trainer rank; RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT and GSPO_JOB_KEY are set.
+
+    Returns:
+        0 when the run is finished, STOPPED when it saved itself because it was asked to stop.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--controller", required=True)
@@ -64,15 +85,18 @@ def main() -> None:
     log = RunLog(arguments.run_dir, owns_terminal=first)
     policy = Policy(recipe, device)
     trainer = Trainer(recipe, arguments.run_dir, policy, link, log)
+    checkpoints = arguments.run_dir / "checkpoints"
     with log:
-        train(trainer)
-        policy.save(arguments.run_dir / "checkpoints" / "final")
+        if not train(trainer, checkpoints):
+            return STOPPED
+        policy.save(checkpoints / "final")
         if first:
             write_plot(arguments.run_dir)
             write_report(arguments.run_dir)
             (arguments.run_dir / "DONE").touch()
             log.finish(arguments.run_dir)
     dist.barrier()
+    return 0
 
 
 def end(code: int) -> None:
@@ -83,9 +107,11 @@ def end(code: int) -> None:
 
 
 if __name__ == "__main__":
+    code = 1
     try:
-        main()
+        code = main()
     except (RecipeError, ControllerError, TransferError, OSError, ValueError) as error:
         print(error, file=sys.stderr)
-        end(1)
-    end(0)
+    except BaseException:  # leaving without destructors would swallow it
+        traceback.print_exc()
+    end(code)

@@ -144,6 +144,13 @@ class RunLog:
         if step == 0:
             self._write(0)
 
+    def rewind(self, step: int) -> None:
+        """Forget the rows after a step that the run goes on from."""
+        file = self.run_dir / METRICS_FILE
+        if self.owns_terminal and file.is_file():
+            kept = [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= step]
+            file.write_text("".join(line + "\n" for line in kept))
+
     def finish(self, run_dir: Path) -> None:
         """Say what came out: three sampled answers and where everything is."""
         for example in json.loads((run_dir / EXAMPLES_FILE).read_text()):

@@ -44,7 +44,7 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     """
     merged = _read(Path(path), seen=())
     for item in overrides:
-        merged = OmegaConf.merge(merged, _read_override(item))
+        merged = _merge(merged, _read_override(item), item)
     return parse(_to_plain(merged, str(path)))
 
 
@@ -59,7 +59,7 @@ def parse(tree: dict[str, Any]) -> Recipe:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         raise RecipeError([_explain(fault) for fault in error.errors()]) from None
-    if recipe.model.architecture is None:
+    if recipe.model.architecture is None and recipe.model.path is not None:
         architecture = read_architecture(recipe.model.path)
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"architecture": architecture})})
     return recipe
@@ -72,7 +72,10 @@ def read_architecture(directory: Path) -> Architecture:
         raise refuse(
             "model-file-missing", "model.path", f"{file} does not exist", "name a Hugging Face model directory"
         )
-    values = json.loads(file.read_text())
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as error:
+        raise refuse("model-file-broken", "model.path", f"{file} is not JSON: {error}", "mend it") from None
     # transformers 5 writes the rotary settings as `rope_parameters`, the published files as `rope_theta`.
     rope = dict(values.get("rope_parameters") or {})
     values.setdefault("rope_theta", rope.pop("rope_theta", 1e6))
@@ -112,7 +115,18 @@ def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
     base = tree.pop("base", None)
     if base is None:
         return tree
-    merged = OmegaConf.merge(_read(path.parent / str(base), (*seen, resolved)), tree)
+    return _merge(_read(path.parent / str(base), (*seen, resolved)), tree, str(path))
+
+
+def _merge(below: DictConfig, above: DictConfig, where: str) -> DictConfig:
+    try:
+        merged = OmegaConf.merge(below, above)
+    # OmegaConf tells a list over a mapping by a bare TypeError.
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        told = " ".join(str(error).split())
+        raise refuse(
+            "recipe-unreadable", "recipe", f"{where} does not fit its base: {told}", "keep sections sections, lists lists"
+        ) from None
     assert isinstance(merged, DictConfig)
     return merged
 

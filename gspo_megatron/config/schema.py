@@ -169,8 +169,8 @@ class TrainerSection(Section):
     """Most tokens of one packed micro-batch on one data-parallel rank (over its CP ranks)."""
     head_chunk_tokens: int = Field(default=1024, gt=0)
     """Tokens whose logits exist at one time in the log-prob head."""
-    max_steps: int = Field(default=100, gt=0)
-    """Rollout batches to train on."""
+    max_steps: int = Field(default=100, ge=0)
+    """Rollout batches to train on; 0 = only evaluate the starting weights."""
 
 
 class RolloutSection(Section):
@@ -238,6 +238,13 @@ class EvaluationSection(Section):
     """Sampling temperature of evaluations; 0 = greedy."""
 
 
+class CheckpointSection(Section):
+    """`checkpoint`: what a run can go on from."""
+
+    every: int = Field(default=10, ge=0)
+    """Steps between checkpoints; 0 = only when the job is asked to stop (SIGUSR1)."""
+
+
 class Recipe(Section):
     """One run: everything that decides what it does."""
 
@@ -255,5 +262,6 @@ class Recipe(Section):
     rollout: RolloutSection
     weight_update: WeightUpdateSection = WeightUpdateSection()
     evaluation: EvaluationSection = EvaluationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
     acknowledge: dict[str, str] = Field(default_factory=dict)
     """Warning codes that this recipe accepts, each with the reason."""

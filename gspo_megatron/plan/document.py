@@ -12,7 +12,6 @@ from gspo_megatron.plan.machine import Machine
 from gspo_megatron.plan.memory import StageMemory
 from gspo_megatron.plan.plan import Plan
 from gspo_megatron.weights.layout import Layout
-from gspo_megatron.weights.table import count_parameters
 
 
 def to_json(plan: Plan, with_ranks: bool = False) -> dict[str, Any]:
@@ -27,7 +26,7 @@ def to_json(plan: Plan, with_ranks: bool = False) -> dict[str, Any]:
         "recipe": plan.recipe.run.name,
         "machine": _machine(plan.machine),
         "model": {
-            "parameters": count_parameters(arch),
+            "parameters": flops.parameters(arch),
             "active_parameters": flops.active_parameters(arch),
             "kv_bytes_per_token": flops.kv_bytes(arch),
             "route_bytes_per_token": flops.route_bytes(arch),

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from gspo_megatron.config.model import Architecture
 from gspo_megatron.weights.table import count_parameters
+
+
+def as_key(arch: Architecture) -> Architecture:
+    """The same shapes without what cannot be hashed, for caches: a big model has 36,000 tensors to walk."""
+    return arch.model_copy(update={"rope_scaling": None})
+
+
+def parameters(arch: Architecture) -> int:
+    """Parameters of the whole model, from the weight table."""
+    return _parameters(as_key(arch))
+
+
+@lru_cache(maxsize=32)
+def _parameters(arch: Architecture) -> int:
+    return count_parameters(arch)
 
 
 def active_parameters(arch: Architecture) -> int:
     """Parameters that one token meets: its own experts only, embedding and head included."""
     idle = (arch.num_experts - arch.num_experts_per_tok) * expert_parameters(arch) * arch.num_hidden_layers
-    return count_parameters(arch) - idle
+    return parameters(arch) - idle
 
 
 def expert_parameters(arch: Architecture) -> int:

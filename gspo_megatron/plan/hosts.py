@@ -1,4 +1,4 @@
-"""Which role runs on which host, on which ports, with which command: the same table for one machine and for a cluster."""
+"""Which role runs on which host and port, with which command: one table for one machine and for a cluster."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def findings(recipe: Recipe, hosts: int, gpus: int) -> Iterator[Finding]:
         yield _error(
             "no-trainer-nodes", "placement.rollout_nodes",
             f"{apart} of {hosts} nodes run servers: none is left to train",
-            f"ask for more nodes (--nodes={apart + 1} or more), or set it below {hosts}; 0 = servers share the trainer's nodes",
+            f"ask for more nodes (--nodes={apart + 1} or more), or set it below {hosts}; 0 = on the trainer's nodes",
         )  # fmt: skip
         return
     training, serving = hosts - apart, apart or hosts
@@ -150,12 +150,12 @@ def _server_findings(recipe: Recipe, nodes: int, gpus: int, apart: bool) -> Iter
         yield _error(
             "servers-exceed-gpus", "rollout.servers",
             f"{each} servers of {size} GPUs on one node need {each * size}, it has {gpus}",
-            f"at most {gpus // size * nodes} servers of {size}, or a smaller rollout.tensor_parallel; a server does not span nodes",
+            f"take at most {gpus // size * nodes} servers, or a smaller rollout.tensor_parallel; no server spans nodes",
         )  # fmt: skip
     if each > PORT_STRIDE - 2:
         yield _error(
-            "servers-exceed-ports", "rollout.servers", f"{each} servers on one node, where {PORT_STRIDE - 2} have ports",
-            "take fewer, larger servers",
+            "servers-exceed-ports", "rollout.servers",
+            f"{each} servers on one node, where {PORT_STRIDE - 2} have ports", "take fewer, larger servers",
         )  # fmt: skip
 
 

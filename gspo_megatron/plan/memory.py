@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from gspo_megatron.config.model import Architecture
 from gspo_megatron.config.schema import Recipe
-from gspo_megatron.plan import activations
+from gspo_megatron.plan import activations, flops
 from gspo_megatron.plan.batch import BatchPlan
 from gspo_megatron.plan.machine import Machine
-from gspo_megatron.weights.layout import Layout
+from gspo_megatron.weights.layout import Coordinates, Layout
 from gspo_megatron.weights.table import Parameter, local_parameters
 
 GRADIENT_BYTES = 4
@@ -64,27 +65,53 @@ def element_bytes(recipe: Recipe) -> int:
     return 4 if recipe.model.dtype == "float32" else 2
 
 
-def held_parameters(arch: Architecture, layout: Layout, stage: int) -> list[list[Parameter]]:
-    """The parameters of the first rank of a stage, one list a model chunk."""
-    at = layout.coordinates(stage * (layout.world // layout.pipeline))
-    return [local_parameters(arch, layout, at, chunk) for chunk in range(layout.virtual)]
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Elements of the tensors of one model chunk on one rank, in the order of the model."""
+
+    dense: tuple[int, ...]
+    """Everything outside the experts."""
+    expert: tuple[int, ...]
+    """The rank's experts."""
+
+    @classmethod
+    def of(cls, parameters: Sequence[Parameter]) -> Held:
+        """Sizes of a list of the weight table."""
+        return cls(
+            tuple(math.prod(p.shape) for p in parameters if not p.expert),
+            tuple(math.prod(p.shape) for p in parameters if p.expert),
+        )
+
+
+def held_by(arch: Architecture, layout: Layout, stage: int) -> tuple[Held, ...]:
+    """What the first rank of a stage holds, one entry a model chunk."""
+    # Middle stages have equal layers; layers are all alike.
+    stage = 1 if 0 < stage < layout.pipeline - 1 else stage
+    return _held_by(flops.as_key(arch), replace(layout, world=0, context=1), stage)
+
+
+@lru_cache(maxsize=4096)
+def _held_by(arch: Architecture, layout: Layout, stage: int) -> tuple[Held, ...]:
+    at = Coordinates(
+        tensor=0, context=0, data=0, pipeline=stage, expert_tensor=0, expert=0, expert_data=0
+    )
+    return tuple(Held.of(local_parameters(arch, layout, at, chunk)) for chunk in range(layout.virtual))
 
 
 def exact_bytes(
-    chunks: Sequence[Sequence[Parameter]], layout: Layout, element: int, distributed: bool, on_cpu: bool
+    chunks: Sequence[Held], layout: Layout, element: int, distributed: bool, on_cpu: bool
 ) -> dict[str, int]:
     """Bytes of weights, gradients and optimizer of one rank, dense and expert parameters apart.
 
     Args:
-        chunks: the rank's parameters, one list a model chunk; each chunk has buffers of its own.
+        chunks: what the rank holds; each model chunk has buffers of its own.
         element: bytes of a weight.
         distributed: whether megatron's distributed optimizer spreads the states over the replicas.
         on_cpu: torch's Adam keeps a float32 step counter for each tensor; the fused ones keep one for all.
     """
     found: dict[str, int] = {}
     for kind, replicas in (("dense", layout.data * layout.context), ("expert", layout.expert_data)):
-        sizes = [[_elements(p.shape) for p in chunk if p.expert == (kind == "expert")] for chunk in chunks]
-        sizes = [chunk for chunk in sizes if chunk]
+        sizes = [getattr(chunk, kind) for chunk in chunks if getattr(chunk, kind)]
         if not sizes:
             continue
         shards = replicas if distributed else 1
@@ -95,10 +122,6 @@ def exact_bytes(
         found[f"{kind} gradients"] = buffers * GRADIENT_BYTES
         found[f"{kind} optimizer"] = buffers // shards * states + (4 * sum(map(len, sizes)) if on_cpu else 0)
     return found
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    return math.prod(shape)
 
 
 def _buffer_elements(sizes: Sequence[int], shards: int) -> int:
@@ -117,13 +140,13 @@ def stage_memory(recipe: Recipe, layout: Layout, batch: BatchPlan, machine: Mach
     distributed = recipe.trainer.distributed_optimizer and not machine.is_cpu
     found = []
     for stage, layers in enumerate(layout.stage_sizes(arch.num_hidden_layers)):
-        chunks = held_parameters(arch, layout, stage)
+        chunks = held_by(arch, layout, stage)
         found.append(
             StageMemory(
                 stage=stage,
                 layers=layers,
-                dense_parameters=sum(_elements(p.shape) for chunk in chunks for p in chunk if not p.expert),
-                expert_parameters=sum(_elements(p.shape) for chunk in chunks for p in chunk if p.expert),
+                dense_parameters=sum(sum(chunk.dense) for chunk in chunks),
+                expert_parameters=sum(sum(chunk.expert) for chunk in chunks),
                 exact=exact_bytes(chunks, layout, element_bytes(recipe), distributed, machine.is_cpu),
                 estimated=_estimate(recipe, arch, layout, batch, machine, stage, layers),
             )

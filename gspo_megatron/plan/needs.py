@@ -14,7 +14,6 @@ from gspo_megatron.plan.machine import Machine
 from gspo_megatron.plan.memory import PROCESS_BYTES, StageMemory, element_bytes
 from gspo_megatron.plan.rollout import CPU_SERVER_BYTES, RolloutPlan
 from gspo_megatron.types import Finding
-from gspo_megatron.weights.table import count_parameters
 
 TIGHT = 0.94
 """Share of the memory above which an estimate is worth a warning."""
@@ -90,7 +89,7 @@ def host_bytes(
 
 def disk_bytes(recipe: Recipe, arch: Architecture, batch: BatchPlan) -> dict[str, int]:
     """What a run leaves in its directory."""
-    parameters = count_parameters(arch)
+    parameters = flops.parameters(arch)
     routes = flops.route_bytes(arch) if recipe.objective.replay != "off" else 0
     return {
         "two training states": 2 * parameters * STATE_BYTES,
@@ -154,7 +153,7 @@ def _time(recipe: Recipe, arch: Architecture, machine: Machine, compute: Compute
     limit = recipe.placement.walltime_hours
     if limit is None:
         return
-    saving = count_parameters(arch) * STATE_BYTES / (5e9 * machine.nodes)
+    saving = flops.parameters(arch) * STATE_BYTES / (5e9 * machine.nodes)
     least = (START_UP_SECONDS + 2 * compute.seconds_per_step + saving) / 3600
     if limit < least:
         yield Finding(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from gspo_megatron.config.model import Architecture
 from gspo_megatron.config.schema import Recipe
@@ -62,17 +63,23 @@ class RolloutPlan:
 
 def weight_bytes(arch: Architecture, tensor: int, pipeline: int, element: int) -> int:
     """Weights on one GPU of a server: norms and router are on all, key-value heads at least one each."""
-    total = 0
+    copied, grouped, cut = _kinds(flops.as_key(arch))
+    whole = copied + -(-grouped // min(tensor, arch.num_key_value_heads)) + -(-cut // tensor)
+    return -(-whole // pipeline) * element
+
+
+@lru_cache(maxsize=32)
+def _kinds(arch: Architecture) -> tuple[int, int, int]:
+    """Parameters that every GPU holds, those that follow the key-value heads, and those that are simply cut."""
+    copied = grouped = cut = 0
     for name, shape in hf_shapes(arch).items():
-        size = math.prod(shape)
         if len(shape) == 1 or name.endswith("mlp.gate.weight"):
-            share = size
+            copied += math.prod(shape)
         elif name.endswith(("k_proj.weight", "v_proj.weight")):
-            share = size // min(tensor, arch.num_key_value_heads)
+            grouped += math.prod(shape)
         else:
-            share = -(-size // tensor)
-        total += share
-    return -(-total // pipeline) * element
+            cut += math.prod(shape)
+    return copied, grouped, cut
 
 
 def plan_rollout(recipe: Recipe, arch: Architecture, batch: BatchPlan, machine: Machine) -> RolloutPlan:

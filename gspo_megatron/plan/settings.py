@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from gspo_megatron.config.loading import RecipeError, read_architecture
 from gspo_megatron.config.model import Architecture
 from gspo_megatron.config.objective import ObjectiveSpec
 from gspo_megatron.config.objective import findings as objective_findings
@@ -205,14 +206,10 @@ def _model_directory(recipe: Recipe, arch: Architecture) -> Iterator[Finding]:
     path = recipe.model.path
     if path is None or not (path / "config.json").is_file():
         return
-    from gspo_megatron.config.loading import RecipeError, read_architecture
-
     try:
         found = read_architecture(path)
-    except (RecipeError, ValueError) as error:
-        yield Finding(
-            "model-file-broken", "error", "model.path", f"{path / 'config.json'}: {' '.join(str(error).split())}", "mend it"
-        )
+    except RecipeError as error:
+        yield from error.findings
         return
     for name in Architecture.model_fields:
         ours, theirs = getattr(arch, name), getattr(found, name)

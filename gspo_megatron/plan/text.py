@@ -11,7 +11,6 @@ from gspo_megatron.plan.layout import spans
 from gspo_megatron.plan.memory import StageMemory
 from gspo_megatron.plan.plan import Plan
 from gspo_megatron.types import Finding
-from gspo_megatron.weights.table import count_parameters
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -65,7 +64,7 @@ def _lines(plan: Plan) -> Iterator[Text | str]:
     shared = "trainer and servers share them" if not machine.rollout_nodes else f"{machine.rollout_nodes} for servers"
     yield f"{plan.recipe.run.name}: {machine.nodes} node(s) x {machine.per_node} {what}, {shared}"
     yield _row(
-        "model", f"{count_parameters(arch) / 1e9:,.4g} B parameters, {flops.active_parameters(arch) / 1e9:,.4g} B active, "
+        "model", f"{flops.parameters(arch) / 1e9:,.4g} B parameters, {flops.active_parameters(arch) / 1e9:,.4g} B active, "
         f"{arch.num_hidden_layers} layers, native context {arch.max_position_embeddings:,}",
     )  # fmt: skip
     yield _row("objective", plan.objective)

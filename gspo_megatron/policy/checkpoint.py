@@ -92,8 +92,8 @@ def _plain(value: Any) -> Any:
 def _copy(name: str, into: Tensor, value: Tensor) -> None:
     if into.shape != value.shape or into.dtype != value.dtype:
         raise ValueError(
-            f"the checkpoint holds {name} as {value.dtype} {tuple(value.shape)}, this run as {into.dtype} {tuple(into.shape)}; "
-            "go on with the model and the layout that it was written with"
+            f"the checkpoint holds {name} as {value.dtype} {tuple(value.shape)}, this run as {into.dtype} "
+            f"{tuple(into.shape)}; go on with the model and the layout that it was written with"
         )
     into.copy_(value)
 

@@ -107,14 +107,18 @@ def _recompute_settings(trainer: TrainerSection) -> dict[str, Any]:
 
 def _set_yarn(config: TransformerConfig, scaling: dict[str, Any]) -> None:
     """Megatron reads YaRN from attributes of the configuration; the sampler reads the values in `config.json`."""
-    config.position_embedding_type = "yarn"
-    config.yarn_rotary_scaling_factor = float(scaling["factor"])
-    config.yarn_original_max_position_embeddings = int(scaling["original_max_position_embeddings"])
-    config.yarn_beta_fast = float(scaling.get("beta_fast", 32))
-    config.yarn_beta_slow = float(scaling.get("beta_slow", 1))
-    config.yarn_mscale = 1.0
-    config.yarn_mscale_all_dim = 0.0
-    config.yarn_correction_range_round_to_int = True
+    values = {
+        "position_embedding_type": "yarn",
+        "yarn_rotary_scaling_factor": float(scaling["factor"]),
+        "yarn_original_max_position_embeddings": int(scaling["original_max_position_embeddings"]),
+        "yarn_beta_fast": float(scaling.get("beta_fast", 32)),
+        "yarn_beta_slow": float(scaling.get("beta_slow", 1)),
+        "yarn_mscale": 1.0,
+        "yarn_mscale_all_dim": 0.0,
+        "yarn_correction_range_round_to_int": True,
+    }
+    for name, value in values.items():
+        setattr(config, name, value)
 
 
 class SortedTopK:
@@ -156,7 +160,7 @@ def build_chunks(recipe: Recipe, device: torch.device, dtype: torch.dtype | None
     chunks = []
     for index in range(recipe.trainer.virtual_pipeline or 1):
         stage = index if recipe.trainer.virtual_pipeline else None
-        spec = transformer_engine_spec(config) if has_transformer_engine() else reference_spec(config, stage)
+        spec: Any = transformer_engine_spec(config) if has_transformer_engine() else reference_spec(config, stage)
         chunk = GPTModel(
             config=config,
             transformer_layer_spec=spec,
@@ -169,8 +173,8 @@ def build_chunks(recipe: Recipe, device: torch.device, dtype: torch.dtype | None
             rotary_base=int(arch.rope_theta),
             vp_stage=stage,
         ).to(device)
-        for module in chunk.modules():
-            if isinstance(module, TopKRouter):
-                module.router_replay = SortedTopK()
+        routers: list[Any] = [module for module in chunk.modules() if isinstance(module, TopKRouter)]
+        for router in routers:
+            router.router_replay = SortedTopK()
         chunks.append(chunk)
     return chunks

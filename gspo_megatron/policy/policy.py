@@ -77,7 +77,8 @@ class Policy:
         )
         assert recipe.model.architecture is not None
         self.weights = ShardedWeights(recipe.model.architecture, self.layout, dist.get_rank(), bare)
-        self.chunks = [self._wrap(chunk) for chunk in bare]
+        # Any: megatron annotates lists of its own base class, of which the wrapper is no subtype for a type checker.
+        self.chunks: list[Any] = [self._wrap(chunk) for chunk in bare]
         self.config.finalize_model_grads_func = finalize_model_grads
         self.optimizer: Any = None
         self.temperature = recipe.rollout.temperature
@@ -208,7 +209,7 @@ class Policy:
 
     def _run(self, batches: Sequence[MicroBatch], loss: LossFunction, forward_only: bool) -> list[dict[str, Any]]:
         schedule = get_forward_backward_func()
-        iterators = [iter(enumerate(batches)) for _ in self.chunks]
+        iterators: list[Any] = [iter(enumerate(batches)) for _ in self.chunks]
         return schedule(
             forward_step_func=partial(self._forward, loss=loss, num_microbatches=len(batches)),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
@@ -253,9 +254,11 @@ class Policy:
         entropy: list[Tensor],
         **_: Any,
     ) -> Tensor:
+        group = parallel_state.get_tensor_model_parallel_group()
+        assert isinstance(group, dist.ProcessGroup)
         if self.config.sequence_parallel:
             hidden_states = gather_from_sequence_parallel_region(
-                hidden_states, tensor_parallel_output_grad=True, group=parallel_state.get_tensor_model_parallel_group()
+                hidden_states, tensor_parallel_output_grad=True, group=group
             )
         logprobs, spread = chosen_logprobs(
             hidden_states[:, 0],
@@ -263,7 +266,7 @@ class Policy:
             targets,
             self.temperature,
             self.recipe.trainer.head_chunk_tokens,
-            parallel_state.get_tensor_model_parallel_group(),
+            group,
         )
         entropy.append(spread)
         return logprobs

@@ -29,9 +29,10 @@ class ReferenceNorm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        weight: Any = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         # Megatron reduces the gradients of marked parameters over the tensor-parallel ranks.
-        self.weight.sequence_parallel = config.sequence_parallel
+        weight.sequence_parallel = config.sequence_parallel
+        self.weight = weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -40,8 +41,8 @@ class ReferenceNorm(torch.nn.Module):
 
 
 def has_transformer_engine() -> bool:
-    """Whether Transformer Engine and a GPU to run it on are both there."""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    """Whether Transformer Engine's compiled part and a GPU to run it on are both there."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine_torch") is not None
 
 
 def transformer_engine_spec(config: TransformerConfig) -> ModuleSpec:
@@ -54,6 +55,9 @@ def transformer_engine_spec(config: TransformerConfig) -> ModuleSpec:
 def reference_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     """The same layer from megatron-core's parallel linears and our norm and core attention."""
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    # Any: the builder protocols of megatron-core name their parameters more strictly than its own modules do.
+    attention: Any = ReferenceAttention
+    bias_dropout: Any = get_bias_dropout_add
     mlp: Any = partial(MLP.as_mlp_submodule, submodules=linears)
     if config.num_moe_experts:
         mlp = partial(MoELayer, submodules=MoESubmodules(experts=partial(SequentialMLP, submodules=linears)))
@@ -66,16 +70,16 @@ def reference_spec(config: TransformerConfig, vp_stage: int | None) -> Transform
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
-                    core_attention=ReferenceAttention,
+                    core_attention=attention,
                     linear_proj=RowParallelLinear,
                     q_layernorm=ReferenceNorm,
                     k_layernorm=ReferenceNorm,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=bias_dropout,
             pre_mlp_layernorm=ReferenceNorm,
             mlp=mlp,
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=bias_dropout,
         ),
     )
     count = get_num_layers_to_build(config, vp_stage=vp_stage)

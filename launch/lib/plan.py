@@ -33,7 +33,7 @@ FENCE = "attempt"
 """In the run directory: the newest attempt and its job. An older attempt must not publish a checkpoint any more."""
 MAY_CHANGE = ("run.directory", "placement.", "trainer.max_steps", "checkpoint.", "evaluation.", "acknowledge")
 """Recipe keys that a resumed run may have otherwise than before."""
-ENVIRONMENT = re.compile(r"^(SLURM|NCCL|GLOO|UCX|FI|CUDA|OMP|TORCH|VLLM|TRITON|GSPO|HF_HOME|TMPDIR|PATH|LD_LIBRARY_PATH)")
+ENVIRONMENT = re.compile(r"(SLURM|NCCL|GLOO|UCX|FI|CUDA|OMP|TORCH|VLLM|TRITON|GSPO|HF_HOME|TMPDIR|PATH|LD_LIBRARY)")
 SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
 
 
@@ -68,11 +68,11 @@ def main() -> int:
 
 
 def load_for_job(path: Path, overrides: Sequence[str], job: str, names: Sequence[str], gpus: int) -> Recipe:
-    """The recipe with the job's own nodes and GPUs in `placement`. Raises RecipeError for one that does not fit them."""
+    """The recipe with the job's nodes and GPUs in `placement`. Raises RecipeError for one that does not fit them."""
     recipe = load(path, overrides)
     wanted = recipe.placement.nodes
     if "nodes" in recipe.placement.model_fields_set and wanted != len(names):
-        print(f"placement.nodes={wanted} in the recipe, {len(names)} in the job: the job's count is used", file=sys.stderr)
+        print(f"placement.nodes={wanted} in the recipe, {len(names)} in the job: the latter counts", file=sys.stderr)
     if recipe.placement.gpu == "cpu":
         # An exclusive job is granted the GPUs of its nodes whether it wants them or not.
         gpus = 0
@@ -134,8 +134,8 @@ def describe(recipe: Recipe, over: Spread, ports: Ports) -> list[str]:
         f"trainer     {over.world} ranks, {over.ranks} a node, on {fold(over.trainers)}; "
         + " ".join(f"{name} {value}" for name, value in sizes.items()),
         f"controller  on {over.trainers[0].name}",
-        f"rollout     {servers} server{'s' * (servers > 1)} of tensor-parallel size {size}, {over.servers_each} a node, "
-        f"on {fold(over.servers)}",
+        f"rollout     {servers} server{'s' * (servers > 1)} of tensor-parallel size {size}, "
+        f"{over.servers_each} a node, on {fold(over.servers)}",
         f"ports       rendezvous {ports.rendezvous}, controller {ports.controller}, servers from {ports.servers[0]}",
     ]
 
@@ -173,8 +173,8 @@ def open_attempt(recipe: Recipe, names: Sequence[str], gpus: int, job: str, runn
     latest.unlink(missing_ok=True)
     latest.symlink_to(attempt.name)
     latest.replace(logs / "latest")
-    kept = {key: value for key, value in sorted(os.environ.items()) if ENVIRONMENT.match(key) and not SECRET.search(key)}
-    (attempt / "environment.json").write_text(json.dumps(kept, indent=1))
+    kept = {key: value for key, value in os.environ.items() if ENVIRONMENT.match(key) and not SECRET.search(key)}
+    (attempt / "environment.json").write_text(json.dumps(kept, indent=1, sort_keys=True))
     print("\n".join(describe(recipe, over, ports)), file=sys.stderr)
     answer(recipe, over, {"attempt": attempt, "number": number})
     return 0
@@ -187,8 +187,9 @@ def refuse_other_job(run_dir: Path, job: str, running: Sequence[str]) -> None:
     _, holder = (run_dir / FENCE).read_text().split()
     if holder != job and holder in running:
         raise refuse(
-            "run-in-use", "run.directory", f"job {holder} is running in {run_dir}", f"wait for it, or `scancel {holder}` first"
-        )
+            "run-in-use", "run.directory",
+            f"job {holder} is running in {run_dir}", f"wait for it, or `scancel {holder}` first",
+        )  # fmt: skip
 
 
 def refuse_other_recipe(run_dir: Path, recipe: Recipe) -> None:

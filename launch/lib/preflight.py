@@ -40,28 +40,29 @@ def _each(reports: Sequence[Report], gpus: int, recipe: Recipe) -> Iterator[str]
         node = report["host"]
         yield from (f"{node}: {fault}" for fault in report["faults"])
         for port in report["used_ports"]:
-            yield f"{node}: port {port} is taken by another program; end it (ss -tlnp), or leave the node out (--exclude={node})"
+            yield f"{node}: port {port} is taken by another program; end it (ss -tlnp shows it), or {without(node)}"
         for place, free in report["free_bytes"].items():
             if free < MIN_SCRATCH:
-                yield f"{node}: {place} has {free / GIB:.2f} GiB free, 1 is needed; clean it, or set TMPDIR in the site file"
+                yield f"{node}: {place} has {free / GIB:.2f} GiB free, 1 is needed; clean it, or set TMPDIR (site file)"
         need = BYTES_PER_PARAMETER * CHECKPOINTS * count_parameters(recipe)
         if report["run_dir_free_bytes"] < need:
             yield (
-                f"{node}: the run directory has {report['run_dir_free_bytes'] / GIB:.1f} GiB free, {CHECKPOINTS} checkpoints "
-                f"take {need / GIB:.1f}; free some, or give another run.directory"
+                f"{node}: the run directory has {report['run_dir_free_bytes'] / GIB:.1f} GiB free, "
+                f"{CHECKPOINTS} checkpoints take {need / GIB:.1f}; free some, or give another run.directory"
             )
-        if abs(report["clock_offset"] or 0.0) > MAX_CLOCK_SECONDS:
-            yield f"{node}: its clock is {report['clock_offset']:+.1f} s off the first node's; start its time service, or leave it out"
+        offset = report["clock_offset"] or 0.0
+        if abs(offset) > MAX_CLOCK_SECONDS:
+            yield f"{node}: its clock is off by {offset:+.1f} s; start its time service, or {without(node)}"
         if gpus and len(report["gpus"]) < gpus:
             yield (
                 f"{node}: nvidia-smi lists {len(report['gpus'])} GPUs where SLURM granted {gpus}; "
-                f"drain the node and leave it out (--exclude={node})"
+                f"drain the node and {without(node)}"
             )
         for index, gpu in enumerate(report["gpus"]):
             if gpu["used_mib"] > MAX_USED_MEMORY_MIB:
                 yield (
                     f"{node}: {gpu['used_mib']} MiB of GPU {index} are in use before the job starts; "
-                    f"end what an earlier job left there, or leave the node out (--exclude={node})"
+                    f"end what an earlier job left there, or {without(node)}"
                 )
 
 
@@ -70,18 +71,25 @@ def _together(reports: Sequence[Report]) -> Iterator[str]:
     for kind in sorted({report["kind"] for report in reports}):
         group = [report for report in reports if report["kind"] == kind]
         for name in sorted({name for report in group for name in report["versions"]}):
-            yield from _odd(group, f"{name} of the {kind}", lambda report, name=name: report["versions"].get(name, "absent"))
-    yield from _odd(reports, "GPU", lambda report: ", ".join(sorted({gpu["name"] for gpu in report["gpus"]})) or "none")
-    yield from _odd(reports, "GPU driver", lambda report: ", ".join(sorted({gpu["driver"] for gpu in report["gpus"]})) or "none")
-    yield from _odd(reports, "commit of the checkout", lambda report: report["commit"])
+            versions = {report["host"]: report["versions"].get(name, "absent") for report in group}
+            yield from _odd(f"{name} of the {kind}", versions)
+    for key, what in (("name", "GPU"), ("driver", "GPU driver")):
+        kinds = {report["host"]: " and ".join(sorted({gpu[key] for gpu in report["gpus"]})) for report in reports}
+        yield from _odd(what, {host: kind or "none" for host, kind in kinds.items()})
+    yield from _odd("commit of the checkout", {report["host"]: report["commit"] for report in reports})
 
 
-def _odd(reports: Sequence[Report], what: str, value: Any) -> Iterator[str]:
-    values = {report["host"]: value(report) for report in reports}
-    common = Counter(values.values()).most_common(1)
+def _odd(what: str, values: Mapping[str, str]) -> Iterator[str]:
+    """Hosts whose value is not the one that most have."""
+    [(common, _)] = Counter(values.values()).most_common(1)
     for node, its in values.items():
-        if its != common[0][0]:
-            yield f"{node}: {what} is {its}, {common[0][0]} elsewhere; make the nodes alike, or leave it out (--exclude={node})"
+        if its != common:
+            yield f"{node}: {what} is {its}, {common} elsewhere; make the nodes alike, or {without(node)}"
+
+
+def without(node: str) -> str:
+    """The mend that always works."""
+    return f"leave the node out (sbatch --exclude={node})"
 
 
 def count_parameters(recipe: Recipe) -> int:

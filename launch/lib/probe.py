@@ -28,6 +28,7 @@ PACKAGES = {
 MEETING_SECONDS = 60.0
 """How long nodes wait for each other: containers start at different speeds."""
 SIOCGIFADDR = 0x8915
+MEND_INTERFACE = "set GSPO_INTERFACE in the site file (`ip -br addr` lists interfaces)"
 
 
 def main() -> None:
@@ -76,12 +77,11 @@ def find_address(faults: list[str]) -> str:
         address = socket.gethostbyname(socket.gethostname())
     except OSError as error:
         what = f"interface {interface}" if interface else f"the name {socket.gethostname()}"
-        faults.append(f"{what} has no IPv4 address ({error.strerror}); set GSPO_INTERFACE in the site file (`ip -br addr` lists them)")
+        faults.append(f"{what} has no IPv4 address ({error.strerror}); {MEND_INTERFACE}")
         return socket.gethostname()
     if address.startswith("127."):
         faults.append(
-            f"its own name stands for {address}, which no other node can reach; set GSPO_INTERFACE in the site file "
-            "(`ip -br addr` lists them)"
+            f"its own name stands for {address}, which no other node can reach; {MEND_INTERFACE}"
         )
     return address
 
@@ -160,7 +160,8 @@ def meet_first(folder: Path, report: dict[str, Any], first: str, port: int) -> N
     while not theirs.is_file():
         if time.monotonic() > deadline:
             report["faults"].append(
-                f"it does not see {theirs}, which {first} writes; the run directory must be on a file system that all nodes share"
+                f"it does not see {theirs}, which {first} writes; "
+                "the run directory must be on a file system that all nodes share"
             )
             return
         time.sleep(0.1)
@@ -173,8 +174,8 @@ def meet_first(folder: Path, report: dict[str, Any], first: str, port: int) -> N
             told = float(line.recv(64))
     except (OSError, ValueError) as error:
         report["faults"].append(
-            f"it cannot reach {first} at {about['address']}:{port} ({error}); set GSPO_INTERFACE in the site file to the network "
-            "that connects the nodes, and open the ports 20000-31999 between them"
+            f"it cannot reach {first} at {about['address']}:{port} ({error}); set GSPO_INTERFACE in the site file to "
+            "the network that connects the nodes, and open the ports 20000-31999 between them"
         )
         return
     report["clock_offset"] = (asked + time.time()) / 2 - told

@@ -4,7 +4,7 @@
 # only if it says so itself, with ${NAME:-value} as the example does.
 load_site() {
     local file=${GSPO_SITE:-$home/launch/site.sh}
-    if [ -f "$file" ]; then
+    if [ -e "$file" ]; then
         # shellcheck source=/dev/null
         . "$file"
     elif [ -n "${GSPO_SITE:-}" ]; then
@@ -21,13 +21,12 @@ refuse() { # one sentence, exit 2
 }
 
 set_environment() { # why each is set: launch/README.md
-    export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 PYTHONNOUSERSITE=1
-    export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
+    export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 PYTHONNOUSERSITE=1 PYTHONDONTWRITEBYTECODE=
     if [ -n "${GSPO_INTERFACE:-}" ]; then
         export GSPO_INTERFACE
         export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-=$GSPO_INTERFACE} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$GSPO_INTERFACE}
     fi
-    local scratch=${TMPDIR:-/tmp}/gspo-${SLURM_JOB_ID:-local}
+    local scratch=${TMPDIR:-/tmp}/gspo-$(id -un)
     export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$scratch/triton} TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$scratch/inductor}
     export VLLM_CACHE_ROOT=${VLLM_CACHE_ROOT:-$scratch/vllm}
 }

@@ -1,7 +1,7 @@
 """Becomes one process of the run: `srun ... python -m launch.lib.task ATTEMPT KIND`.
 
-Reads its line of the attempt's plan by node and local number, because SLURM orders nodes as it likes. The job's key comes
-from a file that only the user can read, so that it is in no command line and in no record of SLURM's.
+Reads its line of the attempt's plan by node and local number, because SLURM orders nodes as it likes. The job's key
+comes from a file that only the user can read, so that it is in no command line and in no record of SLURM's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ def main() -> None:
     plan = json.loads((attempt / "plan.json").read_text())
     mine = [task for task in plan["tasks"] if (task["kind"], task["host"], task["local"]) == (kind, node, local)]
     if not mine:
-        raise SystemExit(f"{attempt / 'plan.json'} has no {kind} number {local} on {node}; start it through launch/gspo_moe.sh")
+        where = attempt / "plan.json"
+        raise SystemExit(f"{where} has no {kind} number {local} on {node}; start it through launch/gspo_moe.sh")
     address = dict(plan["hosts"])[node]
     os.environ.update(mine[0]["environment"])
     os.environ["GSPO_ATTEMPT"] = str(plan["attempt"])

@@ -17,7 +17,10 @@ on_usr1() { # the time limit is near, or the user asks: the trainers save and en
     [ -n "$asked" ] && return
     asked=$SECONDS
     echo "gspo: asked to stop (USR1); the trainers have $grace s for a checkpoint"
-    kill -USR1 "${step[trainer]}" 2>/dev/null || true
+}
+
+pass_on() { # again and again, because a trainer that still starts does not hear it
+    if [ -n "$asked" ] && [ $(((SECONDS - asked) % 5)) = 0 ]; then kill -USR1 "${step[trainer]}" 2>/dev/null || true; fi
 }
 
 on_term() { # scancel, or a requeue by SLURM: it ends the roles itself
@@ -28,9 +31,9 @@ on_term() { # scancel, or a requeue by SLURM: it ends the roles itself
 watch_roles() { # returns when the first role has ended; its kind goes into `first`, its code into `code`
     local kind
     while :; do
-        for kind in trainer controller rollout; do
+        # Servers first: their end takes the others with it, not the other way round.
+        for kind in rollout controller trainer; do
             if ! kill -0 "${step[$kind]}" 2>/dev/null; then
-                # A role that ends takes others with it. The one whose task a signal killed is the cause.
                 sleep 2
                 first=$(find_culprit "$kind")
                 code=0
@@ -43,22 +46,26 @@ watch_roles() { # returns when the first role has ended; its kind goes into `fir
             first=trainer code=85
             return
         fi
+        pass_on
         # A trapped signal ends `wait` early, not the loop.
         sleep 1 &
         wait $! || true
     done
 }
 
-find_culprit() { # KIND that ended first -> the kind whose failure is the reason
+find_culprit() { # KIND seen to end first -> the kind that is the reason: of several, the one whose task a signal killed
     local kind
-    [ -f "$run_dir/DONE" ] && { echo trainer; return; }
     for kind in rollout controller trainer; do
-        if ! kill -0 "${step[$kind]}" 2>/dev/null && grep -qE 'error: .*task.*: (Killed|Aborted|Segmentation fault|Bus error)' "$attempt/srun-$kind.txt"; then
+        if ! kill -0 "${step[$kind]}" 2>/dev/null && [[ $(first_end "$kind") =~ Killed|Aborted|fault|error$ ]]; then
             echo "$kind"
             return
         fi
     done
     echo "$1"
+}
+
+first_end() { # KIND -> srun's words on its first task that ended badly
+    grep -E -m1 'error: [^ ]+: tasks? |Node failure on' "$attempt/srun-$1.txt" || true
 }
 
 end_roles() { # only the job's own steps; what is killed here has no state
@@ -69,7 +76,8 @@ end_roles() { # only the job's own steps; what is killed here has no state
 
 explain() { # KIND CODE: the end of the culprit's log, then one sentence
     local kind=$1 words node='' log said
-    words=$(grep -E -m1 'error: [^ ]+: tasks? |Node failure on' "$attempt/srun-$kind.txt" || tail -n1 "$attempt/srun-$kind.txt")
+    words=$(first_end "$kind")
+    words=${words:-$(tail -n1 "$attempt/srun-$kind.txt")}
     if [[ $words =~ error:\ ([^ ]+):\ tasks?\ [^:]*:\ (.*) ]]; then
         node=${BASH_REMATCH[1]} said=${BASH_REMATCH[2]}
     elif [[ $words =~ Node\ failure\ on\ ([^ ]+) ]]; then
@@ -104,7 +112,8 @@ settle() { # the verdict: the DONE marker, never an exit code, says that the run
         echo "gspo: DONE; results are in $run_dir"
         exit 0
     fi
-    if [ "$first" = trainer ] && { [ "$code" = 85 ] || [ -n "$asked" ]; }; then
+    # Without a newer checkpoint it would be queued again and again, and never get further.
+    if [ "$first" = trainer ] && [ "$code" = 85 ] && [ "$now" -gt "$started_from" ]; then
         end_roles
         echo "gspo: attempt ${plan[number]} stopped as asked; step $now is checkpointed"
         requeue

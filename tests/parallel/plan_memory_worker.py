@@ -23,6 +23,9 @@ def main() -> None:
     torch.set_num_threads(1)
     device = mesh.start_world()
     cases = json.loads((directory / "cases.json").read_text())
+    import faulthandler
+
+    faulthandler.dump_traceback_later(90, exit=True)
     found = [measure(overrides, device) for overrides in cases]
     (directory / f"memory-{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.barrier()

@@ -43,11 +43,17 @@ def run_case(case: dict, directory: Path, device: torch.device) -> None:
     mine = [slots[i : i + policy.layout.data][policy.at.data] for i in range(0, len(slots), policy.layout.data)]
     batches = policy.place([collate([samples[i] for i in members], pad_multiple(policy.layout)) for members in mine])
     scored = policy.score(batches)
+    if case.get("stale"):
+        with torch.no_grad():
+            next(policy.chunks[0].parameters()).add_(1e-3)
     totals = BatchTotals(sum(trained > 0 for _, trained in SEQUENCES), sum(trained for _, trained in SEQUENCES))
     spec = ObjectiveSpec.preset("gspo").replace(clip_low=7e-3, clip_high=9e-3)
     exact: list[bool] = []
+    moved: list[float] = [0.0]
 
     def loss(batch: MicroBatch, now: Scored, index: int) -> tuple[torch.Tensor, dict]:
+        shift = torch.where(batch.loss_mask, now.logprobs.detach() - scored[index].logprobs, 0.0)
+        moved.append(float(shift.abs().max()))
         exact.append(bool(torch.equal(now.logprobs.detach(), scored[index].logprobs)))
         offsets = torch.zeros(len(batch.indices) * policy.layout.context, dtype=torch.float64)
         whole = collate([samples[i] for i in mine[index]], pad_multiple(policy.layout))
@@ -75,6 +81,8 @@ def run_case(case: dict, directory: Path, device: torch.device) -> None:
     gradients = dict(policy.weights.export(2**20, lambda parameter: parameter.main_grad))
     weights = {name: tensor.clone() for name, tensor in policy.export()}
     agree = torch.tensor(float(all(exact)))
+    shift = torch.tensor(max(moved))
+    dist.all_reduce(shift, dist.ReduceOp.MAX)
     dist.all_reduce(agree, dist.ReduceOp.MIN)
     if dist.get_rank() == 0:
         result = {
@@ -83,6 +91,7 @@ def run_case(case: dict, directory: Path, device: torch.device) -> None:
             "gradients": gradients,
             "weights": weights,
             "exact": float(agree),
+            "shift": float(shift),
             "taken": taken,
         }
         result["loaded"] = read_whole(random_pieces(arch, SEED), arch)

@@ -9,7 +9,7 @@ import pytest
 
 from gspo_megatron.config import load
 from gspo_megatron.plan.layout import layout_of
-from gspo_megatron.plan.memory import element_bytes, exact_bytes
+from gspo_megatron.plan.memory import Held, element_bytes, exact_bytes
 from gspo_megatron.weights.table import local_parameters
 from tests.parallel.world import run_world
 
@@ -57,5 +57,5 @@ def planned(overrides: list[str], size: int, rank: int) -> dict[str, int]:
     arch, layout = recipe.model.architecture, layout_of(recipe.trainer, size)
     assert arch is not None
     at = layout.coordinates(rank)
-    chunks = [local_parameters(arch, layout, at, chunk) for chunk in range(layout.virtual)]
+    chunks = [Held.of(local_parameters(arch, layout, at, chunk)) for chunk in range(layout.virtual)]
     return exact_bytes(chunks, layout, element_bytes(recipe), distributed=False, on_cpu=True)

@@ -10,6 +10,7 @@ import torch
 
 from gspo_megatron.config import load
 from gspo_megatron.config.model import Architecture
+from gspo_megatron.objective import ObjectiveSpec, runtime_warnings
 from tests.parallel.hf_model import build_oracle, gradients, token_logprobs
 from tests.parallel.policy_batch import SEQUENCES, make_samples, old_logprobs
 from tests.parallel.world import run_world
@@ -38,7 +39,9 @@ def arch() -> Architecture:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("policy")
-    run_world("policy_worker.py", 2, [{"name": n, "overrides": o} for n, o in LAYOUTS.items()], directory)
+    cases = [{"name": name, "overrides": overrides} for name, overrides in LAYOUTS.items()]
+    stale = {"name": "stale", "overrides": LAYOUTS["PP2"], "stale": True}
+    run_world("policy_worker.py", 2, [*cases, stale], directory)
     return directory
 
 
@@ -79,7 +82,17 @@ def test_layout_equals_the_oracle(results: Path, oracle: dict, layout: str) -> N
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_scoring_and_training_forward_agree_bit_for_bit(results: Path, layout: str) -> None:
-    assert torch.load(results / f"{layout}.pt", weights_only=True)["exact"] == 1.0
+    found = torch.load(results / f"{layout}.pt", weights_only=True)
+    assert (found["exact"], found["shift"]) == (1.0, 0.0)
+
+
+def test_one_stale_weight_moves_the_first_mini_batch(results: Path) -> None:
+    """One parameter of one rank changed between scoring and training: the identity that every run checks must break."""
+    shift = torch.load(results / "stale.pt", weights_only=True)["shift"]
+    assert shift > 1e-6
+    metrics = {"log_s_abs_max/minibatch_0": shift, "clip_fraction_tokens/minibatch_0": 0.0}
+    found = [finding.code for finding in runtime_warnings(ObjectiveSpec.preset("gspo"), metrics)]
+    assert "first-minibatch-moved" in found
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

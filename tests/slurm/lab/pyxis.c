@@ -81,18 +81,16 @@ static int read_mounts(struct binding *mounts, int most) {
         char *source = strsep(&entry, ":");
         mounts[count].target = entry ? strsep(&entry, ":") : source;
         mounts[count].flags = entry ? entry : "";
-        mounts[count].source = open(source, O_PATH | O_CLOEXEC);
+        mounts[count].source = open_tree(AT_FDCWD, source, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_RECURSIVE);
         if (mounts[count++].source < 0) return fail("cannot open mount source", source);
     }
     return count;
 }
 
 static int bind(const struct binding *binding) {
-    char source[64];
     struct stat status;
-    snprintf(source, sizeof source, "/proc/self/fd/%d", binding->source);
     if (fstat(binding->source, &status) == 0 && S_ISDIR(status.st_mode)) make_directories(binding->target);
-    if (mount(source, binding->target, NULL, MS_BIND | MS_REC, NULL)) return fail("cannot mount on", binding->target);
+    if (move_mount(binding->source, "", AT_FDCWD, binding->target, MOVE_MOUNT_F_EMPTY_PATH)) return fail("cannot mount on", binding->target);
     if (!strcmp(binding->flags, "ro") && mount(NULL, binding->target, NULL, MS_REMOUNT | MS_BIND | MS_RDONLY, NULL))
         return fail("cannot make read-only", binding->target);
     return 0;
@@ -104,7 +102,7 @@ int slurm_spank_task_init_privileged(spank_t spank, int argc, char **arguments) 
     FILE *image = fopen(given[IMAGE], "r");
     if (!image) return fail("cannot open image", given[IMAGE]);
     if (unshare(CLONE_NEWNS) || mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL)) return fail("cannot unshare", "/");
-    // Sources are opened before anything is hidden, as the real one binds from outside the container.
+    // Sources are taken before anything is hidden, as the real one binds from outside the container.
     struct binding mounts[64];
     int count = read_mounts(mounts, 64);
     if (count < 0 || apply_image(spank, image)) return -1;

@@ -1,0 +1,36 @@
+"""One SLURM lab for all tests of this folder; where none can be had, they are skipped with the reason."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.jobs import ROOT, Workplace
+from tests.slurm.lab.cluster import Lab, missing
+
+
+@pytest.fixture(scope="session")
+def lab() -> Iterator[Lab]:
+    reason = missing()
+    if reason:
+        pytest.skip(reason)
+    # The interpreter's environment and the checkout may lie under /tmp, which is each node's own.
+    with Lab(nodes=6, shared=[Path(sys.prefix), ROOT]) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def workplace(lab: Lab) -> Workplace:
+    return Workplace(lab)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report = yield
+    place = getattr(item, "funcargs", {}).get("workplace")
+    if report.failed and call.when == "call" and place is not None:
+        report.sections.append(("SLURM", place.logs()))
+    return report

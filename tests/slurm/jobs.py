@@ -1,0 +1,137 @@
+"""Jobs of the shipped launch script on the lab, and what they left behind."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.slurm.lab.cluster import Lab, LabError, wait_for
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = "launch/gspo_moe.sh"
+TINY = "recipes/tiny_moe.yaml"
+START = 300.0
+"""Seconds that a run may take to its first step: four trainers and two servers import on two cores."""
+SMALL = (
+    "placement.gpu=cpu", "batch.prompts=8", "batch.answers=4", "batch.updates=2", "rollout.max_answer_tokens=12",
+    "evaluation.problems=8", "evaluation.every=0", "data.held_out=32", "cold_start.steps=20", "cold_start.batch_size=32",
+    "checkpoint.every=1",
+)  # fmt: skip
+
+
+class Workplace:
+    """Where the jobs of a test session run: the shared directory that a user would have."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+        self.directory = lab.home / "work"
+        self.directory.mkdir()
+        self.jobs: list[Job] = []
+
+    def submit(
+        self,
+        name: str,
+        *overrides: str,
+        options: Sequence[str],
+        recipe: str = TINY,
+        cwd: Path = ROOT,
+        **environment: str,
+    ) -> Job:
+        """`sbatch OPTIONS launch/gspo_moe.sh RECIPE OVERRIDES` with a run directory of this name."""
+        run_dir = self.directory / name
+        log = self.directory / f"{name}.log"
+        settings = {"GSPO_SITE": "/dev/null", "GSPO_VENV": sys.prefix, **environment}
+        where = (f"run.directory={run_dir}", f"cold_start.cache={self.directory / 'cold_start'}")
+        arguments = (*options, f"--output={log}", str(ROOT / SCRIPT), recipe, *overrides, *where)
+        self.jobs.append(Job(self.lab, self.lab.submit(*arguments, environment=settings, cwd=cwd), run_dir, log))
+        return self.jobs[-1]
+
+    def logs(self) -> str:
+        """Of the newest job and of the cluster's daemons."""
+        job = self.jobs[-1] if self.jobs else None
+        return f"{job.everything() if job else ''}\n{self.lab.logs()}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job."""
+
+    lab: Lab
+    id: int
+    run_dir: Path
+    log: Path
+
+    def text(self) -> str:
+        """What it has said so far."""
+        return self.log.read_text() if self.log.exists() else ""
+
+    def last_line(self) -> str:
+        """The last thing it said."""
+        return self.text().rstrip().rpartition("\n")[2]
+
+    def finish(self, timeout: float) -> str:
+        """Wait for its end; returns SLURM's state."""
+        return self.lab.wait(self.id, timeout)["JobState"]
+
+    def exit_code(self) -> int:
+        """Of the batch script."""
+        return int(self.lab.job(self.id)["ExitCode"].split(":")[0])
+
+    def rows(self) -> list[dict[str, Any]]:
+        """metrics.jsonl."""
+        file = self.run_dir / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def steps(self) -> list[int]:
+        """Steps that metrics.jsonl has a row of."""
+        return [row["step"] for row in self.rows()]
+
+    def wait_for_step(self, step: int, timeout: float = START) -> None:
+        """Wait until the checkpoint of a step is complete. Raises LabError if the job ends before."""
+        marker = self.run_dir / "checkpoints" / f"step_{step:06d}" / "COMPLETE"
+
+        def reached() -> bool:
+            if not marker.exists() and self.lab.job(self.id)["JobState"] in ("FAILED", "COMPLETED"):
+                raise LabError(f"job {self.id} ended before step {step}: {self.last_line()}")
+            return marker.exists()
+
+        wait_for(reached, timeout, f"checkpoint of step {step}")
+
+    def attempt(self, number: int) -> Path:
+        """Directory of an attempt."""
+        return self.run_dir / "logs" / f"attempt_{number}"
+
+    def plan(self, number: int) -> dict[str, Any]:
+        """Where an attempt's tasks ran."""
+        return json.loads((self.attempt(number) / "plan.json").read_text())
+
+    def kill(self, kind: str, node: str) -> None:
+        """SIGKILL to the first process of a role on a node, as if the kernel wanted its memory back."""
+        module = {"trainer": "gspo_megatron.loop", "rollout": "gspo_megatron.rollout.server"}[kind]
+        on = self.lab.on(node)
+        # `srun` runs on a node too, and has the same words in its command line.
+        found = self.lab.run(*on, "pgrep", "-f", f"^[^ ]*python[^ ]* -m {module} --run-dir {self.run_dir}").stdout
+        self.lab.run(*on, "kill", "-KILL", found.split()[0])
+
+    def everything(self) -> str:
+        """Its own words and the ends of all its roles' logs."""
+        texts = [f"--- {self.log}\n{self.text()}"]
+        for path in sorted(self.run_dir.glob("logs/attempt_*/**/*.*")):
+            if path.suffix in (".log", ".txt") and path.stat().st_size:
+                lines = path.read_text(errors="replace").splitlines()[-25:]
+                texts.append("\n".join([f"--- {path}", *lines]))
+        return "\n".join(texts)
+
+
+def written(path: Path, names: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Files of a run that a secret must not be in, by path."""
+    suffixes = {".log", ".txt", ".json", ".jsonl", ".yaml", ".html"}
+    return {
+        str(file): file.read_text(errors="replace")
+        for file in path.rglob("*")
+        if file.is_file() and file.suffix in suffixes
+    } | dict(names or {})

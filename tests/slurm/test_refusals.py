@@ -1,0 +1,87 @@
+"""What the launch script refuses before any role starts, on the real SLURM; each in a sentence with the mend, exit 2."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.jobs import ROOT, SMALL, Job, Workplace, written
+
+SECRET = "hf_0123456789abcdef"
+
+
+def refused(job: Job) -> str:
+    assert job.finish(60) == "FAILED" and job.exit_code() == 2, job.text()
+    assert not list(job.run_dir.glob("logs/attempt_*/trainer-*.log")), "no role may have started"
+    return job.text()
+
+
+def test_a_recipe_that_does_not_fit_the_nodes(workplace: Workplace) -> None:
+    job = workplace.submit("uneven", *SMALL, "placement.rollout_nodes=2", "rollout.servers=3", options=["--nodes=3"])
+    assert "[servers-uneven-on-nodes] rollout.servers: 3 servers do not divide over 2 nodes" in refused(job)
+    job = workplace.submit("unknown", "trainer.max_step=3", options=["--nodes=1"])
+    assert "max_steps" in refused(job)
+
+
+def test_nodes_that_lack_what_slurm_granted(workplace: Workplace) -> None:
+    # Without placement.gpu=cpu the granted (and here fake) GPUs count, and no nvidia-smi lists them.
+    job = workplace.submit("gpus", "placement.gpu=h100", options=["--nodes=2"])
+    said = refused(job)
+    for node in ("node1", "node2"):
+        assert f"{node}: nvidia-smi lists 0 GPUs where SLURM granted 8; drain the node and leave the node out" in said
+
+
+def test_a_port_in_use(workplace: Workplace) -> None:
+    lab = workplace.lab
+    # The controller's port of every job id.
+    hold = "import socket, time; s = [socket.create_server(('', p)) for p in range(20001, 32000, 16)]; time.sleep(60)"
+    lab.run(*lab.on("node1"), "bash", "-c", f'python3 -c "{hold}" >/dev/null 2>&1 & echo $! >/tmp/holder')
+    try:
+        job = workplace.submit("port", *SMALL, options=["--nodes=2", "--nodelist=node[1-2]"])
+        port = 20001 + 16 * (job.id % 750)
+        assert f"node1: port {port} is taken by another program; end it (ss -tlnp shows it)" in refused(job)
+    finally:
+        lab.run(*lab.on("node1"), "bash", "-c", "kill $(cat /tmp/holder)")
+
+
+def test_an_environment_that_one_node_lacks(workplace: Workplace) -> None:
+    # /tmp is each node's own: what the batch host has there, the second node has not.
+    lab, venv = workplace.lab, Path("/tmp/venv-of-node1")
+    lab.run(*lab.on("node1"), "ln", "-sfn", sys.prefix, str(venv))
+    job = workplace.submit("lacking", *SMALL, options=["--nodes=2", "--nodelist=node[1-2]"], GSPO_VENV=str(venv))
+    assert f"node2: {venv}/bin/python is not there; run make setup, or set GSPO_VENV" in refused(job)
+
+
+def test_a_finished_run_is_not_run_again(workplace: Workplace) -> None:
+    run_dir = workplace.directory / "finished"
+    run_dir.mkdir()
+    (run_dir / "DONE").touch()
+    job = workplace.submit("finished", *SMALL, options=["--nodes=1"])
+    assert job.finish(60) == "COMPLETED" and "holds a finished run (DONE)" in job.text()
+
+
+def test_it_finds_itself_from_another_directory(workplace: Workplace) -> None:
+    # Submitted from elsewhere, SLURM runs a copy from its spool directory, and relative names are the user's.
+    elsewhere = workplace.directory / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "mine.yaml").write_text(f"base: {ROOT / 'recipes' / 'tiny_moe.yaml'}\nbatch: {{answers: 0}}\n")
+    job = workplace.submit("spool", options=["--nodes=1"], recipe="mine.yaml", cwd=elsewhere)
+    assert "batch.answers" in refused(job)
+
+
+def test_secrets_stay_out_of_what_is_written(workplace: Workplace) -> None:
+    job = workplace.submit("secret", "placement.gpu=h100", options=["--nodes=1"], HF_TOKEN=SECRET)
+    refused(job)
+    record = workplace.lab.run("scontrol", "show", "job", "-dd", str(job.id)).stdout
+    for name, text in written(job.run_dir, {"scontrol": record, "log": job.text()}).items():
+        assert SECRET not in text, name
+    assert not (job.attempt(1) / "key").exists()
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in (ROOT / "launch").rglob("*.sh")))
+def test_scripts_parse(file: str) -> None:
+    path = next((ROOT / "launch").rglob(file))
+    subprocess.run(["bash", "-n", str(path)], check=True)

@@ -1,0 +1,75 @@
+"""Scoring processes: numbers come back, whatever hangs, dies or raises costs one answer its reward."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from gspo_megatron.rollout.scoring import Scorer, ScoringPool
+from gspo_megatron.types import Problem
+
+PROBLEM = Problem("p", "q", {"answer": "3"})
+
+
+def act(problem: Problem, text: str, reason: str) -> float:
+    if text == "hang":
+        time.sleep(600)
+    if text == "spin":
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGALRM])
+        while True:
+            pass
+    if text == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if text == "raise":
+        raise ZeroDivisionError("nothing to divide")
+    return float(text == problem.reference["answer"] and reason == "stop")
+
+
+def make() -> Scorer:
+    return act
+
+
+def make_nothing() -> Scorer:
+    raise SystemExit("no scorer today")
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., ScoringPool]]:
+    pools = []
+
+    def begin(make: Callable[[], Scorer], workers: int, limit: float) -> ScoringPool:
+        pools.append(ScoringPool(make, workers, limit))
+        return pools[-1]
+
+    yield begin
+    for pool in pools:
+        pool.close()
+    assert multiprocessing.active_children() == []
+
+
+def test_one_bad_answer_costs_only_its_own_reward(start: Callable[..., ScoringPool]) -> None:
+    pool = start(make, 1, 0.5)
+    pool.start()
+    texts = ["3", "hang", "3", "die", "spin", "raise", "4", "3"]
+    results = [pool.submit(PROBLEM, text, "stop") for text in texts]
+    assert [result.result(120) for result in results] == [
+        1.0,
+        "its scorer took more than 0.5 s",
+        1.0,
+        "its scoring process died",
+        "its scorer took more than 0.5 s",
+        "ZeroDivisionError: nothing to divide",
+        0.0,
+        1.0,
+    ]
+    assert pool.submit(PROBLEM, "3", "length").result(60) == 0.0
+
+
+def test_a_scorer_that_cannot_start_is_a_sentence(start: Callable[..., ScoringPool]) -> None:
+    pool = start(make_nothing, 1, 1.0)
+    assert pool.submit(PROBLEM, "3", "stop").result(60) == "the scorer could not be started; its log says why"

@@ -1,0 +1,45 @@
+"""Write recipes/schema.json, which editors read to complete and check recipes: `python tools/make_schema.py [--check]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from gspo_megatron.config.schema import Recipe
+
+TARGET = Path(__file__).parents[1] / "recipes" / "schema.json"
+
+
+def make_schema() -> str:
+    """The JSON schema of a sparse recipe: `base` is allowed, and nothing is required since a base may hold it."""
+    schema = Recipe.model_json_schema()
+    for part in (schema, *schema["$defs"].values()):
+        part.pop("required", None)
+    schema["properties"]["base"] = {"type": "string", "description": "Recipe that this one starts from, relative to it."}
+    schema["title"] = "GSPO recipe"
+    _allow_null_axes(schema["$defs"]["ObjectiveSection"])
+    return json.dumps(schema, indent=1) + "\n"
+
+
+def _allow_null_axes(objective: dict[str, Any]) -> None:
+    """An axis set to null takes the preset's value."""
+    for name, value in objective["properties"].items():
+        objective["properties"][name] = {"anyOf": [value, {"type": "null"}], "description": value.get("description", "")}
+
+
+def main() -> int:
+    """Write the file, or say whether it is up to date."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only compare, exit 1 when the file is old")
+    made = make_schema()
+    if parser.parse_args().check:
+        return int(not TARGET.is_file() or TARGET.read_text() != made)
+    TARGET.write_text(made)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
