@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -109,19 +109,34 @@ def exact_bytes(
         distributed: whether megatron's distributed optimizer spreads the states over the replicas.
         on_cpu: torch's Adam keeps a float32 step counter for each tensor; the fused ones keep one for all.
     """
+    states = ADAM_BYTES + (0 if element == 4 else 4)  # a float32 model is its own main copy
     found: dict[str, int] = {}
-    for kind, replicas in (("dense", layout.data * layout.context), ("expert", layout.expert_data)):
-        sizes = [getattr(chunk, kind) for chunk in chunks if getattr(chunk, kind)]
-        if not sizes:
-            continue
+    for kind, replicas, sizes in _buffers(chunks, layout):
         shards = replicas if distributed else 1
-        buffers = sum(_buffer_elements(chunk, shards) if distributed else sum(chunk) for chunk in sizes)
-        # A float32 model is its own main copy.
-        states = ADAM_BYTES + (0 if element == 4 else 4)
-        found[f"{kind} weights"] = buffers * element
-        found[f"{kind} gradients"] = buffers * GRADIENT_BYTES
-        found[f"{kind} optimizer"] = buffers // shards * states + (4 * sum(map(len, sizes)) if on_cpu else 0)
+        elements = sum(_buffer_elements(chunk, shards) if distributed else sum(chunk) for chunk in sizes)
+        found[f"{kind} weights"] = elements * element
+        found[f"{kind} gradients"] = elements * GRADIENT_BYTES
+        found[f"{kind} optimizer"] = elements // shards * states + (4 * sum(map(len, sizes)) if on_cpu else 0)
     return found
+
+
+def _buffers(chunks: Sequence[Held], layout: Layout) -> Iterator[tuple[str, int, list[tuple[int, ...]]]]:
+    """Kind, replicas and the sizes in each chunk of the buffers that megatron makes.
+
+    Experts have buffers of their own unless their replicas are those of the dense parameters.
+    """
+    if not has_expert_buffers(layout):
+        yield "all", layout.data * layout.context, [chunk.dense + chunk.expert for chunk in chunks]
+        return
+    yield "dense", layout.data * layout.context, [chunk.dense for chunk in chunks]
+    experts = [chunk.expert for chunk in chunks if chunk.expert]
+    if experts:
+        yield "expert", layout.expert_data, experts
+
+
+def has_expert_buffers(layout: Layout) -> bool:
+    """Whether megatron keeps experts apart from the dense parameters."""
+    return layout.expert > 1 or layout.expert_tensor != layout.tensor
 
 
 def _buffer_elements(sizes: Sequence[int], shards: int) -> int:

@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -226,16 +227,26 @@ class ServerClient:
         Raises:
             ServerError: also when the workers of this server disagree about what they received.
         """
-        joining = {"init_info": {"ticket": ticket, "first_rank": first_rank}}
-        await self.call("POST", "/init_weight_transfer_engine", joining, timeout)
-        # Only now: a server that could not join is whole still, one that has started is not until a complete update.
-        await self.call("POST", "/start_weight_update", timeout=timeout)
-        await self.call("POST", "/update_weights", {"update_info": {"manifest": manifest}}, timeout)
-        reports = (await self.call("POST", "/collective_rpc", {"method": "weight_report"}, timeout))["results"]
+        try:
+            await self._worker_call("forget_update", timeout)
+            joining = {"init_info": {"ticket": ticket, "first_rank": first_rank}}
+            await self.call("POST", "/init_weight_transfer_engine", joining, timeout)
+            # Only now: a server that could not join is whole still, one that has started is not until it has finished.
+            await self.call("POST", "/start_weight_update", timeout=timeout)
+            await self.call("POST", "/update_weights", {"update_info": {"manifest": manifest}}, timeout)
+        except ServerError:
+            with suppress(ServerError):
+                await self._worker_call("leave_transfer", timeout=5)
+            raise
+        reports = await self._worker_call("weight_report", timeout)
         checksums = {report["checksum"] for report in reports}
         if len(checksums) != 1:
             raise ServerError(f"the workers of server {self.url} received different weights: {sorted(checksums)}")
         return reports[0]
+
+    async def _worker_call(self, method: str, timeout: float) -> list[Any]:
+        """Call a method of `worker.WorkerExtension` in every worker; their answers."""
+        return (await self.call("POST", "/collective_rpc", {"method": method}, timeout))["results"]
 
     async def finish_update(self, version: int, timeout: float) -> None:
         """Put the model together and label it."""

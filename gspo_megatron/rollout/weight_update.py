@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import secrets
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -62,6 +63,8 @@ class WeightUpdater:
         self._store: Any = None
         self._flight: _Flight | None = None
         self._members: list[ServerClient] = []
+        # A server outlives a controller: two controllers must never name two groups alike.
+        self._group_prefix = f"weights-{secrets.token_hex(4)}"
         self._group = 0
 
     async def open_store(self) -> None:
@@ -91,7 +94,7 @@ class WeightUpdater:
             "store_host": self._host,
             "store_port": self._store.port,
             "world_size": 1 + sum(sizes),
-            "group": f"weights-{self._group}",
+            "group": f"{self._group_prefix}-{self._group}",
             "bucket_mib": settings.bucket_mib,
             "timeout": settings.timeout,
         }

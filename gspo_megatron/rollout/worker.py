@@ -129,6 +129,15 @@ class WorkerExtension:
     """Methods that vLLM mixes into its worker class, for `/collective_rpc`."""
 
     weight_transfer_engine: PackedTransferEngine
+    _weight_update_active: bool
+
+    def forget_update(self) -> None:
+        """Let a new update start even if the last one was never finished: its controller refused it, or is gone."""
+        self._weight_update_active = False
+
+    def leave_transfer(self) -> None:
+        """Close this worker's end of the wire, so that a trainer that sends to it does not wait for the time limit."""
+        self.weight_transfer_engine.shutdown()
 
     def weight_report(self) -> dict[str, Any]:
         """Checksum (decimal text), number of tensors and seconds of the last complete reception."""

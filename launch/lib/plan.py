@@ -142,7 +142,7 @@ def describe(recipe: Recipe, over: Spread, ports: Ports) -> list[str]:
 
 def answer(recipe: Recipe, over: Spread, more: Mapping[str, Any]) -> None:
     """What the script needs to know, as lines."""
-    facts: dict[str, Any] = {"run_dir": recipe.run.directory, "gpus": over.gpus, **more}
+    facts: dict[str, Any] = {"run_dir": recipe.run.directory, "gpus": over.gpus, "colocated": over.colocated, **more}
     for kind in ("trainer", "controller", "rollout"):
         where, each = over.of(kind)
         facts |= {f"{kind}_hosts": ",".join(host.name for host in where), f"{kind}_each": each}

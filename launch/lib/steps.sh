@@ -49,9 +49,9 @@ command -v "$2" >/dev/null || { echo "$SLURMD_NODENAME: $2 is not there; run mak
 exec "$2" -m launch.lib.probe "$3" "$4"'
 
 preflight() { # one short step on every node; returns 2 with a sentence for each fault
-    local kinds=(trainer) kind python command pids=() failed=0
+    local kinds=(trainer) kind python command pids=() pid running failed=0
     # Two environments on one node are both looked at; one is looked at once.
-    if [ "${plan[trainer_hosts]}" != "${plan[rollout_hosts]}" ] || [ "$(container_of trainer)" != "$(container_of rollout)" ] ||
+    if [ "${plan[colocated]}" = False ] || [ "$(container_of trainer)" != "$(container_of rollout)" ] ||
         [ "$(python_of trainer)" != "$(python_of rollout)" ]; then
         kinds+=(rollout)
     fi
@@ -63,9 +63,22 @@ preflight() { # one short step on every node; returns 2 with a sentence for each
         "${command[@]}" >"$attempt/preflight/$kind.txt" 2>&1 &
         pids+=($!)
     done
-    for kind in "${pids[@]}"; do wait "$kind" || failed=2; done
+    while [ ${#pids[@]} -gt 0 ]; do
+        sleep 0.2
+        running=()
+        for pid in "${pids[@]}"; do
+            if kill -0 "$pid" 2>/dev/null; then
+                running+=("$pid")
+            elif ! wait "$pid"; then
+                failed=2
+            fi
+        done
+        pids=(${running[@]+"${running[@]}"})
+        # The nodes wait for each other; the one that failed has said why.
+        [ "$failed" = 0 ] || [ ${#pids[@]} = 0 ] || kill -TERM "${pids[@]}" 2>/dev/null || true
+    done
     if [ "$failed" != 0 ]; then
-        grep -h -v '^srun:' "$attempt"/preflight/*.txt >&2 || cat "$attempt"/preflight/*.txt >&2
+        grep -hvE '^(srun|slurmstepd)' "$attempt"/preflight/*.txt >&2 || cat "$attempt"/preflight/*.txt >&2
         return 2
     fi
     in_trainer "$(python_of trainer)" -m launch.lib.plan judge "$attempt" || return 2

@@ -38,7 +38,9 @@ watch_roles() { # returns when the first role has ended; its kind goes into `fir
                 first=$(find_culprit "$kind")
                 code=0
                 wait "${step[$first]}" || code=$?
-                return
+                # Of several codes srun tells the highest: the first to stop as asked gets its neighbours killed.
+                grep -q 'exit code 85' "$attempt/srun-trainer.txt" && first=trainer code=85
+                return 0
             fi
         done
         if [ -n "$asked" ] && [ $((SECONDS - asked)) -gt "$grace" ]; then

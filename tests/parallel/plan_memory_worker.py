@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 import gspo_megatron.policy  # noqa: F401  the device layer must be in before megatron
 from gspo_megatron.config import load
+from gspo_megatron.plan.memory import has_expert_buffers
 from gspo_megatron.policy import mesh
 from gspo_megatron.policy.policy import OptimizerSettings, Policy
 
@@ -23,9 +24,7 @@ def main() -> None:
     torch.set_num_threads(1)
     device = mesh.start_world()
     cases = json.loads((directory / "cases.json").read_text())
-    import faulthandler
 
-    faulthandler.dump_traceback_later(90, exit=True)
     found = [measure(overrides, device) for overrides in cases]
     (directory / f"memory-{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.barrier()
@@ -40,31 +39,33 @@ def measure(overrides: list[str], device: torch.device) -> dict[str, int]:
             for parameter in chunk.parameters():
                 parameter.zero_()
     policy.optimizer.step()
+    apart = has_expert_buffers(policy.layout)
+    dense, expert = ("dense", "expert") if apart else ("all", "all")
     held: Counter[str] = Counter()
     for chunk in policy.chunks:
         for parameter in chunk.parameters():
-            held[f"{_side(parameter)} weights"] += _bytes(parameter.data)
-        for side, buffers in (("dense", chunk.buffers), ("expert", chunk.expert_parallel_buffers)):
+            held[f"{expert if _is_expert(parameter) else dense} weights"] += _bytes(parameter.data)
+        for side, buffers in ((dense, chunk.buffers), (expert, chunk.expert_parallel_buffers)):
             held[f"{side} gradients"] += sum(_bytes(buffer.grad_data) for buffer in buffers)
     ours = {parameter.data_ptr() for chunk in policy.chunks for parameter in chunk.parameters()}
-    for side, parameter, states in _optimized(policy):
+    for is_expert, parameter, states in _optimized(policy):
+        side = expert if is_expert else dense
         held[f"{side} optimizer"] += sum(map(_bytes, states))
         if parameter.data_ptr() not in ours:  # a float32 main copy of a bfloat16 weight
             held[f"{side} optimizer"] += _bytes(parameter)
     return {name: size for name, size in held.items() if size}
 
 
-def _optimized(policy: Policy) -> Iterator[tuple[str, torch.Tensor, list[torch.Tensor]]]:
+def _optimized(policy: Policy) -> Iterator[tuple[bool, torch.Tensor, list[torch.Tensor]]]:
     for chained in policy.optimizer.chained_optimizers:
         for group in chained.optimizer.param_groups:
-            side = "expert" if group["is_expert_parallel"] else "dense"
             for parameter in group["params"]:
                 states = chained.optimizer.state[parameter].values()
-                yield side, parameter, [state for state in states if isinstance(state, torch.Tensor)]
+                yield group["is_expert_parallel"], parameter, [state for state in states if isinstance(state, torch.Tensor)]
 
 
-def _side(parameter: torch.nn.Parameter) -> str:
-    return "dense" if getattr(parameter, "allreduce", True) else "expert"
+def _is_expert(parameter: torch.nn.Parameter) -> bool:
+    return not getattr(parameter, "allreduce", True)
 
 
 def _bytes(tensor: torch.Tensor) -> int:

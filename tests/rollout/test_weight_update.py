@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import suppress
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from gspo_megatron.data.store import SampleStore
 from gspo_megatron.rollout.link import ControllerError, ControllerLink
-from gspo_megatron.rollout.transfer import TransferError, WeightSender
+from gspo_megatron.rollout.transfer import TransferError, WeightSender, tensor_checksum
 from gspo_megatron.types import SampleRef
 from tests.rollout.tiny import Oracle
 
@@ -57,17 +61,11 @@ def test_one_changed_tensor_is_refused_by_the_checksum(start_controller, oracles
     changed = {name: value.clone() for name, value in oracle.tensors.items()}
     changed["model.layers.2.mlp.experts.5.up_proj.weight"][3, 4] += 1e-3
     WeightSender(CPU).send(ticket, oracle.manifest, changed.items())
-    expected = WeightSenderChecksum(oracle)
+    expected = sum(tensor_checksum(name, value) for name, value in oracle.tensors.items()) % 2**64
     with pytest.raises(ControllerError, match="no server is left: .* received weights with checksum"):
         link.finish_update(0, expected, oracle.probes())
     with pytest.raises(ControllerError, match="no server"):
         link.rollout(0)
-
-
-def WeightSenderChecksum(oracle: Oracle) -> int:
-    from gspo_megatron.rollout.transfer import tensor_checksum
-
-    return sum(tensor_checksum(name, value) for name, value in oracle.tensors.items()) % 2**64
 
 
 def test_weights_that_are_not_the_trainers_are_refused_by_the_canary(start_controller, oracles) -> None:
@@ -76,7 +74,7 @@ def test_weights_that_are_not_the_trainers_are_refused_by_the_canary(start_contr
     sent, held = oracles
     ticket = link.begin_update(0, sent.manifest)
     checksum = WeightSender(CPU).send(ticket, sent.manifest, sent.tensors.items())
-    with pytest.raises(ControllerError, match=r"canary refuses version 0 .* canary_bound=0.0001"):
+    with pytest.raises(ControllerError, match=r"canary refuses version 0 .*weight_update\.canary_bound=0\.0001"):
         link.finish_update(0, checksum, held.probes())
     with pytest.raises(ControllerError, match="no server"):
         link.rollout(0)
@@ -92,6 +90,21 @@ def test_a_manifest_without_a_parameter_is_refused(start_controller, oracles) ->
     checksum = WeightSender(CPU).send(ticket, manifest, tensors)
     with pytest.raises(ControllerError, match=missing):
         link.finish_update(0, checksum, oracle.probes())
+
+
+def test_a_server_that_fails_while_it_receives_holds_nobody_up(start_controller, oracles) -> None:
+    _, link = start_controller()
+    oracle = oracles[0]
+    manifest = [replace(oracle.manifest[0], name="model.layers.99.mlp.gate.weight"), *oracle.manifest[1:]]
+    tensors = zip([meta.name for meta in manifest], oracle.tensors.values(), strict=True)
+    started = time.monotonic()
+    ticket = link.begin_update(0, manifest)
+    # Whether the trainer sees it depends on how much is still to be sent when the server leaves.
+    with suppress(TransferError):
+        WeightSender(CPU).send(ticket, manifest, tensors)
+    with pytest.raises(ControllerError, match="no server is left: .* answered /update_weights with 500"):
+        link.finish_update(0, 0, oracle.probes())
+    assert time.monotonic() - started < ticket["timeout"] / 2
 
 
 def test_a_broken_update_can_be_repeated(start_controller, oracles) -> None:

@@ -15,11 +15,13 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "launch/gspo_moe.sh"
 TINY = "recipes/tiny_moe.yaml"
 START = 300.0
-"""Seconds that a run may take to its first step: four trainers and two servers import on two cores."""
+"""Seconds that a run may take to its first checkpoint: six processes import torch, and more, on two cores."""
 SMALL = (
     "placement.gpu=cpu", "batch.prompts=8", "batch.answers=4", "batch.updates=2", "rollout.max_answer_tokens=12",
-    "evaluation.problems=8", "evaluation.every=0", "data.held_out=32", "cold_start.steps=20", "cold_start.batch_size=32",
-    "checkpoint.every=1",
+    "evaluation.problems=8", "evaluation.every=0", "checkpoint.every=1", "optimizer.warmup_updates=0",
+    # Sums of single digits: a minute of fine-tuning gives some right answers, so that there is a gradient.
+    "data.options={min_digits: 1, max_digits: 1}", "data.held_out=16", "cold_start.steps=60",
+    "cold_start.batch_size=64", "cold_start.warmup_steps=5", "cold_start.worked_fraction=0",
 )  # fmt: skip
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from tests.slurm.jobs import Workplace
 from tests.slurm.lab.cluster import GPUS, Lab, wait_for
 
-
 LOOK = """
 touch /tmp/here-$SLURM_JOB_ID /dev/shm/here
 python3 -c 'import socket, time; s = socket.create_server(("", 8000)); time.sleep(1)' || exit 1

@@ -47,6 +47,7 @@ def test_steps_come_in_order_and_the_report_is_complete() -> None:
             "/pause",
             "/is_paused",
             "/get_world_size",
+            "/collective_rpc",
             "/init_weight_transfer_engine",
             "/start_weight_update",
             "/update_weights",

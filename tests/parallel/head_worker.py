@@ -1,0 +1,47 @@
+"""One rank of the head test: vocabulary-parallel log-probs, entropy and gradients for several chunk sizes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import gspo_megatron.policy  # noqa: F401  the device layer must be in before megatron
+from gspo_megatron.policy import mesh
+from gspo_megatron.policy.head import chosen_logprobs
+
+
+def main() -> None:
+    """For every case write logprobs, entropy and gradients, gathered to the whole vocabulary, by rank 0."""
+    directory = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    mesh.start_world()
+    rank, size = dist.get_rank(), dist.get_world_size()
+    data = torch.load(directory / "data.pt", weights_only=True)
+    for index, case in enumerate(json.loads((directory / "cases.json").read_text())):
+        hidden = data["hidden"].to(getattr(torch, case["dtype"]), copy=True).requires_grad_()
+        rows = data["weight"].shape[0] // size
+        weight = data["weight"][rank * rows : (rank + 1) * rows].to(hidden.dtype, copy=True).requires_grad_()
+        logprobs, entropy = chosen_logprobs(
+            hidden, weight, data["targets"], case["temperature"], case["chunk"], dist.group.WORLD
+        )
+        (logprobs * data["coefficients"]).sum().backward()
+        dist.all_reduce(hidden.grad)
+        parts = [torch.empty_like(weight) for _ in range(size)]
+        dist.all_gather(parts, weight.grad)
+        if rank == 0:
+            found = {
+                "logprobs": logprobs.detach(),
+                "entropy": entropy,
+                "hidden": hidden.grad,
+                "weight": torch.cat(parts),
+            }
+            torch.save(found, directory / f"head_{index}.pt")
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""The tiny recipe by the shipped script on the lab, with real Megatron ranks and real vLLM servers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.jobs import ROOT, SMALL, START, Job, Workplace, written
+from tests.slurm.lab.cluster import Lab, wait_for
+
+pytestmark = pytest.mark.timeout(600)
+ASK = """
+import json, sys, urllib.error, urllib.request
+url, key = sys.argv[1:]
+request = urllib.request.Request(url, headers={"Authorization": "Bearer " + key} if key else {})
+try:
+    print(urllib.request.urlopen(request, timeout=10).read().decode())
+except urllib.error.HTTPError as error:
+    print(json.dumps(error.code))
+"""
+
+
+def ask(lab: Lab, node: str | None, url: str, key: str) -> object:
+    """What a role answers to a program on a node, or on the login node."""
+    on = lab.on(node) if node else ()
+    return json.loads(lab.run(*on, "python3", "-c", ASK, url, key).stdout)
+
+
+def check_done(job: Job, steps: int) -> None:
+    """It ended DONE, every step is there once, and every weight update passed the canary."""
+    assert job.finish(START) == "COMPLETED" and (job.run_dir / "DONE").exists(), job.last_line()
+    assert job.last_line() == f"gspo: DONE; results are in {job.run_dir}"
+    rows = job.rows()
+    assert [row["step"] for row in rows] == list(range(steps + 1)), "a step is lost or doubled"
+    trained = rows[1:]
+    assert [row["updates"] for row in trained] == [2 * row["step"] for row in trained]
+    assert [row["weight_version"] for row in trained] == [row["step"] - 1 for row in trained]
+    assert all(0 <= row["canary_largest"] < 1e-4 for row in trained), "each server was held against the trainer"
+    assert max(row["grad_norm"] for row in trained) > 0, "the weights must have changed"
+    indices = sorted(path.name.split("-")[0] for path in (job.run_dir / "samples").glob("*.sample"))
+    assert sorted(set(indices)) == [f"{index:08d}" for index in range(8 * steps)], "each prompt once, in order"
+
+
+def places(job: Job, number: int, kind: str) -> list[str]:
+    """`name node address` of every task of a kind, as the tasks themselves said."""
+    lines = [line for log in job.attempt(number).glob(f"{kind}-*.log") for line in log.read_text().splitlines()]
+    return sorted(line.split(": ")[-1].partition(", process")[0] for line in lines if ", process " in line)
+
+
+def test_two_trainer_and_two_rollout_nodes_stopped_in_between(workplace: Workplace) -> None:
+    lab = workplace.lab
+    shape = ("placement.rollout_nodes=2", "rollout.servers=2", "trainer.ranks=4", "trainer.max_steps=4")
+    job = workplace.submit("two_and_two", *SMALL, *shape, options=["--nodes=4", "--nodelist=node[1-4]"])
+    job.wait_for_step(1)
+    check_control_plane(lab, job)
+    lab.run("scancel", "--batch", "--signal=USR1", str(job.id))
+    wait_for(lambda: job.attempt(2).exists(), 120, "second attempt")
+    check_done(job, steps=4)
+    said = job.text()
+    assert "asked to stop (USR1)" in said and "gspo: attempt 1 stopped as asked; step" in said
+    assert "gspo: goes on after step" in said
+    assert lab.job(job.id)["Restarts"] == "1"
+    for number in (1, 2):
+        trainers = [f"trainer-{rank} on node{1 + rank // 2} (10.77.0.{11 + rank // 2})" for rank in range(4)]
+        assert places(job, number, "trainer") == trainers
+        assert places(job, number, "rollout") == [f"rollout-{n} on node{3 + n} (10.77.0.{13 + n})" for n in range(2)]
+    assert (job.run_dir / "logs" / "latest").resolve() == job.attempt(2).resolve()
+    again = workplace.submit("two_and_two", *SMALL, *shape, options=["--nodes=4"])
+    assert again.finish(60) == "COMPLETED" and "holds a finished run (DONE)" in again.text()
+
+
+def check_control_plane(lab: Lab, job: Job) -> None:
+    """Both servers hold the checked weights; without the key nothing is served, and the key is nowhere to be read."""
+    key_file = job.attempt(1) / "key"
+    key, controller = key_file.read_text(), job.plan(1)["tasks"][-1]["arguments"][-1]
+    servers = [f"http://10.77.0.{13 + n}:{task['ports'][0]}" for n, task in enumerate(job.plan(1)["tasks"][:2])]
+    assert key_file.stat().st_mode & 0o077 == 0
+    status = ask(lab, "node1", f"{controller}/status", key)
+    assert isinstance(status, dict)
+    assert status["servers"] == dict.fromkeys(servers, ""), "both took part in every update"
+    for url in (*[f"{server}/is_paused" for server in servers], f"{controller}/status"):
+        assert ask(lab, "node2", url, "") == 401 and ask(lab, "node2", url, "0" * 32) == 401
+    record = lab.run("scontrol", "show", "job", "-dd", str(job.id)).stdout
+    commands = "".join(lab.run(*lab.on(f"node{n}"), "ps", "-eo", "args").stdout for n in (1, 2, 3, 4))
+    for name, text in written(job.run_dir, {"scontrol": record, "log": job.text(), "ps": commands}).items():
+        assert key not in text, name
+
+
+def test_one_node_colocated_survives_the_kill_of_a_rank_and_of_the_server(workplace: Workplace) -> None:
+    job = workplace.submit("one", *SMALL, "trainer.max_steps=6", options=["--nodes=1", "--nodelist=node5"])
+    job.wait_for_step(1)
+    job.kill("trainer", "node5")
+    wait_for(lambda: job.attempt(2).exists(), 60, "restart after the trainer's end")
+    before = max(job.steps())
+    job.wait_for_step(before + 1)
+    job.kill("rollout", "node5")
+    wait_for(lambda: job.attempt(3).exists(), 60, "restart after the server's end")
+    check_done(job, steps=6)
+    said = job.text()
+    assert "gspo: trainer failed on node5: Killed" in said and "gspo: rollout failed on node5: Killed" in said
+    assert "gspo: restart 1 of at most 3, because a newer checkpoint exists" in said
+    assert "gspo: restart 2 of at most 3" in said
+    assert len((job.run_dir / "logs" / "restarts").read_text().splitlines()) == 2
+
+
+def test_a_crash_without_a_newer_checkpoint_is_not_restarted(workplace: Workplace) -> None:
+    # The server's memory is too small for one sequence: vLLM itself refuses.
+    job = workplace.submit("small", *SMALL, "rollout.kv_cache_gib=0.00001", options=["--nodes=1"])
+    assert job.finish(START) == "FAILED" and job.exit_code() == 1
+    assert "gspo: not restarted: there is no newer checkpoint than step 0" in job.text()
+    assert job.last_line().startswith("gspo: rollout failed on node1: rollout server 0 died"), job.last_line()
+
+
+def test_power_off_of_a_trainer_node_goes_on_with_spare_nodes(workplace: Workplace) -> None:
+    lab = workplace.lab
+    shape = ("placement.rollout_nodes=1", "trainer.max_steps=5")
+    job = workplace.submit("power", *SMALL, *shape, "trainer.ranks=2", options=["--nodes=3", "--nodelist="])
+    job.wait_for_step(1)
+    lost = job.plan(1)["hosts"][1][0]
+    lab.power_off(lost)
+    try:
+        wait_for(lambda: job.attempt(2).exists(), 150, "restart on other nodes")
+        assert lost not in dict(job.plan(2)["hosts"])
+        check_done(job, steps=5)
+    finally:
+        lab.power_on(lost)
+        lab.run("scontrol", "update", f"nodename={lost}", "state=resume", check=False)
+
+
+def test_container_path(workplace: Workplace) -> None:
+    # The image has the interpreter's environment; checkout and run directory are there only if they are mounted.
+    place, tools = workplace.directory, Path(sys.prefix)
+    (place / "bin").mkdir()
+    (place / "bin" / "python3").symlink_to(tools / "bin" / "python")
+    image = place / "gspo.image"
+    image.write_text(f"hide {ROOT / 'gspo_megatron'}\nhide {place / 'inside'}\nenv PATH={tools}/bin:/usr/bin:/bin\n")
+    (place / "inside").mkdir()
+    mounts = f"{place / 'inside'}:{place / 'inside'},{place / 'cold_start'}:{place / 'cold_start'}"
+    job = workplace.submit(
+        "inside/run", *SMALL, "placement.rollout_nodes=1", "trainer.max_steps=2", options=["--nodes=2"],
+        GSPO_IMAGE=str(image), GSPO_MOUNTS=mounts, GSPO_VENV="/nowhere",
+    )  # fmt: skip
+    check_done(job, steps=2)
+    forgotten = workplace.submit("outside", *SMALL, options=["--nodes=1"], GSPO_IMAGE=f"{image}.missing")
+    assert forgotten.finish(60) == "FAILED" and "cannot open image" in forgotten.text()

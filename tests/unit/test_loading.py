@@ -1,0 +1,84 @@
+"""Recipes from YAML: inheritance, overrides, and a sentence for everything that is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gspo_megatron.config import RecipeError, load, load_resolved, save_resolved
+
+TINY = Path("recipes/tiny_moe.yaml")
+
+
+def findings_of(path: Path, *overrides: str) -> list[tuple[str, str, str]]:
+    with pytest.raises(RecipeError) as caught:
+        load(path, overrides)
+    return [(finding.code, finding.key, finding.fix) for finding in caught.value.findings]
+
+
+def test_the_resolved_recipe_reads_back_equal(tmp_path: Path) -> None:
+    recipe = load(TINY, ["trainer.max_steps=7", "objective.clip_high=1e-3"])
+    assert recipe.trainer.max_steps == 7
+    assert recipe.objective.spec(28).clip_high == 1e-3
+    save_resolved(recipe, tmp_path / "recipe.yaml")
+    assert load_resolved(tmp_path / "recipe.yaml") == recipe
+
+
+def test_a_recipe_inherits_and_overrides_its_base() -> None:
+    harder, tiny = load(Path("recipes/tiny_moe_harder.yaml")), load(TINY)
+    assert harder.cold_start is not None and tiny.cold_start is not None
+    assert harder.cold_start.steps == 150
+    assert harder.cold_start.lr == tiny.cold_start.lr
+    assert harder.model == tiny.model
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "key", "fix"),
+    [
+        ("trainer.tensor_paralel=2", "unknown-key", "trainer.tensor_paralel", "did you mean tensor_parallel?"),
+        ("tariner.max_steps=2", "unknown-key", "tariner", "did you mean trainer?"),
+        ("batch.updates=5", "rule", "batch", "choose prompts as a multiple"),
+        ("trainer.max_steps=-1", "wrong-value", "trainer.max_steps", "set a value of that kind"),
+        ("rollout.temperature=hot", "wrong-value", "rollout.temperature", "set a value of that kind"),
+        ("max_steps", "override-form", "max_steps", "write e.g. trainer.max_steps=10"),
+        ("model.architecture.num_key_value_heads=3", "rule", "model.architecture", "choose one that is"),
+    ],
+)
+def test_a_wrong_key_is_refused_with_its_name_and_a_mend(override: str, code: str, key: str, fix: str) -> None:
+    assert (code, key, fix) in findings_of(TINY, override)
+
+
+def test_every_fault_is_told_at_once() -> None:
+    assert len(findings_of(TINY, "trainer.a=1", "rollout.b=2", "batch.updates=5")) == 3
+
+
+def test_files_that_are_no_recipe(tmp_path: Path) -> None:
+    assert findings_of(tmp_path / "none.yaml")[0][0] == "recipe-missing"
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1")
+    assert findings_of(broken)[0][0] == "recipe-unreadable"
+    broken.write_text("- a\n- b\n")
+    assert findings_of(broken)[0][0] == "recipe-unreadable"
+    broken.write_text("base: broken.yaml\n")
+    assert findings_of(broken)[0][0] == "base-cycle"
+
+
+def test_a_model_directory_without_its_files_is_named(tmp_path: Path) -> None:
+    override = (f"model.path={tmp_path}", "model.architecture=null")
+    assert findings_of(TINY, *override)[0][:2] == ("model-file-missing", "model.path")
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 128}))
+    assert ("missing-key", "model.architecture.vocab_size", "set it") in findings_of(TINY, *override)
+
+
+def test_rope_settings_are_read_in_both_spellings(tmp_path: Path) -> None:
+    values = load(TINY).model.architecture.to_hugging_face("float32")
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    override = [f"model.path={tmp_path}", "model.architecture=null"]
+    assert load(TINY, override).model.architecture == load(TINY).model.architecture
+    del values["rope_parameters"]
+    values |= {"rope_theta": 1e7, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    found = load(TINY, override).model.architecture
+    assert (found.rope_theta, found.rope_scaling["factor"]) == (1e7, 4.0)
