@@ -12,6 +12,7 @@ from pathlib import Path
 
 from gspo_megatron import __version__
 from gspo_megatron.config import Recipe, RecipeError, load, save_resolved
+from gspo_megatron.limits import not_built
 from gspo_megatron.plan import check
 from gspo_megatron.plan import command as plan_command
 from gspo_megatron.roles import plan_roles, run_roles
@@ -49,7 +50,7 @@ def train(path: Path, overrides: Sequence[str]) -> int:
     """Run a recipe with all its roles on this machine."""
     recipe = load(path, overrides)
     ranks = recipe.trainer.ranks or count_gpus() or 2
-    findings = check(recipe, ranks)
+    findings = [*check(recipe, ranks), *not_built(recipe)]
     for finding in findings:
         print(finding, file=sys.stderr)
     if any(finding.severity == "error" for finding in findings):

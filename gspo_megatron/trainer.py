@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from gspo_megatron.objective import (
     group_metrics,
     policy_loss,
     runtime_warnings,
+    shape_rewards,
 )
 from gspo_megatron.objective.summary import add_sums
 from gspo_megatron.policy.microbatch import MicroBatch, pad_multiple
@@ -130,12 +132,18 @@ class Trainer:
         groups = torch.tensor([ref.prompt_index for ref in refs])
         self.log.add(group_metrics(rewards, groups))
         spec = self.spec
-        return group_advantages(rewards, groups, spec.advantage, spec.advantage_ddof, spec.advantage_eps)
+        lengths = torch.tensor([ref.answer_length for ref in refs])
+        truncated = torch.tensor([ref.stop_reason == "length" for ref in refs])
+        shaped = shape_rewards(spec, rewards, lengths, truncated, self.recipe.rollout.max_answer_tokens)
+        return group_advantages(shaped.rewards, groups, spec.advantage, spec.advantage_ddof, spec.advantage_eps)
 
     def mini_batches(self, refs: Sequence[SampleRef], advantages: Tensor) -> list[MiniBatch]:
         """Pack a rollout batch into optimizer steps and score each under the present weights."""
         with self.log.time("pack"):
-            kept = select(refs, advantages.numpy())
+            # Filtered answers count in their group's mean, so they leave only after the advantages are taken.
+            trained = [self.spec.overlong != "filter" or ref.stop_reason != "length" for ref in refs]
+            self.log.add({"dropped/filtered": trained.count(False)} if not all(trained) else {})
+            kept = select(list(compress(refs, trained)), advantages.numpy()[trained])
             self.log.add({f"dropped/{reason}": count for reason, count in kept.dropped.items()})
             value = dict(zip(kept.refs, kept.advantages.tolist(), strict=True))
             parts = split(kept.refs, self.recipe.batch.updates)

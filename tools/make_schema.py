@@ -1,4 +1,4 @@
-"""Write recipes/schema.json, which editors read to complete and check recipes: `python tools/make_schema.py [--check]`."""
+"""Write recipes/schema.json, by which editors complete and check recipes: `python tools/make_schema.py [--check]`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ def make_schema() -> str:
     schema = Recipe.model_json_schema()
     for part in (schema, *schema["$defs"].values()):
         part.pop("required", None)
-    schema["properties"]["base"] = {"type": "string", "description": "Recipe that this one starts from, relative to it."}
+    schema["properties"]["base"] = {
+        "type": "string",
+        "description": "Recipe that this one starts from, relative to it.",
+    }
     schema["title"] = "GSPO recipe"
     _allow_null_axes(schema["$defs"]["ObjectiveSection"])
     return json.dumps(schema, indent=1) + "\n"
@@ -27,7 +30,10 @@ def make_schema() -> str:
 def _allow_null_axes(objective: dict[str, Any]) -> None:
     """An axis set to null takes the preset's value."""
     for name, value in objective["properties"].items():
-        objective["properties"][name] = {"anyOf": [value, {"type": "null"}], "description": value.get("description", "")}
+        objective["properties"][name] = {
+            "anyOf": [value, {"type": "null"}],
+            "description": value.get("description", ""),
+        }
 
 
 def main() -> int:

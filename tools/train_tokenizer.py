@@ -26,7 +26,7 @@ NUM_PIECES = len(CONTROLS) + len(MARKS) + len(PHRASES) + len(CHARACTERS)
 
 
 def corpus() -> list[str]:
-    """Prefixes of the character list: each character occurs more often than the next, which fixes the order of the pieces."""
+    """Prefixes of the character list: each character occurs more often than the next, which orders the pieces."""
     return [CHARACTERS[: index + 1] for index in range(len(CHARACTERS))]
 
 

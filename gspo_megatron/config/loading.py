@@ -125,7 +125,10 @@ def _merge(below: DictConfig, above: DictConfig, where: str) -> DictConfig:
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         told = " ".join(str(error).split())
         raise refuse(
-            "recipe-unreadable", "recipe", f"{where} does not fit its base: {told}", "keep sections sections, lists lists"
+            "recipe-unreadable",
+            "recipe",
+            f"{where} does not fit its base: {told}",
+            "keep sections sections, lists lists",
         ) from None
     assert isinstance(merged, DictConfig)
     return merged

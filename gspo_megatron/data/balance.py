@@ -39,7 +39,9 @@ class _Bins:
         return self.slot_times().reshape(self.shape[0], -1).sum(axis=1)
 
 
-def balance(tokens: np.ndarray, costs: np.ndarray, num_groups: int, ranks: int, max_tokens: int) -> list[list[list[int]]]:
+def balance(
+    tokens: np.ndarray, costs: np.ndarray, num_groups: int, ranks: int, max_tokens: int
+) -> list[list[list[int]]]:
     """[slot][rank] -> sequence indices, with the fewest slots into which the greedy start fits.
 
     Args:
@@ -57,7 +59,9 @@ def balance(tokens: np.ndarray, costs: np.ndarray, num_groups: int, ranks: int, 
     return _read_out(bins)
 
 
-def _fill(order: np.ndarray, tokens: np.ndarray, costs: np.ndarray, shape: tuple[int, int, int], max_tokens: int) -> _Bins | None:
+def _fill(
+    order: np.ndarray, tokens: np.ndarray, costs: np.ndarray, shape: tuple[int, int, int], max_tokens: int
+) -> _Bins | None:
     """Dearest first, each sequence into the bin where its group stays fastest; None if one fits nowhere."""
     groups, slots, ranks = shape
     count = groups * slots * ranks
@@ -82,7 +86,7 @@ def _fill(order: np.ndarray, tokens: np.ndarray, costs: np.ndarray, shape: tuple
 
 
 def _improve(bins: _Bins, tokens: np.ndarray, costs: np.ndarray, max_tokens: int) -> None:
-    """Take from the dearest bin of a slot of the slowest group what another bin holds more cheaply, until nothing helps."""
+    """Exchange sequences of the dearest bins of the slowest group with other bins until nothing helps any more."""
     groups, slots, ranks = bins.shape
     for _ in range(MOST_EXCHANGES):
         times = bins.group_times()
@@ -104,7 +108,7 @@ def _improve(bins: _Bins, tokens: np.ndarray, costs: np.ndarray, max_tokens: int
 def _best_exchange(
     bins: _Bins, source: int, times: np.ndarray, tokens: np.ndarray, costs: np.ndarray, max_tokens: int
 ) -> tuple[float, int, int | None, int]:
-    """The best thing to do with one sequence of a bin: (gain, the sequence, the one taken for it or None, the other bin)."""
+    """The best exchange for one sequence of a bin: (gain, the sequence, the one taken for it or None, its bin)."""
     _, slots, ranks = bins.shape
     given = np.flatnonzero(bins.home == source)
     others = np.flatnonzero(bins.home != source)
@@ -130,7 +134,10 @@ def _best_exchange(
 
     source_group, target_groups = slot_of[source] // slots, slot_of[targets] // slots
     within = np.where(same_slot, both, source_change + target_change)
-    across = np.maximum(times[source_group] + source_change, times[target_groups][None, :] + target_change) - times[source_group]
+    across = (
+        np.maximum(times[source_group] + source_change, times[target_groups][None, :] + target_change)
+        - times[source_group]
+    )
     change = np.where((target_groups == source_group)[None, :], within, across)
     change = np.where(fits, change, np.inf)
     row, column = divmod(int(change.argmin()), change.shape[1])

@@ -50,12 +50,17 @@ WRITERS: dict[str, Writer] = {"column_addition": write_column_addition}
 def find_writer(name: str) -> Writer:
     """The writer of a name. Raises RecipeError with the known names."""
     if name not in WRITERS:
-        raise refuse("unknown-demonstrations", "cold_start.demonstrations", f"{name} is no writer", f"known: {', '.join(WRITERS)}")
+        raise refuse(
+            "unknown-demonstrations",
+            "cold_start.demonstrations",
+            f"{name} is no writer",
+            f"known: {', '.join(WRITERS)}",
+        )
     return WRITERS[name]
 
 
 def is_worked(problem: Problem, worked_fraction: float) -> bool:
-    """Whether a problem's demonstration shows its working: by hash of the question, so equal in every pass and for every seed."""
+    """Whether a demonstration shows its working: by hash of the question, so equal in every pass and for every seed."""
     digest = hashlib.sha256(f"style/{problem.question}".encode()).digest()
     return int.from_bytes(digest[:8]) < worked_fraction * 2**64
 
@@ -66,7 +71,7 @@ def demonstrate(problem: Problem, section: ColdStartSection) -> str:
 
 
 def build_demonstrations(problems: Iterable[Problem], section: ColdStartSection, tokenizer: Tokenizer) -> list[Sample]:
-    """Fine-tuning rows: the answer with its stop id is trained, the prompt is not; `advantage` is 1 and nothing was sampled."""
+    """Fine-tuning rows: the answer with its stop id is trained, the prompt is not; `advantage` is 1."""
     rows = []
     for index, problem in enumerate(problems):
         prompt = tokenizer.encode_prompt(problem.question)

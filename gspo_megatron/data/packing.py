@@ -19,7 +19,7 @@ Cost = Callable[[int], float]
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """One micro-batch of one data-parallel rank, before any cut over context-parallel ranks. Index t predicts token t + 1."""
+    """One micro-batch of one data-parallel rank, before any context-parallel cut. Index t predicts token t + 1."""
 
     token_ids: np.ndarray
     """[T] int64; the padding behind each sequence is 0."""
@@ -34,7 +34,7 @@ class PackedBatch:
     advantages: np.ndarray
     """[S] float32."""
     cu_seqlens: np.ndarray
-    """[S+1] int32, from 0 to T: where each padded sequence begins. Padding comes last and is never attended to by a real token."""
+    """[S+1] int32, 0 to T: where each padded sequence begins. Padding comes last: no real token attends to it."""
     lengths: np.ndarray
     """[S] int32, tokens without padding."""
     refs: tuple[SampleRef, ...]

@@ -1,4 +1,4 @@
-"""Where problems come from: reasoning-gym's generators or a JSONL file, each with a held-out part cut by question text."""
+"""Where problems come from: reasoning-gym or a JSONL file, each with a held-out part cut by question text."""
 
 from __future__ import annotations
 
@@ -72,7 +72,12 @@ class GymProblems:
             found.setdefault(problem.id, problem)
             position += 1
             if refused > MOST_REFUSALS:
-                raise refuse("held-out-too-large", "data.held_out", f"{task} has only about {len(found)} questions", f"set it below {len(found)}")
+                raise refuse(
+                    "held-out-too-large",
+                    "data.held_out",
+                    f"{task} has only about {len(found)} questions",
+                    f"set it below {len(found)}",
+                )
         self.held_out = tuple(found.values())
         self._held_out_ids = frozenset(found)
 
@@ -98,7 +103,9 @@ def open_gym(task: str, options: dict[str, Any], seed: int) -> Any:
     try:
         return reasoning_gym.create_dataset(task, seed=seed, size=BLOCK, **options)
     except (ValueError, TypeError, AssertionError) as error:
-        raise refuse("reasoning-gym", "data.task", f"{task} with {options}: {error}", "see the task's options in reasoning-gym") from None
+        raise refuse(
+            "reasoning-gym", "data.task", f"{task} with {options}: {error}", "see the task's options in reasoning-gym"
+        ) from None
 
 
 def _hashed_seed(name: str) -> int:
@@ -120,7 +127,9 @@ class JsonlProblems:
         self._training = [problem for name, problem in sorted(found.items()) if name not in kept_out]
         if not self._training:
             key = "data.held_out" if held_out_path is None else "data.held_out_path"
-            raise refuse("no-training-problems", key, f"all {len(found)} questions of {path} are held out", "hold out fewer")
+            raise refuse(
+                "no-training-problems", key, f"all {len(found)} questions of {path} are held out", "hold out fewer"
+            )
         self._orders: dict[str, list[int]] = {}
 
     @property
@@ -151,20 +160,29 @@ def read_jsonl(path: Path, key: str = "data.path") -> dict[str, Problem]:
         first = found.setdefault(problem.id, problem)
         if first.reference != problem.reference:
             told = f"{first.reference['answer']!r} and {problem.reference['answer']!r}"
-            raise refuse("prompt-file-broken", key, f"{path} line {number} repeats a prompt with another answer: {told}", "keep one of them")
+            raise refuse(
+                "prompt-file-broken",
+                key,
+                f"{path} line {number} repeats a prompt with another answer: {told}",
+                "keep one of them",
+            )
     if not found:
-        raise refuse("prompt-file-empty", key, f"{path} holds no problem", "write one object with `prompt` and `answer` a line")
+        raise refuse(
+            "prompt-file-empty", key, f"{path} holds no problem", "write one object with `prompt` and `answer` a line"
+        )
     return found
 
 
 def _lines(path: Path, key: str) -> Iterator[tuple[int, str]]:
-    """Numbered lines that are not blank; a line is what ends in a line feed, since JSON texts may hold other separators."""
+    """Numbered lines that are not blank; only a line feed ends one, since JSON texts may hold other separators."""
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             try:
                 line = raw.decode()
             except UnicodeDecodeError as error:
-                raise refuse("prompt-file-broken", key, f"{path} line {number} is not UTF-8: {error.reason}", "mend the line") from None
+                raise refuse(
+                    "prompt-file-broken", key, f"{path} line {number} is not UTF-8: {error.reason}", "mend the line"
+                ) from None
             if line.strip():
                 yield number, line
 
@@ -173,12 +191,19 @@ def _read_line(line: str, where: str, key: str) -> Problem:
     try:
         values = json.loads(line)
     except json.JSONDecodeError as error:
-        raise refuse("prompt-file-broken", key, f"{where} is not JSON: {error.msg} at column {error.colno}", "mend the line") from None
+        raise refuse(
+            "prompt-file-broken", key, f"{where} is not JSON: {error.msg} at column {error.colno}", "mend the line"
+        ) from None
     if not isinstance(values, dict):
         raise refuse("prompt-file-broken", key, f"{where} is not an object", 'write {"prompt": ..., "answer": ...}')
     for name in ("prompt", "answer"):
         if name not in values:
-            raise refuse("prompt-file-broken", key, f"{where} has no `{name}`", f"add `{name}`; it has {', '.join(values) or 'nothing'}")
+            raise refuse(
+                "prompt-file-broken",
+                key,
+                f"{where} has no `{name}`",
+                f"add `{name}`; it has {', '.join(values) or 'nothing'}",
+            )
     prompt, answer = values["prompt"], values["answer"]
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         answer = str(answer)

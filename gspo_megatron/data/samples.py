@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import numpy as np
@@ -53,7 +54,9 @@ def select(refs: Sequence[SampleRef], advantages: Sequence[float] | np.ndarray) 
     return Selection(tuple(refs[index] for index in kept), values[kept], dict(dropped))
 
 
-def build_samples(refs: Sequence[SampleRef], advantages: Sequence[float] | np.ndarray, store: SampleReader) -> list[Sample]:
+def build_samples(
+    refs: Sequence[SampleRef], advantages: Sequence[float] | np.ndarray, store: SampleReader
+) -> list[Sample]:
     """Read the rows of selected references; a file that contradicts its reference is refused by name.
 
     Args:
@@ -78,8 +81,8 @@ def split[Item: SampleRef | Sample](items: Sequence[Item], updates: int) -> list
         raise ValueError(f"{len(groups)} groups are left for {updates} updates; each update needs at least one group")
     ordered = list(groups.values())
     sizes = [len(ordered) // updates + (index < len(ordered) % updates) for index in range(updates)]
-    cuts = np.cumsum([0, *sizes])
-    return [[item for group in ordered[start:end] for item in group] for start, end in zip(cuts[:-1], cuts[1:], strict=True)]
+    cuts = accumulate(sizes, initial=0)
+    return [[item for group in ordered[start:end] for item in group] for start, end in pairwise(cuts)]
 
 
 def _reason_to_drop(ref: SampleRef) -> str | None:
@@ -93,9 +96,13 @@ def _build(ref: SampleRef, advantage: float, store: SampleReader) -> Sample:
     found = (start, len(token_ids) - start, len(logprobs))
     wanted = (ref.prompt_length, ref.answer_length, ref.answer_length)
     if found != wanted:
-        raise ValueError(f"{ref.path} holds prompt, answer and log-probs of {found} tokens, its reference says {wanted}")
+        raise ValueError(
+            f"{ref.path} holds prompt, answer and log-probs of {found} tokens, its reference says {wanted}"
+        )
     if not np.isfinite(logprobs).all():
-        raise ValueError(f"{ref.path} holds a log-prob that is not finite; the sampler reported it for a token it sampled")
+        raise ValueError(
+            f"{ref.path} holds a log-prob that is not finite; the sampler reported it for a token it sampled"
+        )
     loss_mask = np.arange(len(token_ids)) >= start
     rollout_logprobs = np.zeros(len(token_ids), dtype=np.float32)
     rollout_logprobs[start:] = logprobs

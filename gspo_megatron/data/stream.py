@@ -59,7 +59,8 @@ class PromptStream:
         raise refuse(
             "held-out-too-few",
             "evaluation.problems",
-            f"{count} problems are wanted, {len(fitting)} of {len(self._source.held_out)} held-out ones fit into {self._longest} prompt tokens",
+            f"{count} problems are wanted; of {len(self._source.held_out)} held-out ones {len(fitting)} fit into "
+            f"{self._longest} prompt tokens",
             "set it lower, or hold out more (data.held_out)",
         )
 
@@ -80,7 +81,12 @@ class PromptStream:
 
     def state(self) -> dict[str, Any]:
         """Where the stream stands, for a checkpoint; JSON-able."""
-        return {"index": self._index, "position": self._position, "skipped": dict(self.skipped), "fingerprint": self._fingerprint}
+        return {
+            "index": self._index,
+            "position": self._position,
+            "skipped": dict(self.skipped),
+            "fingerprint": self._fingerprint,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on exactly where `state` was taken. Refuses the state of another data section, seed or prompt limit."""
@@ -88,7 +94,7 @@ class PromptStream:
             raise refuse(
                 "resume-other-data",
                 "data",
-                "the checkpoint's prompt stream was made with another data section, run.seed or rollout.max_prompt_tokens",
+                "the checkpoint's prompts come from another data section, run.seed or rollout.max_prompt_tokens",
                 "resume with the run's own recipe.resolved.yaml, or start a new run",
             )
         self._index, self._position = state["index"], state["position"]
@@ -106,11 +112,16 @@ class PromptStream:
                 return problem, ids, position + refused + 1
             skipped[TOO_LONG] += 1
             if skipped[TOO_LONG] == 1:
-                log.warning("%s: problem %s is left out, and so is every other above %d tokens", TOO_LONG, problem.id, self._longest)
+                log.warning(
+                    "%s: problem %s is left out, and so is every other above %d tokens",
+                    TOO_LONG,
+                    problem.id,
+                    self._longest,
+                )
         raise refuse(
             "no-usable-prompt",
             "rollout.max_prompt_tokens",
-            f"none of {self._source.span} problems in a row can be used (limit {self._longest} tokens): {dict(skipped)}",
+            f"none of {self._source.span} problems in a row is usable (limit {self._longest} tokens): {dict(skipped)}",
             "raise the limit, or hold out fewer questions",
         )
 

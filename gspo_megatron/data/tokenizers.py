@@ -68,7 +68,9 @@ class SentencePieceTokenizer:
         ids: list[int] = self._model.encode(text)
         if self._model.unk_id() in ids:
             lacking = sorted({char for char in text if self._model.unk_id() in self._model.encode(char)})
-            raise ValueError(f"{text!r} has characters that {self._path} lacks: {' '.join(lacking)}; train a tokenizer with them")
+            raise ValueError(
+                f"{text!r} has characters that {self._path} lacks: {' '.join(lacking)}; train a tokenizer with them"
+            )
         return ids
 
     def _piece(self, piece: str) -> int:
@@ -91,7 +93,12 @@ class HuggingFaceTokenizer:
 
         self._model: Any = AutoTokenizer.from_pretrained(path)
         if not self._model.chat_template:
-            raise refuse("chat-template-missing", "tokenizer.path", f"{path} has no chat template", "add chat_template.jinja to the directory")
+            raise refuse(
+                "chat-template-missing",
+                "tokenizer.path",
+                f"{path} has no chat template",
+                "add chat_template.jinja to the directory",
+            )
         self._system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
         self._options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         self.vocab_size: int = len(self._model)
@@ -100,7 +107,9 @@ class HuggingFaceTokenizer:
     def encode_prompt(self, question: str) -> list[int]:
         """The chat template with the question as the user's turn, opened for the assistant's."""
         messages = [*self._system, {"role": "user", "content": question}]
-        ids = self._model.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False, **self._options)
+        ids = self._model.apply_chat_template(
+            messages, tokenize=True, add_generation_prompt=True, return_dict=False, **self._options
+        )
         return [int(i) for i in ids]
 
     def encode_answer(self, text: str) -> list[int]:
@@ -123,21 +132,38 @@ def load_tokenizer(section: TokenizerSection, model_path: Path | None) -> Tokeni
     """
     path = section.path or model_path
     if path is None:
-        raise refuse("tokenizer-missing", "tokenizer.path", "is not set and there is no model.path to take it from", "set one of them")
+        raise refuse(
+            "tokenizer-missing",
+            "tokenizer.path",
+            "is not set and there is no model.path to take it from",
+            "set one of them",
+        )
     if section.kind == "sentencepiece":
         if not path.is_file():
-            raise refuse("tokenizer-missing", "tokenizer.path", f"{path} is not a file", "name a SentencePiece .model file")
+            raise refuse(
+                "tokenizer-missing", "tokenizer.path", f"{path} is not a file", "name a SentencePiece .model file"
+            )
         return SentencePieceTokenizer(path)
     if not (path / "tokenizer_config.json").is_file():
-        raise refuse("tokenizer-missing", "tokenizer.path", f"{path} has no tokenizer_config.json", "name a Hugging Face model directory")
+        raise refuse(
+            "tokenizer-missing",
+            "tokenizer.path",
+            f"{path} has no tokenizer_config.json",
+            "name a Hugging Face model directory",
+        )
     return HuggingFaceTokenizer(path, section.system_prompt, section.enable_thinking)
 
 
 def _stop_ids(path: Path, model: Any) -> tuple[int, ...]:
-    """What the model's publisher stops at: `generation_config.json` first, since chat models often name several ids there."""
+    """What the publisher stops at: `generation_config.json` first, since chat models often name several ids there."""
     file = Path(path) / "generation_config.json"
     named = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
     found = named if isinstance(named, list) else [named if named is not None else model.eos_token_id]
     if found == [None]:
-        raise refuse("stop-id-missing", "tokenizer.path", f"{path} names no eos token", "set eos_token_id in its generation_config.json")
+        raise refuse(
+            "stop-id-missing",
+            "tokenizer.path",
+            f"{path} names no eos token",
+            "set eos_token_id in its generation_config.json",
+        )
     return tuple(found)

@@ -68,7 +68,9 @@ class Shape:
         width = 3 * arch.moe_intermediate_size / layout.expert_tensor
         sent = self.tokens / layout.tensor * arch.num_experts_per_tok * arch.hidden_size
         scores = self.tokens / layout.tensor * arch.num_experts * 4 * 2
-        return int(self.rows * (2 * arch.hidden_size + width) * element + sent * element + scores) + 2 * self.input_bytes
+        return (
+            int(self.rows * (2 * arch.hidden_size + width) * element + sent * element + scores) + 2 * self.input_bytes
+        )
 
     @property
     def layer_bytes(self) -> int:
@@ -77,7 +79,7 @@ class Shape:
 
     @property
     def work_bytes(self) -> int:
-        """What comes and goes in a layer's backward pass: gradients of its widest tensors, keys and values in flight."""
+        """What comes and goes in a layer's backward pass: gradients of its widest tensors, keys and values."""
         arch, layout = self.arch, self.layout
         if arch.num_experts:
             sent = self.tokens / layout.tensor * arch.num_experts_per_tok * arch.hidden_size

@@ -57,15 +57,19 @@ class BatchPlan:
         held = self.micro_batch_tokens // self.longest_tokens
         return [
             f"{self.prompts} prompts x {self.answers} answers = {self.sequences} sequences in a rollout batch",
-            f"{self.updates} optimizer step{_s(self.updates)} a rollout batch, each on {self.prompts // self.updates} whole "
+            f"{self.updates} optimizer step{_s(self.updates)} a rollout batch, each on "
+            f"{self.prompts // self.updates} whole "
             f"groups = {self.sequences_per_update} sequences (the mini-batch, over all ranks)",
             f"a mini-batch is spread over {self.data_ranks} data-parallel rank{_s(self.data_ranks)}: at most "
             f"{self.sequences_per_rank} sequence{_s(self.sequences_per_rank)} each",
-            f"a micro-batch holds {self.micro_batch_tokens:,} tokens of one data-parallel rank, {each:,} on each of its "
+            f"a micro-batch holds {self.micro_batch_tokens:,} tokens of one data-parallel rank, {each:,} on each of "
+            "its "
             f"{self.context_ranks} context-parallel rank{_s(self.context_ranks)}: {held} sequence{_s(held)} of "
             f"{self.longest_tokens:,} tokens",
-            f"so an update is {self.micro_batches_expected} micro-batch{_es(self.micro_batches_expected)} a rank at the mean "
-            f"length of {self.expected_tokens:,.0f} tokens, {self.micro_batches_most} if every answer is cut at the limit",
+            f"so an update is {self.micro_batches_expected} micro-batch{_es(self.micro_batches_expected)} a rank at "
+            "the mean "
+            f"length of {self.expected_tokens:,.0f} tokens, {self.micro_batches_most} if every answer is cut at the "
+            "limit",
         ]
 
 
@@ -86,7 +90,7 @@ def plan_batch(recipe: Recipe, layout: Layout) -> BatchPlan:
     """The numbers of one rollout batch."""
     batch, rollout, capacity = recipe.batch, recipe.rollout, recipe.trainer.micro_batch_tokens
     multiple = pad_multiple(layout)
-    longest = _round_up(rollout.max_prompt_tokens + rollout.max_answer_tokens, multiple)
+    longest = round_up(rollout.max_prompt_tokens + rollout.max_answer_tokens, multiple)
     answer = min(rollout.expected_answer_tokens or rollout.max_answer_tokens / 2, rollout.max_answer_tokens)
     expected = min(float(longest), rollout.max_prompt_tokens * PROMPT_SHARE + answer + (multiple - 1) / 2)
     sequences = batch.prompts * batch.answers
@@ -113,7 +117,8 @@ def plan_batch(recipe: Recipe, layout: Layout) -> BatchPlan:
     )
 
 
-def _round_up(value: int, multiple: int) -> int:
+def round_up(value: int, multiple: int) -> int:
+    """The next multiple."""
     return -(-value // multiple) * multiple
 
 
@@ -131,7 +136,8 @@ def findings(recipe: Recipe, layout: Layout, plan: BatchPlan) -> Iterator[Findin
     if plan.sequences_per_update < layout.data:
         yield Finding(
             "data-ranks-without-work", "warning", "batch.prompts",
-            f"a mini-batch of {plan.sequences_per_update} sequences leaves {layout.data - plan.sequences_per_update} of "
+            f"a mini-batch of {plan.sequences_per_update} sequences leaves "
+            f"{layout.data - plan.sequences_per_update} of "
             f"{layout.data} data-parallel ranks without one",
             "take more prompts or answers, fewer updates, or more of TP, PP and CP",
         )  # fmt: skip
@@ -151,12 +157,13 @@ def _pipeline(recipe: Recipe, layout: Layout, plan: BatchPlan) -> Iterator[Findi
         yield Finding(
             "micro-batches-beside-pipeline", "info", "trainer.virtual_pipeline",
             f"about {slots} micro-batches a rank; the interleaved schedule wants a multiple of PP = {stages}, so empty "
-            f"ones fill up to {_round_up(slots, stages)}",
+            f"ones fill up to {round_up(slots, stages)}",
             "choose micro_batch_tokens so that the number comes near a multiple",
         )  # fmt: skip
     if plan.pipeline_bubble > 0.5:
         yield Finding(
             "pipeline-bubble", "warning", "trainer.pipeline_parallel",
-            f"about {slots} micro-batch(es) for {stages} stages: each stage waits {plan.pipeline_bubble:.0%} of the time",
+            f"about {slots} micro-batch(es) for {stages} stages: each stage waits {plan.pipeline_bubble:.0%} of the "
+            "time",
             "take fewer stages, more sequences an update, or a lower micro_batch_tokens",
         )  # fmt: skip

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from gspo_megatron.config.loading import RecipeError, load
@@ -30,6 +32,20 @@ def add_arguments(subparsers: argparse._SubParsersAction[argparse.ArgumentParser
     parser.add_argument("--ranks", action="store_true", help="add the coordinates of every trainer rank")
     parser.add_argument("--explain", metavar="KEY", help="say what a recipe key means, e.g. trainer.recompute")
     parser.add_argument("--search", action="store_true", help="list the best layouts for the recipe's model and GPUs")
+
+
+    # argparse takes no overrides behind an option; a person writes them where they come to mind.
+    parser.parse_known_args = partial(_parse_mixed, parser)  # type: ignore[method-assign]
+
+
+def _parse_mixed(
+    parser: argparse.ArgumentParser, arguments: Sequence[str], namespace: argparse.Namespace | None = None
+) -> tuple[argparse.Namespace, list[str]]:
+    overrides = [word for word in arguments if "=" in word and not word.startswith("-")]
+    rest = [word for word in arguments if word not in overrides]
+    parsed, unknown = argparse.ArgumentParser.parse_known_args(parser, rest, namespace)
+    parsed.overrides = [*parsed.overrides, *overrides]
+    return parsed, unknown
 
 
 def run(namespace: argparse.Namespace) -> int:

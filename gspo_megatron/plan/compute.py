@@ -1,4 +1,4 @@
-"""Operations and seconds of a training step, from stated rates: an estimate, good for comparing and for orders of size."""
+"""Operations and seconds of a training step, from stated rates: good for comparing and for orders of size."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gspo_megatron.plan import flops
 from gspo_megatron.plan.batch import BatchPlan
 from gspo_megatron.plan.layout import spans
 from gspo_megatron.plan.machine import Machine
-from gspo_megatron.plan.memory import StageMemory
+from gspo_megatron.plan.memory import StageMemory, element_bytes
 from gspo_megatron.plan.rollout import RolloutPlan
 from gspo_megatron.weights.layout import Layout
 
@@ -61,6 +61,40 @@ class ComputePlan:
     """Hours of `trainer.max_steps` steps."""
 
 
+@dataclass(frozen=True, slots=True)
+class TrainerTime:
+    """Seconds of a part of the trainer's work on one rollout batch, and what they are made of."""
+
+    products: float
+    """Matrix products of attention, experts and head."""
+    attention: float
+    """Attention scores."""
+    exchange: float
+    """Tensor- and expert-parallel exchanges, and the ring of keys and values where it is longer than the attention."""
+    waiting: float
+    """Unequal ranks, and stages that wait for the pipeline."""
+
+    @property
+    def seconds(self) -> float:
+        """Their sum."""
+        return self.products + self.attention + self.exchange + self.waiting
+
+    def __add__(self, other: TrainerTime) -> TrainerTime:
+        return TrainerTime(
+            self.products + other.products,
+            self.attention + other.attention,
+            self.exchange + other.exchange,
+            self.waiting + other.waiting,
+        )
+
+    def words(self) -> str:
+        """Its parts in percent."""
+        parts = {"products": self.products, "attention": self.attention, "exchanges": self.exchange}
+        return ", ".join(
+            f"{name} {part / self.seconds:.0%}" for name, part in {**parts, "waiting": self.waiting}.items()
+        )
+
+
 def plan_compute(
     recipe: Recipe,
     arch: Architecture,
@@ -71,26 +105,20 @@ def plan_compute(
     machine: Machine,
 ) -> ComputePlan:
     """Operations of a step and seconds of its parts."""
-    long = batch.expected_tokens * LENGTH_SPREAD
     tokens = batch.expected_tokens_per_batch
-    linear, quadratic = flops.linear_flops(arch), flops.quadratic_flops(arch) * long
-    again = _recomputed(recipe, arch)
-    scoring = 2.0 if recipe.objective.kl != "none" else 1.0
-    spent = {"old log-probs": scoring, "training": 3.0}
-    work = (linear + quadratic) * (scoring + 3.0) + linear * again[0] + quadratic * again[1]
-    seconds = {"rollout": rollout.seconds}
-    for part, passes in spent.items():
-        extra = again if part == "training" else (0.0, 0.0)
-        amount = (linear * (passes + extra[0]), quadratic * (passes + extra[1]))
-        seconds[part] = _train_seconds(recipe, arch, layout, batch, machine, amount, passes + extra[0])
-    seconds["weight update"] = _update_seconds(recipe, rollout, stages, machine)
+    linear, quadratic = _flops_per_token(arch, batch)
+    passes = [_passes(recipe, arch, part) for part in ("old log-probs", "training")]
+    work = sum(linear * products + quadratic * scores for products, scores in passes)
+    times = trainer_times(recipe, arch, layout, batch, machine)
+    seconds = {"rollout": rollout.seconds, **{part: time.seconds for part, time in times.items()}}
+    seconds["weight update"] = _update_seconds(rollout, stages, machine)
     if recipe.evaluation.every:
         asked = recipe.evaluation.problems * recipe.evaluation.answers / batch.sequences
         seconds["evaluation"] = rollout.seconds * asked / recipe.evaluation.every
     total = sum(seconds.values())
     if recipe.rollout.max_staleness and not machine.colocated:
-        trainer = seconds["old log-probs"] + seconds["training"]
-        total -= min(trainer, seconds["rollout"])
+        total -= min(sum(time.seconds for time in times.values()), seconds["rollout"])
+    steps = recipe.trainer.max_steps
     return ComputePlan(
         linear_flops_per_token=linear,
         quadratic_flops_per_token=quadratic,
@@ -102,52 +130,62 @@ def plan_compute(
         seconds_per_step=total,
         bottleneck=max(seconds, key=lambda name: seconds[name]),
         tokens_per_device_second=tokens / total / max(1, machine.devices),
-        device_hours=total * recipe.trainer.max_steps * machine.devices / 3600,
-        hours=total * recipe.trainer.max_steps / 3600,
+        device_hours=total * steps * machine.devices / 3600,
+        hours=total * steps / 3600,
     )
 
 
-def _recomputed(recipe: Recipe, arch: Architecture) -> tuple[float, float]:
-    """Shares of the linear and of the quadratic work that are done once more in the backward pass."""
+def _flops_per_token(arch: Architecture, batch: BatchPlan) -> tuple[int, float]:
+    """Forward operations of a mean token: linear, quadratic."""
+    return flops.linear_flops(arch), flops.quadratic_flops(arch) * batch.expected_tokens * LENGTH_SPREAD
+
+
+def _passes(recipe: Recipe, arch: Architecture, part: str) -> tuple[float, float]:
+    """How often the (linear, quadratic) work of a forward pass is done: a backward pass counts two."""
+    if part == "old log-probs":
+        times = 2.0 if recipe.objective.kl != "none" else 1.0
+        return times, times
     if recipe.trainer.recompute == "full":
-        return 1.0, 1.0
+        return 4.0, 4.0
     if recipe.trainer.recompute == "selective":
-        return flops.expert_flops(arch) / flops.linear_flops(arch), 1.0
-    return 0.0, 0.0
+        return 3.0 + flops.expert_flops(arch) / flops.linear_flops(arch), 4.0
+    return 3.0, 3.0
 
 
-def _train_seconds(
-    recipe: Recipe,
-    arch: Architecture,
-    layout: Layout,
-    batch: BatchPlan,
-    machine: Machine,
-    amount: tuple[float, float],
-    passes: float,
-) -> float:
-    """Seconds in which the trainer does (linear, quadratic) operations a token over a whole rollout batch."""
-    device, tokens = machine.device, batch.expected_tokens_per_batch
-    each = tokens / machine.ranks
-    attention = each * amount[1] / (device.matmul * ATTENTION_SHARE)
-    products = each * amount[0] / (device.matmul * LINEAR_SHARE)
-    element = 4 if recipe.model.dtype == "float32" else 2
-    # Every rank sees its own share of the tokens in its own stage's layers only.
-    here = tokens * layout.pipeline / machine.ranks * arch.num_hidden_layers / layout.pipeline * passes
-    exchange, ring = _exchange_seconds(arch, layout, machine, here, element)
-    busy = products + max(attention, ring) + exchange
-    return busy * IMBALANCE / (1 - batch.pipeline_bubble)
+def trainer_times(
+    recipe: Recipe, arch: Architecture, layout: Layout, batch: BatchPlan, machine: Machine
+) -> dict[str, TrainerTime]:
+    """Time of the two passes over a rollout batch that the trainer makes."""
+    linear, quadratic = _flops_per_token(arch, batch)
+    each, device = batch.expected_tokens_per_batch / machine.ranks, machine.device
+    found = {}
+    for part in ("old log-probs", "training"):
+        passes = _passes(recipe, arch, part)
+        products = each * linear * passes[0] / (device.matmul * LINEAR_SHARE)
+        attention = each * quadratic * passes[1] / (device.matmul * ATTENTION_SHARE)
+        exchange, ring = _exchange_seconds(recipe, arch, layout, machine, each * arch.num_hidden_layers * passes[0])
+        exchange += max(0.0, ring - attention)
+        busy = products + attention + exchange
+        waiting = busy * (IMBALANCE / (1 - batch.pipeline_bubble) - 1)
+        found[part] = TrainerTime(products, attention, exchange, waiting)
+    return found
 
 
 def _exchange_seconds(
-    arch: Architecture, layout: Layout, machine: Machine, token_layers: float, element: int
+    recipe: Recipe, arch: Architecture, layout: Layout, machine: Machine, token_layers: float
 ) -> tuple[float, float]:
-    """Seconds of (tensor- and expert-parallel exchanges, ring of keys and values), for so many tokens times layers."""
+    """Seconds of (tensor- and expert-parallel exchanges, ring of keys and values).
+
+    Args:
+        token_layers: tokens of the whole batch times layers times passes, over the ranks. A rank holds TP * PP times as
+            many tokens, in a PP-th of the layers; what it exchanges of each is a TP-th.
+    """
     speed = {
         span.name: (machine.device.node_link if span.inside_node else machine.device.network) * EXCHANGE_SHARE
         for span in spans(layout, machine.per_node)
     }
+    element = element_bytes(recipe)
     state = arch.hidden_size * element
-    # token_layers counts each token once, on the CP rank and TP group that hold it; TP ranks move it together.
     gathered = 2 * state * (layout.tensor - 1) * token_layers / speed["tensor"]
     sent = 2 * state * arch.num_experts_per_tok * (1 - 1 / layout.expert) * token_layers / speed["expert"]
     keys = 2 * arch.num_key_value_heads * arch.head_dim * element
@@ -155,7 +193,7 @@ def _exchange_seconds(
     return gathered + sent, ring
 
 
-def _update_seconds(recipe: Recipe, rollout: RolloutPlan, stages: list[StageMemory], machine: Machine) -> float:
+def _update_seconds(rollout: RolloutPlan, stages: list[StageMemory], machine: Machine) -> float:
     """New weights to every server; with shared GPUs also the trainer's states to host memory and back."""
     if machine.is_cpu:
         return rollout.weight_bytes / (machine.device.node_link * UPDATE_SHARE)

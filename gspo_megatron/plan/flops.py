@@ -53,7 +53,7 @@ def expert_flops(arch: Architecture) -> int:
 
 
 def quadratic_flops(arch: Architecture) -> int:
-    """Forward operations of causal attention scores and their product with the values, per token and token of length."""
+    """Forward operations of causal attention scores and their use, per token and token of length."""
     return 2 * arch.num_hidden_layers * arch.num_attention_heads * arch.head_dim
 
 
@@ -73,5 +73,5 @@ def kv_bytes(arch: Architecture, element: int = 2) -> int:
 
 
 def route_bytes(arch: Architecture) -> int:
-    """Bytes of one token's recorded routes: a uint8 for each chosen expert of each layer, two bytes above 256 experts."""
+    """Bytes of one token's recorded routes: one for each chosen expert of each layer, two above 256 experts."""
     return arch.num_hidden_layers * arch.num_experts_per_tok * (1 if arch.num_experts <= 256 else 2)

@@ -99,7 +99,8 @@ def _grid(trainer: TrainerSection, ranks: int) -> Iterator[Finding]:
     if data % group:
         yield _error(
             "expert-group-splits-data", "expert_parallel",
-            f"EP * ETP = {expert * expert_tensor} ranks span {group} data-parallel ranks of {data}, which leaves a rest: "
+            f"EP * ETP = {expert * expert_tensor} ranks span {group} data-parallel ranks of {data}, which leaves a "
+            "rest: "
             "micro-batches cannot be balanced over them",
             f"choose EP * ETP as a multiple of TP * CP = {tensor * context} that divides {ranks // pipeline}",
         )  # fmt: skip
@@ -146,7 +147,9 @@ def _pipeline(trainer: TrainerSection, arch: Architecture) -> Iterator[Finding]:
     if stages == 1:
         for key in [*uneven, *(["virtual_pipeline"] if trainer.virtual_pipeline else [])]:
             yield _error(
-                "pipeline-key-without-stages", key, f"{getattr(trainer, key)} with pipeline_parallel=1, where it means nothing",
+                "pipeline-key-without-stages", key,
+                f"{getattr(trainer, key)} with pipeline_parallel=1, where it "
+                "means nothing",
                 f"remove {key}, or set pipeline_parallel above 1",
             )  # fmt: skip
         return
@@ -166,17 +169,31 @@ def _pipeline(trainer: TrainerSection, arch: Architecture) -> Iterator[Finding]:
         if "virtual_pipeline" in message:
             yield _error("chunks-not-divisible", "virtual_pipeline", message, fix)
         else:
-            yield _error("layers-not-divisible", uneven[0] if uneven else "pipeline_parallel", message, _suggest(stages, layers))
+            yield _error(
+                "layers-not-divisible", uneven[0] if uneven else "pipeline_parallel", message, _suggest(stages, layers)
+            )
 
 
 def _suggest(stages: int, layers: int) -> str:
-    """First and last stages that leave even middle ones; lighter ends, because they hold embedding and head."""
+    ends = even_ends(stages, layers)
+    if ends is None:
+        return f"choose pipeline_parallel as a divisor of {layers}"
+    return f"set first_stage_layers={ends[0]} and last_stage_layers={ends[1]}"
+
+
+def even_ends(stages: int, layers: int) -> tuple[int | None, int | None] | None:
+    """Layers of the first and last stage that leave even stages between them; (None, None) when all are even.
+
+    Ends lighter than the middle come first, because they hold embedding and head. None: there is no such cut.
+    """
+    if layers % stages == 0:
+        return None, None
     even = -(-layers // stages)
-    for middle in (even, even - 1, even + 1):
+    for middle in (even, even + 1, even - 1):
         ends = layers - middle * (stages - 2)
-        if stages > 1 and ends >= 2 and ends // 2 <= middle + 1:
-            return f"set first_stage_layers={ends - ends // 2} and last_stage_layers={ends // 2}"
-    return f"choose pipeline_parallel as a divisor of {layers}"
+        if stages > 1 and 2 <= ends <= 2 * middle + 2:
+            return ends - ends // 2, ends // 2
+    return None
 
 
 def _nodes(layout: Layout, machine: Machine) -> Iterator[Finding]:
@@ -191,8 +208,10 @@ def _nodes(layout: Layout, machine: Machine) -> Iterator[Finding]:
         if span.name == "expert":
             yield Finding(
                 "experts-cross-nodes", "info", key,
-                f"EP {span.size} spans {span.reach} ranks, {per_node} are in a node: tokens reach their experts over the "
-                f"network, {machine.device.network / 1e9:.0f} GB/s a GPU instead of {machine.device.node_link / 1e9:.0f}",
+                f"EP {span.size} spans {span.reach} ranks, {per_node} are in a node: tokens reach their experts "
+                "over the "
+                f"network, {machine.device.network / 1e9:.0f} GB/s a GPU instead of "
+                f"{machine.device.node_link / 1e9:.0f}",
                 f"EP * ETP of at most {per_node} stays inside, at more weights a GPU",
             )  # fmt: skip
         else:

@@ -92,9 +92,7 @@ def held_by(arch: Architecture, layout: Layout, stage: int) -> tuple[Held, ...]:
 
 @lru_cache(maxsize=4096)
 def _held_by(arch: Architecture, layout: Layout, stage: int) -> tuple[Held, ...]:
-    at = Coordinates(
-        tensor=0, context=0, data=0, pipeline=stage, expert_tensor=0, expert=0, expert_data=0
-    )
+    at = Coordinates(tensor=0, context=0, data=0, pipeline=stage, expert_tensor=0, expert=0, expert_data=0)
     return tuple(Held.of(local_parameters(arch, layout, at, chunk)) for chunk in range(layout.virtual))
 
 
@@ -114,19 +112,19 @@ def exact_bytes(
     for kind, replicas, sizes in _buffers(chunks, layout):
         shards = replicas if distributed else 1
         elements = sum(_buffer_elements(chunk, shards) if distributed else sum(chunk) for chunk in sizes)
-        found[f"{kind} weights"] = elements * element
-        found[f"{kind} gradients"] = elements * GRADIENT_BYTES
-        found[f"{kind} optimizer"] = elements // shards * states + (4 * sum(map(len, sizes)) if on_cpu else 0)
+        found[f"{kind} weights".strip()] = elements * element
+        found[f"{kind} gradients".strip()] = elements * GRADIENT_BYTES
+        found[f"{kind} optimizer".strip()] = elements // shards * states + (4 * sum(map(len, sizes)) if on_cpu else 0)
     return found
 
 
 def _buffers(chunks: Sequence[Held], layout: Layout) -> Iterator[tuple[str, int, list[tuple[int, ...]]]]:
     """Kind, replicas and the sizes in each chunk of the buffers that megatron makes.
 
-    Experts have buffers of their own unless their replicas are those of the dense parameters.
+    Experts have buffers of their own unless their replicas are those of the dense parameters: then one kind, unnamed.
     """
     if not has_expert_buffers(layout):
-        yield "all", layout.data * layout.context, [chunk.dense + chunk.expert for chunk in chunks]
+        yield "", layout.data * layout.context, [chunk.dense + chunk.expert for chunk in chunks]
         return
     yield "dense", layout.data * layout.context, [chunk.dense for chunk in chunks]
     experts = [chunk.expert for chunk in chunks if chunk.expert]

@@ -8,8 +8,8 @@ from typing import Any
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.plan import batch, layout
 from gspo_megatron.plan.machine import Machine, machine_of
-from gspo_megatron.plan.memory import stage_memory
-from gspo_megatron.plan.needs import TIGHT
+from gspo_megatron.plan.memory import StageMemory, stage_memory
+from gspo_megatron.plan.needs import fits
 
 Change = dict[str, Any]
 
@@ -19,15 +19,16 @@ def cheapest_change(recipe: Recipe, machine: Machine) -> str:
     for change in _changes(recipe, machine):
         changed = apply(recipe, change)
         where = machine_of(changed) if any(key.startswith("placement") for key in change) else machine
-        peak = training_peak(changed, where)
-        if peak is not None and peak <= TIGHT * where.device.memory:
+        stages = _stages(changed, where)
+        if stages is not None and fits(stages, where):
+            peak = max(stage.peak_bytes for stage in stages)
             assignments = " ".join(f"{key}={value}" for key, value in change.items())
             return f"the cheapest change that fits: {assignments} (about {peak / 1e9:.0f} GB)"
     return "no single change fits: take more nodes with more of PP, CP and EP (gspo plan --search lists layouts)"
 
 
-def training_peak(recipe: Recipe, machine: Machine) -> int | None:
-    """Bytes of the fullest stage, or None for a layout that cannot be built."""
+def _stages(recipe: Recipe, machine: Machine) -> list[StageMemory] | None:
+    """Memory of the stages, or None for a layout that cannot be built."""
     arch = recipe.model.architecture
     assert arch is not None
     found = list(layout.findings(recipe.trainer, arch, machine))
@@ -37,7 +38,7 @@ def training_peak(recipe: Recipe, machine: Machine) -> int | None:
     cut = batch.plan_batch(recipe, grid)
     if any(finding.severity == "error" for finding in batch.findings(recipe, grid, cut)):
         return None
-    return max(stage.peak_bytes for stage in stage_memory(recipe, grid, cut, machine))
+    return stage_memory(recipe, grid, cut, machine)
 
 
 def apply(recipe: Recipe, change: Change) -> Recipe:

@@ -25,6 +25,12 @@ STATE_BYTES = 14
 """Of one parameter in a checkpoint that resumes: bfloat16 weight, float32 main copy and two averages."""
 
 
+def fits(stages: list[StageMemory], machine: Machine) -> bool:
+    """Whether training fits with room for the error of what is only estimated."""
+    fullest = max(stage.static_bytes + TRUSTED * (stage.peak_bytes - stage.static_bytes) for stage in stages)
+    return fullest <= machine.device.memory
+
+
 @dataclass(frozen=True, slots=True)
 class Moment:
     """One state of a GPU, or of a CPU machine, and what lies in its memory then."""
@@ -39,9 +45,7 @@ class Moment:
     """The recipe key that moves it most."""
 
 
-def moments(
-    recipe: Recipe, machine: Machine, stages: list[StageMemory], rollout: RolloutPlan | None
-) -> list[Moment]:
+def moments(recipe: Recipe, machine: Machine, stages: list[StageMemory], rollout: RolloutPlan | None) -> list[Moment]:
     """The fullest states of a trainer GPU, or the one state of a CPU machine."""
     fullest = max(stages, key=lambda stage: stage.peak_bytes)
     name, size = fullest.largest
@@ -59,9 +63,7 @@ def moments(
         left = PROCESS_BYTES["one" if machine.ranks == 1 else "many"]
         awake = int(machine.device.memory * recipe.rollout.gpu_memory_fraction)
         weights = max(sum(size for name, size in stage.exact.items() if "weights" in name) for stage in stages)
-        found.append(
-            Moment("sampling", awake + left, "the server's share of the GPU", "rollout.gpu_memory_fraction")
-        )
+        found.append(Moment("sampling", awake + left, "the server's share of the GPU", "rollout.gpu_memory_fraction"))
         updating = weights + rollout.weight_bytes + 2 * left
         found.append(Moment("weight update", updating, "both copies of the weights", "rollout.tensor_parallel"))
     return found
@@ -126,7 +128,8 @@ def findings(
         name = max(needed, key=lambda part: needed[part])
         yield Finding(
             "disk-too-small", "error", "placement.disk_gib",
-            f"{allowed:g} GiB, but the run writes about {sum(needed.values()) / 2**30:.0f}, most of it {name}: two states "
+            f"{allowed:g} GiB, but the run writes about {sum(needed.values()) / 2**30:.0f}, most of it {name}: two "
+            "states "
             "lie side by side while one is written",
             f"give it {sum(needed.values()) / 2**30 * 1.2:.0f} GiB",
         )  # fmt: skip
@@ -158,13 +161,15 @@ def _time(recipe: Recipe, arch: Architecture, machine: Machine, compute: Compute
     if limit < least:
         yield Finding(
             "walltime-too-short", "error", "placement.walltime_hours",
-            f"{limit:g} h, but start-up, two steps of about {compute.seconds_per_step:.0f} s and a checkpoint take {least:.1f} h: "
+            f"{limit:g} h, but start-up, two steps of about {compute.seconds_per_step:.0f} s and a checkpoint take "
+            f"{least:.1f} h: "
             "the job would be requeued without ever getting on",
             f"set it to at least {2 * least:.1f}",
         )  # fmt: skip
     elif limit < compute.hours:
         yield Finding(
             "several-jobs", "info", "placement.walltime_hours",
-            f"{recipe.trainer.max_steps} steps take about {compute.hours:.0f} h, {compute.hours / limit:.1f} time limits: "
+            f"{recipe.trainer.max_steps} steps take about {compute.hours:.0f} h, {compute.hours / limit:.1f} time "
+            "limits: "
             "the job is requeued and resumes", "nothing to do",
         )  # fmt: skip

@@ -116,12 +116,8 @@ def _settle(found: list[Finding], recipe: Recipe) -> Iterator[Finding]:
     raised = {finding.code for finding in found}
     for code, reason in recipe.acknowledge.items():
         if code not in raised:
-            settled.append(
-                Finding(
-                    "acknowledged-nothing", "warning", f"acknowledge.{code}",
-                    f"no such warning is raised; the reason given was: {reason}", "remove it",
-                )  # fmt: skip
-            )
+            told = f"no such warning is raised; the reason given was: {reason}"
+            settled.append(Finding("acknowledged-nothing", "warning", f"acknowledge.{code}", told, "remove it"))
     order = {"error": 0, "warning": 1, "info": 2}
     yield from sorted(settled, key=lambda finding: order[finding.severity])
 

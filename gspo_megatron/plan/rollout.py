@@ -127,20 +127,20 @@ def plan_rollout(recipe: Recipe, arch: Architecture, batch: BatchPlan, machine: 
 def decode_seconds(recipe: Recipe, arch: Architecture, machine: Machine, batch: int, context: float) -> float:
     """One decoding step of a server: weights touched and KV read, or arithmetic, whichever takes longer."""
     rollout, device = recipe.rollout, machine.device
-    devices = rollout.tensor_parallel * rollout.pipeline_parallel
+    tensor, stages = rollout.tensor_parallel, rollout.pipeline_parallel
     element = 4 if recipe.model.dtype == "float32" else 2
+    # Stages work on a share of the batch each, so each share meets the weights of its own.
     met = 1.0
     if arch.num_experts:
-        met = 1 - (1 - arch.num_experts_per_tok / arch.num_experts) ** batch
+        met = 1 - (1 - arch.num_experts_per_tok / arch.num_experts) ** max(1, batch // stages)
+    chosen = arch.num_hidden_layers * arch.num_experts_per_tok * flops.expert_parameters(arch)
     experts = arch.num_hidden_layers * arch.num_experts * flops.expert_parameters(arch)
-    dense = flops.active_parameters(arch) - arch.num_hidden_layers * arch.num_experts_per_tok * flops.expert_parameters(arch)
-    moved = (dense + experts * met) * element + batch * context * flops.kv_bytes(arch, element)
-    done = batch * (flops.linear_flops(arch) + 2 * flops.quadratic_flops(arch) * context)
-    busy = max(moved / (device.bandwidth * BANDWIDTH_SHARE), done / (device.matmul * COMPUTE_SHARE)) / devices
-    if machine.is_cpu:
-        return busy + STEP_SECONDS
-    exchange = 2 * arch.num_hidden_layers * EXCHANGE_SECONDS if rollout.tensor_parallel > 1 else 0.0
-    return busy + STEP_SECONDS + exchange
+    weights = (flops.active_parameters(arch) - chosen + experts * met) * element
+    moved = weights + batch * context * flops.kv_bytes(arch, element) / stages
+    done = batch * (flops.linear_flops(arch) + 2 * flops.quadratic_flops(arch) * context) / stages
+    busy = max(moved / (device.bandwidth * BANDWIDTH_SHARE), done / (device.matmul * COMPUTE_SHARE)) / tensor
+    exchange = 2 * arch.num_hidden_layers * EXCHANGE_SECONDS if tensor > 1 and not machine.is_cpu else 0.0
+    return busy + STEP_SECONDS * stages + exchange
 
 
 def _prefill_seconds(recipe: Recipe, arch: Architecture, machine: Machine, sequences: int) -> float:
@@ -190,7 +190,9 @@ def _cuts(recipe: Recipe, arch: Architecture) -> Iterator[Finding]:
     if groups % tensor and tensor % groups:
         yield Finding(
             "server-cut", "error", "rollout.tensor_parallel",
-            f"{groups} key-value heads can be neither cut into {tensor} nor copied evenly", f"choose a divisor or multiple of {groups}",
+            f"{groups} key-value heads can be neither cut into {tensor} nor copied evenly",
+            "choose a divisor or "
+            f"multiple of {groups}",
         )  # fmt: skip
     if recipe.rollout.pipeline_parallel > arch.num_hidden_layers:
         yield Finding(
@@ -200,7 +202,8 @@ def _cuts(recipe: Recipe, arch: Architecture) -> Iterator[Finding]:
     if tensor % recipe.rollout.decode_context_parallel:
         yield Finding(
             "server-cut", "error", "rollout.decode_context_parallel",
-            f"{recipe.rollout.decode_context_parallel} does not divide tensor_parallel={tensor}, whose ranks it regroups",
+            f"{recipe.rollout.decode_context_parallel} does not divide tensor_parallel={tensor}, whose ranks it "
+            "regroups",
             "choose a divisor",
         )  # fmt: skip
 
@@ -218,13 +221,15 @@ def _room(recipe: Recipe, machine: Machine, plan: RolloutPlan) -> Iterator[Findi
     elif plan.answers_at_limit == 0:
         yield Finding(
             "answer-exceeds-kv", "error", "rollout.max_answer_tokens",
-            f"the KV of one answer of {rollout.max_answer_tokens} tokens takes {plan.answer_bytes / 1e9:.1f} GB; a server of "
+            f"the KV of one answer of {rollout.max_answer_tokens} tokens takes {plan.answer_bytes / 1e9:.1f} GB; a "
+            "server of "
             f"{plan.devices_per_server} GPU(s) has {plan.kv_room * plan.devices_per_server / 1e9:.1f} GB left for KV",
             "raise rollout.tensor_parallel or gpu_memory_fraction, or shorten the answers",
         )  # fmt: skip
     elif plan.answers_at_mean < rollout.max_concurrency // 4 and plan.answers_at_mean < recipe.batch.prompts:
         yield Finding(
             "kv-limits-concurrency", "info", "rollout.max_concurrency",
-            f"a server holds about {plan.answers_at_mean} answers of mean length, of max_concurrency={rollout.max_concurrency}",
+            f"a server holds about {plan.answers_at_mean} answers of mean length, of "
+            f"max_concurrency={rollout.max_concurrency}",
             "more GPUs for rollout, or servers of more GPUs, decode more at a time",
         )  # fmt: skip

@@ -87,7 +87,9 @@ def _yarn(arch: Architecture) -> Iterator[Finding]:
     for name in ("factor", "original_max_position_embeddings"):
         if not isinstance(scaling.get(name), int | float):
             yield Finding(
-                "yarn-differs", "error", key, f"{name} is {scaling.get(name, 'missing')}: each engine would fill in its own",
+                "yarn-differs", "error", key,
+                f"{name} is {scaling.get(name, 'missing')}: each engine would fill in "
+                "its own",
                 f"set {name}, as in the model's config.json",
             )  # fmt: skip
     for name in sorted(set(scaling) - YARN_KEYS):
@@ -110,7 +112,8 @@ def _sampler(recipe: Recipe) -> Iterator[Finding]:
     if recipe.rollout.temperature < 0.3:
         yield Finding(
             "sampler-disagrees", "warning", "rollout.temperature",
-            f"{recipe.rollout.temperature:g}: log-probs are those of a policy sharpened {1 / recipe.rollout.temperature:.0f} "
+            f"{recipe.rollout.temperature:g}: log-probs are those of a policy sharpened "
+            f"{1 / recipe.rollout.temperature:.0f} "
             "times; differences between the two engines grow by as much",
             "use 0.6 to 1.0",
         )  # fmt: skip
@@ -125,7 +128,9 @@ def _generation_config(recipe: Recipe, directory: Path) -> Iterator[Finding]:
     try:
         values = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        yield Finding("model-file-broken", "warning", "model.path", f"{file} cannot be read: {error}", "mend or remove it")
+        yield Finding(
+            "model-file-broken", "warning", "model.path", f"{file} cannot be read: {error}", "mend or remove it"
+        )
         return
     named = {key: values.get(key) for key in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
     told = ", ".join(f"{key} {value}" for key, value in named.items() if value is not None)
@@ -143,13 +148,16 @@ def _router(recipe: Recipe, arch: Architecture) -> Iterator[Finding]:
         return
     if not arch.num_experts:
         yield Finding(
-            "aux-loss-inert", "error", "trainer.aux_loss_coefficient", f"{coefficient:g} balances experts, but the model has none",
+            "aux-loss-inert", "error", "trainer.aux_loss_coefficient",
+            f"{coefficient:g} balances experts, but the "
+            "model has none",
             "remove it",
         )  # fmt: skip
         return
     yield Finding(
         "aux-loss-on", "warning", "trainer.aux_loss_coefficient",
-        f"{coefficient:g}: the router's balancing loss is added to the objective; in reinforcement learning it was seen to "
+        f"{coefficient:g}: the router's balancing loss is added to the objective; in reinforcement learning it was "
+        "seen to "
         "raise the gradient norm 3 to 10 times and to cost accuracy",
         "set it to 0; the load of the experts is logged without it",
     )  # fmt: skip
@@ -162,7 +170,8 @@ def _staleness(recipe: Recipe, spec: ObjectiveSpec, machine: Machine) -> Iterato
     if machine.colocated:
         yield Finding(
             "stale-when-colocated", "error", "rollout.max_staleness",
-            f"{allowed} versions, but the servers sleep while the trainer works on the same GPUs: nothing can be in flight",
+            f"{allowed} versions, but the servers sleep while the trainer works on the same GPUs: nothing can be in "
+            "flight",
             "set it to 0, or give the servers nodes of their own (placement.rollout_nodes)",
         )  # fmt: skip
     if spec.ratio_reference == "recomputed" and not spec.correction:
@@ -178,7 +187,9 @@ def _replay(recipe: Recipe, spec: ObjectiveSpec, arch: Architecture, machine: Ma
         return
     if not arch.num_experts:
         yield Finding(
-            "replay-needs", "error", "objective.replay", f"{spec.replay} replays the choice of experts, but the model has none",
+            "replay-needs", "error", "objective.replay",
+            f"{spec.replay} replays the choice of experts, but the "
+            "model has none",
             "set objective.replay=off",
         )  # fmt: skip
     if spec.replay != "sampler":
@@ -196,7 +207,9 @@ def _replay(recipe: Recipe, spec: ObjectiveSpec, arch: Architecture, machine: Ma
     ):
         if value != wanted:
             yield Finding(
-                "replay-needs", "error", f"rollout.{key}", f"{value} with objective.replay=sampler: vLLM then returns no routes",
+                "replay-needs", "error", f"rollout.{key}",
+                f"{value} with objective.replay=sampler: vLLM then "
+                "returns no routes",
                 f"set it to {str(wanted).lower()}, or use objective.replay=trainer",
             )  # fmt: skip
 
@@ -215,7 +228,9 @@ def _model_directory(recipe: Recipe, arch: Architecture) -> Iterator[Finding]:
         ours, theirs = getattr(arch, name), getattr(found, name)
         if ours != theirs and name != "initializer_range":
             yield Finding(
-                "architecture-differs", "error", f"model.architecture.{name}", f"{ours}, but {path / 'config.json'} says {theirs}",
+                "architecture-differs", "error", f"model.architecture.{name}",
+                f"{ours}, but {path / 'config.json'} "
+                f"says {theirs}",
                 "remove model.architecture, or name the right directory",
             )  # fmt: skip
 
@@ -232,18 +247,22 @@ def _small_print(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterat
     if recipe.optimizer.lr > 1e-4 and arch.hidden_size >= 1024:
         yield Finding(
             "learning-rate-high", "warning", "optimizer.lr",
-            f"{recipe.optimizer.lr:g} is {recipe.optimizer.lr / 1e-6:.0f} times what models of this width are trained with",
+            f"{recipe.optimizer.lr:g} is {recipe.optimizer.lr / 1e-6:.0f} times what models of this width are "
+            "trained with",
             "use about 1e-6",
         )  # fmt: skip
     if recipe.model.dtype == "float32" and not machine.is_cpu and arch.hidden_size >= 1024:
         yield Finding(
-            "float32-on-gpu", "warning", "model.dtype", "float32 doubles weights and KV and leaves the tensor cores idle",
+            "float32-on-gpu", "warning", "model.dtype",
+            "float32 doubles weights and KV and leaves the tensor cores "
+            "idle",
             "set it to bfloat16; log-probs and the router stay float32",
         )  # fmt: skip
     if recipe.optimizer.warmup_updates > trainer.max_steps * recipe.batch.updates:
         yield Finding(
             "warmup-beyond-run", "warning", "optimizer.warmup_updates",
-            f"{recipe.optimizer.warmup_updates} updates of warm-up in a run of {trainer.max_steps * recipe.batch.updates}",
+            f"{recipe.optimizer.warmup_updates} updates of warm-up in a run of "
+            f"{trainer.max_steps * recipe.batch.updates}",
             "shorten it, or raise trainer.max_steps",
         )  # fmt: skip
     if recipe.optimizer.lr == 0:

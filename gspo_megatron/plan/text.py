@@ -38,7 +38,7 @@ def print_plan(plan: Plan, with_ranks: bool = False) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=True)
-    for line in _lines(plan):
+    for line in lines(plan):
         console.print(line, markup=False)
     if with_ranks and plan.layout is not None:
         for line in _ranks(plan):
@@ -56,7 +56,8 @@ def finding_line(finding: Finding) -> str:
     return str(finding)
 
 
-def _lines(plan: Plan) -> Iterator[Text | str]:
+def lines(plan: Plan) -> Iterator[Text | str]:
+    """Everything but the findings, line by line."""
     arch = plan.recipe.model.architecture
     assert arch is not None
     machine = plan.machine
@@ -64,7 +65,9 @@ def _lines(plan: Plan) -> Iterator[Text | str]:
     shared = "trainer and servers share them" if not machine.rollout_nodes else f"{machine.rollout_nodes} for servers"
     yield f"{plan.recipe.run.name}: {machine.nodes} node(s) x {machine.per_node} {what}, {shared}"
     yield _row(
-        "model", f"{flops.parameters(arch) / 1e9:,.4g} B parameters, {flops.active_parameters(arch) / 1e9:,.4g} B active, "
+        "model",
+        f"{flops.parameters(arch) / 1e9:,.4g} B parameters, {flops.active_parameters(arch) / 1e9:,.4g} B "
+        "active, "
         f"{arch.num_hidden_layers} layers, native context {arch.max_position_embeddings:,}",
     )  # fmt: skip
     yield _row("objective", plan.objective)
@@ -96,13 +99,17 @@ def _layout(plan: Plan) -> Iterator[str]:
     sizes = [f"{len(list(run))} x {size}" for size, run in groupby(layout.stage_sizes(arch.num_hidden_layers))]
     chunks = f", {layout.virtual} chunks each" if layout.virtual > 1 else ""
     outside = [
-        f"{span.name} ({span.size})" for span in spans(layout, plan.machine.per_node) if span.size > 1 and not span.inside_node
+        f"{span.name} ({span.size})"
+        for span in spans(layout, plan.machine.per_node)
+        if span.size > 1 and not span.inside_node
     ]
     yield from _block(
         "layout",
         [
-            f"{layout.world} ranks = TP {layout.tensor} x CP {layout.context} x DP {layout.data} x PP {layout.pipeline}; "
-            f"experts: EP {layout.expert} x ETP {layout.expert_tensor} x EDP {layout.expert_data} x PP {layout.pipeline}",
+            f"{layout.world} ranks = TP {layout.tensor} x CP {layout.context} x DP {layout.data} x PP "
+            f"{layout.pipeline}; "
+            f"experts: EP {layout.expert} x ETP {layout.expert_tensor} x EDP {layout.expert_data} x PP "
+            f"{layout.pipeline}",
             f"stages of layers: {', '.join(sizes)}{chunks}; "
             + (f"groups over the network: {', '.join(outside)}" if outside else "every group stays inside a node"),
         ],
@@ -153,12 +160,15 @@ def _rollout(plan: Plan) -> Iterator[str]:
     yield from _block(
         "servers",
         [
-            f"{servers.servers} x {servers.devices_per_server} {'process' if plan.machine.is_cpu else 'GPU'}(s), on each "
+            f"{servers.servers} x {servers.devices_per_server} {'process' if plan.machine.is_cpu else 'GPU'}(s), on "
+            "each "
             f"{servers.weight_bytes / 1e9:.1f} GB of weights and {servers.kv_room / 1e9:.1f} GB for KV",
             f"KV of a token {servers.kv_bytes_per_token:,} bytes; of an answer of {rollout.max_answer_tokens:,} tokens "
-            f"{servers.answer_bytes / 1e9:.2f} GB: {servers.answers_at_limit} fit a server, {servers.answers_at_mean} of "
+            f"{servers.answer_bytes / 1e9:.2f} GB: {servers.answers_at_limit} fit a server, "
+            f"{servers.answers_at_mean} of "
             "mean length",
-            f"about {servers.tokens_per_second:,.0f} tokens/s a server with {servers.concurrency} answers at a time; the "
+            f"about {servers.tokens_per_second:,.0f} tokens/s a server with {servers.concurrency} answers at a "
+            "time; the "
             f"longest answers alone take the last {servers.tail_seconds:,.0f} s",
         ],
     )

@@ -12,11 +12,12 @@ from gspo_megatron.types import Problem
 
 def score(data: DataSection, problem: Problem, text: str) -> float:
     """The task's score; many tasks give part marks to a text that contains the answer ("9912" for 912 gets 0.75)."""
+    assert data.task is not None
     return _task(data.task, json.dumps(data.options, sort_keys=True)).score_answer(text, problem.reference)
 
 
 @lru_cache(maxsize=4)
-def _task(name: str | None, options: str) -> Any:
+def _task(name: str, options: str) -> Any:
     """The task's dataset object, which holds its scorer; made once a process."""
     import reasoning_gym
 

@@ -28,4 +28,6 @@ def score(data: DataSection, problem: Problem, text: str) -> float:
 def check_thread() -> None:
     """Raise where math-verify cannot work: its time limits are signals, which only a main thread receives."""
     if threading.current_thread() is not threading.main_thread():
-        raise RuntimeError("reward.name=math_verify was asked in a thread; score in a process pool, whose workers have main threads")
+        raise RuntimeError(
+            "reward.name=math_verify was asked in a thread; score in a process pool, whose workers have main threads"
+        )

@@ -22,7 +22,7 @@ SCORES: dict[str, Score] = {"reasoning_gym": gym.score, "math_verify": mathemati
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """Callable score of one answer. Picklable, so that a process pool can share the work; math_verify needs such a process."""
+    """Callable score of one answer. Picklable, so that a process pool can share the work; math_verify needs one."""
 
     reward: RewardSection
     """Which score, and the rules around it."""
@@ -42,7 +42,9 @@ class Scorer:
             score = float(SCORES[self.reward.name](self.data, problem, judged))
         # A task's scorer parses what a model wrote: whatever it raises on such a text, the text is no answer.
         except Exception:
-            log.warning("reward.name=%s failed on problem %s; its answer scores 0", self.reward.name, problem.id, exc_info=True)
+            log.warning(
+                "reward.name=%s failed on problem %s; its answer scores 0", self.reward.name, problem.id, exc_info=True
+            )
             return 0.0
         if not math.isfinite(score):
             return 0.0

@@ -149,8 +149,9 @@ def _layer(arch: Architecture, layout: Layout, at: Coordinates, layer: int) -> I
 
 
 def _whole(name: str, tensor: str, shape: tuple[int, ...]) -> Parameter:
+    rows = (0, shape[0])
     columns = (0, shape[1]) if len(shape) > 1 else None
-    return Parameter(name, shape, (Piece(tensor, (0, shape[0]), columns, (0, shape[0])),))
+    return Parameter(name, shape, (Piece(tensor, rows, columns, rows),))
 
 
 def _rows(name: str, tensor: str, height: int, arch: Architecture, index: int, count: int) -> Parameter:

@@ -8,16 +8,21 @@ role_command() { # KIND COMMAND...: fills `command` with the srun that runs a co
 }
 
 srun_command() { # KIND ENVIRONMENT HOSTS EACH COMMAND...
-    local kind=$1 environment=$2 hosts=$3 each=$4 list nodes cpus flags=()
+    local kind=$1 environment=$2 hosts=$3 each=$4 list nodes cpus=${SLURM_CPUS_ON_NODE:-1} group='' flags=()
     shift 4
+    if [ -n "${SLURM_HET_SIZE:-}" ]; then
+        group=$([ "$kind" = rollout ] && echo 1 || echo 0)
+        cpus=SLURM_JOB_CPUS_PER_NODE_HET_GROUP_$group
+        cpus=${!cpus%%[!0-9]*}
+    fi
     list=${hosts//,/ }
     nodes=$(wc -w <<<"$list")
-    cpus=$((${SLURM_CPUS_ON_NODE:-1} / each))
+    cpus=$((cpus / each))
     # srun takes what is not said here from the batch job: SLURM_NTASKS and its like. So everything is said.
     command=(srun "--job-name=$kind" "--nodes=$nodes" "--ntasks=$((nodes * each))" "--ntasks-per-node=$each" "--nodelist=$hosts"
         "--cpus-per-task=$((cpus > 0 ? cpus : 1))" --overlap --kill-on-bad-exit=1 --input=none)
-    [ -n "${SLURM_HET_SIZE:-}" ] && command+=("--het-group=$([ "$kind" = rollout ] && echo 1 || echo 0)")
-    [ "$each" -gt 1 ] && command+=(--label)
+    [ -z "$group" ] || command+=("--het-group=$group")
+    [ "$each" = 1 ] || command+=(--label)
     mapfile -t flags < <(container_of "$environment")
     command+=("${flags[@]}" "$@")
 }
@@ -43,9 +48,10 @@ in_trainer() { # COMMAND...: once, on the first node, in the trainer's environme
 
 # What must be there before any Python can say what is wrong; runs on the node, so it is text and no file.
 # shellcheck disable=SC2016
-look='cd "$1" 2>/dev/null || { echo "$SLURMD_NODENAME: $1 is not there; put the checkout on a file system that all nodes share" >&2; exit 2; }
-command -v "$2" >/dev/null || { echo "$SLURMD_NODENAME: $2 is not there; run make setup, or set GSPO_VENV or GSPO_IMAGE in the site file" >&2; exit 2; }
-[ -w "$3" ] || { echo "$SLURMD_NODENAME: $3 is not there or not writable; mount it, or give another run.directory" >&2; exit 2; }
+look='fail() { echo "$SLURMD_NODENAME: $*" >&2; sleep 1; exit 2; } # srun drops what a task says in its last moment
+cd "$1" 2>/dev/null || fail "$1 is not there; put the checkout on a file system that all nodes share"
+command -v "$2" >/dev/null || fail "$2 is not there; run make setup, or set GSPO_VENV or GSPO_IMAGE in the site file"
+[ -w "$3" ] || fail "$3 is not there or not writable; mount it, or give another run.directory"
 exec "$2" -m launch.lib.probe "$3" "$4"'
 
 preflight() { # one short step on every node; returns 2 with a sentence for each fault

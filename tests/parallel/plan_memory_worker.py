@@ -40,7 +40,7 @@ def measure(overrides: list[str], device: torch.device) -> dict[str, int]:
                 parameter.zero_()
     policy.optimizer.step()
     apart = has_expert_buffers(policy.layout)
-    dense, expert = ("dense", "expert") if apart else ("all", "all")
+    dense, expert = ("dense", "expert") if apart else ("", "")
     held: Counter[str] = Counter()
     for chunk in policy.chunks:
         for parameter in chunk.parameters():
@@ -53,7 +53,7 @@ def measure(overrides: list[str], device: torch.device) -> dict[str, int]:
         held[f"{side} optimizer"] += sum(map(_bytes, states))
         if parameter.data_ptr() not in ours:  # a float32 main copy of a bfloat16 weight
             held[f"{side} optimizer"] += _bytes(parameter)
-    return {name: size for name, size in held.items() if size}
+    return {name.strip(): size for name, size in held.items() if size}
 
 
 def _optimized(policy: Policy) -> Iterator[tuple[bool, torch.Tensor, list[torch.Tensor]]]:
@@ -61,7 +61,11 @@ def _optimized(policy: Policy) -> Iterator[tuple[bool, torch.Tensor, list[torch.
         for group in chained.optimizer.param_groups:
             for parameter in group["params"]:
                 states = chained.optimizer.state[parameter].values()
-                yield group["is_expert_parallel"], parameter, [state for state in states if isinstance(state, torch.Tensor)]
+                yield (
+                    group["is_expert_parallel"],
+                    parameter,
+                    [state for state in states if isinstance(state, torch.Tensor)],
+                )
 
 
 def _is_expert(parameter: torch.nn.Parameter) -> bool:

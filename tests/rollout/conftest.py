@@ -28,7 +28,8 @@ from gspo_megatron.rollout.fleet import Fleet
 from gspo_megatron.rollout.link import ControllerLink
 from gspo_megatron.rollout.scoring import ScoringPool
 from gspo_megatron.rollout.service import Service
-from tests.rollout.tiny import KEY, VOCAB, CountingPrompts, NumberTokenizer, Oracle, make_recipe, make_scorer, write_config
+from tests.rollout.scorer import make_scorer
+from tests.rollout.tiny import KEY, VOCAB, CountingPrompts, NumberTokenizer, Oracle, make_recipe, write_config
 
 ENDS_SERVER = "test_death.py"
 
@@ -121,9 +122,7 @@ class ControllerThread:
         recipe = make_recipe()
         fleet = Fleet([ServerClient(self._server_url, KEY, VOCAB, 64, 64)])
         scoring = ScoringPool(make_scorer, 1, 5.0)
-        controller = Controller(
-            recipe, fleet, CountingPrompts(), NumberTokenizer(), scoring, self.store, "127.0.0.1"
-        )
+        controller = Controller(recipe, fleet, CountingPrompts(), NumberTokenizer(), scoring, self.store, "127.0.0.1")
         runner = web.AppRunner(Service(controller, KEY).application())
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", int(self.url.rsplit(":", 1)[1])).start()

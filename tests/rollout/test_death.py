@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import signal
 import time
-from pathlib import Path
 
 import psutil
 
 from tests.rollout.conftest import Server, answers
-
 
 
 def test_kill_9_of_the_api_process_leaves_no_process(server: Server) -> None:

@@ -62,7 +62,7 @@ def test_one_changed_tensor_is_refused_by_the_checksum(start_controller, oracles
     changed["model.layers.2.mlp.experts.5.up_proj.weight"][3, 4] += 1e-3
     WeightSender(CPU).send(ticket, oracle.manifest, changed.items())
     expected = sum(tensor_checksum(name, value) for name, value in oracle.tensors.items()) % 2**64
-    with pytest.raises(ControllerError, match="no server is left: .* received weights with checksum"):
+    with pytest.raises(ControllerError, match=r"no server is left: .* received weights with checksum"):
         link.finish_update(0, expected, oracle.probes())
     with pytest.raises(ControllerError, match="no server"):
         link.rollout(0)
@@ -102,7 +102,7 @@ def test_a_server_that_fails_while_it_receives_holds_nobody_up(start_controller,
     # Whether the trainer sees it depends on how much is still to be sent when the server leaves.
     with suppress(TransferError):
         WeightSender(CPU).send(ticket, manifest, tensors)
-    with pytest.raises(ControllerError, match="no server is left: .* answered /update_weights with 500"):
+    with pytest.raises(ControllerError, match=r"no server is left: .* answered /update_weights with 500"):
         link.finish_update(0, 0, oracle.probes())
     assert time.monotonic() - started < ticket["timeout"] / 2
 

@@ -1,4 +1,4 @@
-"""A tiny Qwen3-MoE with random weights: the Hugging Face model as the oracle, its checkpoint tensors as what is sent."""
+"""A tiny Qwen3-MoE with random weights: Hugging Face's model as the oracle, its checkpoint as what is sent."""
 
 from __future__ import annotations
 
@@ -143,13 +143,3 @@ class NumberTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(map(str, ids))
-
-
-def score_even(problem: Problem, text: str, stop_reason: str) -> float:
-    """1 for an answer with an even number of tokens."""
-    return float(len(text.split()) % 2 == 0)
-
-
-def make_scorer() -> Any:
-    """What a scoring process builds."""
-    return score_even

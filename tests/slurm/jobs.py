@@ -48,7 +48,7 @@ class Workplace:
         log = self.directory / f"{name}.log"
         settings = {"GSPO_SITE": "/dev/null", "GSPO_VENV": sys.prefix, **environment}
         where = (f"run.directory={run_dir}", f"cold_start.cache={self.directory / 'cold_start'}")
-        arguments = (*options, f"--output={log}", str(ROOT / SCRIPT), recipe, *overrides, *where)
+        arguments = (f"--output={log}", *options, str(ROOT / SCRIPT), recipe, *overrides, *where)
         self.jobs.append(Job(self.lab, self.lab.submit(*arguments, environment=settings, cwd=cwd), run_dir, log))
         return self.jobs[-1]
 

@@ -34,6 +34,14 @@ def test_nodes_that_lack_what_slurm_granted(workplace: Workplace) -> None:
         assert f"{node}: nvidia-smi lists 0 GPUs where SLURM granted 8; drain the node and leave the node out" in said
 
 
+def test_a_heterogeneous_job_puts_the_servers_on_its_second_component(workplace: Workplace) -> None:
+    second = ["--nodes=1", "--nodelist=node4", "--gpus-per-node=8", "--exclusive", "--mem=0"]
+    parts = ["--nodes=2", "--nodelist=node[1-2]", ":", *second]
+    said = refused(workplace.submit("het", "placement.gpu=h100", options=parts))
+    assert "16 ranks, 8 a node, on node[1-2]" in said and "1 a node, on node4" in said
+    assert "node4: nvidia-smi lists 0 GPUs" in said, "the preflight must have run on the second component too"
+
+
 def test_a_port_in_use(workplace: Workplace) -> None:
     lab = workplace.lab
     # The controller's port of every job id.

@@ -52,13 +52,14 @@ def places(job: Job, number: int, kind: str) -> list[str]:
 
 def test_two_trainer_and_two_rollout_nodes_stopped_in_between(workplace: Workplace) -> None:
     lab = workplace.lab
-    shape = ("placement.rollout_nodes=2", "rollout.servers=2", "trainer.ranks=4", "trainer.max_steps=4")
+    shape = ("placement.rollout_nodes=2", "rollout.servers=2", "trainer.ranks=4", "trainer.max_steps=12")
     job = workplace.submit("two_and_two", *SMALL, *shape, options=["--nodes=4", "--nodelist=node[1-4]"])
     job.wait_for_step(1)
-    check_control_plane(lab, job)
     lab.run("scancel", "--batch", "--signal=USR1", str(job.id))
     wait_for(lambda: job.attempt(2).exists(), 120, "second attempt")
-    check_done(job, steps=4)
+    job.wait_for_step(max(job.steps()) + 1)
+    check_control_plane(lab, job, 2)
+    check_done(job, steps=12)
     said = job.text()
     assert "asked to stop (USR1)" in said and "gspo: attempt 1 stopped as asked; step" in said
     assert "gspo: goes on after step" in said
@@ -72,11 +73,11 @@ def test_two_trainer_and_two_rollout_nodes_stopped_in_between(workplace: Workpla
     assert again.finish(60) == "COMPLETED" and "holds a finished run (DONE)" in again.text()
 
 
-def check_control_plane(lab: Lab, job: Job) -> None:
+def check_control_plane(lab: Lab, job: Job, number: int) -> None:
     """Both servers hold the checked weights; without the key nothing is served, and the key is nowhere to be read."""
-    key_file = job.attempt(1) / "key"
-    key, controller = key_file.read_text(), job.plan(1)["tasks"][-1]["arguments"][-1]
-    servers = [f"http://10.77.0.{13 + n}:{task['ports'][0]}" for n, task in enumerate(job.plan(1)["tasks"][:2])]
+    key_file, tasks = job.attempt(number) / "key", job.plan(number)["tasks"]
+    key, controller = key_file.read_text(), tasks[-1]["arguments"][-1]
+    servers = [f"http://10.77.0.{13 + n}:{task['ports'][0]}" for n, task in enumerate(tasks[:2])]
     assert key_file.stat().st_mode & 0o077 == 0
     status = ask(lab, "node1", f"{controller}/status", key)
     assert isinstance(status, dict)
@@ -90,7 +91,7 @@ def check_control_plane(lab: Lab, job: Job) -> None:
 
 
 def test_one_node_colocated_survives_the_kill_of_a_rank_and_of_the_server(workplace: Workplace) -> None:
-    job = workplace.submit("one", *SMALL, "trainer.max_steps=6", options=["--nodes=1", "--nodelist=node5"])
+    job = workplace.submit("one", *SMALL, "trainer.max_steps=20", options=["--nodes=1", "--nodelist=node5"])
     job.wait_for_step(1)
     job.kill("trainer", "node5")
     wait_for(lambda: job.attempt(2).exists(), 60, "restart after the trainer's end")
@@ -98,7 +99,7 @@ def test_one_node_colocated_survives_the_kill_of_a_rank_and_of_the_server(workpl
     job.wait_for_step(before + 1)
     job.kill("rollout", "node5")
     wait_for(lambda: job.attempt(3).exists(), 60, "restart after the server's end")
-    check_done(job, steps=6)
+    check_done(job, steps=20)
     said = job.text()
     assert "gspo: trainer failed on node5: Killed" in said and "gspo: rollout failed on node5: Killed" in said
     assert "gspo: restart 1 of at most 3, because a newer checkpoint exists" in said
@@ -116,15 +117,15 @@ def test_a_crash_without_a_newer_checkpoint_is_not_restarted(workplace: Workplac
 
 def test_power_off_of_a_trainer_node_goes_on_with_spare_nodes(workplace: Workplace) -> None:
     lab = workplace.lab
-    shape = ("placement.rollout_nodes=1", "trainer.max_steps=5")
-    job = workplace.submit("power", *SMALL, *shape, "trainer.ranks=2", options=["--nodes=3", "--nodelist="])
+    shape = ("placement.rollout_nodes=1", "trainer.max_steps=12")
+    job = workplace.submit("power", *SMALL, *shape, "trainer.ranks=2", options=["--nodes=3"])
     job.wait_for_step(1)
     lost = job.plan(1)["hosts"][1][0]
     lab.power_off(lost)
     try:
         wait_for(lambda: job.attempt(2).exists(), 150, "restart on other nodes")
         assert lost not in dict(job.plan(2)["hosts"])
-        check_done(job, steps=5)
+        check_done(job, steps=12)
     finally:
         lab.power_on(lost)
         lab.run("scontrol", "update", f"nodename={lost}", "state=resume", check=False)

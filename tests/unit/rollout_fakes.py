@@ -46,7 +46,9 @@ class FakeServer:
         if path == "/inference/v1/generate":
             return web.json_response(await self._generate(await request.json()))
         if path == "/metrics":
-            return web.Response(text=f'vllm:generation_tokens_total{{engine="0",model_name="policy"}} {self.tokens}.0\n')
+            return web.Response(
+                text=f'vllm:generation_tokens_total{{engine="0",model_name="policy"}} {self.tokens}.0\n'
+            )
         if path in ("/pause", "/resume"):
             self.paused = path == "/pause"
         if path == "/finish_weight_update":

@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 
 from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.schema import ColdStartSection
-from gspo_megatron.data.demonstrations import build_demonstrations, demonstrate, find_writer, is_worked, write_column_addition
+from gspo_megatron.data.demonstrations import (
+    build_demonstrations,
+    demonstrate,
+    find_writer,
+    is_worked,
+    write_column_addition,
+)
 from gspo_megatron.data.problems import problem_id
 from gspo_megatron.data.tokenizers import SentencePieceTokenizer
 from gspo_megatron.types import Problem

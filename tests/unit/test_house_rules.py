@@ -21,10 +21,10 @@ PACKAGE = ROOT / "gspo_megatron"
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"types", "config"}),
     frozenset({"weights"}),
-    frozenset({"plan", "metrics"}),
+    frozenset({"plan", "metrics", "limits"}),
     frozenset({"objective", "data", "rewards"}),
     frozenset({"policy", "rollout", "report"}),
-    frozenset({"trainer", "cold_start"}),
+    frozenset({"trainer", "cold_start", "checkpoint"}),
     frozenset({"loop", "roles"}),
     frozenset({"cli"}),
 )

@@ -22,9 +22,18 @@ LAYOUTS = [
     Layout(8, pipeline=4),
 ]
 QWEN3_30B = Architecture(
-    vocab_size=151936, hidden_size=2048, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4, head_dim=128,
-    intermediate_size=6144, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, max_position_embeddings=40960,
-)  # fmt: skip
+    vocab_size=151936,
+    hidden_size=2048,
+    num_hidden_layers=48,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    head_dim=128,
+    intermediate_size=6144,
+    moe_intermediate_size=768,
+    num_experts=128,
+    num_experts_per_tok=8,
+    max_position_embeddings=40960,
+)
 QWEN3_235B = QWEN3_30B.model_copy(
     update={"hidden_size": 4096, "num_hidden_layers": 94, "num_attention_heads": 64, "moe_intermediate_size": 1536}
 )

@@ -11,7 +11,15 @@ from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.schema import DataSection
 from gspo_megatron.data.problems import JsonlProblems, open_problems, read_jsonl
 
-ADDITION = {"operators": ["+"], "min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1, "allow_parentheses": False, "allow_negation": False}
+ADDITION = {
+    "operators": ["+"],
+    "min_terms": 2,
+    "max_terms": 2,
+    "min_digits": 1,
+    "max_digits": 1,
+    "allow_parentheses": False,
+    "allow_negation": False,
+}
 
 
 def write_lines(path: Path, lines: list[str]) -> Path:
@@ -87,7 +95,7 @@ def test_a_held_out_file_is_excluded_whole(tmp_path: Path) -> None:
     source = JsonlProblems(write_problems(tmp_path / "p", 30), write_problems(tmp_path / "h", 12), held_out=4)
     assert len(source.held_out) == 12
     assert source.span == 18
-    with pytest.raises(RecipeError, match="data.held_out_path: all 30 questions"):
+    with pytest.raises(RecipeError, match=r"data.held_out_path: all 30 questions"):
         JsonlProblems(write_problems(tmp_path / "p", 30), write_problems(tmp_path / "h", 30), held_out=4)
 
 
@@ -113,7 +121,11 @@ def test_gym_stream_goes_on_after_a_block() -> None:
 
 def test_gym_seeds_and_stages_differ_and_repeat() -> None:
     source = open_problems(DataSection(source="reasoning_gym", task="basic_arithmetic", options={}, held_out=4))
-    streams = {(stage, seed): [source.draw(stage, seed, i) for i in range(20)] for stage in ("train", "cold_start") for seed in (0, 1)}
+    streams = {
+        (stage, seed): [source.draw(stage, seed, i) for i in range(20)]
+        for stage in ("train", "cold_start")
+        for seed in (0, 1)
+    }
     assert len({tuple(problem.id for problem in stream if problem) for stream in streams.values()}) == 4
     assert streams["train", 0] == [source.draw("train", 0, i) for i in range(20)]
 
@@ -128,7 +140,7 @@ def test_gym_seeds_and_stages_differ_and_repeat() -> None:
     ],
 )
 def test_gym_names_what_it_does_not_know(task: str, options: dict[str, int], said: str) -> None:
-    with pytest.raises(RecipeError, match="data.task") as caught:
+    with pytest.raises(RecipeError, match=r"data.task") as caught:
         open_problems(DataSection(source="reasoning_gym", task=task, options=options))
     assert said in str(caught.value)
 

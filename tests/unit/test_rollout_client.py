@@ -85,7 +85,9 @@ def test_a_refusal_and_a_dead_server_are_sentences() -> None:
         fake = FakeServer()
         fake.fail["/inference/v1/generate"] = 500
         async with serving(fake) as [client]:
-            with pytest.raises(ServerError, match=f"server {fake.url} answered /inference/v1/generate with 500: .*told to fail"):
+            with pytest.raises(
+                ServerError, match=f"server {fake.url} answered /inference/v1/generate with 500: .*told to fail"
+            ):
                 await client.generate(make_prompt(0), 0, SAMPLED)
             assert await client.is_healthy()
             stranger = ServerClient(fake.url, "wrong", VOCAB, CONTEXT, 1)

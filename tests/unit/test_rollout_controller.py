@@ -100,7 +100,7 @@ def test_the_last_lost_server_ends_the_batch_with_its_reason(tmp_path: Path) -> 
         fake.fail["/inference/v1/generate"] = 500
         async with controlling(tmp_path, fake) as controller:
             for _ in range(2):
-                with pytest.raises(Refused, match="no server is left: .* with 500"):
+                with pytest.raises(Refused, match=r"no server is left: .* with 500"):
                     await controller.rollout(1)
 
     asyncio.run(run())

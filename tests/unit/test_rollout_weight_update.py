@@ -102,7 +102,7 @@ def test_the_last_server_ends_the_job_with_its_reason() -> None:
         fake.fail["/update_weights"] = 500
         async with updating(fake) as updater:
             await updater.begin(0, [])
-            with pytest.raises(Refused, match="no server is left: .*/update_weights with 500"):
+            with pytest.raises(Refused, match=r"no server is left: .*/update_weights with 500"):
                 await updater.finish(0, CHECKSUM, PROBES)
             assert updater.version is None
 
@@ -128,7 +128,7 @@ def test_the_canary_stops_wrong_weights_and_nan(score: float) -> None:
         fake.score = score
         async with updating(fake) as updater:
             await updater.begin(0, [])
-            with pytest.raises(Refused, match="the canary refuses version 0 .*weight_update.canary_bound=0.001"):
+            with pytest.raises(Refused, match=r"the canary refuses version 0 .*weight_update.canary_bound=0.001"):
                 await updater.finish(0, CHECKSUM, PROBES)
             assert updater.version is None
 

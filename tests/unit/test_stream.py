@@ -30,7 +30,9 @@ def open_stream(*overrides: str) -> PromptStream:
 def jsonl(tmp_path: Path) -> tuple[str, ...]:
     """40 problems, 8 of them held out; prompts of 5 to 24 tokens."""
     path = tmp_path / "p.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"{i}{'0' * (i // 2)} + 1", "answer": "1"}) + "\n" for i in range(40)))
+    path.write_text(
+        "".join(json.dumps({"prompt": f"{i}{'0' * (i // 2)} + 1", "answer": "1"}) + "\n" for i in range(40))
+    )
     return (f"data={{source: jsonl, path: {path}, held_out: 8, task: null, options: null}}", "data.options={}")
 
 
@@ -85,7 +87,9 @@ def test_a_state_of_other_data_is_refused() -> None:
         open_stream("run.seed=1").restore(state)
 
 
-def test_long_prompts_are_left_out_by_name_and_counted(jsonl: tuple[str, ...], caplog: pytest.LogCaptureFixture) -> None:
+def test_long_prompts_are_left_out_by_name_and_counted(
+    jsonl: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
     stream = open_stream(*jsonl, "rollout.max_prompt_tokens=12", "evaluation.problems=1")
     prompts = stream.next(60)
     assert max(len(prompt.token_ids) for prompt in prompts) <= 12

@@ -64,17 +64,18 @@ def test_the_training_script_gives_the_shipped_pieces() -> None:
 
 
 def test_load_names_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="tokenizer.path: .*nowhere.model is not a file"):
+    with pytest.raises(RecipeError, match=r"tokenizer.path: .*nowhere.model is not a file"):
         load_tokenizer(TokenizerSection(kind="sentencepiece", path=tmp_path / "nowhere.model"), None)
-    with pytest.raises(RecipeError, match="has no tokenizer_config.json"):
+    with pytest.raises(RecipeError, match=r"has no tokenizer_config.json"):
         load_tokenizer(TokenizerSection(), tmp_path)
-    with pytest.raises(RecipeError, match="no model.path to take it from"):
+    with pytest.raises(RecipeError, match=r"no model.path to take it from"):
         load_tokenizer(TokenizerSection(), None)
 
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% if enable_thinking is defined and not enable_thinking %}<nothink>{% endif %}{% endif %}"
+    "{% if add_generation_prompt %}[assistant]"
+    "{% if enable_thinking is defined and not enable_thinking %}<nothink>{% endif %}{% endif %}"
 )
 
 

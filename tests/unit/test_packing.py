@@ -1,0 +1,155 @@
+"""Packing: nothing lost, no bin too full, ranks even; and rows whose index t predicts token t + 1."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gspo_megatron.data.packing import collate, imbalance, pack, padded_length, unpack
+from gspo_megatron.types import Sample, SampleRef
+
+
+def attention_cost(length: int) -> float:
+    """FLOPs of Qwen3-30B-A3B: 6.08e9 a token and 393,216 a pair of tokens."""
+    return 6.08e9 * length + 393_216 * length**2
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 1000), max_size=60),
+    groups=st.integers(1, 3),
+    ranks=st.integers(1, 4),
+    max_tokens=st.integers(1000, 3000),
+)
+def test_every_sequence_once_and_no_bin_too_full(lengths: list[int], groups: int, ranks: int, max_tokens: int) -> None:
+    slots = pack(lengths, attention_cost, groups * ranks, max_tokens, ranks_per_expert_group=ranks)
+    assert sorted(index for slot in slots for members in slot for index in members) == list(range(len(lengths)))
+    assert all(len(slot) == groups * ranks for slot in slots)
+    assert all(sum(lengths[index] for index in members) <= max_tokens for slot in slots for members in slot)
+    assert pack(lengths, attention_cost, groups * ranks, max_tokens, ranks_per_expert_group=ranks) == slots
+
+
+def test_nothing_to_pack() -> None:
+    assert pack([], attention_cost, 4, 100) == []
+
+
+def test_fewer_sequences_than_ranks_leave_empty_lists() -> None:
+    assert sorted(pack([5, 5], attention_cost, 4, 100)[0]) == [[], [], [0], [1]]
+
+
+def test_a_sequence_that_fits_nowhere_is_named() -> None:
+    with pytest.raises(
+        ValueError, match=r"sequence 1 has 101 tokens, a micro-batch takes 1 to 100; raise trainer.micro_batch_tokens"
+    ):
+        pack([7, 101], attention_cost, 2, 100)
+    with pytest.raises(ValueError, match="ranks_per_expert_group=3 does not divide num_ranks=4"):
+        pack([7], attention_cost, 4, 100, ranks_per_expert_group=3)
+
+
+def test_imbalance_by_hand() -> None:
+    """Rank totals are even, 4 and 4, but in each slot one rank waits 2 of 3 units for the other: (3 + 3) / 4."""
+    slots = [[[0], [1]], [[2], [3]]]
+    costs = [3.0, 1.0, 1.0, 3.0]
+    assert imbalance(slots, costs, ranks_per_expert_group=1) == 1.0
+    assert imbalance(slots, costs, ranks_per_expert_group=2) == 1.5
+
+
+def test_slots_of_an_expert_group_meet_their_like() -> None:
+    """Two dear and two cheap sequences of equal bins: the dear ones share a slot."""
+    slots = pack([90, 10, 90, 10], lambda length: length**2, 2, 100, ranks_per_expert_group=2)
+    assert imbalance(slots, [8100.0, 100.0, 8100.0, 100.0], 2) == 1.0
+
+
+@pytest.mark.parametrize(("count", "span", "worst"), [(512, 4, 1.04), (512, 1, 1.01), (128, 1, 1.05)])
+def test_long_tails_are_balanced(count: int, span: int, worst: float) -> None:
+    """Lognormal lengths, median 9K, cut at 100K, 8 ranks: time over the lower bound max(mean, dearest sequence)."""
+    random = np.random.default_rng(0)
+    lengths = np.clip(random.lognormal(np.log(9000), 1.0, count), 64, 100_000).astype(int).tolist()
+    costs = [attention_cost(length) for length in lengths]
+    slots = pack(lengths, attention_cost, 8, 131_072, ranks_per_expert_group=span)
+    bound = max(1.0, max(costs) / (sum(costs) / 8))
+    assert imbalance(slots, costs, span) <= worst * bound
+
+
+def make_sample(prompt: int, answer: int, advantage: float, first: int = 100) -> Sample:
+    """Tokens first, first+1, ...; each trained token's log-prob is minus its id."""
+    ids = np.arange(first, first + prompt + answer, dtype=np.int32)
+    mask = np.arange(prompt + answer) >= prompt
+    ref = SampleRef(f"{first}.bin", first, 0, prompt, answer, 0.0, "stop", ())
+    return Sample(ids, mask, np.where(mask, -ids, 0).astype(np.float32), advantage, ref)
+
+
+def test_collate_by_hand() -> None:
+    """Prompt 100 101 with answer 102 103 104, prompt 200 with answer 201, padded to multiples of 4."""
+    batch = collate([make_sample(2, 3, 0.5), make_sample(1, 1, -1.0, first=200)], pad_multiple=4)
+    assert batch.token_ids.tolist() == [100, 101, 102, 103, 104, 0, 0, 0, 200, 201, 0, 0]
+    assert batch.targets.tolist() == [101, 102, 103, 104, 0, 0, 0, 0, 201, 0, 0, 0]
+    assert batch.loss_mask.astype(int).tolist() == [0, 1, 1, 1, 0, 0, 0, 0, 1, 0, 0, 0]
+    assert batch.rollout_logprobs.tolist() == [0, -102, -103, -104, 0, 0, 0, 0, -201, 0, 0, 0]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3]
+    assert batch.cu_seqlens.tolist() == [0, 8, 12]
+    assert batch.lengths.tolist() == [5, 2]
+    assert batch.advantages.tolist() == [0.5, -1.0]
+
+
+samples_strategy = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9), st.floats(-2, 2, width=32)), max_size=6)
+
+
+@given(samples_strategy, st.sampled_from([1, 2, 8]))
+def test_what_is_packed_comes_out_again(shapes: list[tuple[int, int, float]], multiple: int) -> None:
+    samples = [make_sample(*shape, first=100 * (i + 1)) for i, shape in enumerate(shapes)]
+    batch = collate(samples, multiple)
+    total = int(batch.cu_seqlens[-1])
+    assert {
+        len(getattr(batch, name)) for name in ("token_ids", "targets", "positions", "loss_mask", "rollout_logprobs")
+    } == {total}
+    assert all(np.diff(batch.cu_seqlens) % multiple == 0)
+    for sample, logprobs, targets in zip(
+        samples, unpack(batch, batch.rollout_logprobs), unpack(batch, batch.targets), strict=True
+    ):
+        assert logprobs.tolist() == sample.rollout_logprobs.tolist()
+        assert targets[1:].tolist() == sample.token_ids[1:].tolist()
+    assert batch.loss_mask.sum() == sum(sample.loss_mask.sum() for sample in samples)
+
+
+@pytest.mark.parametrize("name", ["loss_mask", "rollout_logprobs", "targets"])
+def test_a_shift_by_one_token_is_seen(name: str) -> None:
+    """The alignment that the tests above check would not survive one token either way."""
+    batch = collate([make_sample(2, 3, 0.5), make_sample(1, 4, 1.0, first=200)])
+    assert is_aligned(batch)
+    for step in (-1, 1):
+        assert not is_aligned(dataclasses.replace(batch, **{name: np.roll(getattr(batch, name), step)}))
+
+
+def is_aligned(batch) -> bool:
+    """Trained targets carry their own log-prob (minus the id) and are the next token of the row."""
+    trained = batch.loss_mask
+    return bool(
+        (batch.rollout_logprobs[trained] == -batch.targets[trained]).all()
+        and (batch.targets[trained] == np.roll(batch.token_ids, -1)[trained]).all()
+        and (batch.rollout_logprobs[~trained] == 0).all()
+    )
+
+
+def test_an_idle_rank_gets_one_row_of_padding() -> None:
+    batch = collate([], pad_multiple=8)
+    assert (len(batch.token_ids), batch.cu_seqlens.tolist(), batch.loss_mask.any()) == (8, [0, 8], False)
+    assert (batch.advantages.tolist(), batch.lengths.tolist(), unpack(batch, batch.rollout_logprobs)) == (
+        [0.0],
+        [0],
+        [],
+    )
+
+
+def test_a_trained_first_token_is_refused() -> None:
+    sample = make_sample(1, 2, 0.0)
+    with pytest.raises(ValueError, match=r"first token of 100.bin is marked as trained"):
+        collate([dataclasses.replace(sample, loss_mask=np.ones(3, dtype=bool))])
+
+
+def test_padded_length() -> None:
+    assert [padded_length(length, 8) for length in (1, 8, 9)] == [8, 8, 16]

@@ -1,0 +1,142 @@
+"""`gspo plan` from the outside: exit codes, output, what it imports and how long it takes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gspo_megatron.config import load
+from gspo_megatron.config.schema import Recipe
+from gspo_megatron.plan.command import add_arguments, run
+from gspo_megatron.plan.explain import all_keys, explain
+from gspo_megatron.plan.search import search
+from tools.make_schema import TARGET, make_schema
+
+A3B, A22B = "recipes/qwen3_30b_a3b_gspo.yaml", "recipes/qwen3_235b_a22b_gspo_100k.yaml"
+SHELL = """
+import argparse, sys
+from gspo_megatron.plan.command import add_arguments, run
+parser = argparse.ArgumentParser()
+add_arguments(parser.add_subparsers())
+code = run(parser.parse_args(sys.argv[1:]))
+heavy = {"torch", "megatron", "vllm", "transformers"} & set(sys.modules)
+sys.exit(f"imported {heavy}" if heavy else code)
+"""
+
+
+def plan(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser.add_subparsers())
+    return run(parser.parse_args(["plan", *arguments]))
+
+
+def test_the_largest_recipe_takes_less_than_a_second_and_a_half_and_no_torch() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", SHELL, "plan", A22B], capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    # Processor time: the wall clock of a busy test machine says nothing about the planner.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5
+
+
+def test_json_has_the_promised_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(A22B, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"findings", "objective", "layout", "batch", "memory", "compute", "rollout"} <= set(found)
+    assert found["objective"].startswith("gspo: sequence ratio vs recomputed old policy, clip -3.0e-4/+4.0e-4")
+    stages = found["memory"]["stages"]
+    assert len(stages) == 8 and all(stage["peak_bytes"] > stage["static_bytes"] > 0 for stage in stages)
+    assert sum(found["compute"]["seconds"].values()) == pytest.approx(found["compute"]["seconds_per_step"])
+    assert {"code", "severity", "key", "message", "fix"} == set(found["findings"][0])
+
+
+def test_rank_coordinates_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(A3B, "--json", "--ranks") == 0
+    ranks = json.loads(capsys.readouterr().out)["layout"]["ranks"]
+    assert len(ranks) == 32
+    assert ranks[9] == {
+        "tensor": 0, "context": 1, "data": 2, "pipeline": 0, "expert_tensor": 0, "expert": 1, "expert_data": 1
+    }  # fmt: skip
+
+
+def test_a_refused_layout_is_null_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(A3B, "trainer.tensor_parallel=3", "--json") == 2
+    found = json.loads(capsys.readouterr().out)
+    assert found["layout"] is found["memory"] is found["compute"] is None
+    assert found["findings"][0]["severity"] == "error"
+
+
+def test_nodes_and_gpu_replace_the_placement(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(A3B, "--nodes", "2", "--gpu", "h200") == 2
+    told = capsys.readouterr().out
+    assert "16 servers x 2 GPUs = 32, but 2 node(s) have 16; set rollout.servers=8" in told
+    assert plan(A3B, "--nodes", "2", "--gpu", "h200", "rollout.servers=8") == 0
+
+
+@pytest.mark.parametrize("arguments", [[], ["recipes/none.yaml"], [A3B, "trainer"], [A3B, "no.such=1"]])
+def test_what_cannot_be_read_is_refused_with_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(*arguments) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_the_mend_of_a_plan_that_does_not_fit_works(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(A3B, "trainer.recompute=none", "--json") == 2
+    fix = json.loads(capsys.readouterr().out)["findings"][0]["fix"]
+    assert fix.startswith("the cheapest change that fits: trainer.recompute=")
+    assert plan(A3B, "trainer.recompute=none", fix.split(": ")[1].split()[0]) == 0
+
+
+def test_every_key_is_explained() -> None:
+    recipe = load(Path(A3B))
+    for key in all_keys():
+        if key.startswith("cold_start."):
+            continue
+        told = explain(key, recipe)
+        assert "no description" not in told, key
+        assert len(told.splitlines()) >= 2, key
+
+
+def test_explain_names_the_nearest_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan("--explain", "trainer.recompute") == 0
+    assert "none | selective | full" in capsys.readouterr().out
+    assert plan("--explain", "trainer.recomptue") == 2
+    assert "did you mean trainer.recompute?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("nodes", [8, 16, 32])
+def test_search_finds_layouts_for_235b_at_100k_in_five_seconds(nodes: int) -> None:
+    recipe = load(Path(A22B), [f"placement.nodes={nodes}"])
+    start = time.process_time()
+    _, layouts, servers = search(recipe)
+    assert time.process_time() - start < 5
+    assert layouts and servers
+    assert layouts[0].seconds <= layouts[-1].seconds
+
+
+def test_what_search_proposes_is_planned_without_findings(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = load(Path(A3B), ["placement.nodes=2", "placement.gpu=h200"])
+    _, layouts, servers = search(recipe)
+    changes = {**layouts[0].change, **servers[0].change}
+    overrides = [f"{key}={'null' if value is None else value}" for key, value in changes.items()]
+    assert plan(A3B, "--nodes", "2", "--gpu", "h200", *overrides, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [finding for finding in found["findings"] if finding["severity"] != "info"] == []
+
+
+def test_the_json_schema_is_up_to_date_and_named_by_every_recipe() -> None:
+    assert TARGET.read_text() == make_schema(), "run python tools/make_schema.py"
+    for path in Path("recipes").glob("qwen3_*.yaml"):
+        assert path.read_text().startswith("# yaml-language-server: $schema=schema.json\n"), path
+
+
+def test_recipes_stay_sparse() -> None:
+    for path in Path("recipes").glob("*.yaml"):
+        assert len(path.read_text().splitlines()) <= 60, path
+    assert set(Recipe.model_fields) >= {"placement", "trainer", "rollout"}
