@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -32,6 +33,14 @@ BAR_COLUMNS = (
     TextColumn("left"),
     TimeRemainingColumn(),
 )
+
+
+def read_rows(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, in order of step; of a step that was run twice the later row counts."""
+    lines = (run_dir / METRICS_FILE).read_text().split("\n")
+    # What follows the last line feed was cut off by a crash, or is nothing.
+    rows = [json.loads(line) for line in lines[:-1]]
+    return [row for _, row in sorted({row["step"]: row for row in rows}.items())]
 
 
 class Bar:
@@ -77,10 +86,9 @@ class RunLog:
         self._board: Any = None
 
     def __enter__(self) -> Self:
-        if self.owns_terminal:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(self.run_dir / "tensorboard"))
+        # A line that a crash cut off has to go before the next one is written behind it.
+        self.rewind(sys.maxsize)
+        self._open_board()
         if self.live:
             self.bars.start()
         return self
@@ -97,15 +105,19 @@ class RunLog:
     def time(self, part: str) -> Iterator[None]:
         """Add the seconds inside to `seconds/PART` of the step."""
         began = time.monotonic()
-        yield
-        self._seconds[part] += time.monotonic() - began
+        try:
+            yield
+        finally:
+            self._seconds[part] += time.monotonic() - began
 
     @contextlib.contextmanager
     def progress(self, name: str, total: int) -> Iterator[Bar]:
         """A bar for one phase, with rate and time left; plain lines where the output is no terminal."""
         bar = Bar(name, total, self)
-        yield bar
-        bar.close()
+        try:
+            yield bar
+        finally:
+            bar.close()
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
@@ -145,11 +157,14 @@ class RunLog:
             self._write(0)
 
     def rewind(self, step: int) -> None:
-        """Forget the rows after a step that the run goes on from."""
+        """Forget the rows after a step that the run goes on from, in TensorBoard too."""
         file = self.run_dir / METRICS_FILE
         if self.owns_terminal and file.is_file():
-            kept = [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= step]
-            file.write_text("".join(line + "\n" for line in kept))
+            kept = [row for row in read_rows(self.run_dir) if row["step"] <= step]
+            file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        if self._board is not None:
+            self._board.close()
+            self._open_board(purge_step=step + 1)
 
     def finish(self, run_dir: Path) -> None:
         """Say what came out: three sampled answers and where everything is."""
@@ -159,6 +174,13 @@ class RunLog:
             f"plot {run_dir / 'accuracy.png'}, report {run_dir / 'report.html'}, metrics {run_dir / METRICS_FILE},"
         )
         self.say(f"weights {run_dir / 'checkpoints' / 'final'}, logs {run_dir / 'logs'}, TensorBoard files beside them")
+
+    def _open_board(self, purge_step: int | None = None) -> None:
+        """Start a TensorBoard file, which takes back what earlier ones say from `purge_step` on."""
+        if self.owns_terminal:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=purge_step)
 
     def _write(self, number: int) -> None:
         if not self.owns_terminal:

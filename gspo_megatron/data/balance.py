@@ -13,7 +13,7 @@ import numpy as np
 
 MOST_EXCHANGES = 400
 """Limit of the improvement, so that the time is bounded and the result does not depend on the machine."""
-LEAST_GAIN = 1e-6
+LEAST_GAIN = 3e-5
 """Smallest improvement worth an exchange, as a share of the time."""
 
 

@@ -8,10 +8,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gspo_megatron.report.plot import PLOT_FILE, read_rows
+from gspo_megatron.metrics import EXAMPLES_FILE, read_rows
+from gspo_megatron.report.plot import PLOT_FILE
 
 PAGE_FILE = "report.html"
-EXAMPLES_FILE = "examples.json"
 COLUMNS = {
     "eval/accuracy": "held-out accuracy",
     "reward_mean": "sampled reward",

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from gspo_megatron.metrics import read_rows
+
 PLOT_FILE = "accuracy.png"
-METRICS_FILE = "metrics.jsonl"
 CLIP = "clip_fraction_sequences"
-
-
-def read_rows(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl, in order of step; of a step that was run twice the later row counts."""
-    rows = [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines() if line]
-    return [row for _, row in sorted({row["step"]: row for row in rows}.items())]
 
 
 def curve(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:

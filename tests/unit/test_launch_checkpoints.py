@@ -1,0 +1,37 @@
+"""Which checkpoint directories count, and which attempt may write one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gspo_megatron.checkpoint import complete, refuse_if_replaced
+
+
+def make(directory: Path, name: str, marked: bool) -> Path:
+    (directory / name).mkdir()
+    if marked:
+        (directory / name / "COMPLETE").touch()
+    return directory / name
+
+
+def test_only_marked_directories_count_and_the_newest_is_last(tmp_path: Path) -> None:
+    newest = make(tmp_path, "step_000010", marked=True)
+    older = make(tmp_path, "step_000009", marked=True)
+    make(tmp_path, "step_000011", marked=False)
+    make(tmp_path, ".step_000012.partial", marked=True)
+    make(tmp_path, "final", marked=True)
+    assert complete(tmp_path) == [older, newest]
+    assert complete(tmp_path / "none") == []
+
+
+def test_an_attempt_that_was_replaced_does_not_publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GSPO_ATTEMPT", raising=False)
+    refuse_if_replaced(tmp_path)  # one machine: no attempts
+    (tmp_path / "attempt").write_text("2 4242\n")
+    monkeypatch.setenv("GSPO_ATTEMPT", "2")
+    refuse_if_replaced(tmp_path)
+    monkeypatch.setenv("GSPO_ATTEMPT", "1")
+    with pytest.raises(ValueError, match="attempt 1 was replaced by attempt 2"):
+        refuse_if_replaced(tmp_path)
