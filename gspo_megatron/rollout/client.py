@@ -21,8 +21,12 @@ from gspo_megatron.rollout.auth import key_header
 from gspo_megatron.types import Answer, Prompt, Segment, StopReason
 
 GENERATED_TOKENS = re.compile(rb"^vllm:generation_tokens_total\{[^}]*\} ([0-9.e+]+)", re.MULTILINE)
-STALL_SECONDS = 120.0
+STALL_SECONDS = 300.0
 """A server that holds requests and yields neither a token nor an answer for so long is taken for dead."""
+CONTROL_SECONDS = 120.0
+"""Longest a request to the control plane may take; a dead server refuses at once, this is for one that hangs."""
+KEEP_ALIVE_SECONDS = 2.0
+"""Less than vLLM's 5 s: a connection that the server closes while a request is on its way looks like a dead server."""
 KEEP_ALIVE_SECONDS = 3600.0
 """Far below the server's own limit, so that no request is ever sent on a connection that the server is closing."""
 
@@ -172,7 +176,7 @@ class ServerClient:
 
     async def generated_tokens(self) -> int:
         """Tokens generated since the server started."""
-        found = GENERATED_TOKENS.search(await self.call("GET", "/metrics", timeout=30))
+        found = GENERATED_TOKENS.search(await self.call("GET", "/metrics", timeout=CONTROL_SECONDS))
         return int(float(found.group(1))) if found else 0
 
     async def watch(self, stall_seconds: float = STALL_SECONDS) -> None:
@@ -196,25 +200,25 @@ class ServerClient:
 
     async def pause(self) -> None:
         """Stop the engine; requests are kept, their KV cache is not (vLLM's default)."""
-        await self.call("POST", "/pause?mode=keep", timeout=60)
+        await self.call("POST", "/pause?mode=keep", timeout=CONTROL_SECONDS)
         if not await self.is_paused():
             raise ServerError(f"server {self.url} accepted a pause and is not paused")
 
     async def resume(self) -> None:
         """Let the engine run again."""
-        await self.call("POST", "/resume", timeout=60)
+        await self.call("POST", "/resume", timeout=CONTROL_SECONDS)
 
     async def is_paused(self) -> bool:
         """Whether the engine stands still."""
-        return bool((await self.call("GET", "/is_paused", timeout=30))["is_paused"])
+        return bool((await self.call("GET", "/is_paused", timeout=CONTROL_SECONDS))["is_paused"])
 
     async def world_size(self) -> int:
         """Worker processes of this server."""
-        return int((await self.call("GET", "/get_world_size", timeout=30))["world_size"])
+        return int((await self.call("GET", "/get_world_size", timeout=CONTROL_SECONDS))["world_size"])
 
     async def reset_prefix_cache(self) -> None:
         """Forget the KV cache of earlier prompts: it belongs to the old weights."""
-        await self.call("POST", "/reset_prefix_cache", timeout=60)
+        await self.call("POST", "/reset_prefix_cache", timeout=CONTROL_SECONDS)
 
     async def receive_weights(
         self, ticket: dict[str, Any], first_rank: int, manifest: list[Any], timeout: float

@@ -39,8 +39,8 @@ def main() -> None:
         missing = model / "config.json"
         raise SystemExit(f"rollout server {arguments.index}: {missing} does not exist; write the model there first")
     refuse_used_port(arguments.host, arguments.port)
-    prepare_environment(arguments.index)
-    serve(vllm_arguments(recipe, model, arguments.host, arguments.port), arguments.index)
+    has_gpu = prepare_environment(arguments.index)
+    serve(vllm_arguments(recipe, model, arguments.host, arguments.port, has_gpu), arguments.index)
 
 
 def _read_arguments() -> argparse.Namespace:
@@ -63,23 +63,33 @@ def refuse_used_port(host: str, port: int) -> None:
             raise SystemExit(f"cannot listen on {host}:{port}: {reason}; choose a free port of this host") from None
 
 
-def prepare_environment(index: int) -> None:
-    """What vLLM and its libraries read from the environment; must run before vllm is imported."""
+def prepare_environment(index: int) -> bool:
+    """What vLLM and its libraries read from the environment; must run before vllm is imported.
+
+    Returns:
+        Whether there is a GPU.
+    """
     os.environ[plugin.SERVER_VARIABLE] = str(index)
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
-    # The server closes idle connections after 5 s by default, and a request that is just being sent on one is lost.
-    os.environ["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] = "86400"
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Otherwise the question itself wakes the driver up, and a forked engine could not use it any more.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    import torch
+
+    if torch.cuda.is_available():
+        return True
     # Whole GiB only, and it would override the byte-exact argument.
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     # By default every server pins its workers to core 0.
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Eager mode still compiles a few small functions at their first call: half a minute, for nothing at this size.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    return False
 
 
-def vllm_arguments(recipe: Recipe, model: Path, host: str, port: int) -> list[str]:
-    """vLLM's command line for this recipe, device arguments left out."""
+def vllm_arguments(recipe: Recipe, model: Path, host: str, port: int, has_gpu: bool) -> list[str]:
+    """vLLM's command line for this recipe."""
     rollout = recipe.rollout
     return [
         f"--model={model}",
@@ -104,14 +114,12 @@ def vllm_arguments(recipe: Recipe, model: Path, host: str, port: int) -> list[st
         "--middleware=gspo_megatron.rollout.auth.KeyGuard",
         "--worker-extension-cls=gspo_megatron.rollout.worker.WorkerExtension",
         f"--weight-transfer-config={json.dumps({'backend': plugin.BACKEND})}",
-        *_device_arguments(recipe),
+        *_device_arguments(recipe, has_gpu),
     ]
 
 
-def _device_arguments(recipe: Recipe) -> list[str]:
-    import torch
-
-    if torch.cuda.is_available():
+def _device_arguments(recipe: Recipe, has_gpu: bool) -> list[str]:
+    if has_gpu:
         return [f"--gpu-memory-utilization={recipe.rollout.gpu_memory_fraction}"]
     context = recipe.rollout.max_prompt_tokens + recipe.rollout.max_answer_tokens
     return [

@@ -7,6 +7,7 @@ import asyncio
 import functools
 import logging
 import os
+import resource
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,9 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True, help="port to listen on")
     parser.add_argument("--servers", required=True, help="addresses of the vLLM servers, comma-separated")
     arguments = parser.parse_args()
+    # Every answer in flight holds a connection; the usual soft limit is 1024.
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     key = read_key()
 

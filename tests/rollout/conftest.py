@@ -49,7 +49,6 @@ class Server:
     url: str
     process: subprocess.Popen[bytes]
     log: Path
-    start_seconds: float
 
     def ask(self, method: str, path: str, key: str = KEY) -> httpx.Response:
         return httpx.request(method, self.url + path, headers=key_header(key), timeout=30)
@@ -90,7 +89,7 @@ def server(run_dir: Path) -> Iterator[Server]:
             assert process.poll() is None, log.read_text()[-2000:]
             assert time.monotonic() - started < 240, log.read_text()[-2000:]
             time.sleep(0.2)
-        yield Server(url, process, log, time.monotonic() - started)
+        yield Server(url, process, log)
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
@@ -110,7 +109,7 @@ class ControllerThread:
     def __init__(self, server_url: str, samples: Path) -> None:
         self.url = f"http://127.0.0.1:{free_port()}"
         self.store = SampleStore(samples)
-        self._server_url = server_url
+        self.server_url = server_url
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
         self._done = asyncio.Event()
@@ -120,7 +119,7 @@ class ControllerThread:
 
     async def _serve(self) -> None:
         recipe = make_recipe()
-        fleet = Fleet([ServerClient(self._server_url, KEY, VOCAB, 64, 64)])
+        fleet = Fleet([ServerClient(self.server_url, KEY, VOCAB, 64, 64)])
         scoring = ScoringPool(make_scorer, 1, 5.0)
         controller = Controller(recipe, fleet, CountingPrompts(), NumberTokenizer(), scoring, self.store, "127.0.0.1")
         runner = web.AppRunner(Service(controller, KEY).application())

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import httpx
 
 from gspo_megatron.rollout.auth import key_header
+from gspo_megatron.rollout.client import ServerClient
 from tests.rollout.test_weight_update import update
-from tests.rollout.tiny import STOP, CountingPrompts
+from tests.rollout.tiny import KEY, STOP, VOCAB, CountingPrompts
+
+
+async def count_tokens(url: str) -> int:
+    client = ServerClient(url, KEY, VOCAB, 64, 1)
+    try:
+        return await client.generated_tokens()
+    finally:
+        await client.close()
 
 
 def test_a_batch_is_complete_readable_and_repeatable(start_controller, oracles) -> None:
@@ -30,7 +41,11 @@ def test_a_batch_is_complete_readable_and_repeatable(start_controller, oracles) 
         assert [(s.version, s.start, s.end) for s in ref.segments] == [(3, 0, len(answer))]
     group = [tuple(ids[start:].tolist()) for ids, start, _ in read[:4]]
     assert len(set(group)) == 4, "the answers to one prompt are the same: their seeds are"
-    assert link.rollout(2)["samples"][0].prompt_index == 8
+    before = asyncio.run(count_tokens(controller.server_url))
+    following = link.rollout(2)
+    assert following["samples"][0].prompt_index == 8
+    # What the watchdog looks at.
+    assert asyncio.run(count_tokens(controller.server_url)) - before == following["tokens"]
 
     link.restore(state)
     again = link.rollout(1)["samples"]

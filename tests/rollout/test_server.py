@@ -15,8 +15,7 @@ from tests.rollout.conftest import Server, free_port, server_command
 from tests.rollout.tiny import KEY
 
 
-def test_every_path_but_health_asks_for_the_key(server: Server, record_property) -> None:
-    record_property("start_seconds", server.start_seconds)
+def test_every_path_but_health_asks_for_the_key(server: Server) -> None:
     guarded = [("POST", "/pause"), ("POST", "/collective_rpc"), ("GET", "/metrics"), ("POST", "/invocations")]
     for method, path in guarded:
         assert server.ask(method, path, key="wrong").status_code == 401

@@ -54,10 +54,10 @@ def test_the_guard_above_sees_a_wait() -> None:
 
 
 def test_128k_tokens_take_milliseconds() -> None:
-    """About 25 ms on one core, forward and backward, and value checks; the bound leaves room for a busy machine."""
+    """About 25 ms of one core, forward and backward; processor time, so that other work does not count."""
     inputs, best = batch(131_072, 512), float("inf")
     for _ in range(5):
-        started = time.perf_counter()
+        started = time.process_time()
         policy_loss(preset("gspo"), inputs).loss.backward()
-        best = min(best, time.perf_counter() - started)
+        best = min(best, time.process_time() - started)
     assert best < 0.25

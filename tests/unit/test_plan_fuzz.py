@@ -118,8 +118,9 @@ def groups(layout: Layout, along: tuple[str, ...], among: tuple[str, ...]) -> li
 
 @pytest.mark.timeout(600)
 def test_accepted_rank_tables_are_those_of_megatron() -> None:
-    import gspo_megatron.policy  # noqa: F401  the device layer must be in before megatron
     from megatron.core.parallel_state import RankGenerator
+
+    import gspo_megatron.policy  # noqa: F401  the device layer must be in before megatron
 
     order = "tp-cp-ep-dp-pp"
     dense = {"tp": "tensor", "cp": "context", "dp": "data", "pp": "pipeline"}

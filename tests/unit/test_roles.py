@@ -66,8 +66,10 @@ def test_a_server_that_ends_by_itself_is_a_failure_even_with_code_0(
 def test_the_killed_role_is_blamed_and_not_the_one_it_took_along(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    killed = python("import os, signal, time; time.sleep(0.5); os.kill(os.getpid(), signal.SIGKILL)")
-    dragged = python("import sys, time; time.sleep(0.5); sys.exit(1)")
+    dying = tmp_path / "dying"
+    killed = python(f"import os, signal; open({str(dying)!r}, 'w').close(); os.kill(os.getpid(), signal.SIGKILL)")
+    code = f"import os, sys, time\nwhile not os.path.exists({str(dying)!r}): time.sleep(0.02)\nsys.exit(1)"
+    dragged = python(code)
     assert run_roles([Role("trainer-0", dragged), Role("trainer-1", killed)], tmp_path) == 1
     last = capfd.readouterr().err.strip().splitlines()[-1]
     assert "trainer-1" in last and "SIGKILL" in last
