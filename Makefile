@@ -15,7 +15,7 @@ OWN_TARGET := tests/gpu tests/slurm
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint test-gpu requirements clean
+.PHONY: help setup train test lint test-slurm test-gpu requirements clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ test: lint ## lint, then every test that needs neither a GPU nor SLURM
 lint: setup ## ruff and pyright
 	$(BIN)/ruff check
 	$(BIN)/pyright
+
+test-slurm: setup ## the launcher on a real SLURM in network namespaces; wants root and the packages of .ci/run
+	$(PYTEST) -rs tests/slurm $(ARGS)
 
 test-gpu: setup ## the tests that need an NVIDIA GPU
 	$(PYTEST) tests/gpu $(ARGS)

@@ -19,7 +19,7 @@ class Architecture(Section):
     """Rows of the embedding and of the head, padding rows included."""
     hidden_size: int = Field(gt=0)
     """Width of the residual stream."""
-    num_hidden_layers: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0, le=512)
     """Decoder layers."""
     num_attention_heads: int = Field(gt=0)
     """Query heads."""
@@ -31,7 +31,7 @@ class Architecture(Section):
     """Width of a dense feed-forward layer; unused where every layer is a mixture of experts."""
     moe_intermediate_size: int = Field(default=0, ge=0)
     """Width of one expert."""
-    num_experts: int = Field(default=0, ge=0)
+    num_experts: int = Field(default=0, ge=0, le=1024)
     """Experts a layer; 0 for a dense model."""
     num_experts_per_tok: int = Field(default=0, ge=0)
     """Experts a token is sent to (top-k)."""

@@ -16,9 +16,9 @@ class PlacementSection(Section):
 
     gpu: GpuKind | None = None
     """Kind of every GPU; `cpu` = gloo ranks; null = what this machine has."""
-    nodes: int = Field(default=1, gt=0)
+    nodes: int = Field(default=1, gt=0, le=10_000)
     """Nodes of the whole job, rollout nodes included."""
-    gpus_per_node: int | None = Field(default=None, gt=0)
+    gpus_per_node: int | None = Field(default=None, gt=0, le=1024)
     """GPUs of one node, or trainer ranks of one where there is none; null = 8, or 2 ranks."""
     rollout_nodes: int = Field(default=0, ge=0)
     """Nodes that only run servers; 0 = colocated: servers share the trainer's GPUs and sleep while it trains."""

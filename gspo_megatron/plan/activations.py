@@ -12,8 +12,8 @@ from gspo_megatron.config.schema import Recipe
 from gspo_megatron.plan.batch import BatchPlan
 from gspo_megatron.weights.layout import Layout
 
-EXPERT_IMBALANCE = 1.5
-"""Rows on the fullest expert rank over the mean, when experts lie on several ranks; routing at auxiliary loss 0."""
+PEAK_IMBALANCE, MEAN_IMBALANCE = 1.5, 1.1
+"""Rows of the fullest expert rank over the mean, in its fullest layer and over all layers; auxiliary loss 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,54 +42,57 @@ class Shape:
         """The input of a layer, cut over the tensor-parallel ranks by sequence parallelism."""
         return int(self.tokens / self.layout.tensor * self.arch.hidden_size * self.element)
 
-    @property
-    def rows(self) -> float:
-        """Token copies that reach this rank's experts in the fullest layer."""
+    def rows(self, spread: float) -> float:
+        """Token copies that reach this rank's experts in a layer, with so uneven a load."""
         layout = self.layout
-        spread = EXPERT_IMBALANCE if layout.expert > 1 else 1.0
-        copies = self.tokens / layout.tensor * self.arch.num_experts_per_tok
-        return copies * spread * layout.expert_tensor
+        copies = self.tokens / layout.tensor * self.arch.num_experts_per_tok * layout.expert_tensor
+        return copies * (spread if layout.expert > 1 else 1.0)
 
     @property
     def attention_bytes(self) -> int:
-        """Norm, queries, keys and values before and after norm and rotation, output with its normalisers."""
+        """Saved: norm and its input, queries, keys and values, the first two again after rotation, the output."""
         arch, width = self.arch, self.arch.head_dim / self.layout.tensor
         queries, groups = arch.num_attention_heads, arch.num_key_value_heads
-        heads = (queries + 2 * groups) + 2 * (queries + groups) + queries
+        heads = (queries + 2 * groups) + (queries + groups) + queries
         normalisers = self.tokens * queries / self.layout.tensor * 4
         return int(self.tokens * heads * width * self.element + normalisers) + 2 * self.input_bytes
 
-    @property
-    def mixer_bytes(self) -> int:
-        """The feed-forward half: norm, then rows in, gate and up, product, rows out, rows back at their tokens."""
+    def mixer_bytes(self, spread: float) -> int:
+        """Saved: norm and its input, the rows that came in, gate and up, their product; scores of the router.
+
+        Rows on their way back are not: the weights of the experts are applied before the second product.
+        """
         arch, layout, element = self.arch, self.layout, self.element
         if not arch.num_experts:
             return int(self.tokens * 3 * arch.intermediate_size / layout.tensor * element) + 2 * self.input_bytes
-        width = 3 * arch.moe_intermediate_size / layout.expert_tensor
-        sent = self.tokens / layout.tensor * arch.num_experts_per_tok * arch.hidden_size
+        width = arch.hidden_size + 3 * arch.moe_intermediate_size / layout.expert_tensor
         scores = self.tokens / layout.tensor * arch.num_experts * 4 * 2
-        return (
-            int(self.rows * (2 * arch.hidden_size + width) * element + sent * element + scores) + 2 * self.input_bytes
-        )
+        return int(self.rows(spread) * width * element + scores) + 2 * self.input_bytes
 
     @property
     def layer_bytes(self) -> int:
-        """Everything one layer saves."""
-        return self.attention_bytes + self.mixer_bytes
+        """Everything that a layer of mean load saves."""
+        return self.attention_bytes + self.mixer_bytes(MEAN_IMBALANCE)
 
     @property
     def work_bytes(self) -> int:
-        """What comes and goes in a layer's backward pass: gradients of its widest tensors, keys and values."""
+        """What comes and goes in the fullest layer: rows on their way, gradients of the widest tensors, the KV ring."""
         arch, layout = self.arch, self.layout
         if arch.num_experts:
-            sent = self.tokens / layout.tensor * arch.num_experts_per_tok * arch.hidden_size
-            wide = self.rows * (arch.hidden_size + 2 * arch.moe_intermediate_size / layout.expert_tensor) + sent
+            sent = 2 * self.tokens / layout.tensor * arch.num_experts_per_tok * arch.hidden_size
+            width = 2 * arch.hidden_size + 2 * arch.moe_intermediate_size / layout.expert_tensor
+            wide = self.rows(PEAK_IMBALANCE) * width + sent
         else:
             wide = self.tokens * 2 * arch.intermediate_size / layout.tensor
         ring = 0.0
         if layout.context > 1:
             ring = 4 * self.tokens * 2 * arch.num_key_value_heads * arch.head_dim / layout.tensor
         return int((wide + ring) * self.element)
+
+    @property
+    def peak_bytes(self) -> int:
+        """One layer at work: what it saves under the fullest load, and what comes and goes."""
+        return self.attention_bytes + self.mixer_bytes(PEAK_IMBALANCE) + self.work_bytes
 
     @property
     def kept_bytes(self) -> int:

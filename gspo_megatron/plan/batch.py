@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.plan.units import many
 from gspo_megatron.types import Finding
 from gspo_megatron.weights.layout import Layout
 
@@ -53,32 +54,20 @@ class BatchPlan:
 
     def words(self) -> list[str]:
         """The algebra as sentences."""
-        each = self.micro_batch_tokens // self.context_ranks
-        held = self.micro_batch_tokens // self.longest_tokens
+        each, held = self.micro_batch_tokens // self.context_ranks, self.micro_batch_tokens // self.longest_tokens
+        groups = self.prompts // self.updates
         return [
-            f"{self.prompts} prompts x {self.answers} answers = {self.sequences} sequences in a rollout batch",
-            f"{self.updates} optimizer step{_s(self.updates)} a rollout batch, each on "
-            f"{self.prompts // self.updates} whole "
-            f"groups = {self.sequences_per_update} sequences (the mini-batch, over all ranks)",
-            f"a mini-batch is spread over {self.data_ranks} data-parallel rank{_s(self.data_ranks)}: at most "
-            f"{self.sequences_per_rank} sequence{_s(self.sequences_per_rank)} each",
+            f"{many(self.prompts, 'prompt')} x {many(self.answers, 'answer')} = {self.sequences} sequences a batch",
+            f"{many(self.updates, 'optimizer step')} a rollout batch, each on {many(groups, 'whole group')} = "
+            f"{many(self.sequences_per_update, 'sequence')}: the mini-batch, over all ranks",
+            f"a mini-batch is spread over {many(self.data_ranks, 'data-parallel rank')}: at most "
+            f"{many(self.sequences_per_rank, 'sequence')} each",
             f"a micro-batch holds {self.micro_batch_tokens:,} tokens of one data-parallel rank, {each:,} on each of "
-            "its "
-            f"{self.context_ranks} context-parallel rank{_s(self.context_ranks)}: {held} sequence{_s(held)} of "
+            f"{many(self.context_ranks, 'context-parallel rank')}: {many(held, 'sequence')} of "
             f"{self.longest_tokens:,} tokens",
-            f"so an update is {self.micro_batches_expected} micro-batch{_es(self.micro_batches_expected)} a rank at "
-            "the mean "
-            f"length of {self.expected_tokens:,.0f} tokens, {self.micro_batches_most} if every answer is cut at the "
-            "limit",
+            f"so an update is {many(self.micro_batches_expected, 'micro-batch')} a rank at the mean length of "
+            f"{self.expected_tokens:,.0f} tokens, {self.micro_batches_most} if every answer is cut at the limit",
         ]
-
-
-def _s(count: int) -> str:
-    return "" if count == 1 else "s"
-
-
-def _es(count: int) -> str:
-    return "" if count == 1 else "es"
 
 
 def pad_multiple(layout: Layout) -> int:

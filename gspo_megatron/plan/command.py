@@ -43,7 +43,8 @@ def _parse_mixed(
 ) -> tuple[argparse.Namespace, list[str]]:
     overrides = [word for word in arguments if "=" in word and not word.startswith("-")]
     rest = [word for word in arguments if word not in overrides]
-    parsed, unknown = argparse.ArgumentParser.parse_known_args(parser, rest, namespace)
+    into = namespace if namespace is not None else argparse.Namespace()
+    parsed, unknown = argparse.ArgumentParser.parse_known_args(parser, rest, into)
     parsed.overrides = [*parsed.overrides, *overrides]
     return parsed, unknown
 

@@ -113,7 +113,8 @@ def find_gpus() -> tuple[GpuKind, int | None]:
     if told.returncode or not names:
         return "cpu", None
     kinds: tuple[GpuKind, ...] = ("h200", "b200", "h100")
-    return next((kind for kind in kinds if kind in names[0]), "h100"), len(names)
+    found: GpuKind = next((kind for kind in kinds if kind in names[0]), "h100")
+    return found, len(names)
 
 
 def findings(recipe: Recipe, machine: Machine) -> Iterator[Finding]:

@@ -173,7 +173,7 @@ def _estimate(
     shape = activations.Shape.of(recipe, arch, layout)
     moving = {
         "saved activations": activations.saved_bytes(shape, batch, stage, layers),
-        "one layer at work": shape.layer_bytes + shape.work_bytes,
+        "one layer at work": shape.peak_bytes,
     }
     if stage == layout.pipeline - 1:
         moving["head"] = activations.head_bytes(shape, recipe.trainer.head_chunk_tokens)

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from gspo_megatron.config.model import Architecture
 from gspo_megatron.config.schema import Recipe
-from gspo_megatron.plan import batch, layout
+from gspo_megatron.plan import batch, compute, layout
+from gspo_megatron.plan.batch import BatchPlan
 from gspo_megatron.plan.machine import Machine, machine_of
 from gspo_megatron.plan.memory import StageMemory, stage_memory
 from gspo_megatron.plan.needs import fits
+from gspo_megatron.plan.units import size
+from gspo_megatron.types import Finding
+from gspo_megatron.weights.layout import Layout
 
 Change = dict[str, Any]
 
@@ -25,6 +30,24 @@ def cheapest_change(recipe: Recipe, machine: Machine) -> str:
             assignments = " ".join(f"{key}={value}" for key, value in change.items())
             return f"the cheapest change that fits: {assignments} (about {peak / 1e9:.0f} GB)"
     return "no single change fits: take more nodes with more of PP, CP and EP (gspo plan --search lists layouts)"
+
+
+def spare_recompute(
+    recipe: Recipe, arch: Architecture, machine: Machine, grid: Layout, cut: BatchPlan
+) -> Iterator[Finding]:
+    """Memory that recomputation saves for nothing."""
+    modes = ("none", "selective", "full")
+    before = compute.trainer_times(recipe, arch, grid, cut, machine)["training"].seconds
+    for mode in modes[: modes.index(recipe.trainer.recompute)]:
+        changed = apply(recipe, {"trainer.recompute": mode})
+        stages = stage_memory(changed, grid, cut, machine)
+        if fits(stages, machine):
+            after = compute.trainer_times(changed, arch, grid, cut, machine)["training"].seconds
+            peak = max(stage.peak_bytes for stage in stages)
+            told = f"{recipe.trainer.recompute} saves memory that is there: {mode} takes about {size(peak)} of "
+            told += f"{size(machine.device.memory)} and trains {1 - after / before:.0%} faster"
+            yield Finding("memory-to-spare", "info", "trainer.recompute", told, f"try trainer.recompute={mode}")
+            return
 
 
 def _stages(recipe: Recipe, machine: Machine) -> list[StageMemory] | None:

@@ -107,6 +107,7 @@ def _needs(
     found += rollout.findings(recipe, arch, where, servers)
     for finding in needs.findings(recipe, arch, where, cut, stages, servers, work):
         found.append(finding if finding.fix else replace(finding, fix=mend.cheapest_change(recipe, where)))
+    found += mend.spare_recompute(recipe, arch, where, grid, cut)
     return {"memory": stages, "rollout": servers, "compute": work}
 
 

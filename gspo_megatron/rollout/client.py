@@ -27,8 +27,6 @@ CONTROL_SECONDS = 120.0
 """Longest a request to the control plane may take; a dead server refuses at once, this is for one that hangs."""
 KEEP_ALIVE_SECONDS = 2.0
 """Less than vLLM's 5 s: a connection that the server closes while a request is on its way looks like a dead server."""
-KEEP_ALIVE_SECONDS = 3600.0
-"""Far below the server's own limit, so that no request is ever sent on a connection that the server is closing."""
 
 
 class ServerError(RuntimeError):

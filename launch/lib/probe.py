@@ -80,9 +80,7 @@ def find_address(faults: list[str]) -> str:
         faults.append(f"{what} has no IPv4 address ({error.strerror}); {MEND_INTERFACE}")
         return socket.gethostname()
     if address.startswith("127."):
-        faults.append(
-            f"its own name stands for {address}, which no other node can reach; {MEND_INTERFACE}"
-        )
+        faults.append(f"its own name stands for {address}, which no other node can reach; {MEND_INTERFACE}")
     return address
 
 

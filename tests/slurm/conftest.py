@@ -27,6 +27,13 @@ def workplace(lab: Lab) -> Workplace:
     return Workplace(lab)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_left_running(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "workplace" in request.fixturenames:
+        request.getfixturevalue("workplace").cancel_all()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     report = yield

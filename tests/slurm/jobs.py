@@ -14,7 +14,7 @@ from tests.slurm.lab.cluster import Lab, LabError, wait_for
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "launch/gspo_moe.sh"
 TINY = "recipes/tiny_moe.yaml"
-START = 300.0
+START = 600.0
 """Seconds that a run may take to its first checkpoint: six processes import torch, and more, on two cores."""
 SMALL = (
     "placement.gpu=cpu", "batch.prompts=8", "batch.answers=4", "batch.updates=2", "rollout.max_answer_tokens=12",
@@ -51,6 +51,11 @@ class Workplace:
         arguments = (f"--output={log}", *options, str(ROOT / SCRIPT), recipe, *overrides, *where)
         self.jobs.append(Job(self.lab, self.lab.submit(*arguments, environment=settings, cwd=cwd), run_dir, log))
         return self.jobs[-1]
+
+    def cancel_all(self) -> None:
+        """End what a failed test left running."""
+        for job in self.jobs:
+            self.lab.run("scancel", str(job.id), check=False)
 
     def logs(self) -> str:
         """Of the newest job and of the cluster's daemons."""
@@ -102,6 +107,11 @@ class Job:
             return marker.exists()
 
         wait_for(reached, timeout, f"checkpoint of step {step}")
+
+    def wait_for_attempt(self, number: int, timeout: float = 200) -> None:
+        """Wait until an attempt is planned. SLURM needs some 16 s to miss a node, and 6 to queue a job again."""
+        plan = self.attempt(number) / "plan.json"
+        wait_for(plan.exists, timeout, f"attempt {number} (the job's last words: {self.last_line()})")
 
     def attempt(self, number: int) -> Path:
         """Directory of an attempt."""

@@ -139,7 +139,7 @@ def test_server_weights_by_hand() -> None:
     ids=["64 GPUs", "128 GPUs", "256 GPUs"],
 )
 def test_235b_at_100k_is_near_the_first_order_numbers(overrides: str, first: int, last: int) -> None:
-    """Reference numbers in GB without a sleeping server: performance notes, part 6; independent arithmetic, not tuned to."""
+    """First-order numbers in GB without a sleeping server: independent arithmetic, not tuned to."""
     plan = make_plan(load(A22B, overrides.split()))
     assert plan.memory is not None
     ends = [stage.peak_bytes - stage.estimated["sleeping server"] for stage in (plan.memory[0], plan.memory[-1])]

@@ -1,0 +1,55 @@
+"""tools/prepare_prompts.py on rows shaped like the published sets."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gspo_megatron.data.problems import read_jsonl
+from tools.prepare_prompts import INSTRUCTIONS, WRAPPINGS, BadFile, convert
+
+BEFORE, AFTER = WRAPPINGS[0]
+DAPO = {"prompt": [{"role": "user", "content": f"{BEFORE}What is 1+1?{AFTER}"}], "reward_model": {"ground_truth": "2"}}
+AIME = {"ID": "2024-I-1", "Problem": "Find x.", "Solution": "long", "Answer": 204}
+
+
+def test_the_published_shapes_are_understood() -> None:
+    problems, dropped = convert([DAPO, DAPO])
+    assert problems == {f"{BEFORE}What is 1+1?{AFTER}".strip(): "2"} and dropped == {"repeated": 1}
+    problems, _ = convert([AIME], instruction="boxed")
+    assert problems == {"Find x." + INSTRUCTIONS["boxed"]: "204"}
+    problems, _ = convert([DAPO], instruction="boxed")
+    assert list(problems) == ["What is 1+1?" + INSTRUCTIONS["boxed"]]
+
+
+def test_a_problem_with_two_answers_is_dropped_for_good() -> None:
+    rows = [{"question": "q", "answer": a} for a in ("1", "2", "1")] + [{"question": "p", "answer": "3"}]
+    problems, dropped = convert(rows)
+    assert problems == {"p": "3"} and dropped == {"with two answers": 3}
+
+
+@pytest.mark.parametrize("rows", [[], [{"text": "x"}], [{"question": "", "answer": None}]])
+def test_what_cannot_be_turned_is_said(rows: list[dict[str, str]]) -> None:
+    with pytest.raises(BadFile):
+        convert(rows)
+
+
+def test_the_script_writes_what_a_recipe_reads(tmp_path: Path) -> None:
+    source, target = tmp_path / "aime.json", tmp_path / "data" / "aime.jsonl"
+    source.write_text(json.dumps([AIME, {**AIME, "Problem": "Find y.", "Answer": 25.0}]))
+    done = subprocess.run(
+        [sys.executable, "tools/prepare_prompts.py", str(source), str(target)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 problems of 2 rows" in done.stdout
+    assert [problem.reference for problem in read_jsonl(target).values()] == [{"answer": "204"}, {"answer": "25"}]
+    done = subprocess.run(
+        [sys.executable, "tools/prepare_prompts.py", str(tmp_path / "none"), str(target)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1

@@ -1,0 +1,174 @@
+"""Turn a file of mathematics problems into our JSONL: one object with `prompt` and `answer` a line.
+
+Reads JSON, JSONL and Parquet (with pyarrow installed) as DAPO-Math-17k, AIME and their relatives are published:
+
+    python tools/prepare_prompts.py DAPO-Math-17k/data/dapo-math-17k.parquet data/dapo_math_17k.jsonl
+    python tools/prepare_prompts.py AIME_2024/aime_2024.jsonl data/aime_2024.jsonl --instruction boxed
+
+Nothing is downloaded: fetch the files as their publishers say, and mind their licences.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+PROMPTS = ("prompt", "problem", "question", "Problem", "Question", "query", "input")
+"""Names under which a problem is published."""
+ANSWERS = (
+    "answer",
+    "Answer",
+    "expected_answer",
+    "ground_truth",
+    "solution_answer",
+    "final_answer",
+    "reward_model",
+    "target",
+)
+"""Names under which its answer is; `reward_model` is an object with `ground_truth` (DAPO-Math-17k)."""
+INSTRUCTIONS = {
+    "keep": "",
+    "boxed": "\n\nPlease reason step by step, and put your final answer within \\boxed{}.",
+}
+"""Added behind the problem: nothing, or the words that Qwen's model cards ask for."""
+WRAPPINGS = (
+    (
+        "Solve the following math problem step by step. The last line of your response should be of the form "
+        "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n",
+        '\n\nRemember to put your answer on its own line after "Answer:".',
+    ),
+)
+"""Instructions that a published set has around every problem; taken off when another one is asked for."""
+
+
+class BadFile(ValueError):
+    """A file that cannot be turned, in one sentence."""
+
+
+def main() -> int:
+    """Write the JSONL and say what was dropped; exit 2 with one sentence for a file that cannot be read."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="JSON, JSONL or Parquet file")
+    parser.add_argument("target", type=Path, help="JSONL file to write")
+    parser.add_argument("--prompt-key", help="field that holds the problem; found by itself for the usual names")
+    parser.add_argument("--answer-key", help="field that holds the answer; found by itself for the usual names")
+    parser.add_argument("--instruction", choices=sorted(INSTRUCTIONS), default="keep", help="what to ask for behind it")
+    chosen = parser.parse_args()
+    try:
+        rows = list(read_rows(chosen.source))
+        problems, dropped = convert(rows, chosen.prompt_key, chosen.answer_key, chosen.instruction)
+    except BadFile as error:
+        print(f"{chosen.source}: {error}", file=sys.stderr)
+        return 2
+    chosen.target.parent.mkdir(parents=True, exist_ok=True)
+    lines = [
+        json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False) for prompt, answer in problems.items()
+    ]
+    chosen.target.write_text("\n".join(lines) + "\n")
+    told = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items())) or "none"
+    print(f"{len(problems)} problems of {len(rows)} rows to {chosen.target}; dropped: {told}")
+    return 0
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a JSON list, JSON lines or a Parquet table."""
+    if not path.is_file():
+        raise BadFile("does not exist; give the path of a downloaded file")
+    if path.suffix == ".parquet":
+        yield from _read_parquet(path)
+        return
+    text = path.read_text()
+    try:
+        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in _lines(text)]
+    except json.JSONDecodeError as error:
+        raise BadFile(f"line {error.lineno} is not JSON: {error.msg}") from None
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise BadFile(f"row {number} is not an object")
+        yield row
+
+
+def _lines(text: str) -> list[str]:
+    return [line for line in text.split("\n") if line.strip()]
+
+
+def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        parquet = importlib.import_module("pyarrow.parquet")  # wanted for Parquet files only, so not pinned
+    except ModuleNotFoundError:
+        raise BadFile("is Parquet, and pyarrow is not installed; install it or convert the file to JSONL") from None
+    yield from parquet.read_table(path).to_pylist()
+
+
+def convert(
+    rows: list[dict[str, Any]], prompt_key: str | None = None, answer_key: str | None = None, instruction: str = "keep"
+) -> tuple[dict[str, str], Counter[str]]:
+    """Problems with their answers, in order, and how many rows were dropped for what.
+
+    A problem that comes twice is kept once; one that comes with different answers is dropped, since neither is known
+    to be right.
+    """
+    if not rows:
+        raise BadFile("holds no row")
+    prompt_key = prompt_key or _find(rows[0], PROMPTS, "--prompt-key")
+    answer_key = answer_key or _find(rows[0], ANSWERS, "--answer-key")
+    problems: dict[str, str] = {}
+    dropped: Counter[str] = Counter()
+    disputed: set[str] = set()
+    for row in rows:
+        prompt, answer = _text(row.get(prompt_key)), _text(row.get(answer_key))
+        if not prompt or not answer:
+            dropped["without problem or answer"] += 1
+            continue
+        prompt = _ask(prompt, instruction)
+        if prompt in problems or prompt in disputed:
+            if problems.get(prompt) == answer:
+                dropped["repeated"] += 1
+            else:
+                dropped["with two answers"] += 1 + (prompt in problems)
+                problems.pop(prompt, None)
+                disputed.add(prompt)
+            continue
+        problems[prompt] = answer
+    if not problems:
+        raise BadFile(f"no row has both {prompt_key} and {answer_key}")
+    return problems, dropped
+
+
+def _find(row: dict[str, Any], names: tuple[str, ...], option: str) -> str:
+    for name in names:
+        if name in row:
+            return name
+    raise BadFile(f"none of {', '.join(names)} is among its fields {', '.join(row)}; name the field with {option}")
+
+
+def _text(value: Any) -> str:
+    """The text of a field: itself, the last user message of a chat, the ground truth of a reward entry."""
+    if isinstance(value, dict):
+        return _text(value.get("ground_truth", value.get("content")))
+    if isinstance(value, list):
+        return _text(value[-1]) if value else ""
+    if isinstance(value, bool) or value is None:
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip()
+
+
+def _ask(prompt: str, instruction: str) -> str:
+    """The problem with the wanted instruction; `keep` leaves a published one in place."""
+    if instruction == "keep":
+        return prompt
+    for before, after in WRAPPINGS:
+        prompt = prompt.removeprefix(before).removesuffix(after)
+    return prompt.strip() + INSTRUCTIONS[instruction]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
