@@ -15,7 +15,7 @@ def as_key(arch: Architecture) -> Architecture:
 
 def parameters(arch: Architecture) -> int:
     """Parameters of the whole model, from the weight table."""
-    return _parameters(as_key(arch))
+    return _parameters(as_key(arch))  # pyright: ignore[reportArgumentType]  a frozen model is hashable
 
 
 @lru_cache(maxsize=32)

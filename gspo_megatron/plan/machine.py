@@ -113,7 +113,11 @@ def find_gpus() -> tuple[GpuKind, int | None]:
     if told.returncode or not names:
         return "cpu", None
     kinds: tuple[GpuKind, ...] = ("h200", "b200", "h100")
-    found: GpuKind = next((kind for kind in kinds if kind in names[0]), "h100")
+    found: GpuKind = "h100"
+    for kind in kinds:
+        if kind in names[0]:
+            found = kind
+            break
     return found, len(names)
 
 

@@ -87,7 +87,7 @@ def held_by(arch: Architecture, layout: Layout, stage: int) -> tuple[Held, ...]:
     """What the first rank of a stage holds, one entry a model chunk."""
     # Middle stages have equal layers; layers are all alike.
     stage = 1 if 0 < stage < layout.pipeline - 1 else stage
-    return _held_by(flops.as_key(arch), replace(layout, world=0, context=1), stage)
+    return _held_by(flops.as_key(arch), replace(layout, world=0, context=1), stage)  # pyright: ignore[reportArgumentType]  a frozen model is hashable
 
 
 @lru_cache(maxsize=4096)

@@ -63,7 +63,7 @@ class RolloutPlan:
 
 def weight_bytes(arch: Architecture, tensor: int, pipeline: int, element: int) -> int:
     """Weights on one GPU of a server: norms and router are on all, key-value heads at least one each."""
-    copied, grouped, cut = _kinds(flops.as_key(arch))
+    copied, grouped, cut = _kinds(flops.as_key(arch))  # pyright: ignore[reportArgumentType]  a frozen model is hashable
     whole = copied + -(-grouped // min(tensor, arch.num_key_value_heads)) + -(-cut // tensor)
     return -(-whole // pipeline) * element
 
