@@ -60,7 +60,8 @@ def train(path: Path, overrides: Sequence[str]) -> int:
         return 0
     run_dir = prepare_run(recipe)
     print(
-        f"{recipe.run.name}: {ranks} trainer ranks, {recipe.rollout.servers} rollout server(s), all goes to {run_dir}"
+        f"{recipe.run.name}: {ranks} trainer ranks, {recipe.rollout.servers} rollout server(s), all goes to {run_dir}",
+        flush=True,
     )
     attempt = 1 + sum(1 for _ in (run_dir / "logs").glob("attempt_*"))
     return run_roles(plan_roles(recipe, run_dir, ranks), run_dir / "logs" / f"attempt_{attempt}")
@@ -89,7 +90,7 @@ def prepare_run(recipe: Recipe) -> Path:
     spec = recipe.objective.spec(recipe.rollout.max_answer_tokens)
     sentence = spec.describe(batch.prompts * batch.answers // batch.updates, batch.updates)
     (run_dir / "objective.txt").write_text(sentence + "\n")
-    print(sentence)
+    print(sentence, flush=True)
     arch = recipe.model.architecture
     assert arch is not None
     (run_dir / "model" / "config.json").write_text(json.dumps(arch.to_hugging_face(recipe.model.dtype), indent=1))

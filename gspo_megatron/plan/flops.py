@@ -8,19 +8,19 @@ from gspo_megatron.config.model import Architecture
 from gspo_megatron.weights.table import count_parameters
 
 
-def as_key(arch: Architecture) -> Architecture:
-    """The same shapes without what cannot be hashed, for caches: a big model has 36,000 tensors to walk."""
-    return arch.model_copy(update={"rope_scaling": None})
+def as_key(arch: Architecture) -> str:
+    """The shapes of a model as a key for caches: a big model has 36,000 tensors to walk."""
+    return arch.model_dump_json(exclude={"rope_scaling"})
 
 
 def parameters(arch: Architecture) -> int:
     """Parameters of the whole model, from the weight table."""
-    return _parameters(as_key(arch))  # pyright: ignore[reportArgumentType]  a frozen model is hashable
+    return _parameters(as_key(arch))
 
 
 @lru_cache(maxsize=32)
-def _parameters(arch: Architecture) -> int:
-    return count_parameters(arch)
+def _parameters(key: str) -> int:
+    return count_parameters(Architecture.model_validate_json(key))
 
 
 def active_parameters(arch: Architecture) -> int:

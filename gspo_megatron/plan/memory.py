@@ -91,7 +91,8 @@ def held_by(arch: Architecture, layout: Layout, stage: int) -> tuple[Held, ...]:
 
 
 @lru_cache(maxsize=4096)
-def _held_by(arch: Architecture, layout: Layout, stage: int) -> tuple[Held, ...]:
+def _held_by(key: str, layout: Layout, stage: int) -> tuple[Held, ...]:
+    arch = Architecture.model_validate_json(key)
     at = Coordinates(tensor=0, context=0, data=0, pipeline=stage, expert_tensor=0, expert=0, expert_data=0)
     return tuple(Held.of(local_parameters(arch, layout, at, chunk)) for chunk in range(layout.virtual))
 

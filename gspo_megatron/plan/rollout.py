@@ -69,10 +69,10 @@ def weight_bytes(arch: Architecture, tensor: int, pipeline: int, element: int) -
 
 
 @lru_cache(maxsize=32)
-def _kinds(arch: Architecture) -> tuple[int, int, int]:
+def _kinds(key: str) -> tuple[int, int, int]:
     """Parameters that every GPU holds, those that follow the key-value heads, and those that are simply cut."""
     copied = grouped = cut = 0
-    for name, shape in hf_shapes(arch).items():
+    for name, shape in hf_shapes(Architecture.model_validate_json(key)).items():
         if len(shape) == 1 or name.endswith("mlp.gate.weight"):
             copied += math.prod(shape)
         elif name.endswith(("k_proj.weight", "v_proj.weight")):

@@ -42,6 +42,14 @@ def processes_of(directory: Path) -> dict[int, str]:
     return found
 
 
+def assert_all_ended(directory: Path) -> None:
+    """Processes that were sent SIGKILL need a moment on a busy machine."""
+    deadline = time.monotonic() + 10
+    while left := processes_of(directory):
+        assert time.monotonic() < deadline, f"left behind: {left}"
+        time.sleep(0.1)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     directory = tmp_path_factory.mktemp("main_job")
@@ -72,7 +80,7 @@ def test_three_steps_leave_everything_that_is_promised(finished: tuple[Path, str
     assert (run / "checkpoints" / "final" / "model.safetensors.index.json").is_file()
     assert list((run / "tensorboard").iterdir())
     assert (run / "objective.txt").read_text().strip() in said
-    assert not processes_of(directory)
+    assert_all_ended(directory)
 
 
 def test_the_first_mini_batch_has_not_moved_and_later_ones_have(finished: tuple[Path, str]) -> None:
@@ -110,7 +118,7 @@ def test_a_killed_process_ends_the_job(tmp_path: Path, victim: str) -> None:
     assert time.monotonic() - began < 20
     assert job.returncode == 1
     assert "failed: killed by SIGKILL" in said.strip().splitlines()[-1]
-    assert not processes_of(tmp_path)
+    assert_all_ended(tmp_path)
 
 
 def test_ctrl_c_ends_the_job(tmp_path: Path) -> None:
@@ -123,4 +131,4 @@ def test_ctrl_c_ends_the_job(tmp_path: Path) -> None:
     assert time.monotonic() - began < 20
     assert job.returncode == 130
     assert "SIGINT" in said.strip().splitlines()[-1]
-    assert not processes_of(tmp_path)
+    assert_all_ended(tmp_path)

@@ -14,7 +14,7 @@ from tests.slurm.lab.cluster import Lab, LabError, wait_for
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "launch/gspo_moe.sh"
 TINY = "recipes/tiny_moe.yaml"
-START = 600.0
+START = 1200.0
 """Seconds that a run may take to its first checkpoint: six processes import torch, and more, on two cores."""
 SMALL = (
     "placement.gpu=cpu", "batch.prompts=8", "batch.answers=4", "batch.updates=2", "rollout.max_answer_tokens=12",

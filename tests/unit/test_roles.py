@@ -29,6 +29,14 @@ def is_alive(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
+def assert_ends(pid: int) -> None:
+    """A process that was sent SIGKILL needs a moment on a busy machine."""
+    deadline = time.monotonic() + 10
+    while is_alive(pid):
+        assert time.monotonic() < deadline, f"process {pid} lives on"
+        time.sleep(0.05)
+
+
 def test_ends_well_when_the_trainers_do(tmp_path: Path) -> None:
     roles = [Role("controller", SLEEP), Role("trainer-0", python("pass")), Role("trainer-1", python("pass"))]
     began = time.monotonic()
@@ -89,7 +97,7 @@ while not (os.path.exists({str(child)!r}) and open({str(child)!r}).read()):
     time.sleep(0.05)
 """
     assert run_roles([Role("controller", python(code)), Role("trainer-0", python(wait))], tmp_path / "logs") == 0
-    assert not is_alive(int(child.read_text()))
+    assert_ends(int(child.read_text()))
 
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -109,7 +117,9 @@ sys.exit(run_roles([Role("trainer-0", command), Role("controller", command)], Pa
     _, said = process.communicate(timeout=20)
     assert process.returncode == exit_code
     assert number.name in said.strip().splitlines()[-1]
-    assert not any(is_alive(int(entry.name)) for entry in tmp_path.iterdir() if entry.name.isdigit())
+    for entry in tmp_path.iterdir():
+        if entry.name.isdigit():
+            assert_ends(int(entry.name))
 
 
 def test_the_key_is_in_no_command_line(tmp_path: Path) -> None:
