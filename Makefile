@@ -15,7 +15,7 @@ OWN_TARGET := tests/gpu tests/slurm
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint test-slurm test-gpu requirements clean
+.PHONY: help setup train test lint test-slurm test-faults test-gpu requirements clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ lint: setup ## ruff and pyright
 
 test-slurm: setup ## the launcher on a real SLURM in network namespaces; wants root and the packages of .ci/run
 	$(PYTEST) -rs tests/slurm $(ARGS)
+
+test-faults: setup ## plant 28 faults in the objective engine, one at a time: each must turn a test red
+	$(BIN)/python tools/planted_faults_objective.py
 
 test-gpu: setup ## the tests that need an NVIDIA GPU
 	$(PYTEST) tests/gpu $(ARGS)

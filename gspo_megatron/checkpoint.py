@@ -77,6 +77,7 @@ def save(trainer: Trainer, directory: Path, step: int) -> None:
             "version": trainer.version,
             "updates": trainer.updates,
             "skipped": trainer.skipped,
+            "objective": trainer.objective_sentence(),
             "controller": controller,
             "layout": asdict(trainer.policy.layout),
         }

@@ -66,6 +66,11 @@ class Trainer:
         self.updates = 0
         self.skipped = 0
 
+    def objective_sentence(self) -> str:
+        """The effective objective, as `objective.txt` and every checkpoint hold it."""
+        batch = self.recipe.batch
+        return self.spec.describe(batch.prompts * batch.answers // batch.updates, batch.updates)
+
     def on_first_rank(self, ask: Callable[[ControllerLink], Any]) -> Any:
         """What rank 0 hears from the controller, on every rank."""
         heard = [ask(self.link) if self.link is not None else None]
