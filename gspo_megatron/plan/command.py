@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -33,7 +34,6 @@ def add_arguments(subparsers: argparse._SubParsersAction[argparse.ArgumentParser
     parser.add_argument("--explain", metavar="KEY", help="say what a recipe key means, e.g. trainer.recompute")
     parser.add_argument("--search", action="store_true", help="list the best layouts for the recipe's model and GPUs")
 
-
     # argparse takes no overrides behind an option; a person writes them where they come to mind.
     parser.parse_known_args = partial(_parse_mixed, parser)  # type: ignore[method-assign]
 
@@ -56,6 +56,10 @@ def run(namespace: argparse.Namespace) -> int:
         return REFUSED
     try:
         return _run(namespace)
+    except BrokenPipeError:
+        # The reader, e.g. head, has enough; without this Python complains once more while it closes the stream.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except RecipeError as error:
         if namespace.json:
             document = {"findings": [_as_json(finding) for finding in error.findings]}

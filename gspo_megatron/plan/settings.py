@@ -265,5 +265,11 @@ def _small_print(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterat
             f"{trainer.max_steps * recipe.batch.updates}",
             "shorten it, or raise trainer.max_steps",
         )  # fmt: skip
+    if recipe.evaluation.answers > 1 and recipe.evaluation.temperature == 0:
+        yield Finding(
+            "evaluation-repeats", "warning", "evaluation.answers",
+            f"{recipe.evaluation.answers} greedy answers to a problem are all the same",
+            "set evaluation.temperature, e.g. 0.6, or evaluation.answers=1",
+        )  # fmt: skip
     if recipe.optimizer.lr == 0:
         yield Finding("updates-off", "info", "optimizer.lr", "0 switches the updates off", "leave it for a control run")

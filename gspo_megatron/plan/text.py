@@ -33,6 +33,9 @@ SEGMENTS = (
     ("server", "S", "white"),
 )
 """What the terms of a stage are drawn as: a word of their name, a letter, a colour."""
+HINT = (
+    "other machines: --nodes N --gpu h100|h200|b200; other layouts: --search; a key: --explain KEY; change: key=value"
+)
 STYLES = {"error": "bold red", "warning": "yellow", "info": "dim"}
 
 
@@ -53,6 +56,7 @@ def print_plan(plan: Plan, with_ranks: bool = False) -> None:
     warnings = sum(finding.severity == "warning" for finding in plan.findings)
     verdict = f"refused: {many(errors, 'error')}" if errors else "would run" if warnings else "fine"
     console.print(f"{verdict}, {many(warnings, 'warning')}", style="bold red" if errors else "bold", markup=False)
+    console.print(HINT, style="dim", markup=False)
 
 
 def lines(plan: Plan) -> Iterator[Text | str]:

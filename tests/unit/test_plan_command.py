@@ -14,6 +14,7 @@ import pytest
 
 from gspo_megatron.config import load
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.plan import make_plan
 from gspo_megatron.plan.command import add_arguments, run
 from gspo_megatron.plan.explain import all_keys, explain
 from gspo_megatron.plan.search import search
@@ -22,6 +23,7 @@ from tools.make_schema import TARGET, make_schema
 A3B, A22B = "recipes/qwen3_30b_a3b_gspo.yaml", "recipes/qwen3_235b_a22b_gspo_100k.yaml"
 SHELL = """
 import argparse, sys
+from gspo_megatron.plan import make_plan
 from gspo_megatron.plan.command import add_arguments, run
 parser = argparse.ArgumentParser()
 add_arguments(parser.add_subparsers())
@@ -140,3 +142,30 @@ def test_recipes_stay_sparse() -> None:
     for path in Path("recipes").glob("*.yaml"):
         assert len(path.read_text().splitlines()) <= 60, path
     assert set(Recipe.model_fields) >= {"placement", "trainer", "rollout"}
+
+
+VARIANTS = (
+    ("qwen3_0p6b_gspo", "placement.gpu=h200"),
+    ("qwen3_30b_a3b_gspo_100k", "placement.gpu=h200 placement.nodes=4 rollout.servers=8"),
+    ("qwen3_235b_a22b_gspo", "placement.gpu=h100 rollout.pipeline_parallel=2 rollout.servers=8"),
+    (
+        "qwen3_235b_a22b_gspo_100k",
+        "placement.nodes=8 rollout.servers=8 trainer.pipeline_parallel=4 trainer.first_stage_layers=23 "
+        "trainer.last_stage_layers=23",
+    ),
+    (
+        "qwen3_235b_a22b_gspo_100k",
+        "placement.nodes=32 rollout.servers=32 trainer.tensor_parallel=4 trainer.expert_parallel=32",
+    ),
+    ("qwen3_235b_a22b_gspo_100k", "placement.gpu=h100 rollout.pipeline_parallel=2 rollout.servers=8"),
+)
+"""Overrides that the recipes' own comments give for other machines."""
+
+
+@pytest.mark.parametrize(("name", "overrides"), VARIANTS)
+def test_the_variants_in_the_comments_are_planned_without_findings(name: str, overrides: str) -> None:
+    path = Path(f"recipes/{name}.yaml")
+    written = " ".join(path.read_text().replace("#", " ").split())
+    assert overrides in written
+    found = make_plan(load(path, overrides.split())).findings
+    assert [finding for finding in found if finding.severity != "info"] == []
