@@ -49,8 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(path: Path, overrides: Sequence[str]) -> int:
     """Run a recipe with all its roles on this machine."""
     recipe = load(path, overrides)
-    ranks = recipe.trainer.ranks or count_gpus() or 2
-    findings = [*check(recipe, ranks), *not_built(recipe)]
+    gpus = count_gpus()
+    ranks = recipe.trainer.ranks or gpus or 2
+    findings = [*check(recipe, ranks), *not_built(recipe, has_gpu=gpus > 0)]
     for finding in findings:
         print(finding, file=sys.stderr)
     if any(finding.severity == "error" for finding in findings):

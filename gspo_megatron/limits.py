@@ -6,16 +6,27 @@ from gspo_megatron.config.schema import Recipe
 from gspo_megatron.types import Finding
 
 
-def not_built(recipe: Recipe) -> list[Finding]:
-    """Errors for the axes that `gspo plan` can plan with and the loop cannot run."""
+def not_built(recipe: Recipe, has_gpu: bool) -> list[Finding]:
+    """Errors for what `gspo plan` can plan with and the loop cannot run."""
     spec = recipe.objective.spec(recipe.rollout.max_answer_tokens)
     asked = {
         "objective.kl": (spec.kl, "none", "no pass with the reference policy is made"),
         "objective.group_filter": (spec.group_filter, "none", "groups of equal rewards are not sampled anew"),
         "objective.replay": (spec.replay, "off", "routes are neither recorded nor replayed"),
+        "rollout.max_staleness": (recipe.rollout.max_staleness, 0, "every rollout batch waits for the newest weights"),
+        "rollout.pipeline_parallel": (recipe.rollout.pipeline_parallel, 1, "live updates reach one stage only"),
     }
-    return [
+    found = [
         Finding("not-built", "error", key, f"{value} is asked for, but {reason} yet", f"set {key}={neutral}")
         for key, (value, neutral, reason) in asked.items()
         if value != neutral
     ]
+    if has_gpu and not recipe.placement.rollout_nodes:
+        found.append(
+            Finding(
+                "not-built", "error", "placement.rollout_nodes",
+                "0 is asked for, but servers that share the trainer's GPUs are not put to sleep while it trains yet",
+                "set placement.rollout_nodes to 1 or more",
+            )
+        )  # fmt: skip
+    return found

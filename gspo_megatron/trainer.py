@@ -219,12 +219,13 @@ class Trainer:
             self.log.warn(finding)
 
     def evaluate(self, step: int) -> float:
-        """Held-out greedy accuracy under the weights of the servers."""
-        problems = self.recipe.evaluation.problems
+        """Held-out accuracy under the weights of the servers."""
+        section = self.recipe.evaluation
+        problems = section.problems
         with self.log.time("evaluate"), self.log.progress("evaluate", problems) as bar:
             found = self.on_first_rank(
                 lambda link: link.evaluate(
-                    problems, answers=1, temperature=0.0, on_progress=lambda p: bar.update(p["done"])
+                    problems, section.answers, section.temperature, on_progress=lambda p: bar.update(p["done"])
                 )
             )
         self.log.evaluation(step, found)
@@ -241,6 +242,9 @@ class Trainer:
             max_tokens=self.recipe.trainer.micro_batch_tokens,
             ranks_per_expert_group=max(1, layout.expert * layout.expert_tensor // (layout.tensor * layout.context)),
         )
+        # The interleaved schedule takes micro-batches in groups of PP; empty ones fill the last group.
+        group = layout.pipeline if layout.virtual > 1 else 1
+        slots += [[[] for _ in range(layout.data)] for _ in range(-len(slots) % group)]
         return [slot[self.policy.at.data] for slot in slots]
 
     def _cost(self, length: int) -> float:

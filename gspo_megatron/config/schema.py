@@ -45,7 +45,7 @@ class DataSection(Section):
     path: Path | None = None
     """The JSONL file of training problems."""
     held_out_path: Path | None = None
-    """The JSONL file of held-out problems; null = the first `held_out` of a shuffled `path`."""
+    """The JSONL file of held-out problems; null = `held_out` questions of `path`, chosen by the hash of their text."""
     task: str | None = None
     """Name of a reasoning-gym task: `basic_arithmetic`."""
     options: dict[str, Any] = Field(default_factory=dict)

@@ -99,6 +99,7 @@ def vllm_arguments(recipe: Recipe, model: Path, host: str, port: int, has_gpu: b
         f"--dtype={recipe.model.dtype}",
         f"--seed={recipe.run.seed}",
         f"--tensor-parallel-size={rollout.tensor_parallel}",
+        f"--decode-context-parallel-size={rollout.decode_context_parallel}",
         f"--max-model-len={rollout.max_prompt_tokens + rollout.max_answer_tokens}",
         f"--max-num-seqs={rollout.max_concurrency}",
         "--load-format=dummy",
@@ -106,7 +107,7 @@ def vllm_arguments(recipe: Recipe, model: Path, host: str, port: int, has_gpu: b
         # A model directory's generation_config would silently become the sampler.
         "--generation-config=vllm",
         "--logprobs-mode=processed_logprobs",
-        "--enable-prefix-caching",
+        f"--{'' if rollout.prefix_caching else 'no-'}enable-prefix-caching",
         "--enable-scale-out",
         "--disable-uvicorn-access-log",
         # Development mode would log a growing stack for every request that a dead engine leaves: 300 MB for 500.
