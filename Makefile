@@ -15,7 +15,7 @@ OWN_TARGET := tests/gpu tests/slurm
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint test-slurm test-faults test-gpu requirements clean
+.PHONY: help setup train test lint test-slurm test-faults fuzz test-gpu requirements clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ test-slurm: setup ## the launcher on a real SLURM in network namespaces; wants r
 
 test-faults: setup ## plant 28 faults in the objective engine, one at a time: each must turn a test red
 	$(BIN)/python tools/planted_faults_objective.py
+
+fuzz: setup ## 10,000 random mutations of the recipes through `gspo plan` (make test has 1,000)
+	GSPO_FUZZ=10000 $(PYTEST) tests/unit/test_plan_fuzz.py $(ARGS)
 
 test-gpu: setup ## the tests that need an NVIDIA GPU
 	$(PYTEST) tests/gpu $(ARGS)

@@ -51,7 +51,7 @@ def _say(code: str, severity: Severity, key: str, message: str, fix: str) -> Fin
 def _ratio(spec: ObjectiveSpec, updates: int | None, max_answer_tokens: int | None) -> Iterator[Finding]:
     if spec.per_sequence and spec.aggregation in ("token_mean", "constant"):
         yield _say(
-            "sequence-ratio-token-mean", "error", "aggregation",
+            "token-mean-with-gspo", "error", "aggregation",
             f"{spec.aggregation} with ratio_level={spec.ratio_level} weighs an answer by its length, "
             "which the 1/length in the ratio was there to prevent",
             "use seq_mean_token_mean (gspo), or preset luspo if long answers shall weigh more",
@@ -72,14 +72,16 @@ def _ratio(spec: ObjectiveSpec, updates: int | None, max_answer_tokens: int | No
         )  # fmt: skip
     if spec.ratio_reference == "sampler" and spec.per_sequence and spec.clip_low < 2e-3 and spec.trust in _BANDED:
         yield _say(
-            "sampler-reference-band", "warning", "ratio_reference",
+            "sampler-logprobs-as-old", "warning", "ratio_reference",
             f"clip_low={spec.clip_low:g} around the sampler's log-probs: at the 1.5e-3 nats a token by which two "
             "engines differ on a mixture of experts, nearly every negative answer is clipped before the first update",
             "use ratio_reference=recomputed",
         )  # fmt: skip
     if updates == 1 and spec.ratio_reference == "recomputed" and spec.trust in (*_BANDED, "log_clip", "soft_gate"):
+        # A run that calls itself GSPO and can never clip is worth a reason, not only a line.
+        code, severity = ("gspo-inert", "warning") if spec.per_sequence else ("ratio-inert", "info")
         yield _say(
-            "ratio-inert", "info", "trust",
+            code, severity, "trust",
             "one update a batch: every ratio is 1, so nothing is ever clipped and ratio_level makes no difference",
             "leave it for an on-policy run, or set batch.updates=4 as in the GSPO paper",
         )  # fmt: skip

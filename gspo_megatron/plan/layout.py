@@ -9,7 +9,7 @@ from gspo_megatron.config.model import Architecture
 from gspo_megatron.config.schema import TrainerSection
 from gspo_megatron.plan.machine import Machine
 from gspo_megatron.types import Finding
-from gspo_megatron.weights.layout import Coordinates, Layout
+from gspo_megatron.weights.layout import Coordinates, Layout, layout_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,21 +24,6 @@ class Span:
     """Consecutive ranks from its first to its last member."""
     inside_node: bool
     """Whether every group of this kind stays within one node."""
-
-
-def layout_of(trainer: TrainerSection, ranks: int) -> Layout:
-    """The layout a recipe asks for on so many ranks."""
-    return Layout(
-        world=ranks,
-        tensor=trainer.tensor_parallel,
-        pipeline=trainer.pipeline_parallel,
-        virtual=trainer.virtual_pipeline or 1,
-        context=trainer.context_parallel,
-        expert=trainer.expert_parallel,
-        expert_tensor=trainer.expert_tensor_parallel,
-        first_stage_layers=trainer.first_stage_layers,
-        last_stage_layers=trainer.last_stage_layers,
-    )
 
 
 def spans(layout: Layout, per_node: int) -> list[Span]:
@@ -100,8 +85,7 @@ def _grid(trainer: TrainerSection, ranks: int) -> Iterator[Finding]:
         yield _error(
             "expert-group-splits-data", "expert_parallel",
             f"EP * ETP = {expert * expert_tensor} ranks span {group} data-parallel ranks of {data}, which leaves a "
-            "rest: "
-            "micro-batches cannot be balanced over them",
+            "rest: micro-batches cannot be balanced over them",
             f"choose EP * ETP as a multiple of TP * CP = {tensor * context} that divides {ranks // pipeline}",
         )  # fmt: skip
 
@@ -208,9 +192,8 @@ def _nodes(layout: Layout, machine: Machine) -> Iterator[Finding]:
         if span.name == "expert":
             yield Finding(
                 "experts-cross-nodes", "info", key,
-                f"EP {span.size} spans {span.reach} ranks, {per_node} are in a node: tokens reach their experts "
-                "over the "
-                f"network, {machine.device.network / 1e9:.0f} GB/s a GPU instead of "
+                f"EP {span.size} spans {span.reach} ranks, {per_node} are in a node: tokens reach their experts over "
+                f"the network, {machine.device.network / 1e9:.0f} GB/s a GPU instead of "
                 f"{machine.device.node_link / 1e9:.0f}",
                 f"EP * ETP of at most {per_node} stays inside, at more weights a GPU",
             )  # fmt: skip

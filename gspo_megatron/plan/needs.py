@@ -129,8 +129,7 @@ def findings(
         yield Finding(
             "disk-too-small", "error", "placement.disk_gib",
             f"{allowed:g} GiB, but the run writes about {sum(needed.values()) / 2**30:.0f}, most of it {name}: two "
-            "states "
-            "lie side by side while one is written",
+            "states lie side by side while one is written",
             f"give it {sum(needed.values()) / 2**30 * 1.2:.0f} GiB",
         )  # fmt: skip
 
@@ -162,8 +161,7 @@ def _time(recipe: Recipe, arch: Architecture, machine: Machine, compute: Compute
         yield Finding(
             "walltime-too-short", "error", "placement.walltime_hours",
             f"{limit:g} h, but start-up, two steps of about {compute.seconds_per_step:.0f} s and a checkpoint take "
-            f"{least:.1f} h: "
-            "the job would be requeued without ever getting on",
+            f"{least:.1f} h: the job would be requeued without ever getting on",
             f"set it to at least {2 * least:.1f}",
         )  # fmt: skip
     elif limit < compute.hours:

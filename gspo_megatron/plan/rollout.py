@@ -191,8 +191,7 @@ def _cuts(recipe: Recipe, arch: Architecture) -> Iterator[Finding]:
         yield Finding(
             "server-cut", "error", "rollout.tensor_parallel",
             f"{groups} key-value heads can be neither cut into {tensor} nor copied evenly",
-            "choose a divisor or "
-            f"multiple of {groups}",
+            f"choose a divisor or multiple of {groups}",
         )  # fmt: skip
     if recipe.rollout.pipeline_parallel > arch.num_hidden_layers:
         yield Finding(
@@ -222,8 +221,8 @@ def _room(recipe: Recipe, machine: Machine, plan: RolloutPlan) -> Iterator[Findi
         yield Finding(
             "answer-exceeds-kv", "error", "rollout.max_answer_tokens",
             f"the KV of one answer of {rollout.max_answer_tokens} tokens takes {plan.answer_bytes / 1e9:.1f} GB; a "
-            "server of "
-            f"{plan.devices_per_server} GPU(s) has {plan.kv_room * plan.devices_per_server / 1e9:.1f} GB left for KV",
+            f"server of {plan.devices_per_server} GPU(s) has {plan.kv_room * plan.devices_per_server / 1e9:.1f} GB "
+            "left for KV",
             "raise rollout.tensor_parallel or gpu_memory_fraction, or shorten the answers",
         )  # fmt: skip
     elif plan.answers_at_mean < rollout.max_concurrency // 4 and plan.answers_at_mean < recipe.batch.prompts:

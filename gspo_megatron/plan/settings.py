@@ -16,18 +16,17 @@ from gspo_megatron.types import Finding
 
 YARN_KEYS = {"rope_type", "type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
 """What both engines read in the same way."""
-OBJECTIVE_CODES = {
-    "ratio-inert": "gspo-inert",
-    "sequence-ratio-token-mean": "token-mean-with-gspo",
-    "sampler-reference-band": "sampler-logprobs-as-old",
-}
-"""Names under which the plan reports findings about GSPO."""
 
 
 def findings(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[Finding]:
     """Everything that needs neither a layout nor an estimate."""
     spec = recipe.objective.spec(recipe.rollout.max_answer_tokens)
-    yield from _objective(recipe, spec)
+    yield from objective_findings(
+        spec,
+        updates=recipe.batch.updates,
+        answers=recipe.batch.answers,
+        max_answer_tokens=recipe.rollout.max_answer_tokens,
+    )
     yield from _context(recipe, arch)
     yield from _yarn(arch)
     yield from _sampler(recipe)
@@ -36,23 +35,6 @@ def findings(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[F
     yield from _replay(recipe, spec, arch, machine)
     yield from _model_directory(recipe, arch)
     yield from _small_print(recipe, arch, machine)
-
-
-def _objective(recipe: Recipe, spec: ObjectiveSpec) -> Iterator[Finding]:
-    found = objective_findings(
-        spec,
-        updates=recipe.batch.updates,
-        answers=recipe.batch.answers,
-        max_answer_tokens=recipe.rollout.max_answer_tokens,
-    )
-    for finding in found:
-        inert = finding.code == "ratio-inert"
-        if inert and not spec.per_sequence:
-            yield finding
-            continue
-        code = OBJECTIVE_CODES.get(finding.code, finding.code)
-        # A run that calls itself GSPO and can never clip is worth a reason, not only a line.
-        yield Finding(code, "warning" if inert else finding.severity, finding.key, finding.message, finding.fix)
 
 
 def _context(recipe: Recipe, arch: Architecture) -> Iterator[Finding]:
@@ -157,8 +139,7 @@ def _router(recipe: Recipe, arch: Architecture) -> Iterator[Finding]:
     yield Finding(
         "aux-loss-on", "warning", "trainer.aux_loss_coefficient",
         f"{coefficient:g}: the router's balancing loss is added to the objective; in reinforcement learning it was "
-        "seen to "
-        "raise the gradient norm 3 to 10 times and to cost accuracy",
+        "seen to raise the gradient norm 3 to 10 times and to cost accuracy",
         "set it to 0; the load of the experts is logged without it",
     )  # fmt: skip
 

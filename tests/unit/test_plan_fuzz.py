@@ -1,6 +1,6 @@
 """Random recipes: never a traceback, always a verdict, and accepted layouts are megatron's own.
 
-`GSPO_FUZZ=10000 pytest tests/unit/test_plan_fuzz.py` tries more.
+`make fuzz` tries 10,000.
 """
 
 from __future__ import annotations
