@@ -7,9 +7,10 @@ everywhere: a text is tokenized once, when it becomes a prompt, and never again.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
+if TYPE_CHECKING:  # only named in annotations: a launcher that reads recipes needs no numpy
+    import numpy as np
 
 StopReason = Literal["stop", "length", "repetition", "abort"]
 Severity = Literal["error", "warning", "info"]

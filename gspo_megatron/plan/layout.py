@@ -102,7 +102,6 @@ def _model_cuts(trainer: TrainerSection, arch: Architecture) -> Iterator[Finding
     """What a tensor- or expert-parallel size must divide."""
     cuts = [
         ("heads-not-divisible", "tensor_parallel", arch.num_attention_heads, "query heads"),
-        ("kv-groups-not-divisible", "tensor_parallel", arch.num_key_value_heads, "key-value heads"),
         ("vocabulary-not-divisible", "tensor_parallel", arch.vocab_size, "rows of the vocabulary"),
     ]
     if arch.num_experts:
@@ -115,6 +114,13 @@ def _model_cuts(trainer: TrainerSection, arch: Architecture) -> Iterator[Finding
         if whole % size:
             options = ", ".join(str(n) for n in range(1, min(whole, 129)) if whole % n == 0)
             yield _error(code, key, f"{whole} {what} do not divide by {key}={size}", f"choose one of {options}")
+    tensor, groups = trainer.tensor_parallel, arch.num_key_value_heads
+    if groups % tensor and tensor % groups:
+        yield _error(
+            "kv-groups-not-divisible", "tensor_parallel",
+            f"{groups} key-value heads are neither a multiple nor a divisor of tensor_parallel={tensor}",
+            f"choose a divisor or a multiple of {groups} that divides {arch.num_attention_heads} query heads",
+        )  # fmt: skip
     if not arch.num_experts:
         for key in ("expert_parallel", "expert_tensor_parallel"):
             if getattr(trainer, key) > 1:

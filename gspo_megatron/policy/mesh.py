@@ -9,25 +9,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from gspo_megatron.config.schema import TrainerSection
 from gspo_megatron.weights.layout import Layout
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-
-
-def layout_of(trainer: TrainerSection, world: int) -> Layout:
-    """The layout a recipe asks for on `world` ranks."""
-    return Layout(
-        world=world,
-        tensor=trainer.tensor_parallel,
-        pipeline=trainer.pipeline_parallel,
-        virtual=trainer.virtual_pipeline or 1,
-        context=trainer.context_parallel,
-        expert=trainer.expert_parallel,
-        expert_tensor=trainer.expert_tensor_parallel,
-        first_stage_layers=trainer.first_stage_layers,
-        last_stage_layers=trainer.last_stage_layers,
-    )
 
 
 def start_world() -> torch.device:

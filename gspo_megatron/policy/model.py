@@ -77,9 +77,11 @@ def _pipeline_settings(trainer: TrainerSection) -> dict[str, Any]:
 
 
 def _expert_settings(arch: Architecture, trainer: TrainerSection, dtype: torch.dtype, engine: bool) -> dict[str, Any]:
+    # Megatron refuses variable_seq_lengths with its default dispatcher, in a dense model too.
+    dispatcher = {"moe_token_dispatcher_type": "alltoall"}
     if not arch.num_experts:
-        return {}
-    return {
+        return dispatcher
+    return dispatcher | {
         "num_moe_experts": arch.num_experts,
         "moe_ffn_hidden_size": arch.moe_intermediate_size,
         "moe_router_topk": arch.num_experts_per_tok,
@@ -89,7 +91,6 @@ def _expert_settings(arch: Architecture, trainer: TrainerSection, dtype: torch.d
         "moe_router_dtype": "fp64" if dtype is torch.float64 else "fp32",
         "moe_router_load_balancing_type": "aux_loss" if trainer.aux_loss_coefficient else "none",
         "moe_aux_loss_coeff": trainer.aux_loss_coefficient,
-        "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": engine,
         "moe_permute_fusion": engine,
         "expert_model_parallel_size": trainer.expert_parallel,

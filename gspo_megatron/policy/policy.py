@@ -27,6 +27,7 @@ from gspo_megatron.policy.head import chosen_logprobs
 from gspo_megatron.policy.microbatch import MicroBatch, place
 from gspo_megatron.policy.model import build_chunks, record_margins
 from gspo_megatron.policy.weights import ReadPiece, ShardedWeights, save_hf
+from gspo_megatron.weights.layout import layout_of
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class Policy:
 
     def __init__(self, recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None) -> None:
         self.recipe, self.device = recipe, device
-        self.layout = mesh.layout_of(recipe.trainer, dist.get_world_size())
+        self.layout = layout_of(recipe.trainer, dist.get_world_size())
         mesh.build_groups(self.layout)
         self.at = self.layout.coordinates(dist.get_rank())
         tensor_parallel.model_parallel_cuda_manual_seed(recipe.run.seed)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gspo_megatron.config.schema import TrainerSection
+
 
 @dataclass(frozen=True, slots=True)
 class Coordinates:
@@ -116,3 +118,18 @@ class Layout:
                 if layer in self.layers(num_layers, stage, chunk):
                     return stage, chunk
         raise ValueError(f"layer {layer} is not one of {num_layers} layers")
+
+
+def layout_of(trainer: TrainerSection, world: int) -> Layout:
+    """The layout a recipe asks for on `world` ranks."""
+    return Layout(
+        world=world,
+        tensor=trainer.tensor_parallel,
+        pipeline=trainer.pipeline_parallel,
+        virtual=trainer.virtual_pipeline or 1,
+        context=trainer.context_parallel,
+        expert=trainer.expert_parallel,
+        expert_tensor=trainer.expert_tensor_parallel,
+        first_stage_layers=trainer.first_stage_layers,
+        last_stage_layers=trainer.last_stage_layers,
+    )

@@ -169,18 +169,26 @@ def _columns(
 
 
 def _qkv(arch: Architecture, ours: str, theirs: str, index: int, count: int) -> Parameter:
-    """Rows of one key-value group lie together: its queries, then its key, then its value; TP cuts between groups."""
+    """Rows of one key-value group lie together: its queries, then its key, then its value; TP cuts them evenly.
+
+    With more ranks than groups the cuts fall inside a group, even inside a head: no row is held twice. Megatron gathers
+    the product over the tensor-parallel ranks and each rank picks its queries and their group's key and value.
+    """
     head, hidden = arch.head_dim, arch.hidden_size
     queries = arch.num_attention_heads // arch.num_key_value_heads * head
-    groups = arch.num_key_value_heads // count
+    part = (queries + 2 * head) * arch.num_key_value_heads // count
+    first, last = index * part, (index + 1) * part
     pieces: list[Piece] = []
     row = 0
-    for group in range(index * groups, (index + 1) * groups):
+    for group in range(arch.num_key_value_heads):
         for tensor, height in (("q_proj", queries), ("k_proj", head), ("v_proj", head)):
-            source = (group * height, (group + 1) * height)
-            pieces.append(Piece(f"{theirs}self_attn.{tensor}.weight", source, (0, hidden), (row, row + height)))
+            start, end = max(row, first), min(row + height, last)
+            if start < end:
+                source = (group * height + start - row, group * height + end - row)
+                at = (start - first, end - first)
+                pieces.append(Piece(f"{theirs}self_attn.{tensor}.weight", source, (0, hidden), at))
             row += height
-    return Parameter(ours + "self_attention.linear_qkv.weight", (row, hidden), tuple(pieces))
+    return Parameter(ours + "self_attention.linear_qkv.weight", (part, hidden), tuple(pieces))
 
 
 def _mlp(ours: str, theirs: str, hidden: int, width: int, index: int, count: int, expert: bool) -> Iterator[Parameter]:

@@ -20,6 +20,7 @@ LAYOUTS = [
     Layout(8, tensor=4, pipeline=2, expert=2, expert_tensor=2),
     Layout(16, tensor=2, pipeline=2, context=2, expert=8, virtual=2),
     Layout(8, pipeline=4),
+    Layout(8, tensor=8, expert=2),  # more ranks than key-value heads: cuts inside a group
 ]
 QWEN3_30B = Architecture(
     vocab_size=151936,
