@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import gspo_megatron
-from gspo_megatron.config.schema import ColdStartSection, Recipe
+from gspo_megatron.config.schema import Recipe
+from gspo_megatron.config.task import ColdStartSection
 from gspo_megatron.data.demonstrations import build_demonstrations
 from gspo_megatron.data.stream import PromptStream
 from gspo_megatron.data.tokenizers import load_tokenizer

@@ -14,7 +14,7 @@ class Architecture(Section):
     """A Qwen3 or Qwen3-MoE model, under the names of its Hugging Face `config.json`."""
 
     model_type: Literal["qwen3_moe", "qwen3"] = "qwen3_moe"
-    """`qwen3_moe` = every layer a mixture of experts; `qwen3` = dense."""
+    """`qwen3_moe` = every layer a mixture of experts; `qwen3` = dense. Source: what the recipes here train."""
     vocab_size: int = Field(gt=0)
     """Rows of the embedding and of the head, padding rows included."""
     hidden_size: int = Field(gt=0)
@@ -36,17 +36,20 @@ class Architecture(Section):
     num_experts_per_tok: int = Field(default=0, ge=0)
     """Experts a token is sent to (top-k)."""
     norm_topk_prob: bool = True
-    """Renormalise the chosen experts' probabilities. transformers' class default is false, the models say true."""
+    """Renormalise the chosen experts' probabilities. transformers' class default is false, the models say true.
+
+    Source: config.json of Qwen3-30B-A3B and 235B-A22B.
+    """
     rope_theta: float = Field(default=1e6, gt=0)
-    """Base of the rotary embedding."""
+    """Base of the rotary embedding. Source: config.json of the Qwen3 releases; the 2507 ones have 1e7 and 5e6."""
     rope_scaling: dict[str, float | int | str] | None = None
     """YaRN parameters as in `config.json`, or null."""
     max_position_embeddings: int = Field(gt=0)
     """Native context, tokens."""
     rms_norm_eps: float = Field(default=1e-6, gt=0)
-    """Epsilon of every RMSNorm."""
+    """Epsilon of every RMSNorm. Source: config.json of every Qwen3."""
     initializer_range: float = Field(default=0.02, gt=0)
-    """Standard deviation of a random initialisation."""
+    """Standard deviation of a random initialisation. Source: config.json of every Qwen3."""
     tie_word_embeddings: bool = False
     """Whether the head is the transposed embedding."""
 
@@ -89,7 +92,10 @@ class ModelSection(Section):
     architecture: Architecture | None = None
     """Typed shape; read from `path`/config.json when null."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Type of the trainer's and the sampler's weights; log-probs and the router are float32 in either."""
+    """Type of the trainer's and the sampler's weights; log-probs and the router are float32 in either.
+
+    Source: the type in which Qwen3 is published.
+    """
 
     @model_validator(mode="after")
     def a_path_or_an_architecture(self) -> ModelSection:

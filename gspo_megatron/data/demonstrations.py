@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from gspo_megatron.config.loading import refuse
-from gspo_megatron.config.schema import ColdStartSection
+from gspo_megatron.config.task import ColdStartSection
 from gspo_megatron.data.tokenizers import Tokenizer
 from gspo_megatron.types import Problem, Sample, SampleRef
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gspo_megatron.config.loading import refuse
-from gspo_megatron.config.schema import DataSection
+from gspo_megatron.config.task import DataSection
 from gspo_megatron.types import Problem
 
 MOST_REFUSALS = 10_000

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gspo_megatron.config.loading import refuse
-from gspo_megatron.config.schema import TokenizerSection
+from gspo_megatron.config.task import TokenizerSection
 
 
 class Tokenizer(Protocol):

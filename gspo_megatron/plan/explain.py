@@ -62,7 +62,7 @@ def _section_text(key: str, model: type[BaseModel]) -> str:
     lines = [f"{key}: {(model.__doc__ or '').strip()}"]
     width = max(len(name) for name in model.model_fields)
     for name, field in model.model_fields.items():
-        told = " ".join((field.description or "").split())
+        told = " ".join((field.description or "").split()).partition(" Source: ")[0]
         lines.append(f"  {name:<{width}}  {told or _section_line(field)}")
     return "\n".join(lines)
 
@@ -73,10 +73,13 @@ def _section_line(field: FieldInfo) -> str:
 
 
 def _field_text(key: str, field: FieldInfo, value: Any, given: bool) -> str:
-    lines = [key, "  " + " ".join((field.description or "no description").split())]
+    told, _, source = " ".join((field.description or "no description").split()).partition(" Source: ")
+    lines = [key, f"  {told}"]
     lines.append(f"  type      {_type_words(field.annotation)}{_bounds(field)}")
     default = "none: it must be set" if field.is_required() else _written(field.get_default(call_default_factory=True))
     lines.append(f"  default   {default}")
+    if source:
+        lines.append(f"  from      {source.rstrip('.')}")
     if given:
         lines.append(f"  here      {_written(value)}")
     return "\n".join(lines)

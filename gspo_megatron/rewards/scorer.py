@@ -7,7 +7,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gspo_megatron.config.schema import DataSection, Recipe, RewardSection
+from gspo_megatron.config.schema import Recipe
+from gspo_megatron.config.task import DataSection, RewardSection
 from gspo_megatron.rewards import gym, mathematics
 from gspo_megatron.types import Problem, StopReason
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gspo_megatron.config.loading import RecipeError
-from gspo_megatron.config.schema import ColdStartSection
+from gspo_megatron.config.task import ColdStartSection
 from gspo_megatron.data.demonstrations import (
     build_demonstrations,
     demonstrate,

@@ -105,6 +105,15 @@ def test_every_key_is_explained() -> None:
         assert len(told.splitlines()) >= 2, key
 
 
+def test_every_chosen_default_names_its_source() -> None:
+    neutral = {"null", "0", "1", "0.0", "1.0", "false", "none", "off", "run", "()", "{}"}
+    for key in all_keys():
+        told = explain(key)
+        lines = dict(line.split(maxsplit=1) for line in told.splitlines() if line.startswith("  default"))
+        default = lines.get("default", "null")
+        assert default in neutral or default.startswith("none: it must") or "\n  from" in told, told
+
+
 def test_explain_names_the_nearest_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan("--explain", "trainer.recompute") == 0
     assert "none | selective | full" in capsys.readouterr().out

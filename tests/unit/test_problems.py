@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gspo_megatron.config.loading import RecipeError
-from gspo_megatron.config.schema import DataSection
+from gspo_megatron.config.task import DataSection
 from gspo_megatron.data.problems import JsonlProblems, open_problems, read_jsonl
 
 ADDITION = {

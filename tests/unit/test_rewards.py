@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gspo_megatron.config.schema import DataSection, RewardSection
+from gspo_megatron.config.task import DataSection, RewardSection
 from gspo_megatron.rewards import SCORES, Scorer
 from gspo_megatron.types import Problem
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gspo_megatron.config.loading import RecipeError
-from gspo_megatron.config.schema import TokenizerSection
+from gspo_megatron.config.task import TokenizerSection
 from gspo_megatron.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
