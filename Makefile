@@ -24,7 +24,7 @@ setup: ## make .venv with the pinned packages (CUDA stack where there is a GPU; 
 	@$(PYTHON) tools/setup_environment.py
 
 train: setup ## run the main job, recipes/tiny_moe.yaml (RECIPE= and ARGS= change it)
-	$(BIN)/gspo train $(RECIPE) $(ARGS)
+	GSPO_VENV=.venv launch/local.sh $(RECIPE) $(ARGS)
 
 test: lint ## lint, then every test that needs neither a GPU nor SLURM
 	$(PYTEST) $(addprefix --ignore=,$(OWN_TARGET)) $(ARGS)

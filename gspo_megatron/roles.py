@@ -20,6 +20,8 @@ from pathlib import Path
 from types import FrameType
 
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.plan.hosts import Host, Ports, Spread, tasks
+from gspo_megatron.plan.machine import find_gpus
 
 LOOPBACK = "127.0.0.1"
 GRACE = 5.0
@@ -51,32 +53,22 @@ class Interrupted(Exception):
 
 
 def plan_roles(recipe: Recipe, run_dir: Path, ranks: int) -> list[Role]:
-    """The processes of a run on one machine: trainer ranks, rollout servers, controller."""
-    ports = free_ports(2 + recipe.rollout.servers)
-    python = (sys.executable, "-m")
+    """The processes of a run on one machine: those of a job of one node, on ports that are free here."""
+    free = free_ports(2 + recipe.rollout.servers)
+    ports, here = Ports(free[0], free[1], tuple(free[2:])), Host("localhost", LOOPBACK)
+    over = Spread((here,), ranks, (here,), recipe.rollout.servers, find_gpus()[1] or 0)
     key = {"GSPO_JOB_KEY": secrets.token_hex(16)}
-    where = ("--run-dir", str(run_dir))
-    controller = f"http://{LOOPBACK}:{ports[1]}"
-    servers = [f"http://{LOOPBACK}:{port}" for port in ports[2:]]
-    roles = []
-    for index, port in enumerate(ports[2:]):
-        place = ("--index", str(index), "--host", LOOPBACK, "--port", str(port))
-        roles.append(Role(f"rollout-{index}", (*python, "gspo_megatron.rollout.server", *where, *place), key))
-    place = ("--host", LOOPBACK, "--port", str(ports[1]), "--servers", ",".join(servers))
-    roles.append(Role("controller", (*python, "gspo_megatron.rollout.controller", *where, *place), key))
-    for rank in range(ranks):
-        environment = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": LOOPBACK,
-            "MASTER_PORT": str(ports[0]),
-            "OMP_NUM_THREADS": "1",
-            "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-        }
-        command = (*python, "gspo_megatron.loop", *where, "--controller", controller)
-        roles.append(Role(f"trainer-{rank}", command, {**key, **environment}, owns_terminal=rank == 0))
-    return roles
+    # Servers may have an environment of their own, as on a cluster (launch/local.sh).
+    programs = {"rollout": os.environ.get("GSPO_ROLLOUT_PYTHON", sys.executable)}
+    return [
+        Role(
+            task.name,
+            (programs.get(task.kind, sys.executable), *task.arguments),
+            {**key, **task.environment},
+            owns_terminal=task.name == "trainer-0",
+        )
+        for task in tasks(recipe, over, ports, run_dir)
+    ]
 
 
 def free_ports(count: int) -> list[int]:

@@ -8,7 +8,7 @@
 #
 # sbatch options override the lines below. What else a site needs goes into launch/site.sh (launch/site.example.sh).
 #SBATCH --job-name=gspo
-#SBATCH --nodes=4
+#SBATCH --nodes=8
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
@@ -38,8 +38,12 @@ find_home() { # the checkout; SLURM runs a copy of this file from its spool dire
     fi
 }
 
+default_of() { # OPTION -> what sbatch takes from the lines above
+    sed -n "s/^#SBATCH --$1=//p" "$home/launch/gspo_moe.sh"
+}
+
 read_arguments() {
-    dry_run='' wanted_nodes=1 wanted_gpus=8 recipe='' overrides=()
+    dry_run='' wanted_nodes=$(default_of nodes) wanted_gpus=$(default_of gpus-per-node) recipe='' overrides=()
     while [ $# -gt 0 ]; do
         case $1 in
         --dry-run) dry_run=yes ;;
@@ -76,7 +80,7 @@ find_hosts() { # names of the nodes, trainers first; a het job's second componen
 read_plan() { # PHASE: fills the table `plan` with what launch/lib/plan.py answers; its words go to the log
     local key value said names
     names=$(IFS=,; echo "${hosts[*]}")
-    said=$(in_trainer "$(python_of trainer)" -m launch.lib.plan "$1" --job "${SLURM_JOB_ID:-JOB}" --hosts "$names" \
+    said=$(in_trainer -m launch.lib.plan "$1" --job "${SLURM_JOB_ID:-JOB}" --hosts "$names" \
         --gpus "$gpus" --running "$running" "$recipe" ${overrides[@]+"${overrides[@]}"}) || exit 2
     while IFS='=' read -r key value; do plan[$key]=$value; done <<<"$said"
     run_dir=${plan[run_dir]} gpus=${plan[gpus]}

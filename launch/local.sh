@@ -1,11 +1,16 @@
 #!/usr/bin/env bash
-# A run of a recipe on this machine, all roles of it: launch/local.sh [RECIPE] [key=value ...]
+# A run of a recipe on this machine, all roles of it: launch/local.sh [RECIPE] [key=value ...]; `make train` calls it.
 # The roles, their order and their commands are those of a job (gspo_megatron/plan/hosts.py).
 set -euo pipefail
 home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launch/lib/site.sh
 . "$home/launch/lib/site.sh"
 load_site
+# Images are srun's business; in one that was entered by hand, GSPO_VENV names the environment in it.
+GSPO_IMAGE='' GSPO_ROLLOUT_IMAGE=''
 set_environment
+[ $# -gt 0 ] || set -- "$home/recipes/tiny_moe.yaml"
+[ ! -f "$1" ] || set -- "$(realpath "$1")" "${@:2}"
 cd "$home"
-exec "$(python_of trainer)" -m gspo_megatron.cli train "${@:-recipes/tiny_moe.yaml}"
+for role in trainer rollout; do need_python "$role"; done
+GSPO_ROLLOUT_PYTHON=$(python_of rollout) exec "$(python_of trainer)" -m gspo_megatron.cli train "$@"

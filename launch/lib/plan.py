@@ -15,15 +15,18 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gspo_megatron.cli import prepare_run
 from gspo_megatron.config import Recipe, RecipeError, load
 from gspo_megatron.config.loading import load_resolved, refuse
+from gspo_megatron.limits import not_built
 from gspo_megatron.plan import hosts
 from gspo_megatron.plan.hosts import Host, Ports, Spread, Task
 from gspo_megatron.plan.plan import make_plan
+from gspo_megatron.types import Finding
 from launch.lib.preflight import judge
 from launch.lib.text import fold
 
@@ -58,6 +61,7 @@ def main() -> int:
         names = chosen.hosts.split(",")
         recipe = load_for_job(chosen.recipe, chosen.overrides, chosen.job, names, chosen.gpus)
         gpus = count_gpus(recipe)
+        say_findings(recipe, gpus, drawing=chosen.phase == "draw")
         if chosen.phase == "draw":
             return draw(recipe, names, gpus, chosen.job)
         return open_attempt(recipe, names, gpus, chosen.job, chosen.running.split())
@@ -82,13 +86,31 @@ def load_for_job(path: Path, overrides: Sequence[str], job: str, names: Sequence
     run = {"directory": recipe.run.directory or Path("runs") / f"{recipe.run.name}-{job}"}
     sections = {"placement": recipe.placement.model_copy(update=facts), "run": recipe.run.model_copy(update=run)}
     recipe = recipe.model_copy(update=sections)
-    found = list(hosts.findings(recipe, len(names), gpus))
-    errors = [finding for finding in found if finding.severity == "error"] or [
-        finding for finding in make_plan(recipe).findings if finding.severity == "error"
-    ]
+    # What does not fit the nodes makes the plan's own findings noise.
+    refuse_errors(list(hosts.findings(recipe, len(names), gpus)))
+    return recipe
+
+
+def say_findings(recipe: Recipe, gpus: int, drawing: bool) -> None:
+    """What the planner says of the recipe, and what the loop cannot run yet. A drawing needs no loop: there it warns.
+
+    Raises:
+        RecipeError: the run must not start.
+    """
+    planned, unbuilt = make_plan(recipe).findings, not_built(recipe, has_gpu=gpus > 0)
+    if drawing:
+        planned = [finding for finding in planned if finding.severity == "error"]
+        unbuilt = [replace(finding, severity="warning") for finding in unbuilt]
+    refuse_errors([*planned, *unbuilt])
+    for finding in (*planned, *unbuilt):
+        print(finding, file=sys.stderr)
+
+
+def refuse_errors(findings: Sequence[Finding]) -> None:
+    """Raise RecipeError with the errors among findings, if there are any."""
+    errors = [finding for finding in findings if finding.severity == "error"]
     if errors:
         raise RecipeError(errors)
-    return recipe
 
 
 def count_gpus(recipe: Recipe) -> int:
@@ -167,6 +189,9 @@ def open_attempt(recipe: Recipe, names: Sequence[str], gpus: int, job: str, runn
     number = 1 + max((int(path.name.partition("_")[2]) for path in logs.glob("attempt_*")), default=0)
     attempt = logs / f"attempt_{number}"
     (attempt / "preflight").mkdir(parents=True)
+    # Whoever made them removes them, unless its node lost power.
+    for key in logs.glob("attempt_*/key"):
+        key.unlink()
     write_plan(attempt, {"job": job, "attempt": number, "gpus": gpus, "hosts": [[name, name] for name in names]})
     replace_text(run_dir / FENCE, f"{number} {job}\n")
     latest = logs / ".latest"

@@ -37,6 +37,12 @@ python_of() { # ROLE -> the interpreter of its environment; in an image it is th
     if [ -n "$image" ]; then echo python3; else echo "$venv/bin/python"; fi
 }
 
+need_python() { # ROLE: refuses with a sentence where its interpreter is missing
+    local python
+    python=$(python_of "$1")
+    command -v "$python" >/dev/null || refuse "$python is not there; run make setup, or set GSPO_VENV in the site file"
+}
+
 container_of() { # ROLE -> pyxis' flags, one a line; nothing without an image, because srun would not know them
     local image=${GSPO_IMAGE:-} mounts=$home:$home
     [ "$1" = rollout ] && image=$GSPO_ROLLOUT_IMAGE

@@ -36,13 +36,16 @@ start_role() { # KIND: in the background; its pid goes into `step`
     step[$kind]=$!
 }
 
-in_trainer() { # COMMAND...: once, on the first node, in the trainer's environment
+in_trainer() { # ARGUMENTS...: Python with these, once, on the first node, in the trainer's environment
     local command
     if [ -n "${GSPO_IMAGE:-}" ] && [ -n "${SLURM_JOB_ID:-}" ]; then
-        srun_command trainer trainer "${hosts[0]}" 1 "$@"
+        srun_command trainer trainer "${hosts[0]}" 1 "$(python_of trainer)" "$@"
         "${command[@]}"
     else
-        "$@"
+        # A drawing, on a login node, is made without the image.
+        local GSPO_IMAGE=''
+        need_python trainer
+        "$(python_of trainer)" "$@"
     fi
 }
 
@@ -87,7 +90,7 @@ preflight() { # one short step on every node; returns 2 with a sentence for each
         grep -hvE '^(srun|slurmstepd)' "$attempt"/preflight/*.txt >&2 || cat "$attempt"/preflight/*.txt >&2
         return 2
     fi
-    in_trainer "$(python_of trainer)" -m launch.lib.plan judge "$attempt" || return 2
+    in_trainer -m launch.lib.plan judge "$attempt" || return 2
     [ "$gpus" = 0 ] || reduce_over_network
 }
 

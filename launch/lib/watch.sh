@@ -148,6 +148,8 @@ requeue() { # `scontrol requeue` kills this script, so nothing may come after it
         exit 85
     fi
     rm -f "$attempt/key"
+    # The end that SLURM brings now is the one that was asked for.
+    trap 'exit 85' TERM
     scontrol requeue "$SLURM_JOB_ID"
     sleep 60
     exit 85

@@ -28,7 +28,7 @@ def test_a_recipe_that_does_not_fit_the_nodes(workplace: Workplace) -> None:
 
 def test_nodes_that_lack_what_slurm_granted(workplace: Workplace) -> None:
     # Without placement.gpu=cpu the granted (and here fake) GPUs count, and no nvidia-smi lists them.
-    job = workplace.submit("gpus", "placement.gpu=h100", options=["--nodes=2"])
+    job = workplace.submit("gpus", "placement.gpu=h100", "placement.rollout_nodes=1", options=["--nodes=2"])
     said = refused(job)
     for node in ("node1", "node2"):
         assert f"{node}: nvidia-smi lists 0 GPUs where SLURM granted 8; drain the node and leave the node out" in said
@@ -81,7 +81,8 @@ def test_it_finds_itself_from_another_directory(workplace: Workplace) -> None:
 
 
 def test_secrets_stay_out_of_what_is_written(workplace: Workplace) -> None:
-    job = workplace.submit("secret", "placement.gpu=h100", options=["--nodes=1"], HF_TOKEN=SECRET)
+    shape = ("placement.gpu=h100", "placement.rollout_nodes=1")
+    job = workplace.submit("secret", *shape, options=["--nodes=2"], HF_TOKEN=SECRET)
     refused(job)
     record = workplace.lab.run("scontrol", "show", "job", "-dd", str(job.id)).stdout
     for name, text in written(job.run_dir, {"scontrol": record, "log": job.text()}).items():
