@@ -143,7 +143,14 @@ class RolloutSection(Section):
     top_k: int = Field(default=0, ge=0)
     """Most likely tokens the sampler chooses from; 0 = off. Anything else is refused, as top_p is."""
     max_staleness: int = Field(default=0, ge=0)
-    """Weight versions that a trained token may be behind; 0 = synchronous."""
+    """Weight versions that a trained token may be behind; 0 = synchronous, 1 = one step off. Never exceeded."""
+    over_provision: float | None = Field(default=None, ge=0)
+    """Groups begun beyond a batch, as a share of batch.prompts; null = max_staleness.
+
+    What is unfinished when the batch is complete is cut with max_staleness=0, else carried into later batches.
+    """
+    stream_interval: int = Field(default=64, gt=0)
+    """Tokens that a server sends at a time; a lost server costs each of its answers at most so many. Source: ours."""
     max_concurrency: int = Field(default=256, gt=0)
     """Sequences one server decodes at a time. Source: vLLM, its default."""
     kv_cache_gib: float = Field(default=1.0, gt=0)

@@ -8,6 +8,7 @@ byte 32 and log-probs at a multiple of 4, so both can be viewed in place.
 from __future__ import annotations
 
 import os
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -54,6 +55,19 @@ class SampleStore:
             stop_reason=answer.stop_reason,
             segments=answer.segments,
         )
+
+    def beside(self, name: str) -> SampleStore:
+        """Another store in the same run directory."""
+        return SampleStore(self.directory.parent / name)
+
+    def prune(self, prefix: str, keep: int) -> None:
+        """Remove all but the last stores beside this one whose names begin so."""
+        for old in sorted(self.directory.parent.glob(f"{prefix}*"))[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def remove(self, ref: SampleRef) -> None:
+        """Forget a sample that is not trained on."""
+        (self.directory / ref.path).unlink(missing_ok=True)
 
     def read(self, ref: SampleRef) -> tuple[np.ndarray, int, np.ndarray]:
         """Map one sample.

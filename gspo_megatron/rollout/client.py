@@ -7,19 +7,20 @@ refused here, before it is sent.
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import json
 import re
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing, suppress
 from typing import Any
 
 import aiohttp
-import numpy as np
 
 from gspo_megatron.rollout.auth import key_header
-from gspo_megatron.types import Answer, Prompt, Segment, StopReason
+from gspo_megatron.rollout.drafts import Draft, Sampling, answer_seed
+from gspo_megatron.types import Segment, StopReason
 
+GENERATE = "/inference/v1/generate"
+DATA, DONE = b"data: ", b"data: [DONE]"
 GENERATED_TOKENS = re.compile(rb"^vllm:generation_tokens_total\{[^}]*\} ([0-9.e+]+)", re.MULTILINE)
 STALL_SECONDS = 300.0
 """A server that holds requests and yields neither a token nor an answer for so long is taken for dead."""
@@ -33,26 +34,6 @@ class ServerError(RuntimeError):
     """A server that is dead, does not answer or refuses; one sentence that names it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How answers are drawn."""
-
-    temperature: float
-    """0 = greedy."""
-    max_tokens: int
-    """Longest answer, stop token included."""
-    stop_ids: tuple[int, ...]
-    """Token ids that end an answer."""
-    seed: int
-    """The run's seed; every answer derives its own from it."""
-
-
-def answer_seed(seed: int, prompt_index: int, sample_index: int, segment: int) -> int:
-    """Seed of one segment of one answer: a continued answer must not replay the random stream of its first part."""
-    text = f"{seed}/{prompt_index}/{sample_index}/{segment}".encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) >> 1
-
-
 class ServerClient:
     """One vLLM server. Use within one event loop; `close` at the end."""
 
@@ -62,8 +43,11 @@ class ServerClient:
         self.context = context
         self.fault = ""
         """Why this server is not used any more; empty = it is."""
-        self._requests: set[asyncio.Future[Any]] = set()
-        self._slots = asyncio.Semaphore(concurrency)
+        self.slots = concurrency
+        """Answers that it may hold at a time."""
+        self.drafts: set[Draft] = set()
+        """Answers that it is sampling."""
+        self._readers: set[asyncio.Task[Any]] = set()
         self._session = aiohttp.ClientSession(
             headers=key_header(key),
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS),
@@ -111,40 +95,44 @@ class ServerClient:
                 f"of {self.context}; raise rollout.max_prompt_tokens or drop the prompt"
             )
 
-    async def generate(self, prompt: Prompt, sample_index: int, sampling: Sampling) -> Answer:
-        """Sample one answer. Raises ServerError if the server dies, ValueError for a prompt that it must not see."""
-        self.check(prompt.token_ids, sampling.max_tokens)
-        greedy = sampling.temperature == 0
-        parameters: dict[str, Any] = {
-            "n": 1,
-            "temperature": sampling.temperature,
-            "top_p": 1.0,
-            "top_k": 0,
-            "max_tokens": sampling.max_tokens,
-            "stop_token_ids": list(sampling.stop_ids),
-            # Only the ids above stop: a model's own end-of-text id may differ from the tokenizer's.
-            "ignore_eos": True,
-            "detokenize": False,
-            "seed": answer_seed(sampling.seed, prompt.index, sample_index, 0),
-        }
-        if not greedy:
-            parameters["logprobs"] = 0
-        choice = await self._submit(
-            {
-                "request_id": f"{prompt.index}-{sample_index}-{'greedy' if greedy else 'sampled'}",
-                "token_ids": list(prompt.token_ids),
-                "sampling_params": parameters,
-            }
-        )
-        logprobs = [] if greedy else [entry["logprob"] for entry in choice["logprobs"]["content"]]
-        return Answer(
-            prompt_index=prompt.index,
-            sample_index=sample_index,
-            token_ids=np.asarray(choice["token_ids"], np.int32),
-            logprobs=np.asarray(logprobs, np.float32),
-            segments=read_segments(choice["weight_versions"]),
-            stop_reason=_stop_reason(choice["finish_reason"], self.url),
-        )
+    async def generate(self, draft: Draft, sampling: Sampling, version: Callable[[], int | None]) -> StopReason:
+        """Sample the rest of an answer into its draft, as it arrives.
+
+        Args:
+            draft: what is there so far; keeps all that came when this raises or is interrupted.
+            sampling: how.
+            version: what the servers hold at this moment; None while an update is under way.
+
+        Raises:
+            ServerError: the server died. Tokens that came during an unfinished update are gone from the draft.
+            ValueError: the server must not see this prompt.
+        """
+        start, left = len(draft), sampling.max_tokens - len(draft)
+        self.check(draft.request_ids, left)
+        label = version()
+        assert label is not None, "nothing may be sampled while the weights change"
+        body = _request(draft, sampling, left)
+        draft.parts += 1
+        self.drafts.add(draft)
+        certain, reason, spans = start, None, ()
+        try:
+            async with aclosing(self._stream(body)) as chunks:
+                async for choice in chunks:
+                    entries = choice["logprobs"]["content"] if choice["logprobs"] else ()
+                    # What a chunk holds was begun when the one before it came: at worst it is labelled as too old.
+                    draft.extend(choice["token_ids"] or (), [entry["logprob"] for entry in entries], label)
+                    label = label if (now := version()) is None else now
+                    certain = certain if now is None else len(draft)
+                    reason, spans = choice["finish_reason"], choice["weight_versions"] or ()
+            if reason is None:
+                raise ServerError(f"server {self.url} broke off an answer")
+        except ServerError:
+            draft.cut(certain)
+            raise
+        finally:
+            self.drafts.discard(draft)
+        draft.relabel(start, read_segments(spans))
+        return _stop_reason(reason, self.url)
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probs of token_ids[1:] under the server's weights at temperature 1, [length - 1]."""
@@ -153,24 +141,45 @@ class ServerClient:
             "token_ids": list(token_ids),
             "sampling_params": {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False},
         }
-        answer = await self.call("POST", "/inference/v1/generate", body, timeout=STALL_SECONDS)
+        answer = await self.call("POST", GENERATE, body, timeout=STALL_SECONDS)
         rows = answer["prompt_logprobs"][1:]
         return [float(row[str(token)]["logprob"]) for row, token in zip(rows, token_ids[1:], strict=True)]
 
-    async def _submit(self, body: dict[str, Any]) -> dict[str, Any]:
-        async with self._slots:
+    async def _stream(self, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """The chunks of one answer. Raises ServerError when the server dies, or is given up by `watch`."""
+        if self.fault:
+            raise ServerError(self.fault)
+        reader = asyncio.current_task()
+        assert reader is not None
+        self._readers.add(reader)
+        try:
+            url = self.url + GENERATE
+            async with self._session.post(url, json=body, timeout=aiohttp.ClientTimeout(sock_connect=10)) as response:
+                if response.status != 200:
+                    reason = " ".join((await response.text()).split())[:400]
+                    raise ServerError(f"server {self.url} answered {GENERATE} with {response.status}: {reason}")
+                async for line in response.content:
+                    if line.startswith(DATA) and not line.startswith(DONE):
+                        yield json.loads(line[len(DATA) :])["choices"][0]
+        # A dying engine ends its streams in any of these ways, an error message instead of a chunk included.
+        except (aiohttp.ClientError, ValueError, LookupError) as error:
+            raise ServerError(f"server {self.url} is gone: {type(error).__name__} on {GENERATE}") from None
+        except asyncio.CancelledError:
             if self.fault:
-                raise ServerError(self.fault)
-            request = asyncio.ensure_future(self.call("POST", "/inference/v1/generate", body))
-            self._requests.add(request)
-            try:
-                return (await request)["choices"][0]
-            except asyncio.CancelledError:
-                if self.fault:
-                    raise ServerError(self.fault) from None
-                raise
-            finally:
-                self._requests.discard(request)
+                raise ServerError(self.fault) from None
+            raise
+        finally:
+            self._readers.discard(reader)
+
+    async def interrupt(self) -> None:
+        """End all answers under way where they are; their drafts keep what was sampled."""
+        await self.call("POST", "/pause?mode=abort", timeout=CONTROL_SECONDS)
+        deadline = asyncio.get_running_loop().time() + CONTROL_SECONDS
+        while self._readers:
+            if asyncio.get_running_loop().time() > deadline:
+                raise ServerError(f"server {self.url} holds {len(self._readers)} answers that it was told to end")
+            await asyncio.sleep(0.01)
+        await self.resume()
 
     async def generated_tokens(self) -> int:
         """Tokens generated since the server started."""
@@ -188,13 +197,13 @@ class ServerClient:
                 tokens = await self.generated_tokens()
             except ServerError:
                 tokens = seen
-            if tokens != seen or not self._requests:
+            if tokens != seen or not self._readers:
                 seen, since = tokens, clock()
             elif clock() - since > stall_seconds:
-                waiting = len(self._requests)
+                waiting = len(self._readers)
                 self.fault = f"server {self.url} made no progress on {waiting} answers for {stall_seconds:g} s"
-                for request in self._requests:
-                    request.cancel()
+                for reader in self._readers:
+                    reader.cancel()
 
     async def pause(self) -> None:
         """Stop the engine; requests are kept, their KV cache is not (vLLM's default)."""
@@ -253,6 +262,28 @@ class ServerClient:
     async def finish_update(self, version: int, timeout: float) -> None:
         """Put the model together and label it."""
         await self.call("POST", "/finish_weight_update", {"weight_version": str(version)}, timeout)
+
+
+def _request(draft: Draft, sampling: Sampling, left: int) -> dict[str, Any]:
+    """Body of the request for the rest of an answer."""
+    greedy = sampling.temperature == 0
+    place = (draft.prompt.index, draft.sample_index, draft.parts)
+    parameters: dict[str, Any] = {
+        "n": 1,
+        "temperature": sampling.temperature,
+        "top_p": 1.0,
+        "top_k": 0,
+        "max_tokens": left,
+        "stop_token_ids": list(sampling.stop_ids),
+        # Only the ids above stop: a model's own end-of-text id may differ from the tokenizer's.
+        "ignore_eos": True,
+        "detokenize": False,
+        "seed": answer_seed(sampling.seed, *place),
+    }
+    if not greedy:
+        parameters["logprobs"] = 0
+    name = "-".join(map(str, (*place, "greedy" if greedy else "sampled")))
+    return {"request_id": name, "token_ids": draft.request_ids, "sampling_params": parameters, "stream": True}
 
 
 def read_segments(spans: Sequence[dict[str, Any]]) -> tuple[Segment, ...]:

@@ -1,7 +1,7 @@
 """The controller: prompts to scored, stored, versioned answers, and the weight update.
 
 Role entry: `python -m gspo_megatron.rollout.controller --run-dir DIR --host H --port P --servers URL,URL`.
-Synchronous: a batch is complete before the weights change.
+What is begun when, and which groups make a batch, is decided in `pool.py`; which server samples what, in `dispatch.py`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,20 @@ from typing import Any, Protocol
 
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.data.store import SampleStore
-from gspo_megatron.rollout.client import Sampling, ServerError
+from gspo_megatron.rollout.carried import describe_groups, read_groups, store_drafts
+from gspo_megatron.rollout.dispatch import URGENT, Dispatcher
+from gspo_megatron.rollout.drafts import Draft, Sampling
 from gspo_megatron.rollout.fleet import Fleet, Refused
+from gspo_megatron.rollout.pool import Pool
 from gspo_megatron.rollout.scoring import ScoringPool
 from gspo_megatron.rollout.weight_update import Probe, WeightUpdater
-from gspo_megatron.types import Answer, Prompt, SampleRef
+from gspo_megatron.types import Answer, Prompt, SampleRef, StopReason
 
 log = logging.getLogger(__name__)
 NUM_EXAMPLES = 3
+KEPT_STATES = 3
+"""Checkpoints whose unfinished answers are kept; the trainer keeps fewer."""
+NO_WEIGHTS = "no server has weights yet; send them with /weights/begin and /weights/finish first"
 
 
 class Prompts(Protocol):
@@ -49,26 +55,27 @@ class TextDecoder(Protocol):
 class Progress:
     """How far the present phase is."""
 
-    done: int = 0
-    """Answers finished and scored."""
     total: int = 0
     """Answers asked for."""
-    tokens: int = 0
-    """Answer tokens of the finished ones."""
     started: float = 0.0
     """Monotonic clock at the start of the phase."""
+    done: int = 0
+    """Answers finished and scored."""
+    tokens: int = 0
+    """Answer tokens of the finished ones."""
 
     def report(self) -> dict[str, float]:
         """As JSON, with the seconds so far."""
         seconds = time.monotonic() - self.started if self.total else 0.0
-        return {"done": self.done, "total": self.total, "tokens": self.tokens, "seconds": seconds}
+        done = min(self.done, self.total)
+        return {"done": done, "total": self.total, "tokens": self.tokens, "seconds": seconds}
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
     """An answer with its text and score."""
 
-    prompt: Prompt
+    question: str
     answer: Answer
     text: str
     reward: float
@@ -86,17 +93,40 @@ class Controller:
         scoring: ScoringPool,
         store: SampleStore,
         host: str,
+        overlaps: bool,
     ) -> None:
+        """
+        Args:
+            recipe: the run.
+            fleet: its servers.
+            prompts: where its prompts come from.
+            tokenizer: turns answers into text for the scorer.
+            scoring: scores them.
+            store: keeps them.
+            host: this controller's address as the trainer and the servers reach it.
+            overlaps: the servers have devices of their own and go on while the trainer works.
+        """
         self.recipe = recipe
         self.fleet = fleet
         self.updater = WeightUpdater(fleet, recipe.weight_update, host)
         self.phase = "waiting for servers"
-        self.progress = Progress()
+        self._progress = Progress()
         self._prompts = prompts
         self._tokenizer = tokenizer
         self._scoring = scoring
         self._store = store
         self._unscored: Counter[str] = Counter()
+        self.dispatcher = Dispatcher(fleet, lambda: self.updater.version)
+        self.pool = Pool(
+            recipe,
+            self.dispatcher,
+            lambda count: asyncio.to_thread(prompts.next, count),
+            self._judge,
+            store.remove,
+            self._sampling(recipe.rollout.temperature),
+            lambda: self.updater.version,
+            overlaps,
+        )
 
     async def start(self) -> None:
         """Wait until all servers are there; scoring processes start meanwhile."""
@@ -106,10 +136,12 @@ class Controller:
         except Refused as error:
             self.phase = f"failed: {error}"
             raise
+        self.fleet.watch()
         self.phase = "idle"
 
     async def close(self) -> None:
-        """End what this controller started: connections and scoring processes."""
+        """End what this controller started: answers under way, connections and scoring processes."""
+        await self.pool.close()
         await self.fleet.close()
         self._scoring.close()
 
@@ -117,37 +149,57 @@ class Controller:
         """Phase, progress, version, and the state of every server."""
         return {
             "phase": self.phase,
-            "progress": self.progress.report(),
+            "progress": self._progress.report(),
             "version": self.updater.version,
             "servers": self.fleet.faults(),
         }
 
     async def rollout(self, step: int) -> dict[str, Any]:
-        """One rollout batch: `batch.answers` stored and scored answers to each of the next `batch.prompts` prompts."""
-        batch = self.recipe.batch
-        started = time.monotonic()
-        prompts = await asyncio.to_thread(self._prompts.next, batch.prompts)
-        scored = await self._sample(prompts, batch.answers, self.recipe.rollout.temperature)
-        samples = await asyncio.to_thread(self._keep, scored)
+        """One rollout batch: `batch.answers` stored and scored answers to each of `batch.prompts` prompts."""
+        version = self._need_weights()
+        batch, started = self.recipe.batch, time.monotonic()
+        self._progress = Progress(batch.prompts * batch.answers, started, *self.pool.done())
+        self._unscored.clear()
+        groups = await self.pool.take()
+        samples = [ref for group in groups for ref in group.members]
         tokens = sum(ref.answer_length for ref in samples)
         seconds = time.monotonic() - started
         log.info("step %d: %d answers, %d tokens in %.2f s", step, len(samples), tokens, seconds)
         accounting = {
-            "sampled": len(scored),
-            "kept": len(samples),
-            "dropped": {},
+            **self.pool.accounting.report(self.pool.groups),
             "unscored": dict(self._unscored),
             "skipped_prompts": dict(self._prompts.skipped),
         }
-        rows = [asdict(ref) for ref in samples]
-        return {"samples": rows, "seconds": seconds, "tokens": tokens, "accounting": accounting}
+        return {
+            "samples": [asdict(ref) for ref in samples],
+            "seconds": seconds,
+            "tokens": tokens,
+            "staleness": measure_staleness(samples, version),
+            "accounting": accounting,
+        }
 
     async def evaluate(self, problems: int, answers: int, temperature: float) -> dict[str, Any]:
-        """Score answers to held-out problems; nothing is stored."""
+        """Score answers to held-out problems; nothing is stored. Training samples wait for their turn meanwhile."""
+        self._need_weights()
         prompts = await asyncio.to_thread(self._prompts.held_out, problems)
-        scored = await self._sample(prompts, answers, temperature)
+        sampling = self._sampling(temperature)
+        self._progress = Progress(len(prompts) * answers, time.monotonic())
+        self.dispatcher.hold(True)
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._evaluated(Draft(prompt, sample), sampling))
+                    for prompt in prompts
+                    for sample in range(answers)
+                ]
+        except ExceptionGroup as faults:
+            # The first is the reason; the others are its consequences.
+            raise faults.exceptions[0] from None
+        finally:
+            self.dispatcher.hold(False)
+        scored = [task.result() for task in tasks]
         count = len(scored)
-        examples = [{"question": s.prompt.problem.question, "answer_text": s.text, "reward": s.reward} for s in scored]
+        examples = [{"question": s.question, "answer_text": s.text, "reward": s.reward} for s in scored]
         return {
             "accuracy": sum(s.reward >= 1.0 for s in scored) / count,
             "mean_reward": sum(s.reward for s in scored) / count,
@@ -163,73 +215,72 @@ class Controller:
     async def finish_update(self, version: int, checksum: int, probes: list[dict[str, Any]]) -> dict[str, Any]:
         """See `WeightUpdater.finish`."""
         report = await self.updater.finish(version, checksum, [Probe(**probe) for probe in probes])
+        self.dispatcher.proceed()
         self.phase = "idle"
         return report
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold of the controller."""
-        return {"stream": self._prompts.state()}
+    async def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold of the controller; tokens of unfinished answers go to a store of their own."""
+        async with self.pool.admitting:
+            rows, answers = describe_groups(self.pool.groups)
+            accounting = self.pool.accounting.report(self.pool.groups)
+            stream = self._prompts.state()
+        name = f"carried-{accounting['taken'].get('prompts', 0):08d}"
+        drafts = await asyncio.to_thread(store_drafts, answers, self._store.beside(name)) if answers else []
+        self._store.prune("carried-", KEPT_STATES)
+        return {"stream": stream, "groups": rows, "accounting": accounting, "store": name, "drafts": drafts}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    async def restore(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken."""
         self._prompts.restore(state["stream"])
+        self.pool.accounting.restore(state["accounting"])
+        if state["groups"]:
+            store = self._store.beside(state["store"])
+            groups = await asyncio.to_thread(read_groups, state["groups"], state["drafts"], store)
+            self.pool.groups[:] = groups
 
-    async def _sample(self, prompts: Sequence[Prompt], answers: int, temperature: float) -> list[Scored]:
-        """All answers to all prompts, scored, in the order of prompts and samples."""
+    def _need_weights(self) -> int:
         if self.updater.version is None:
-            raise Refused("no server has weights yet; send them with /weights/begin and /weights/finish first")
-        limit, seed = self.recipe.rollout.max_answer_tokens, self.recipe.run.seed
-        sampling = Sampling(temperature, limit, self._tokenizer.stop_ids, seed)
-        self.progress = Progress(total=len(prompts) * answers, started=time.monotonic())
-        self._unscored.clear()
-        try:
-            async with self.fleet.watched(), asyncio.TaskGroup() as group:
-                tasks = [
-                    group.create_task(self._answer(prompt, sample, sampling))
-                    for prompt in prompts
-                    for sample in range(answers)
-                ]
-        except ExceptionGroup as faults:
-            # The first is the reason; the others are its consequences.
-            raise faults.exceptions[0] from None
-        return [task.result() for task in tasks]
+            raise Refused(NO_WEIGHTS)
+        return self.updater.version
 
-    async def _answer(self, prompt: Prompt, sample: int, sampling: Sampling) -> Scored:
-        answer = await self._generate(prompt, sample, sampling)
+    def _sampling(self, temperature: float) -> Sampling:
+        limit, seed = self.recipe.rollout.max_answer_tokens, self.recipe.run.seed
+        return Sampling(temperature, limit, self._tokenizer.stop_ids, seed)
+
+    async def _evaluated(self, draft: Draft, sampling: Sampling) -> Scored:
+        return await self._score(draft, await self.dispatcher.complete(draft, sampling, URGENT))
+
+    async def _judge(self, draft: Draft, reason: StopReason) -> SampleRef:
+        """Score and store one answer to a training prompt."""
+        scored = await self._score(draft, reason)
+        return await asyncio.to_thread(self._store.write, draft.prompt, scored.answer, scored.reward)
+
+    async def _score(self, draft: Draft, reason: StopReason) -> Scored:
+        answer = draft.answer(reason)
         text = self._tokenizer.decode(self._without_stop(answer))
-        verdict = await asyncio.wrap_future(self._scoring.submit(prompt.problem, text, answer.stop_reason))
+        verdict = await asyncio.wrap_future(self._scoring.submit(draft.prompt.problem, text, reason))
         if isinstance(verdict, str):
             self._unscored[verdict] += 1
-            log.warning("the answer to prompt %d, sample %d scores 0: %s", prompt.index, sample, verdict)
-        self.progress.done += 1
-        self.progress.tokens += len(answer.token_ids)
-        return Scored(prompt, answer, text, 0.0 if isinstance(verdict, str) else verdict)
-
-    async def _generate(self, prompt: Prompt, sample: int, sampling: Sampling) -> Answer:
-        """One answer from the prompt's own server, whose prefix cache holds it; from another if that one is lost."""
-        while True:
-            live = self.fleet.live
-            if not live:
-                raise Refused(f"no server is left: {'; '.join(self.fleet.faults().values())}")
-            server = live[prompt.index % len(live)]
-            try:
-                answer = await server.generate(prompt, sample, sampling)
-            except ServerError as error:
-                self.fleet.drop(server, str(error))
-                continue
-            except ValueError as error:
-                raise Refused(f"prompt {prompt.index}: {error}") from None
-            versions = {segment.version for segment in answer.segments}
-            if versions != {self.updater.version}:
-                raise Refused(f"server {server.url} used weights of version {versions}, not {self.updater.version}")
-            return answer
+            log.warning("prompt %d, sample %d scores 0: %s", draft.prompt.index, draft.sample_index, verdict)
+            verdict = 0.0
+        self._progress.done += 1
+        self._progress.tokens += len(draft)
+        return Scored(draft.prompt.problem.question, answer, text, verdict)
 
     def _without_stop(self, answer: Answer) -> list[int]:
         ids = answer.token_ids.tolist()
         return ids[:-1] if ids and ids[-1] in self._tokenizer.stop_ids else ids
 
-    def _keep(self, scored: Sequence[Scored]) -> list[SampleRef]:
-        return [self._store.write(s.prompt, s.answer, s.reward) for s in scored]
+
+def measure_staleness(samples: Sequence[SampleRef], version: int) -> dict[str, float]:
+    """How many versions of the weights the tokens of a batch are behind: `mean` over tokens, and `largest`."""
+    behind = [(version - span.version, span.end - span.start) for ref in samples for span in ref.segments]
+    tokens = sum(count for _, count in behind)
+    return {
+        "mean": sum(lag * count for lag, count in behind) / max(tokens, 1),
+        "largest": max((lag for lag, _ in behind), default=0),
+    }
 
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 
 from gspo_megatron.rollout.client import ServerClient
 
@@ -21,6 +20,7 @@ class Fleet:
 
     def __init__(self, servers: Sequence[ServerClient]) -> None:
         self.servers = tuple(servers)
+        self._watchers: list[asyncio.Task[None]] = []
 
     @property
     def live(self) -> list[ServerClient]:
@@ -51,17 +51,13 @@ class Fleet:
                     )
                 await asyncio.sleep(0.25)
 
-    @asynccontextmanager
-    async def watched(self) -> AsyncIterator[None]:
-        """While the body samples, give up servers that make no progress."""
-        watchers = [asyncio.create_task(server.watch()) for server in self.live]
-        try:
-            yield
-        finally:
-            for watcher in watchers:
-                watcher.cancel()
+    def watch(self) -> None:
+        """From now on, give up servers that hold answers and make no progress."""
+        self._watchers = [asyncio.create_task(server.watch()) for server in self.servers]
 
     async def close(self) -> None:
         """Close all connections."""
+        for watcher in self._watchers:
+            watcher.cancel()
         for server in self.servers:
             await server.close()

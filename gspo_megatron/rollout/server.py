@@ -102,6 +102,7 @@ def vllm_arguments(recipe: Recipe, model: Path, host: str, port: int, has_gpu: b
         f"--decode-context-parallel-size={rollout.decode_context_parallel}",
         f"--max-model-len={rollout.max_prompt_tokens + rollout.max_answer_tokens}",
         f"--max-num-seqs={rollout.max_concurrency}",
+        f"--stream-interval={rollout.stream_interval}",
         "--load-format=dummy",
         "--skip-tokenizer-init",
         # A model directory's generation_config would silently become the sampler.

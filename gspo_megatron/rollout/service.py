@@ -17,6 +17,7 @@ from aiohttp import web
 from gspo_megatron.config.loading import RecipeError, load_resolved
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.data.store import SampleStore
+from gspo_megatron.plan.machine import machine_of
 from gspo_megatron.rollout.auth import OPEN_PATH, REFUSAL, has_key, read_key
 from gspo_megatron.rollout.client import ServerClient
 from gspo_megatron.rollout.controller import Controller
@@ -94,10 +95,10 @@ class Service:
         return web.json_response(self.controller.status())
 
     async def _state(self, request: web.Request) -> web.Response:
-        return web.json_response(self.controller.state())
+        return web.json_response(await self.controller.state())
 
     async def _restore(self, body: dict[str, Any]) -> dict[str, Any]:
-        self.controller.restore(body)
+        await self.controller.restore(body)
         return {}
 
     async def _evaluate(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -144,6 +145,7 @@ def build(recipe: Recipe, run_dir: Path, host: str, urls: list[str], key: str) -
         ScoringPool(make, min(MAX_SCORING_PROCESSES, os.cpu_count() or 1), SCORING_SECONDS),
         SampleStore(run_dir / SAMPLES),
         host,
+        overlaps=not machine_of(recipe).colocated,
     )
 
 

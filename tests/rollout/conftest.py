@@ -121,7 +121,7 @@ class ControllerThread:
         recipe = make_recipe()
         fleet = Fleet([ServerClient(self.server_url, KEY, VOCAB, 64, 64)])
         scoring = ScoringPool(make_scorer, 1, 5.0)
-        controller = Controller(recipe, fleet, CountingPrompts(), NumberTokenizer(), scoring, self.store, "127.0.0.1")
+        controller = Controller(recipe, fleet, CountingPrompts(), NumberTokenizer(), scoring, self.store, "127.0.0.1", True)
         runner = web.AppRunner(Service(controller, KEY).application())
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", int(self.url.rsplit(":", 1)[1])).start()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -20,7 +21,7 @@ CONTEXT = 24
 
 
 class FakeServer:
-    """Answers every prompt with its own length in tokens, three of them."""
+    """Answers every request with the number of its token ids, three times unless told otherwise."""
 
     def __init__(self) -> None:
         self.url = ""
@@ -35,6 +36,17 @@ class FakeServer:
         self.hang = False
         """While true, generation waits."""
         self.tokens = 0
+        """Sampled so far, by all requests."""
+        self.length: Callable[[dict[str, Any]], int] = lambda body: 3
+        """Tokens of an answer, by its request."""
+        self.reason = "length"
+        self.gate = 1 << 30
+        """Answers wait before this token."""
+        self.break_off_at = -1
+        """Streams end without a reason before this token."""
+        self.delay = 0.0
+        """Seconds a token takes."""
+        self.aborts = 0
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         path = request.path
@@ -44,34 +56,56 @@ class FakeServer:
         if path in self.fail:
             return web.json_response({"error": f"{path} was told to fail"}, status=self.fail[path])
         if path == "/inference/v1/generate":
-            return web.json_response(await self._generate(await request.json()))
+            return await self._generate(request, await request.json())
         if path == "/metrics":
             return web.Response(
                 text=f'vllm:generation_tokens_total{{engine="0",model_name="policy"}} {self.tokens}.0\n'
             )
         if path in ("/pause", "/resume"):
-            self.paused = path == "/pause"
+            self.paused = path == "/pause" and request.query["mode"] == "keep"
+            if path == "/pause" and request.query["mode"] == "abort":
+                self.aborts += 1
         if path == "/finish_weight_update":
             self.version = (await request.json())["weight_version"]
         report = {"checksum": self.checksum, "tensors": 1, "seconds": 0.1}
         answers = {"/is_paused": {"is_paused": self.paused}, "/get_world_size": {"world_size": 1}}
         return web.json_response({**answers, "/collective_rpc": {"results": [report]}}.get(path, {}))
 
-    async def _generate(self, body: dict[str, Any]) -> dict[str, Any]:
+    async def _generate(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         self.bodies.append(body)
         while self.hang:
             await asyncio.sleep(0.01)
-        ids = [len(body["token_ids"])] * 3
-        self.tokens += 3
+        if not body.get("stream"):
+            scored = [None, *({str(token): {"logprob": self.score}} for token in body["token_ids"][1:])]
+            return web.json_response({"choices": [{}], "prompt_logprobs": scored})
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        token, spans, reason, aborts = len(body["token_ids"]), [], None, self.aborts
+        wanted = min(self.length(body), body["sampling_params"]["max_tokens"])
+        for number in range(wanted):
+            while (self.paused or number >= self.gate) and self.aborts == aborts:
+                await asyncio.sleep(0.005)
+            if self.aborts != aborts:
+                reason = "abort"
+                break
+            if number == self.break_off_at:
+                return response
+            await asyncio.sleep(self.delay)
+            if not spans or spans[-1]["version"] != self.version:
+                spans.append({"version": self.version, "start": number})
+            spans[-1]["end"] = number + 1
+            self.tokens += 1
+            await self._send(response, [token], None, None)
+        await self._send(response, [], reason or self.reason, spans)
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    async def _send(
+        self, response: web.StreamResponse, ids: list[int], reason: str | None, spans: list[dict[str, Any]] | None
+    ) -> None:
         content = [{"token_id": token, "logprob": -0.5} for token in ids]
-        choice = {
-            "token_ids": ids,
-            "finish_reason": "length",
-            "logprobs": {"content": content},
-            "weight_versions": [{"version": self.version, "start": 0, "end": 3}],
-        }
-        scored = [None, *({str(token): {"logprob": self.score}} for token in body["token_ids"][1:])]
-        return {"choices": [choice], "prompt_logprobs": scored}
+        choice = {"token_ids": ids, "finish_reason": reason, "logprobs": {"content": content}, "weight_versions": spans}
+        await response.write(b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n")
 
 
 @asynccontextmanager

@@ -6,18 +6,28 @@ import asyncio
 
 import pytest
 
-from gspo_megatron.rollout.client import Sampling, ServerClient, ServerError, answer_seed, read_segments
-from gspo_megatron.types import Segment
+from gspo_megatron.rollout.client import ServerClient, ServerError, read_segments
+from gspo_megatron.rollout.drafts import Draft, Sampling, answer_seed
+from gspo_megatron.types import Segment, StopReason
 from tests.unit.rollout_fakes import CONTEXT, KEY, VOCAB, FakeServer, make_prompt, serving
 
 SAMPLED = Sampling(temperature=0.8, max_tokens=4, stop_ids=(0, 9), seed=3)
+
+
+def version() -> int | None:
+    return 0
+
+
+async def generate(client: ServerClient, prompt, sample: int = 0, sampling: Sampling = SAMPLED) -> StopReason:
+    return await client.generate(Draft(prompt, sample), sampling, version)
 
 
 def test_a_request_says_everything_that_decides_the_answer() -> None:
     async def run() -> None:
         fake = FakeServer()
         async with serving(fake) as [client]:
-            answer = await client.generate(make_prompt(5), 2, SAMPLED)
+            draft = Draft(make_prompt(5), 2)
+            answer = draft.answer(await client.generate(draft, SAMPLED, version))
         assert fake.bodies[0]["token_ids"] == [1, 2, 3]
         assert fake.bodies[0]["sampling_params"] == {
             "n": 1,
@@ -66,7 +76,7 @@ def test_what_would_kill_the_server_is_not_sent(token_ids, max_tokens: int, sent
             with pytest.raises(ValueError, match=sentence):
                 client.check(token_ids, max_tokens)
             with pytest.raises(ValueError, match=sentence):
-                await client.generate(make_prompt(0, token_ids), 0, Sampling(1.0, max_tokens, (0,), 0))
+                await generate(client, make_prompt(0, token_ids), 0, Sampling(1.0, max_tokens, (0,), 0))
         assert fake.calls == []
 
     asyncio.run(run())
@@ -75,7 +85,7 @@ def test_what_would_kill_the_server_is_not_sent(token_ids, max_tokens: int, sent
 def test_the_longest_allowed_request_is_sent() -> None:
     async def run() -> None:
         async with serving(FakeServer()) as [client]:
-            await client.generate(make_prompt(0, (1,) * (CONTEXT - 4)), 0, SAMPLED)
+            await generate(client, make_prompt(0, (1,) * (CONTEXT - 4)))
 
     asyncio.run(run())
 
@@ -88,7 +98,7 @@ def test_a_refusal_and_a_dead_server_are_sentences() -> None:
             with pytest.raises(
                 ServerError, match=f"server {fake.url} answered /inference/v1/generate with 500: .*told to fail"
             ):
-                await client.generate(make_prompt(0), 0, SAMPLED)
+                await generate(client, make_prompt(0))
             assert await client.is_healthy()
             stranger = ServerClient(fake.url, "wrong", VOCAB, CONTEXT, 1)
             with pytest.raises(ServerError, match="with 401"):
@@ -97,7 +107,7 @@ def test_a_refusal_and_a_dead_server_are_sentences() -> None:
         gone = ServerClient(fake.url, KEY, VOCAB, CONTEXT, 1)
         assert not await gone.is_healthy()
         with pytest.raises(ServerError, match=f"server {fake.url} is gone"):
-            await gone.generate(make_prompt(0), 0, SAMPLED)
+            await generate(gone, make_prompt(0))
         await gone.close()
 
     asyncio.run(run())
@@ -108,10 +118,9 @@ def test_a_server_without_progress_is_given_up() -> None:
         fake = FakeServer()
         fake.hang = True
         async with serving(fake) as [client]:
-            waiting = [asyncio.create_task(client.generate(make_prompt(i), 0, SAMPLED)) for i in range(12)]
+            waiting = [asyncio.create_task(generate(client, make_prompt(i))) for i in range(8)]
             await client.watch(stall_seconds=0.4)
             for result in await asyncio.gather(*waiting, return_exceptions=True):
-                # 8 are in flight, 4 wait for a slot: none of them may wait for ever.
                 assert isinstance(result, ServerError) and "made no progress on 8 answers" in str(result)
 
     asyncio.run(run())
@@ -124,7 +133,7 @@ def test_progress_and_idleness_are_no_stall() -> None:
         async with serving(fake) as [client]:
             watcher = asyncio.create_task(client.watch(stall_seconds=0.4))
             await asyncio.sleep(0.8)
-            waiting = asyncio.create_task(client.generate(make_prompt(0), 0, SAMPLED))
+            waiting = asyncio.create_task(generate(client, make_prompt(0)))
             for _ in range(8):
                 await asyncio.sleep(0.1)
                 fake.tokens += 1

@@ -1,0 +1,78 @@
+"""Groups under way, as a checkpoint holds them: metadata as JSON, tokens of unfinished answers in a sample store."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from gspo_megatron.data.store import SampleStore
+from gspo_megatron.rollout.drafts import Draft
+from gspo_megatron.rollout.pool import Group
+from gspo_megatron.types import Answer, Problem, Prompt, SampleRef, Segment
+
+
+def describe_groups(groups: Sequence[Group]) -> tuple[list[dict[str, Any]], list[tuple[Prompt, Answer]]]:
+    """Metadata of groups, and the unfinished answers that `store_drafts` writes; later tokens do not change either."""
+    rows, answers = [], []
+    for group in groups:
+        open_ = [draft for draft in group.drafts if draft.sample_index not in group.finished]
+        answers += [(group.prompt, draft.answer("abort")) for draft in open_]
+        rows.append(
+            {
+                "prompt": asdict(group.prompt),
+                "answers": len(group.drafts),
+                "finished": [asdict(ref) for ref in group.members],
+                "born": {draft.sample_index: draft.born for draft in group.drafts},
+                "drafts": [
+                    {"sample_index": draft.sample_index, "parts": draft.parts, "lost": draft.lost} for draft in open_
+                ],
+            }
+        )
+    return rows, answers
+
+
+def store_drafts(answers: Sequence[tuple[Prompt, Answer]], store: SampleStore) -> list[dict[str, Any]]:
+    """Write unfinished answers; their references, in the same order."""
+    return [asdict(store.write(prompt, answer, 0.0)) for prompt, answer in answers]
+
+
+def read_groups(rows: Sequence[dict[str, Any]], drafts: Sequence[dict[str, Any]], store: SampleStore) -> list[Group]:
+    """The groups that `describe_groups` and `store_drafts` described. Raises DamagedSample if an answer is gone."""
+    stored = iter(drafts)
+    groups = []
+    for row in rows:
+        given = row["prompt"]
+        prompt = Prompt(given["index"], Problem(**given["problem"]), tuple(given["token_ids"]))
+        finished = {entry["sample_index"]: read_ref(entry) for entry in row["finished"]}
+        open_ = {entry["sample_index"]: _read_draft(prompt, entry, next(stored), store) for entry in row["drafts"]}
+        members = [open_.get(index) or _finished_draft(prompt, finished[index]) for index in range(row["answers"])]
+        for draft in members:
+            draft.born = row["born"][str(draft.sample_index)]
+        groups.append(Group(prompt, members, finished))
+    return groups
+
+
+def read_ref(entry: dict[str, Any]) -> SampleRef:
+    """A sample reference from its JSON."""
+    return SampleRef(**{**entry, "segments": tuple(Segment(**span) for span in entry["segments"])})
+
+
+def _read_draft(prompt: Prompt, entry: dict[str, Any], stored: dict[str, Any], store: SampleStore) -> Draft:
+    ref = read_ref(stored)
+    ids, start, logprobs = store.read(ref)
+    return Draft(
+        prompt,
+        entry["sample_index"],
+        array("i", ids[start:].tolist()),
+        array("f", logprobs.tolist()),
+        list(ref.segments),
+        entry["parts"],
+        lost=entry["lost"],
+    )
+
+
+def _finished_draft(prompt: Prompt, ref: SampleRef) -> Draft:
+    """What is left to know of a stored answer: how long it is."""
+    return Draft(prompt, ref.sample_index, array("i", bytes(4 * ref.answer_length)))

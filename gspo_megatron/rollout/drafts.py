@@ -1,0 +1,103 @@
+"""Answers under way: what was received of them so far, and how one is continued."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from gspo_megatron.types import Answer, Prompt, Segment, StopReason
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How answers are drawn."""
+
+    temperature: float
+    """0 = greedy."""
+    max_tokens: int
+    """Longest answer, stop token included."""
+    stop_ids: tuple[int, ...]
+    """Token ids that end an answer."""
+    seed: int
+    """The run's seed; every part of every answer derives its own from it."""
+
+
+def answer_seed(seed: int, prompt_index: int, sample_index: int, part: int) -> int:
+    """Seed of one part of one answer: a continued answer must not replay the random stream of its first part."""
+    text = f"{seed}/{prompt_index}/{sample_index}/{part}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) >> 1
+
+
+@dataclass(slots=True, eq=False)
+class Draft:
+    """One answer under way. Continued by as many requests as it takes: a lost server or an interruption costs none."""
+
+    prompt: Prompt
+    sample_index: int
+    token_ids: array[int] = field(default_factory=lambda: array("i"))
+    """What was sampled so far; 100,000 tokens are 0.8 MB with their log-probs."""
+    logprobs: array[float] = field(default_factory=lambda: array("f"))
+    """One a token; empty for greedy answers, whose log-probs nobody reads."""
+    segments: list[Segment] = field(default_factory=list)
+    """Cover the tokens in order."""
+    parts: int = 0
+    """Requests sent so far."""
+    born: int | None = None
+    """Version of the weights when the first request was sent."""
+    lost: int = 0
+    """Tokens that were sampled and could not be kept."""
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def request_ids(self) -> list[int]:
+        """Ids that a continuing request starts from."""
+        return [*self.prompt.token_ids, *self.token_ids]
+
+    def extend(self, token_ids: Sequence[int], logprobs: Sequence[float], version: int) -> None:
+        """Take in tokens that were sampled under one version of the weights."""
+        start = len(self)
+        self.token_ids.extend(token_ids)
+        self.logprobs.extend(logprobs)
+        self._cover(Segment(version, start, len(self)))
+
+    def relabel(self, start: int, spans: Sequence[Segment]) -> None:
+        """Replace the versions of the tokens from `start` on; spans count from there."""
+        self._cut_segments(start)
+        for span in spans:
+            self._cover(Segment(span.version, start + span.start, start + span.end))
+
+    def cut(self, length: int) -> None:
+        """Forget the tokens from `length` on."""
+        self.lost += len(self) - length
+        del self.token_ids[length:]
+        del self.logprobs[length:]
+        self._cut_segments(length)
+
+    def answer(self, stop_reason: StopReason) -> Answer:
+        """As the sample store takes it."""
+        return Answer(
+            prompt_index=self.prompt.index,
+            sample_index=self.sample_index,
+            token_ids=np.array(self.token_ids, np.int32),
+            logprobs=np.array(self.logprobs, np.float32),
+            segments=tuple(self.segments),
+            stop_reason=stop_reason,
+        )
+
+    def _cover(self, span: Segment) -> None:
+        if span.start == span.end:
+            return
+        if self.segments and self.segments[-1].version == span.version:
+            self.segments[-1] = replace(self.segments[-1], end=span.end)
+        else:
+            self.segments.append(span)
+
+    def _cut_segments(self, length: int) -> None:
+        kept = [replace(span, end=min(span.end, length)) for span in self.segments if span.start < length]
+        self.segments[:] = kept

@@ -1,0 +1,302 @@
+"""Groups of answers on their way to a batch: how many are begun, which are trained on, what becomes of the others.
+
+Three keys decide. With `rollout.max_staleness=0` a batch is sampled under one version of the weights; answers begun
+beyond it (`rollout.over_provision`) are cut when the batch is full. With more, they are carried into later batches:
+where the servers share the trainer's GPUs they stop and are continued under new weights (partial rollout), elsewhere
+they go on while the trainer works. The bound is kept by choosing the oldest groups first and by waiting for a group
+that could not be trained on in time later; it is never exceeded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import math
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gspo_megatron.config.schema import Recipe
+from gspo_megatron.rollout.dispatch import Dispatcher
+from gspo_megatron.rollout.drafts import Draft, Sampling
+from gspo_megatron.rollout.fleet import Refused
+from gspo_megatron.types import Prompt, SampleRef, StopReason
+
+log = logging.getLogger(__name__)
+MAX_FILTERED = 20
+"""Batches' worth of groups in a row that may be filtered before the run is told that it learns nothing."""
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """The answers to one prompt."""
+
+    prompt: Prompt
+    drafts: list[Draft]
+    finished: dict[int, SampleRef] = field(default_factory=dict)
+    """Scored and stored members, by sample index."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every member is scored."""
+        return len(self.finished) == len(self.drafts)
+
+    @property
+    def born(self) -> int | None:
+        """Version under which its first token was sampled; None before."""
+        return min((draft.born for draft in self.drafts if draft.born is not None), default=None)
+
+    @property
+    def tokens(self) -> int:
+        """Answer tokens it has."""
+        return sum(map(len, self.drafts))
+
+    @property
+    def members(self) -> list[SampleRef]:
+        """Finished members in order."""
+        return [self.finished[index] for index in sorted(self.finished)]
+
+
+@dataclass(slots=True)
+class Accounting:
+    """Where sampled tokens and prompts went since the start of the run."""
+
+    taken: Counter[str] = field(default_factory=Counter)
+    """`tokens`, `prompts` handed over to be trained on."""
+    dropped: dict[str, Counter[str]] = field(default_factory=dict)
+    """By reason."""
+
+    def take(self, group: Group) -> None:
+        """Count a group that is trained on."""
+        self.taken.update(tokens=group.tokens, prompts=1)
+        self.lose(group)
+
+    def drop(self, group: Group, reason: str) -> None:
+        """Count a group that is not."""
+        self.dropped.setdefault(reason, Counter()).update(tokens=group.tokens, prompts=1)
+        self.lose(group)
+
+    def lose(self, group: Group) -> None:
+        """Count the tokens that servers took with them."""
+        if lost := sum(draft.lost for draft in group.drafts):
+            self.dropped.setdefault("server-lost", Counter()).update(tokens=lost)
+
+    def restore(self, report: dict[str, Any]) -> None:
+        """Go on from a report; what was carried counts through its groups."""
+        self.taken = Counter(report["taken"])
+        self.dropped = {reason: Counter(counts) for reason, counts in report["dropped"].items()}
+
+    def report(self, carried: Sequence[Group]) -> dict[str, Any]:
+        """As JSON: `sampled` = `taken` + every `dropped` + `carried`, in tokens."""
+        waiting = sum(group.tokens + sum(draft.lost for draft in group.drafts) for group in carried)
+        dropped = sum(counts["tokens"] for counts in self.dropped.values())
+        return {
+            "sampled_tokens": self.taken["tokens"] + dropped + waiting,
+            "taken": dict(self.taken),
+            "dropped": {reason: dict(counts) for reason, counts in self.dropped.items()},
+            "carried": {"tokens": waiting, "prompts": len(carried)},
+        }
+
+
+class Pool:
+    """Keeps as many groups under way as the recipe allows and hands out batches of complete ones."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        dispatcher: Dispatcher,
+        draw: Callable[[int], Awaitable[list[Prompt]]],
+        judge: Callable[[Draft, StopReason], Awaitable[SampleRef]],
+        discard: Callable[[SampleRef], None],
+        sampling: Sampling,
+        version: Callable[[], int | None],
+        overlaps: bool,
+    ) -> None:
+        """
+        Args:
+            recipe: `batch`, `rollout` and the objective's group filter are read.
+            dispatcher: brings drafts to their end.
+            draw: the next prompts.
+            judge: score and store a finished answer.
+            discard: forget a stored answer that is not trained on.
+            sampling: how answers are drawn.
+            version: weights of the servers.
+            overlaps: servers go on while the trainer works.
+        """
+        rollout, self._size, self._answers = recipe.rollout, recipe.batch.prompts, recipe.batch.answers
+        self._staleness, self._overlaps = rollout.max_staleness, overlaps
+        share = rollout.max_staleness if rollout.over_provision is None else rollout.over_provision
+        self._extra = math.ceil(share * self._size)
+        if self._staleness:
+            self._extra = min(self._extra, self._staleness * self._size)
+        self._filters = recipe.objective.group_filter == "dynamic_sampling"
+        self._dispatcher, self._draw, self._judge, self._discard = dispatcher, draw, judge, discard
+        self._sampling, self._version = sampling, version
+        self.groups: list[Group] = []
+        """Under way or complete, not handed out; in the order of their prompts."""
+        self.accounting = Accounting()
+        self._taking = False
+        self._filtered = 0
+        self._running: dict[Draft, asyncio.Task[None]] = {}
+        self._changed = asyncio.Event()
+        self.admitting = asyncio.Lock()
+        """Held while prompts are on their way from the stream to `groups`."""
+        self._fault: BaseException | None = None
+
+    async def take(self) -> list[Group]:
+        """The next batch: `batch.prompts` complete groups, none older than `rollout.max_staleness` allows.
+
+        Raises:
+            Refused: no server is left, or nothing but groups of equal rewards comes.
+        """
+        self._taking = True
+        self._dispatcher.resume()
+        await self._drop_too_old()
+        for group in self.groups:
+            self._start(group)
+        await self._admit()
+        while True:
+            if self._fault is not None:
+                raise self._fault
+            chosen = self._choose()
+            if chosen:
+                break
+            self._changed.clear()
+            await self._changed.wait()
+        self._taking = False
+        for group in chosen:
+            self._check_versions(group)
+            self.groups.remove(group)
+            self.accounting.take(group)
+        await self._leave_off()
+        return sorted(chosen, key=lambda group: group.prompt.index)
+
+    def done(self) -> tuple[int, int]:
+        """Finished members of the groups at hand, and their tokens."""
+        refs = [ref for group in self.groups for ref in group.finished.values()]
+        return len(refs), sum(ref.answer_length for ref in refs)
+
+    async def close(self) -> None:
+        """End all tasks."""
+        tasks = list(self._running.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _choose(self) -> list[Group] | None:
+        """A batch of complete groups, oldest first, if every other group can still be trained on in time."""
+        version = self._version()
+        complete = [group for group in self.groups if group.is_complete]
+        if version is None or len(complete) < self._size:
+            return None
+        chosen = sorted(complete, key=lambda group: group.born if group.born is not None else version)[: self._size]
+        rest = [group for group in self.groups if group not in chosen]
+        for later in range(self._staleness):
+            due = sum(group.born is not None and group.born + self._staleness <= version + later for group in rest)
+            if due > later * self._size:
+                return None
+        return chosen
+
+    async def _drop_too_old(self) -> None:
+        """Drop what cannot be trained on within the bound any more: a failed update leaves a version out."""
+        version = self._version()
+        assert version is not None
+        dated = sorted((group for group in self.groups if group.born is not None), key=lambda group: group.tokens)
+        for later in range(-1, self._staleness):
+            due = [group for group in dated if group in self.groups and group.born + self._staleness <= version + later]
+            for group in due[: max(0, len(due) - (later + 1) * self._size)]:
+                tasks = [self._running[draft] for draft in group.drafts if draft in self._running]
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                self.groups.remove(group)
+                self._forget(group, "too-stale")
+
+    def _check_versions(self, group: Group) -> None:
+        """The bound, held against what the servers themselves say of every token."""
+        newest = self._version()
+        assert newest is not None
+        versions = {span.version for ref in group.members for span in ref.segments}
+        if not versions <= set(range(newest - self._staleness, newest + 1)):
+            raise Refused(
+                f"prompt {group.prompt.index} was answered with weights of version {sorted(versions)}, where "
+                f"version {newest} and rollout.max_staleness={self._staleness} allow {newest - self._staleness} to "
+                f"{newest}; a server holds other weights than it was given"
+            )
+
+    async def _leave_off(self) -> None:
+        """What happens to the other groups while the trainer works."""
+        if not self._staleness:
+            await self._stop()
+            for group in self.groups:
+                self._forget(group, "cut")
+            self.groups.clear()
+        elif self._overlaps:
+            await self._admit()
+        else:
+            await self._stop()
+
+    async def _stop(self) -> None:
+        """End what is under way; the drafts stay as they are."""
+        await self._dispatcher.interrupt()
+        await asyncio.gather(*self._running.values())
+
+    async def _admit(self) -> None:
+        """Begin groups up to what is allowed now."""
+        async with self.admitting:
+            allowed = self._extra + (self._size if self._taking else 0)
+            if not self._taking and not (self._staleness and self._overlaps):
+                return
+            missing = allowed - len(self.groups)
+            if missing <= 0:
+                return
+            for prompt in await self._draw(missing):
+                group = Group(prompt, [Draft(prompt, index) for index in range(self._answers)])
+                self.groups.append(group)
+                self._start(group)
+
+    def _start(self, group: Group) -> None:
+        """Bring the unfinished members of a group to their end in the background."""
+        for draft in group.drafts:
+            if draft.sample_index not in group.finished and draft not in self._running:
+                task = self._running[draft] = asyncio.create_task(self._finish(group, draft))
+                task.add_done_callback(functools.partial(self._ended, draft))
+
+    def _ended(self, draft: Draft, task: asyncio.Task[None]) -> None:
+        del self._running[draft]
+        if not task.cancelled() and task.exception() is not None:
+            self._fault = self._fault or task.exception()
+            self._changed.set()
+
+    async def _finish(self, group: Group, draft: Draft) -> None:
+        reason = await self._dispatcher.complete(draft, self._sampling)
+        if reason == "abort":
+            return
+        group.finished[draft.sample_index] = await self._judge(draft, reason)
+        if group.is_complete:
+            if self._filters:
+                await self._filter(group)
+            self._changed.set()
+
+    async def _filter(self, group: Group) -> None:
+        """Replace a group whose rewards are all equal: its advantages would all be 0."""
+        if len({ref.reward for ref in group.members}) > 1:
+            self._filtered = 0
+            return
+        self.groups.remove(group)
+        self._forget(group, "equal-rewards")
+        self._filtered += 1
+        if self._filtered > MAX_FILTERED * self._size:
+            raise Refused(
+                f"{self._filtered} groups in a row have equal rewards (the last {group.members[0].reward:g}), so "
+                "objective.group_filter=dynamic_sampling leaves nothing to train on; check the reward, or change the "
+                "difficulty of the problems"
+            )
+        await self._admit()
+
+    def _forget(self, group: Group, reason: str) -> None:
+        self.accounting.drop(group, reason)
+        for ref in group.finished.values():
+            self._discard(ref)
