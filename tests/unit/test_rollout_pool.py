@@ -61,19 +61,18 @@ def test_what_is_begun_beyond_a_synchronous_batch_is_cut(tmp_path: Path) -> None
         fake = FakeServer()
         fake.length = lambda body: 12 if prompt_of(body) == 1 else 3
         fake.gate = 5  # only short answers end
-        async with controlling(tmp_path, fake, recipe=recipe(over_provision=0.5)) as controller:
-            fake.hang = False
+        async with controlling(tmp_path, fake, recipe=recipe(over_provision=0.25)) as controller:
             batch = await controller.rollout(1)
             assert sorted({row["prompt_index"] for row in batch["samples"]}) == [0, 2, 3, 4]
             assert batch["staleness"] == {"mean": 0.0, "largest": 0}
-            assert batch["accounting"]["dropped"]["cut"]["prompts"] == 2
+            assert batch["accounting"]["dropped"]["cut"]["prompts"] == 1
             assert batch["accounting"]["carried"] == {"tokens": 0, "prompts": 0}
             check_accounting(batch, controller, fake)
             assert len(list(tmp_path.iterdir())) == 4 * ANSWERS, "answers that were cut leave no file"
             assert not fake.paused
             fake.gate = 99
             again = await controller.rollout(2)
-            assert min(row["prompt_index"] for row in again["samples"]) == 6, "a prompt is never given twice"
+            assert min(row["prompt_index"] for row in again["samples"]) >= 5, "a prompt is never given twice"
 
     asyncio.run(run())
 
