@@ -17,10 +17,18 @@ from gspo_megatron.types import StopReason
 
 URGENT, TRAINING = 0, 1
 """Evaluations go before training samples, whose turn is held back meanwhile."""
-REFRESH_SECONDS = 1.0
+REFRESH_SECONDS = 5.0
 """Age at which a server's count of KV tokens is taken anew; between, only what is sent there is added."""
 SPREAD = 8
 """Answers that a server may hold beyond the emptiest one before a prompt's further answers leave its prefix cache."""
+
+
+def with_reserve(concurrency: int) -> int:
+    """Answers to send to a server that decodes so many at a time: the next is there when one ends.
+
+    Few, because what waits there waits in the order of its arrival, and here the oldest goes first.
+    """
+    return concurrency + max(2, concurrency // 16)
 
 
 @dataclass(order=True, slots=True)

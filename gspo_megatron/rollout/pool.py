@@ -252,10 +252,13 @@ class Pool:
             missing = allowed - len(self.groups)
             if missing <= 0:
                 return
-            for prompt in await self._draw(missing):
-                group = Group(prompt, [Draft(prompt, index) for index in range(self._answers)])
-                self.groups.append(group)
-                self._start(group)
+            self._begin(await self._draw(missing))
+
+    def _begin(self, prompts: Sequence[Prompt]) -> None:
+        for prompt in prompts:
+            group = Group(prompt, [Draft(prompt, index) for index in range(self._answers)])
+            self.groups.append(group)
+            self._start(group)
 
     def _start(self, group: Group) -> None:
         """Bring the unfinished members of a group to their end in the background."""

@@ -21,6 +21,7 @@ from gspo_megatron.plan.machine import machine_of
 from gspo_megatron.rollout.auth import OPEN_PATH, REFUSAL, has_key, read_key
 from gspo_megatron.rollout.client import ServerClient
 from gspo_megatron.rollout.controller import Controller
+from gspo_megatron.rollout.dispatch import with_reserve
 from gspo_megatron.rollout.fleet import Fleet, Refused
 from gspo_megatron.rollout.processes import die_with_parent
 from gspo_megatron.rollout.scoring import Scorer, ScoringPool
@@ -135,8 +136,7 @@ def build(recipe: Recipe, run_dir: Path, host: str, urls: list[str], key: str) -
     tokenizer = load_tokenizer(recipe.tokenizer, recipe.model.path)
     make: Callable[[], Scorer] = functools.partial(make_scorer, recipe)
     vocab = recipe.model.architecture.vocab_size
-    # Twice what a server decodes at a time: the next request is there when one ends.
-    servers = [ServerClient(url, key, vocab, context, 2 * rollout.max_concurrency) for url in urls]
+    servers = [ServerClient(url, key, vocab, context, with_reserve(rollout.max_concurrency)) for url in urls]
     return Controller(
         recipe,
         Fleet(servers),
