@@ -19,6 +19,8 @@ from gspo_megatron.rollout.auth import key_header
 from gspo_megatron.rollout.drafts import Draft, Sampling, answer_seed
 from gspo_megatron.types import Segment, StopReason
 
+START_VERSION = "default"
+"""vLLM's own label of the weights that a server starts with."""
 GENERATE = "/inference/v1/generate"
 DATA, DONE = b"data: ", b"data: [DONE]"
 GENERATED_TOKENS = re.compile(rb"^vllm:generation_tokens_total\{[^}]*\} ([0-9.e+]+)", re.MULTILINE)
@@ -79,6 +81,14 @@ class ServerClient:
         except ServerError:
             return False
         return True
+
+    async def is_fresh(self) -> bool:
+        """Whether a process answers here that was never given weights."""
+        try:
+            found = await self.call("GET", "/weight_info", timeout=10)
+        except ServerError:
+            return False
+        return found.get("weight_version") == START_VERSION
 
     def check(self, token_ids: Sequence[int], max_tokens: int) -> None:
         """Refuse what the server must not see. Raises ValueError."""

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from gspo_megatron.rollout.client import ServerClient
 
 log = logging.getLogger(__name__)
+RETURN_SECONDS = 2.0
+"""How often lost servers are looked for."""
 
 
 class Refused(RuntimeError):
@@ -16,11 +18,12 @@ class Refused(RuntimeError):
 
 
 class Fleet:
-    """All servers of a run. A server that is dropped never serves again."""
+    """All servers of a run. One that is dropped serves again only as a new process, from the next weights on."""
 
     def __init__(self, servers: Sequence[ServerClient]) -> None:
         self.servers = tuple(servers)
         self._watchers: list[asyncio.Task[None]] = []
+        self._returning: set[ServerClient] = set()
 
     @property
     def live(self) -> list[ServerClient]:
@@ -54,6 +57,22 @@ class Fleet:
     def watch(self) -> None:
         """From now on, give up servers that hold answers and make no progress."""
         self._watchers = [asyncio.create_task(server.watch()) for server in self.servers]
+        self._watchers.append(asyncio.create_task(self._look_for_returning()))
+
+    def take_back(self) -> None:
+        """Count servers that were started again among the live ones; to be called when all are given weights."""
+        for server in self._returning:
+            log.info("server %s is back", server.url)
+            server.fault = ""
+            self._watchers.append(asyncio.create_task(server.watch()))
+        self._returning.clear()
+
+    async def _look_for_returning(self) -> None:
+        while True:
+            for server in self.servers:
+                if server.fault and await server.is_fresh():
+                    self._returning.add(server)
+            await asyncio.sleep(RETURN_SECONDS)
 
     async def close(self) -> None:
         """Close all connections."""

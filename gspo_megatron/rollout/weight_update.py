@@ -82,6 +82,7 @@ class WeightUpdater:
         if version <= self._newest:
             raise Refused(f"weights of version {version} cannot follow version {self._newest}; versions only grow")
         self.version = None
+        self._fleet.take_back()
         if self._flight is not None:
             self._abandon()
         await self._each(self._fleet.live, lambda server: server.pause())

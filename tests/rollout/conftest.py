@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from aiohttp import web
 
 from gspo_megatron.config.loading import save_resolved
+from gspo_megatron.config.schema import Recipe
 from gspo_megatron.data.store import SampleStore
 from gspo_megatron.rollout.auth import KEY_VARIABLE, key_header
 from gspo_megatron.rollout.client import ServerClient
@@ -106,10 +108,13 @@ def answers(url: str) -> bool:
 class ControllerThread:
     """A controller of its own event loop, reached through its HTTP face."""
 
-    def __init__(self, server_url: str, samples: Path) -> None:
+    def __init__(
+        self, server_url: str, samples: Path, recipe: Recipe | None = None, overlaps: bool = True, slots: int = 64
+    ) -> None:
         self.url = f"http://127.0.0.1:{free_port()}"
         self.store = SampleStore(samples)
         self.server_url = server_url
+        self._recipe, self._overlaps, self._slots = recipe or make_recipe(), overlaps, slots
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
         self._done = asyncio.Event()
@@ -118,11 +123,11 @@ class ControllerThread:
         assert self._ready.wait(30)
 
     async def _serve(self) -> None:
-        recipe = make_recipe()
-        fleet = Fleet([ServerClient(self.server_url, KEY, VOCAB, 64, 64)])
+        fleet = Fleet([ServerClient(self.server_url, KEY, VOCAB, 64, self._slots)])
         scoring = ScoringPool(make_scorer, 1, 5.0)
-        controller = Controller(recipe, fleet, CountingPrompts(), NumberTokenizer(), scoring, self.store, "127.0.0.1", True)
-        runner = web.AppRunner(Service(controller, KEY).application())
+        parts = (CountingPrompts(), NumberTokenizer(), scoring, self.store, "127.0.0.1", self._overlaps)
+        self.controller = Controller(self._recipe, fleet, *parts)
+        runner = web.AppRunner(Service(self.controller, KEY).application())
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", int(self.url.rsplit(":", 1)[1])).start()
         self._ready.set()
@@ -135,13 +140,16 @@ class ControllerThread:
         self._loop.close()
 
 
+Starter = Callable[..., tuple[ControllerThread, ControllerLink]]
+
+
 @pytest.fixture
-def start_controller(server: Server, tmp_path: Path) -> Iterator[Callable[[], tuple[ControllerThread, ControllerLink]]]:
+def start_controller(server: Server, tmp_path: Path) -> Iterator[Starter]:
     """Starts a controller that is ready; it knows nothing of what earlier ones did to the server."""
     with ExitStack() as stack:
 
-        def start() -> tuple[ControllerThread, ControllerLink]:
-            controller = ControllerThread(server.url, tmp_path / "samples")
+        def start(**how: Any) -> tuple[ControllerThread, ControllerLink]:
+            controller = ControllerThread(server.url, tmp_path / "samples", **how)
             stack.callback(controller.stop)
             link = ControllerLink(controller.url, KEY)
             stack.callback(link.close)

@@ -28,7 +28,14 @@ def test_a_batch_is_complete_readable_and_repeatable(start_controller, oracles) 
     batch = link.rollout(1, on_progress=seen.append)
     refs = batch["samples"]
     assert [(ref.prompt_index, ref.sample_index) for ref in refs] == [(p, s) for p in range(8) for s in range(4)]
-    assert batch["accounting"] == {"sampled": 32, "kept": 32, "dropped": {}, "unscored": {}, "skipped_prompts": {}}
+    assert batch["accounting"] == {
+        "sampled_tokens": batch["tokens"],
+        "taken": {"tokens": batch["tokens"], "prompts": 8},
+        "dropped": {},
+        "carried": {"tokens": 0, "prompts": 0},
+        "unscored": {},
+        "skipped_prompts": {},
+    }
     assert seen[-1]["done"] == seen[-1]["total"] == 32 and seen[-1]["tokens"] == batch["tokens"]
     prompts = CountingPrompts().next(8)
     read = [controller.store.read(ref) for ref in refs]

@@ -1,0 +1,62 @@
+"""Answers that are interrupted or outlive an update, on a real server: every log-prob is what it claims to be."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gspo_megatron.config.schema import Recipe
+from tests.rollout.test_weight_update import update
+from tests.rollout.tiny import make_recipe
+
+SLOTS = 12
+"""Answers at a time, of 64 under way: a batch of 32 ends in the middle of others."""
+
+
+def stale_recipe() -> Recipe:
+    recipe = make_recipe()
+    return recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"max_staleness": 1})})
+
+
+def check_segments(controller, refs, oracles) -> int:
+    """Each segment has the log-probs of its version over the whole text so far; how many segments continue another."""
+    later = 0
+    for ref in refs:
+        token_ids, start, logprobs = controller.store.read(ref)
+        assert [span.start for span in ref.segments] == [0, *(span.end for span in ref.segments[:-1])]
+        assert ref.segments[-1].end == ref.answer_length
+        for span in ref.segments:
+            wanted = oracles[span.version].logprobs(token_ids.tolist())[start - 1 :]
+            assert np.abs(wanted - logprobs)[span.start : span.end].max() < 1e-4
+            later += span.start > 0
+    return later
+
+
+@pytest.mark.parametrize("overlaps", [True, False], ids=["in-flight", "interrupted"])
+def test_answers_go_on_under_new_weights(start_controller, oracles, overlaps: bool) -> None:
+    controller, link = start_controller(recipe=stale_recipe(), overlaps=overlaps, slots=SLOTS)
+    update(link, 0, oracles[0])
+    first = link.rollout(0)
+    assert first["accounting"]["carried"]["tokens"] > 0, "nothing was under way"
+    update(link, 1, oracles[1])
+    second = link.rollout(1)
+    assert check_segments(controller, first["samples"], oracles) == 0
+    assert check_segments(controller, second["samples"], oracles) > 0, "no answer outlived the update"
+    assert second["staleness"]["largest"] == 1 and 0 < second["staleness"]["mean"] < 1
+
+
+def test_an_interrupted_answer_is_what_it_would_have_been(start_controller, oracles) -> None:
+    """Continued under equal weights, all its log-probs are those of one forward pass over the whole text."""
+    controller, link = start_controller(recipe=stale_recipe(), overlaps=False, slots=SLOTS)
+    update(link, 0, oracles[0])
+    link.rollout(0)
+    drafts = [draft for group in controller.controller.pool.groups for draft in group.drafts]
+    cut = {(draft.prompt.index, draft.sample_index) for draft in drafts if draft.parts == 1 and 0 < len(draft) < 20}
+    refs = [ref for ref in link.rollout(1)["samples"] if (ref.prompt_index, ref.sample_index) in cut]
+    continued = [ref for ref in refs if drafts_of(drafts, ref).parts == 2]
+    assert continued, "no answer was interrupted half-way"
+    check_segments(controller, continued, oracles)
+
+
+def drafts_of(drafts, ref):
+    return next(d for d in drafts if (d.prompt.index, d.sample_index) == (ref.prompt_index, ref.sample_index))
