@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -198,7 +200,17 @@ def _files_of(directory: Path) -> dict[str, Path]:
         return dict.fromkeys(handle.keys(), single)
 
 
-def save_hf(tensors: Iterator[tuple[str, Tensor]], directory: Path) -> None:
+def save_hf(tensors: Iterator[tuple[str, Tensor]], config: dict[str, Any], directory: Path) -> None:
+    """Write a Hugging Face directory, under another name until it is whole."""
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    _save_tensors(tensors, partial)
+    (partial / "config.json").write_text(json.dumps(config, indent=1))
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.rename(directory)
+
+
+def _save_tensors(tensors: Iterator[tuple[str, Tensor]], directory: Path) -> None:
     """Write tensors as they come into numbered safetensors files with an index, at most SHARD_BYTES each."""
     directory.mkdir(parents=True, exist_ok=True)
     shards: list[list[str]] = []
