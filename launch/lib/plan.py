@@ -273,6 +273,13 @@ def write_plan(attempt: Path, facts: dict[str, Any]) -> None:
         }
         for task in tasks
     ]
+    read = {
+        "model.path": recipe.model.path,
+        "tokenizer.path": recipe.tokenizer.path,
+        "data.path": recipe.data.path,
+        "data.held_out_path": recipe.data.held_out_path,
+    }
+    facts["read"] = {key: str(path) for key, path in read.items() if path is not None}
     replace_text(attempt / PLAN, json.dumps(facts, indent=1))
 
 

@@ -124,11 +124,9 @@ settle() { # the verdict: the DONE marker, never an exit code, says that the run
     explain "$first" "$code" >"$attempt/failure.txt"
     local limit=${GSPO_MAX_RESTARTS:-3} so_far=0 why=''
     [ -f "$run_dir/logs/restarts" ] && so_far=$(wc -l <"$run_dir/logs/restarts")
-    if [ "$now" -gt "$started_from" ]; then
-        why="a newer checkpoint exists (step $now)"
-    elif node_is_lost; then
-        why="a node is lost"
-    fi
+    [ "$now" -gt "$started_from" ] && why="a newer checkpoint exists (step $now)"
+    # Asked in any case: it takes until SLURM knows too, which would otherwise queue the job for the same node again.
+    node_is_lost && why="a node is lost"
     if [ -n "$why" ] && [ "$so_far" -lt "$limit" ]; then
         cat "$attempt/failure.txt"
         echo "$(date -u +%FT%TZ) attempt ${plan[number]}: $why" >>"$run_dir/logs/restarts"
