@@ -88,7 +88,8 @@ explain() { # KIND CODE: the end of the culprit's log, then one sentence
         said="${words:-it said nothing} (srun ended with $2)"
     fi
     log=$attempt/$kind-$node.log
-    [ -f "$log" ] || log=$(ls -t "$attempt/$kind"-*.log 2>/dev/null | head -n1)
+    # A step that could not start has no log.
+    [ -f "$log" ] || log=$(ls -t "$attempt/$kind"-*.log 2>/dev/null | head -n1) || true
     if [ -f "$log" ]; then
         tail -n 15 "$log" | sed "s/^/  $kind${node:+ $node} | /"
         # Words of the role itself say more than its exit code; of a killed one there are none.
