@@ -13,7 +13,9 @@ set -euo pipefail
 run_dir=$1 attempt=$1/logs/attempt_1 hosts=(n1) SLURM_JOB_ID=7 GSPO_MAX_RESTARTS=1 resume="sbatch again"
 declare -A plan=([number]=1) step=()
 asked='' first='' code=0 started_from=0
-scontrol() { case "$*" in *"show job"*) echo "JobId=7 Requeue=${REQUEUE:-1} X=" ;; *) echo "scontrol $*"; exit 99 ;; esac; }
+scontrol() {
+    if [ "$1" = show ]; then echo "JobId=7 Requeue=${REQUEUE:-1} X="; else echo "scontrol $*"; exit 99; fi
+}
 timeout() { [ "${LOST:-}" = '' ]; }
 checkpoint() { mkdir -p "$run_dir/checkpoints/step_$1" && touch "$run_dir/checkpoints/step_$1/COMPLETE"; }
 . launch/lib/watch.sh
@@ -63,14 +65,14 @@ def test_a_lost_node_is_a_reason_of_its_own(tmp_path: Path) -> None:
     assert said.returncode == REQUEUED and "because a node is lost" in said.stdout
 
 
-@pytest.mark.parametrize(("requeue", "code", "last"), [("1", REQUEUED, "scontrol requeue 7"), ("0", 85, "sbatch again")])
-def test_a_stop_as_asked_requeues_last_of_all(tmp_path: Path, requeue: str, code: int, last: str) -> None:
+@pytest.mark.parametrize(("requeue", "code", "end"), [("1", REQUEUED, "scontrol requeue 7"), ("0", 85, "sbatch again")])
+def test_a_stop_as_asked_requeues_last_of_all(tmp_path: Path, requeue: str, code: int, end: str) -> None:
     # The script's own wait is ended early by the signal; the trainer answers a moment later.
     trainer = "(trap 'checkpoint 000002; exit 85' USR1; kill -USR1 $$; while :; do sleep 0.1; done)"
     said = run(tmp_path, trainer, REQUEUE=requeue)
     assert said.returncode == code, said
     assert "asked to stop (USR1)" in said.stdout and "attempt 1 stopped as asked; step 2 is checkpointed" in said.stdout
-    assert said.stdout.rstrip().endswith(last)
+    assert said.stdout.rstrip().endswith(end)
     assert not (tmp_path / "logs" / "restarts").exists(), "what was asked for is no crash"
 
 
