@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
@@ -122,7 +122,12 @@ class Policy:
             params_dtype=self.config.params_dtype,
             use_distributed_optimizer=self._distributes_optimizer,
         )
-        self.optimizer = get_megatron_optimizer(config, self.chunks, use_gloo_process_groups=torch.cuda.is_available())
+        self.optimizer = get_megatron_optimizer(
+            config, self.chunks, get_standard_config_overrides(config), torch.cuda.is_available()
+        )
+        for group in self.optimizer.param_groups:
+            # Norm weights are not decayed; Megatron leaves the product to its own scheduler.
+            group["weight_decay"] = settings.weight_decay * group["wd_mult"]
 
     def place(self, batches: Sequence[PackedBatch]) -> list[MicroBatch]:
         """This rank's part of each packed batch of its data-parallel rank."""
@@ -201,10 +206,11 @@ class Policy:
             sums = self._run(batches, loss, forward_only=False)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self.optimizer.prepare_grads()  # the norm is read where the optimizer steps, not where the buffers are
         norm = self.optimizer.get_grad_norm()
         if not torch.isfinite(torch.as_tensor(norm)):
             return sums, float(norm), False
-        _, norm, _ = self.optimizer.step()
+        self.optimizer.step()
         return sums, float(norm), True
 
     def export(self) -> Iterator[tuple[str, Tensor]]:

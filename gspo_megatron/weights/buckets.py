@@ -9,7 +9,7 @@ from dataclasses import dataclass
 MIB = 1 << 20
 ALIGNMENT = 16
 """Every piece starts at a multiple of this many bytes, so that a receiver can view it in its own type."""
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True)
