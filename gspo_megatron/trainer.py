@@ -32,7 +32,7 @@ from gspo_megatron.objective.summary import add_sums
 from gspo_megatron.policy.microbatch import MicroBatch, pad_multiple
 from gspo_megatron.policy.policy import LossFunction, OptimizerSettings, Policy, Scored
 from gspo_megatron.rollout.link import ControllerLink
-from gspo_megatron.rollout.transfer import WeightSender
+from gspo_megatron.rollout.sender import WeightSender
 from gspo_megatron.types import Sample, SampleRef
 
 SAMPLE_DIRECTORY = "samples"
@@ -93,17 +93,15 @@ class Trainer:
     def sync(self) -> None:
         """Bring the present weights to every server as a new version and prove that they arrived."""
         version = self.version + 1
-        manifest = self.policy.weights.manifest()
+        weights, layout = self.policy.weights, self.policy.layout
+        parameters = {name: parameter.detach() for name, (_, parameter) in weights.parameters.items()}
         with self.log.time("sync"):
-            if self.link is not None:
-                ticket = self.link.begin_update(version, manifest)
-                checksum = self.sender.send(ticket, manifest, self.policy.export())
-            else:
-                checksum = sum(1 for _ in self.policy.export())
+            checksums = self.sender.update(self.link, version, weights.arch, layout, parameters)
             probes = self._score_probes()
             if self.link is not None:
-                report = self.link.finish_update(version, checksum, probes)
+                report = self.link.finish_update(version, checksums, probes)
                 self.log.add({"canary_largest": report["largest"], "canary_mean": report["mean"]})
+                self.log.add({name: report[name] for name in ("transfer_seconds", "received_over_needed")})
         self.version = version
 
     def _score_probes(self) -> list[Probe]:

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gspo_megatron.config.model import Architecture
-from gspo_megatron.weights.buckets import TensorMeta
 from gspo_megatron.weights.layout import Layout
+from gspo_megatron.weights.manifest import TensorMeta
 from gspo_megatron.weights.table import Parameter, Piece, hf_shapes, local_parameters
 
 ReadPiece = Callable[[Piece], Tensor]

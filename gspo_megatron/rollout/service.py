@@ -29,8 +29,6 @@ SCORING_SECONDS = 10.0
 MAX_SCORING_PROCESSES = 8
 SAMPLES = "samples"
 """Directory of the sample store within the run directory."""
-MAX_BODY = 1 << 30
-"""A manifest of a large model is some MB, beyond aiohttp's default of 1."""
 
 
 class Service:
@@ -43,7 +41,7 @@ class Service:
 
     def application(self) -> web.Application:
         """The aiohttp application; the controller starts with it."""
-        app = web.Application(middlewares=[self._guard], client_max_size=MAX_BODY)
+        app = web.Application(middlewares=[self._guard])
         app.add_routes(
             [
                 web.get(OPEN_PATH, self._health),
@@ -104,10 +102,10 @@ class Service:
         return await self.controller.evaluate(int(body["problems"]), int(body["answers"]), float(body["temperature"]))
 
     async def _begin(self, body: dict[str, Any]) -> dict[str, Any]:
-        return await self.controller.begin_update(int(body["version"]), body["manifest"])
+        return await self.controller.begin_update(int(body["version"]), body["terms"])
 
     async def _finish(self, body: dict[str, Any]) -> dict[str, Any]:
-        return await self.controller.finish_update(int(body["version"]), int(body["checksum"]), body["probes"])
+        return await self.controller.finish_update(int(body["version"]), body["checksums"], body["probes"])
 
     async def _lifetime(self, app: web.Application) -> AsyncIterator[None]:
         starting = asyncio.create_task(self._start())

@@ -98,9 +98,9 @@ def _sources(
         for parameter in parameters:
             source = names.number(parameter.name)
             for piece in parameter.pieces:
-                rectangle = (*piece.rows, *(piece.columns or (0, 1)))
+                (top, bottom), (left, right) = piece.rows, piece.columns or (0, 1)
                 rectangles = sources.setdefault(names.number(piece.tensor), {})
-                rectangles.setdefault(rectangle, (source, piece.at[0], []))[2].append(sender)
+                rectangles.setdefault((top, bottom, left, right), (source, piece.at[0], []))[2].append(sender)
     return sources
 
 

@@ -61,9 +61,29 @@ class ServerPiece:
     vector."""
 
     @property
+    def row(self) -> int:
+        """Its first row in that tensor."""
+        return self.rows[0]
+
+    @property
+    def column(self) -> int:
+        """Its first column there; 0 for a vector."""
+        return self.columns[0] if self.columns else 0
+
+    @property
+    def height(self) -> int:
+        """Rows."""
+        return self.rows[1] - self.rows[0]
+
+    @property
+    def width(self) -> int:
+        """Columns; 1 for a vector."""
+        return self.columns[1] - self.columns[0] if self.columns else 1
+
+    @property
     def size(self) -> int:
         """Values."""
-        return (self.rows[1] - self.rows[0]) * (self.columns[1] - self.columns[0] if self.columns else 1)
+        return self.height * self.width
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +184,8 @@ def _experts(arch: Architecture, layout: ServerLayout, prefix: str, index: int) 
     yield ServerParameter(f"{prefix}routed_experts.w2_weight", (len(experts), hidden, width), down)
 
 
-def _whole(name: str, shape: tuple[int, ...]) -> ServerParameter:
-    columns = (0, shape[1]) if len(shape) > 1 else None
+def _whole(name: str, shape: tuple[int] | tuple[int, int]) -> ServerParameter:
+    columns = (0, shape[1]) if len(shape) == 2 else None
     return ServerParameter(name, shape, (ServerPiece(name, (0, shape[0]), columns, (0, 0, 0)),))
 
 

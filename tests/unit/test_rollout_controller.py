@@ -173,7 +173,7 @@ def test_one_operation_at_a_time_and_sentences_over_http(tmp_path: Path) -> None
                 waiting.start()
                 while link.status()["progress"]["done"] != 0:
                     time.sleep(0.01)
-                for call in (lambda: link.rollout(2), lambda: link.evaluate(1), lambda: link.begin_update(9, [])):
+                for call in (lambda: link.rollout(2), lambda: link.evaluate(1), lambda: link.finish_update(9, [], [])):
                     with pytest.raises(ControllerError) as caught:
                         call()
                     failure.append(str(caught.value))
