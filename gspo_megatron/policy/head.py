@@ -36,9 +36,8 @@ class _ChunkedLogProbs(torch.autograd.Function):
             logits = _logits(hidden[part], weight, temperature, wide)
             top = _reduce(logits.amax(-1), dist.ReduceOp.MAX, group)
             weights = (logits - top[:, None]).exp_()
-            sums = _reduce(
-                torch.stack([weights.sum(-1), torch.linalg.vecdot(weights, logits)]), dist.ReduceOp.SUM, group
-            )
+            total = weights.sum(-1)
+            sums = _reduce(torch.stack([total, weights.mul_(logits).sum(-1)]), dist.ReduceOp.SUM, group)
             normalizers[part] = top + sums[0].log()
             entropy[part] = normalizers[part] - sums[1] / sums[0]
             logprobs[part] = (

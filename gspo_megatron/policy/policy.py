@@ -13,17 +13,17 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.data.packing import PackedBatch
-from gspo_megatron.policy import mesh
+from gspo_megatron.policy import mesh, optimizer
 from gspo_megatron.policy.head import chosen_logprobs
 from gspo_megatron.policy.microbatch import MicroBatch, place
 from gspo_megatron.policy.model import build_chunks
+from gspo_megatron.policy.optimizer import OptimizerSettings, make_optimizer
 from gspo_megatron.policy.replay import Routes, Routing
 from gspo_megatron.policy.weights import ReadPiece, ShardedWeights, save_hf
 from gspo_megatron.weights.layout import layout_of
@@ -43,22 +43,6 @@ class Scored:
 
 LossFunction = Callable[[MicroBatch, Scored, int], tuple[Tensor, dict[str, Tensor]]]
 """(micro-batch, head output, its index) -> (this rank's share of the loss, metric sums)."""
-
-
-@dataclass(frozen=True, slots=True)
-class OptimizerSettings:
-    """What one phase of training asks of the optimizer."""
-
-    lr: float
-    """Peak learning rate; the phase scales it every step."""
-    betas: tuple[float, float]
-    """Adam's averaging constants."""
-    eps: float
-    """Adam's epsilon."""
-    weight_decay: float
-    """Decoupled weight decay."""
-    clip_grad: float
-    """Largest global gradient norm."""
 
 
 class Policy:
@@ -110,24 +94,15 @@ class Policy:
 
     def start_optimizer(self, settings: OptimizerSettings) -> None:
         """A fresh optimizer over the present weights; an earlier phase's states are dropped."""
-        config = OptimizerConfig(
-            optimizer="adam",
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            adam_beta1=settings.betas[0],
-            adam_beta2=settings.betas[1],
-            adam_eps=settings.eps,
-            clip_grad=settings.clip_grad,
-            bf16=self.config.bf16,
-            params_dtype=self.config.params_dtype,
-            use_distributed_optimizer=self._distributes_optimizer,
-        )
-        self.optimizer = get_megatron_optimizer(
-            config, self.chunks, get_standard_config_overrides(config), torch.cuda.is_available()
-        )
-        for group in self.optimizer.param_groups:
-            # Norm weights are not decayed; Megatron leaves the product to its own scheduler.
-            group["weight_decay"] = settings.weight_decay * group["wd_mult"]
+        self.optimizer = make_optimizer(settings, self.config, self.chunks, self._distributes_optimizer)
+
+    def offload(self) -> None:
+        """Leave this GPU to servers: see `optimizer.offload`."""
+        optimizer.offload(self.optimizer, self.config, self.chunks)
+
+    def restore(self) -> None:
+        """Undo `offload`."""
+        optimizer.restore(self.optimizer, self.chunks)
 
     def place(self, batches: Sequence[PackedBatch]) -> list[MicroBatch]:
         """This rank's part of each packed batch of its data-parallel rank."""

@@ -91,11 +91,11 @@ def compare_step(policy: Policy, oracle: dict[str, Any], form: str) -> dict[str,
     offsets = [old_offsets(members, batch) for members, batch in zip(mine, whole, strict=True)]
     start_sgd(policy)
     sums, norm, _ = policy.train(batches, objective(policy, scored, offsets, shifts), oracle["sgd_lr"])
-    loss = sum((entry["loss"] for entry in sums), torch.zeros((), dtype=torch.float64)) * (policy.at.tensor == 0)
-    dist.all_reduce(loss)
+    share = sum(float(entry["loss"]) for entry in sums) if policy.at.tensor == 0 else 0.0
+    loss = over_ranks(share, dist.ReduceOp.SUM)
     worst = compare_tensors(policy, oracle["gradients"], lambda parameter: parameter.main_grad)
     return {
-        "loss": abs(float(loss) - oracle["loss"]) / oracle["scale"],
+        "loss": abs(loss - oracle["loss"]) / oracle["scale"],
         "gradient": worst,
         "norm": abs(norm / oracle["norm"] - 1),
         "sgd": compare_tensors(policy, oracle["sgd"], torch.Tensor.detach),
@@ -114,7 +114,7 @@ def objective(policy: Policy, scored: list[Scored], offsets: list[torch.Tensor],
         shifts.append(float((logprobs - scored[index].logprobs).abs().max()))
         inputs = LossInputs(
             logprobs=now.logprobs,
-            old_logprobs=logprobs - offsets[index][batch.indices].to(logprobs),
+            old_logprobs=logprobs - offsets[index][batch.indices.cpu()].to(logprobs),
             advantages=batch.advantages,
             loss_mask=batch.loss_mask,
             cu_seqlens=batch.cu_seqlens,
@@ -169,7 +169,7 @@ def compare_saved(policy: Policy, directory: Path, model: str, start: Mapping[st
     """Whether loading, exporting and saving gives back the files that were loaded: bit for bit, index included."""
     exact = True
     for name, tensor in policy.export():
-        exact = exact and torch.equal(tensor, start[name].to(tensor.dtype))
+        exact = exact and torch.equal(tensor.cpu(), start[name].to(tensor.dtype))
     saved = directory / "saved"
     if next(policy.chunks[0].parameters()).dtype is torch.float32:
         policy.save(saved)
@@ -202,7 +202,7 @@ def compare_tensors(
     off: dict[str, float] = {}
     exported: Iterator[tuple[str, torch.Tensor]] = policy.weights.export(2**22, values)
     for name, tensor in exported:
-        off[name] = float((tensor.double() - wanted[name]).norm() / wanted[name].norm())
+        off[name] = float((tensor.cpu().double() - wanted[name]).norm() / wanted[name].norm())
     if dist.get_rank():
         return {}
     assert off.keys() == wanted.keys(), sorted(off.keys() ^ wanted.keys())
@@ -212,7 +212,7 @@ def compare_tensors(
 
 
 def over_ranks(value: float, operation: Any) -> float:
-    """The smallest or largest of a number over all ranks."""
+    """The smallest, the largest or the sum of a number over all ranks."""
     held = torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(held, operation)
     return float(held)
