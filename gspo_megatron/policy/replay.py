@@ -13,6 +13,7 @@ makes the old log-probs would add the chosen probabilities up in another order t
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -62,12 +63,14 @@ class RouterSeam:
 
     def __init__(self, layer: int, num_experts: int) -> None:
         self.layer, self.num_experts = layer, num_experts
+        self.seconds = 0.0
         self.rest()
 
     def rest(self) -> None:
         """Between two runs of the schedule."""
         self.routes: Sequence[Tensor] | None = None
-        self.replays, self.counted = False, None
+        self.replays = False
+        self.counted: list[Tensor] | None = None
         self.recorded: dict[int, Tensor] | None = None
         self.margins: list[Tensor] | None = None
         self.index: int | None = None
@@ -79,6 +82,7 @@ class RouterSeam:
         recomputes = self.index is None
         index = self._recomputed() if self.index is None else self.index
         chosen = torch.topk(scores.detach(), k=topk, dim=1, sorted=True).indices
+        began = time.perf_counter()
         if self.routes is not None:
             target = self._target(index, len(scores), topk)
             if not recomputes:
@@ -87,6 +91,7 @@ class RouterSeam:
                 chosen = torch.where(target[:, :1] == ABSENT, chosen, target)
         if not recomputes:
             self._observe(index, scores.detach(), chosen)
+        self.seconds += time.perf_counter() - began
         return scores.gather(1, chosen), chosen
 
     def _recomputed(self) -> int:
@@ -198,9 +203,16 @@ class Routing:
         columns = [seam.recorded for seam in self.seams if seam.recorded is not None]
         return [Routes(tuple(column[index] for column in columns)) for index in range(num_microbatches)]
 
-    def changes(self) -> Tensor:
+    def take_seconds(self) -> float:
+        """Time spent with routes on this rank since the last call, on the host's clock."""
+        total = sum(seam.seconds for seam in self.seams)
+        for seam in self.seams:
+            seam.seconds = 0.0
+        return total
+
+    def changes(self) -> list[Tensor | int]:
         """[L] choices of the last run that differ from the routes that it was given."""
-        return torch.stack([torch.zeros(()) if seam.changed is None else seam.changed.cpu() for seam in self.seams])
+        return [0 if seam.changed is None else seam.changed for seam in self.seams]
 
 
 def _install(router: Any, num_experts: int) -> RouterSeam:

@@ -27,9 +27,9 @@ CASES = {
     "PP2_VPP2_CP2_EP2": [*DEEP, "trainer.virtual_pipeline=2"],
     "PP2_CP2_EP2_recompute_experts": [*DEEP, "trainer.recompute=selective"],
     "PP4_recompute": ["trainer.pipeline_parallel=4", FULL],
-    "TP2_PP2_EP2_recompute": ["trainer.tensor_parallel=2", "trainer.pipeline_parallel=2", "trainer.expert_parallel=2", FULL],
+    "TP2_PP2_EP2_recompute": [DEEP[0], "trainer.tensor_parallel=2", "trainer.expert_parallel=2", FULL],
     "TP2_CP2": ["trainer.tensor_parallel=2", "trainer.context_parallel=2"],
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
