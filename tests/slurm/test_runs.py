@@ -125,14 +125,13 @@ def test_one_node_colocated_survives_a_killed_rank_but_no_more_crashes_than_it_m
 
 
 def test_a_crash_without_a_newer_checkpoint_is_not_restarted(workplace: Workplace) -> None:
-    data = workplace.directory / "broken.jsonl"
-    data.write_text("{never closed\n")
-    task = ("data.source=jsonl", f"data.path={data}", "data.task=null", "data.options={}", "cold_start=null")
-    job = workplace.submit("crash", *SMALL, *task, options=["--nodes=1"])
+    broken = workplace.directory / "broken.model"
+    broken.write_text("no tokenizer")
+    job = workplace.submit("crash", *SMALL, f"tokenizer.path={broken}", options=["--nodes=1"])
     assert job.finish(START) == "FAILED" and job.exit_code() == 1
     assert "gspo: not restarted: there is no newer checkpoint than step 0" in job.text()
     assert job.last_line().startswith("gspo: controller failed on node1: "), job.last_line()
-    assert str(data) in job.last_line(), "the role's own words say more than its exit code"
+    assert str(broken) in job.last_line(), "the role's own words say more than its exit code"
 
 
 def test_power_off_of_a_trainer_node_goes_on_with_spare_nodes(workplace: Workplace) -> None:
