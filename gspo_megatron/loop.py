@@ -16,6 +16,7 @@ from gspo_megatron.config import RecipeError, load_resolved
 from gspo_megatron.metrics import RunLog
 from gspo_megatron.policy import mesh
 from gspo_megatron.policy.policy import Policy
+from gspo_megatron.policy.specs import describe_parts
 from gspo_megatron.report.page import write_report
 from gspo_megatron.report.plot import write_plot
 from gspo_megatron.rollout.link import ControllerError, ControllerLink
@@ -84,6 +85,7 @@ def main() -> int:
     log = RunLog(arguments.run_dir, owns_terminal=first)
     Watchdog(arguments.run_dir, dist.get_rank(), dist.get_world_size(), log.pulse).start()
     policy = Policy(recipe, device)
+    log.say(f"policy: {describe_parts()}")
     trainer = Trainer(recipe, arguments.run_dir, policy, link, log)
     checkpoints = arguments.run_dir / "checkpoints"
     with log:

@@ -33,15 +33,8 @@ class _ChunkedLogProbs(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         logprobs, entropy, normalizers = (hidden.new_empty(len(hidden), dtype=wide) for _ in range(3))
         for part in _chunks(len(hidden), chunk):
-            logits = _logits(hidden[part], weight, temperature, wide)
-            top = _reduce(logits.amax(-1), dist.ReduceOp.MAX, group)
-            weights = (logits - top[:, None]).exp_()
-            total = weights.sum(-1)
-            sums = _reduce(torch.stack([total, weights.mul_(logits).sum(-1)]), dist.ReduceOp.SUM, group)
-            normalizers[part] = top + sums[0].log()
-            entropy[part] = normalizers[part] - sums[1] / sums[0]
-            logprobs[part] = (
-                _reduce(_chosen(logits, targets[part], group), dist.ReduceOp.SUM, group) - normalizers[part]
+            logprobs[part], entropy[part], normalizers[part] = _score_chunk(
+                _logits(hidden[part], weight, temperature, wide), targets[part], group
             )
         ctx.save_for_backward(hidden, weight, targets, normalizers)
         ctx.mark_non_differentiable(entropy)
@@ -57,14 +50,13 @@ class _ChunkedLogProbs(torch.autograd.Function):
         kept: Tensor | None = ctx.main_grad
         grad_weight = torch.zeros_like(weight, dtype=wide) if kept is None else kept
         for part in _chunks(len(hidden), chunk):
-            scale = grads[0][part, None] / temperature
+            scale = grads[0][part] / temperature
             grad_logits = _logits(hidden[part], weight, temperature, wide)
-            grad_logits.sub_(normalizers[part, None]).exp_().mul_(-scale)
-            local, held = _local_targets(targets[part], weight.shape[0], group)
-            grad_logits[torch.arange(len(local), device=local.device), local] += torch.where(held, scale[:, 0], 0.0)
+            grad_logits = _gradient_of_logits(grad_logits, normalizers[part], scale, targets[part], group)
             grad_logits = grad_logits.to(hidden.dtype)
             grad_hidden[part] = grad_logits @ weight
             _add_product(grad_weight, grad_logits, hidden[part])
+            del grad_logits  # or the next chunk's would come beside it
         return grad_hidden, grad_weight.to(weight.dtype) if kept is None else None, None, None, None, None
 
 
@@ -93,6 +85,27 @@ def _chunks(length: int, chunk: int) -> list[slice]:
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float, wide: torch.dtype) -> Tensor:
     return _product(hidden, weight.T, wide).div_(temperature)
+
+
+def _score_chunk(logits: Tensor, targets: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs of the targets, entropies and logarithms of the normalizers, [chunk] each; one copy of the logits."""
+    top = _reduce(logits.amax(-1), dist.ReduceOp.MAX, group)
+    weights = (logits - top[:, None]).exp_()
+    total = weights.sum(-1)
+    sums = _reduce(torch.stack([total, weights.mul_(logits).sum(-1)]), dist.ReduceOp.SUM, group)
+    normalizers = top + sums[0].log()
+    chosen = _reduce(_chosen(logits, targets, group), dist.ReduceOp.SUM, group)
+    return chosen - normalizers, normalizers - sums[1] / sums[0], normalizers
+
+
+def _gradient_of_logits(
+    logits: Tensor, normalizers: Tensor, scale: Tensor, targets: Tensor, group: dist.ProcessGroup
+) -> Tensor:
+    """scale * (one-hot of the target - softmax), in the memory of the logits."""
+    gradient = logits.sub_(normalizers[:, None]).exp_().mul_(-scale[:, None])
+    local, held = _local_targets(targets, logits.shape[1], group)
+    gradient[torch.arange(len(local), device=local.device), local] += torch.where(held, scale, 0.0)
+    return gradient
 
 
 def _product(left: Tensor, right: Tensor, wide: torch.dtype) -> Tensor:

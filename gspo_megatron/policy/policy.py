@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,8 +26,6 @@ from gspo_megatron.policy.optimizer import OptimizerSettings, make_optimizer
 from gspo_megatron.policy.replay import Routes, Routing
 from gspo_megatron.policy.weights import ReadPiece, ShardedWeights, save_hf
 from gspo_megatron.weights.layout import layout_of
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)

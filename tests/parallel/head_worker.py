@@ -25,13 +25,17 @@ def main() -> None:
         hidden = data["hidden"].to(getattr(torch, case["dtype"]), copy=True).requires_grad_()
         rows = data["weight"].shape[0] // size
         weight = data["weight"][rank * rows : (rank + 1) * rows].to(hidden.dtype, copy=True).requires_grad_()
+        if case["buffer"]:
+            weight.main_grad = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         logprobs, entropy = chosen_logprobs(
             hidden, weight, data["targets"], case["temperature"], case["chunk"], dist.group.WORLD
         )
         (logprobs * data["coefficients"]).sum().backward()
         dist.all_reduce(hidden.grad)
-        parts = [torch.empty_like(weight) for _ in range(size)]
-        dist.all_gather(parts, weight.grad)
+        assert (weight.grad is None) == case["buffer"], "a buffer takes the gradient in place of another tensor"
+        gradient = weight.main_grad if case["buffer"] else weight.grad
+        parts = [torch.empty_like(gradient) for _ in range(size)]
+        dist.all_gather(parts, gradient)
         if rank == 0:
             found = {
                 "logprobs": logprobs.detach(),
