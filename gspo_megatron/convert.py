@@ -92,4 +92,4 @@ def _fill(shape: tuple[int, ...], pieces: tuple[Piece, ...], read: ReadPiece) ->
 
 
 def _whole(name: str, shape: tuple[int, ...]) -> Piece:
-    return Piece(name, (0, shape[0]), (0, shape[1]) if len(shape) > 1 else None, (0, shape[0]))
+    return Piece(name, (0, shape[0]), (0, shape[1]) if len(shape) == 2 else None, (0, shape[0]))

@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core import optimizer
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-from megatron.core.optimizer import Adam
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -48,13 +48,13 @@ def has_transformer_engine() -> bool:
 
 def describe_parts() -> str:
     """Which fused parts compute and which fell back, in a sentence for the log."""
-    optimizer = Adam.__module__.partition(".")[0]
+    adam = vars(optimizer)["Adam"].__module__.partition(".")[0]
     if has_transformer_engine():
         layers = "Transformer Engine: fused norm and linear, packed attention, grouped experts"
     else:
         missing = "Transformer Engine" if torch.cuda.is_available() else "a GPU"
         layers = f"plain torch for want of {missing}: attention and norms unfused, experts one after another"
-    return f"layers by {layers}; AdamW by {optimizer}"
+    return f"layers by {layers}; AdamW by {adam}"
 
 
 def transformer_engine_spec(config: TransformerConfig) -> ModuleSpec:

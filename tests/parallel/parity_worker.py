@@ -93,7 +93,7 @@ def compare_step(policy: Policy, oracle: dict[str, Any], form: str) -> dict[str,
     sums, norm, _ = policy.train(batches, objective(policy, scored, offsets, shifts), oracle["sgd_lr"])
     share = sum(float(entry["loss"]) for entry in sums) if policy.at.tensor == 0 else 0.0
     loss = over_ranks(share, dist.ReduceOp.SUM)
-    worst = compare_tensors(policy, oracle["gradients"], lambda parameter: parameter.main_grad)
+    worst = compare_tensors(policy, oracle["gradients"], main_grad)
     return {
         "loss": abs(loss - oracle["loss"]) / oracle["scale"],
         "gradient": worst,
@@ -160,7 +160,7 @@ def compare_adam(policy: Policy, oracle: dict[str, Any]) -> dict[str, Any]:
         for piece in entry.pieces:
             wanted = oracle["gradients"][piece.tensor][slice(*piece.rows)]
             wanted = wanted if piece.columns is None else wanted[:, slice(*piece.columns)]
-            parameter.main_grad[slice(*piece.at)].copy_(wanted)
+            main_grad(parameter)[slice(*piece.at)].copy_(wanted)
     policy.optimizer.step()
     return compare_tensors(policy, oracle["adam"], torch.Tensor.detach)
 
@@ -209,6 +209,11 @@ def compare_tensors(
     # A distance that is not a number is the worst of all.
     worst = max(off, key=lambda name: math.inf if math.isnan(off[name]) else off[name])
     return {"worst": off[worst], "name": worst}
+
+
+def main_grad(parameter: Any) -> torch.Tensor:
+    """What Megatron gathers a parameter's gradient in."""
+    return parameter.main_grad
 
 
 def over_ranks(value: float, operation: Any) -> float:

@@ -11,6 +11,7 @@ import runpy
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def _fork_rank(worker: str, rank: int, directory: Path) -> int:
         runpy.run_path(str(ROOT / "tests" / "parallel" / worker), run_name="__main__")
         code = 0
     except BaseException:  # a fork must never fall back into the code of the process that made it
-        sys.excepthook(*sys.exc_info())
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

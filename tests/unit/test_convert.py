@@ -30,7 +30,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for name, shape in hf_shapes(arch).items():
-            yield name, read(Piece(name, (0, shape[0]), (0, shape[1]) if len(shape) > 1 else None, (0, shape[0])))
+            yield name, read(Piece(name, (0, shape[0]), (0, shape[1]) if len(shape) == 2 else None, (0, shape[0])))
 
     weights.save_hf(tensors(), arch.to_hugging_face("float32"), tmp_path / "model")
     return tmp_path / "model"

@@ -27,7 +27,7 @@ def architecture(*overrides: str) -> Architecture:
 
 
 def whole(name: str, shape: tuple[int, ...]) -> Piece:
-    return Piece(name, (0, shape[0]), (0, shape[1]) if len(shape) > 1 else None, (0, shape[0]))
+    return Piece(name, (0, shape[0]), (0, shape[1]) if len(shape) == 2 else None, (0, shape[0]))
 
 
 @pytest.fixture
