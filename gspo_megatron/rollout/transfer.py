@@ -25,6 +25,7 @@ from gspo_megatron.weights.server_layout import ServerLayout, ServerParameter, S
 from gspo_megatron.weights.transfer_plan import Message, Slice, TransferPlan
 
 MIB = 1 << 20
+JOIN_SECONDS = 60.0
 ROUNDS_IN_FLIGHT = 2
 """While one round is on the wire, the one before is unpacked and the next is packed."""
 
@@ -46,7 +47,7 @@ class Ticket:
     bucket_mib: int
     """Most bytes that a worker receives in one round, MiB."""
     timeout: float
-    """Seconds that joining, and one message, may take."""
+    """Seconds that one message may take, and joining if it is less than JOIN_SECONDS."""
     architecture: dict[str, Any]
     """Fields of the trainer's `Architecture`."""
     dtype: str
@@ -74,7 +75,8 @@ class TransferGroup:
         """Join as a trainer rank or, without one, as a worker; returns when everybody has joined."""
         self.name, self.plan, self.device = ticket.group, ticket.plan(), device
         self.dtype: torch.dtype = getattr(torch, ticket.dtype)
-        timeout = timedelta(seconds=ticket.timeout)
+        # Whoever dies before it has joined leaves no connection that could end: the others wait this long.
+        timeout = timedelta(seconds=min(ticket.timeout, JOIN_SECONDS))
         store = TCPStore(ticket.store_host, ticket.store_port, is_master=False, wait_for_workers=False, timeout=timeout)
         prefixed = PrefixStore(ticket.group, store)
         first_worker = self.plan.trainer.world
@@ -92,6 +94,7 @@ class TransferGroup:
             self._group = ProcessGroupNCCL(prefixed, rank, world, options)
         else:
             self._group = ProcessGroupGloo(prefixed, rank, world, timeout)
+        self._group.set_timeout(timedelta(seconds=ticket.timeout))
 
     # No local name below may hold the group or what it returns: it would live on in the traceback of a failure, the
     # connections with it, and the other ends would wait for the time limit.
@@ -101,11 +104,11 @@ class TransferGroup:
         self._in_flight.append(([], messages, buffers))
         if self.device.type == "cuda":
             # One NCCL group a round: its transfers progress at the same time, over one communicator.
-            self._group._start_coalescing(self.device)
+            self._group._start_coalescing()
         for message, buffer in zip(messages, buffers, strict=True):
             self._in_flight[-1][0].append(self._post(self._peers_from + message.peer, buffer, number))
         if self.device.type == "cuda":
-            self._in_flight[-1][0][:] = [self._group._end_coalescing(self.device)]
+            self._in_flight[-1][0][:] = [self._group._end_coalescing()]
 
     def _post(self, peer: int, buffer: Tensor, tag: int) -> Any:
         return (self._group.send if self._peers_from else self._group.recv)([buffer], peer, tag)

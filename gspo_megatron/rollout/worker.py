@@ -105,9 +105,9 @@ class ShardTransferEngine(WeightTransferEngine[JoinInfo, ReceiveInfo]):
         started = time.perf_counter()
         plan = group.plan
         expected = server_parameters(plan.arch, self.layout, self.rank)
-        refuse_other_model(self.model, expected, group.dtype, self.layout)
         checksum = Checksum(plan.arch, group.dtype, self.device)
         try:
+            refuse_other_model(self.model, expected, group.dtype, self.layout)
             for parameter, values in receive(group, expected):
                 for piece in parameter.pieces:
                     checksum.add(0, piece, plane(values, piece))

@@ -8,15 +8,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import timedelta
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed import TCPStore
 
 from gspo_megatron.config.model import Architecture
 from gspo_megatron.rollout import checksum as checksums
 from gspo_megatron.rollout.checksum import Checksum
+from gspo_megatron.rollout.sender import ATTEMPTS, WeightSender
 from gspo_megatron.rollout.transfer import Ticket, TransferError, TransferGroup, plane, receive
 from gspo_megatron.weights.layout import Layout
 from gspo_megatron.weights.server_layout import ServerLayout, server_parameters
@@ -225,3 +228,54 @@ def test_a_lost_worker_is_a_sentence(make_ticket: Any) -> None:
         with pytest.raises(TransferError, match="the weight update broke between the trainer and the servers"):
             for _ in range(3):
                 ranks.send(ticket, shards)
+
+
+class Controller:
+    """Gives out one ticket after another."""
+
+    def __init__(self, *tickets: dict[str, Any]) -> None:
+        self.tickets, self.begun = list(tickets), []
+
+    def begin_update(self, version: int, arch: Architecture, dtype: str, layout: Layout) -> dict[str, Any]:
+        self.begun.append((version, arch, dtype, layout))
+        return self.tickets.pop(0)
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """torch.distributed's own world, of this process only."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_server_lost_on_the_way_costs_another_attempt_without_it(alone: None, make_ticket: Any) -> None:
+    trainer, tensors = Layout(1), make_tensors()
+    both, rest = (
+        make_ticket(servers) | {"trainer": asdict(trainer), "group": f"try-{len(servers)}"}
+        for servers in ([ServerLayout(1)] * 2, [ServerLayout(1)])
+    )
+    controller = Controller(both, rest)
+    with ThreadPoolExecutor(3) as pool:
+        stays = pool.submit(take, both, 0, ServerLayout(1), 0, 1)
+        pool.submit(lambda: TransferGroup(Ticket(**both), CPU, worker=1).close())
+        again = pool.submit(take, rest, 0, ServerLayout(1), 0, 1)
+        shard = cut_shards(ARCH, trainer, tensors)[0]
+        sums = WeightSender(CPU).update(controller, 7, ARCH, trainer, shard)  # type: ignore[arg-type]
+        assert isinstance(stays.exception(30), RuntimeError)
+        assert [again.result(30)[0][1]] == sums
+    assert controller.begun == [(7, ARCH, "float32", trainer)] * 2
+
+
+def test_a_fault_of_the_trainer_itself_is_not_tried_for_ever(alone: None, make_ticket: Any) -> None:
+    trainer = Layout(1)
+    ticket = make_ticket([ServerLayout(1)]) | {"trainer": asdict(trainer)}
+    controller = Controller(*(ticket | {"group": f"try-{n}"} for n in range(9)))
+    shard = cut_shards(ARCH, trainer, make_tensors())[0]
+    del shard["decoder.layers.3.mlp.router.weight"]
+    with ThreadPoolExecutor(3) as pool:
+        workers = [pool.submit(take, controller.tickets[n], 0, ServerLayout(1), 0, 1) for n in range(ATTEMPTS)]
+        with pytest.raises(TransferError, match=r"the trainer has no parameter decoder\.layers\.3\.mlp\.router"):
+            WeightSender(CPU).update(controller, 7, ARCH, trainer, shard)  # type: ignore[arg-type]
+        assert all(isinstance(worker.exception(30), RuntimeError) for worker in workers)
+    assert len(controller.begun) == ATTEMPTS
