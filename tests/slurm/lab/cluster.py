@@ -19,6 +19,7 @@ PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "nsenter
 CPUS = 192
 GPUS = 8
 PARTITION = "lab"
+SPACES = ("--net", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 SLURM_CONF = """\
@@ -80,6 +81,11 @@ def missing() -> str | None:
             f"the SLURM lab misses {', '.join(absent)}; apt-get install slurmctld slurmd slurm-client munge iproute2 "
             "libslurm-dev procps gcc libc6-dev"
         )
+    cable = "ip link add switch type bridge && ip link add cable type veth"
+    tried = subprocess.run(("unshare", *SPACES, "sh", "-c", cable), capture_output=True, text=True)
+    if tried.returncode:
+        why = " ".join(tried.stderr.split())
+        return f"the SLURM lab needs namespaces, bridges and veth pairs, which root cannot make here ({why})"
     return None
 
 
@@ -116,9 +122,8 @@ class Lab:
         self._write_configuration()
         log = (self.home / "log" / "cluster.out").open("wb")
         # The lab dies with this process, however that one ends.
-        spaces = ("--net", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
         self._outer = subprocess.Popen(
-            ("setpriv", "--pdeathsig", "KILL", "unshare", *spaces, str(HERE / "cluster.sh"), "init"),
+            ("setpriv", "--pdeathsig", "KILL", "unshare", *SPACES, str(HERE / "cluster.sh"), "init"),
             env={**os.environ, **self.environment},
             stdin=subprocess.DEVNULL,
             stdout=log,
