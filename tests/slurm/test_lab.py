@@ -66,8 +66,9 @@ def test_a_node_goes_and_comes_back(lab: Lab) -> None:
     wait_for(lambda: lab.idle_nodes() == lab.nodes, 180, "node6 again")
 
 
-def test_the_end_of_one_process_ends_the_cluster() -> None:
+def test_the_end_of_one_process_ends_the_cluster(lab: Lab) -> None:
     with Lab(nodes=2) as other:
+        assert other.home != lab.home, "labs may stand side by side"
         assert other.idle_nodes() == 2
         home = other.home
         daemons = [path for path in Path("/proc").glob("[0-9]*") if str(home) in command_line(path)]
