@@ -73,6 +73,7 @@ def test_reference_spec_equals_the_oracle_in_float32(
         "name": row.name,
         "overrides": [*row.overrides, PLAIN],
         "model": file_stem(model),
+        "spread": False,
         "forms": {"float32": ["packed", "padded"]},
         "fault": None,
     }

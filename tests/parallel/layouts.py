@@ -47,6 +47,8 @@ KEYS = {
     "first": "first_stage_layers",
     "last": "last_stage_layers",
 }
+SPREAD = "spread"
+RECOMPUTED = {"recompute": "full", "selective": "selective"}
 DIMENSIONS = ("TP", "PP", "VPP", "CP", "EP", "ETP", "DP")
 
 
@@ -57,7 +59,8 @@ class Row:
     ranks: int
     """World size."""
     layout: str
-    """`TP2 PP2 first1 last3 recompute`; `full` recomputation where the last word stands."""
+    """`TP2 PP2 first1 last3`; words without a number change how it computes: `recompute` = every layer again, `selective`
+    = attention and experts again, `spread` = optimizer states spread over the replicas."""
     model: str = "moe"
     """A key of MODELS."""
     in_test: bool = False
@@ -69,11 +72,18 @@ class Row:
         return f"{self.ranks} ranks, {self.layout or 'DP'}, {self.model}"
 
     @property
+    def spread(self) -> bool:
+        """Whether it runs with Megatron's distributed optimizer."""
+        return SPREAD in self.layout.split()
+
+    @property
     def overrides(self) -> list[str]:
         """What the row changes in a recipe."""
-        words = [re.fullmatch(r"([A-Za-z]+)(\d*)", word) for word in self.layout.split()]
+        words = [re.fullmatch(r"([A-Za-z]+)(\d*)", word) for word in self.layout.split() if word != SPREAD]
         asked = [(word[1], word[2]) for word in words if word]
-        trainer = ["recompute=full" if key == "recompute" else f"{KEYS[key]}={size}" for key, size in asked]
+        trainer = [
+            f"recompute={RECOMPUTED[key]}" if key in RECOMPUTED else f"{KEYS[key]}={size}" for key, size in asked
+        ]
         shape = [f"model.architecture.{key}={value}" for key, value in MODELS[self.model].items()]
         return [*shape, *(f"trainer.{value}" for value in trainer)]
 
@@ -118,6 +128,10 @@ ROWS = [
     Row(4, "PP2 first1 last3 EP2", in_test=True),
     Row(4, "PP2 VPP2 CP2 recompute"),
     Row(4, "TP2 PP2 EP2 recompute"),
+    Row(4, "PP2 CP2 EP2 selective"),
+    Row(4, "TP2 EP2 spread", in_test=True),
+    Row(4, "PP2 VPP2 EP2 spread"),
+    Row(4, "CP2 EP4 spread"),
     Row(4, "TP4 EP2", "moe, 2 KV heads", in_test=True),
     Row(4, "TP2 CP2", "dense"),
     Row(4, "TP2 PP2", "dense, tied", in_test=True),

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -65,6 +64,7 @@ def run_rows(
             "name": row.name,
             "overrides": row.overrides,
             "model": file_stem(row.model),
+            "spread": row.spread,
             "forms": {dtype: list(forms[dtype]) for dtype in dtypes},
             "fault": fault,
         }
@@ -88,7 +88,8 @@ def broken_bounds(result: dict[str, Any]) -> list[str]:
     for form in (form for form in FORMS["float32"] if form in result):
         step = result[form]
         hold(f"{form}: loss", step["loss"], bounds["loss"])
-        hold(f"{form}: gradient of {step['gradient']['name']}", step["gradient"]["worst"], bounds["gradient"])
+        if step["gradient"] is not None:
+            hold(f"{form}: gradient of {step['gradient']['name']}", step["gradient"]["worst"], bounds["gradient"])
         hold(f"{form}: gradient norm", step["norm"], bounds["norm"])
         hold(f"{form}: {step['sgd']['name']} after SGD", step["sgd"]["worst"], bounds["sgd"])
         hold(f"{form}: log-probs of scoring and training", step["shift"], 0.0)
@@ -101,9 +102,11 @@ def broken_bounds(result: dict[str, Any]) -> list[str]:
     return said
 
 
-def worst(result: dict[str, Any], figure: str) -> float:
-    """The larger of packed and padded."""
+def worst(result: dict[str, Any], figure: str) -> float | None:
+    """The larger of packed and padded; None where it is not measured."""
     values = [result[form][figure] for form in FORMS["float32"] if form in result]
+    if None in values:
+        return None
     return max(value["worst"] if isinstance(value, dict) else value for value in values)
 
 
@@ -118,10 +121,11 @@ def write_table(figures: dict[str, dict[str, dict[str, Any]]]) -> str:
         if found is None:
             continue
         single, double = found["float32"], found["float64"]
-        largest = max(*(worst(double, name) for name in ("loss", "gradient", "sgd")), double["adam"]["worst"])
+        doubles = [*(worst(double, name) for name in ("loss", "gradient", "sgd")), double["adam"]["worst"]]
+        largest = max(value for value in doubles if value is not None)
         cells = [worst(single, name) for name in ("loss", "gradient", "sgd")] + [single["adam"]["worst"], largest]
         exact = "exact" if single["saved"]["exact"] and double["saved"]["exact"] else "DIFFER"
-        shown = " | ".join(f"{cell:.1e}" if math.isfinite(cell) else "nan" for cell in cells)
+        shown = " | ".join("in SGD" if cell is None else f"{cell:.1e}" for cell in cells)
         lines.append(f"| {row.ranks} | {row.layout or 'DP'} | {row.model} | {shown} | {exact} |")
     return "\n".join(lines)
 

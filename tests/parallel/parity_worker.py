@@ -38,6 +38,16 @@ SHARD_BYTES = 150_000
 NO_CLIPPING = 0.0
 
 
+LINEAR = 1e4
+"""With so large an epsilon Adam's first step is the gradient times a constant, nearly."""
+
+
+class SpreadPolicy(Policy):
+    """With Megatron's distributed optimizer, which a recipe gets where there is a GPU."""
+
+    _distributes_optimizer = True  # type: ignore[assignment]
+
+
 def main() -> None:
     """Run every case of cases.json in one world."""
     directory = Path(sys.argv[1])
@@ -60,7 +70,7 @@ def run_case(case: dict[str, Any], dtype: str, directory: Path, device: torch.de
     with KeepDouble() if double else contextlib.nullcontext():
         recipe = load(Path("recipes/tiny_moe.yaml"), case["overrides"])
         assert recipe.model.architecture is not None
-        policy = Policy(recipe, device, getattr(torch, dtype))
+        policy = (SpreadPolicy if case["spread"] else Policy)(recipe, device, getattr(torch, dtype))
         oracle = torch.load(directory / f"{case['model']}.pt", weights_only=True)
         read = weights.safetensors_pieces(directory / case["model"], recipe.model.architecture)
         found: dict[str, Any] = {"name": case["name"], "dtype": dtype, "fault": case["fault"]}
@@ -89,16 +99,24 @@ def compare_step(policy: Policy, oracle: dict[str, Any], form: str) -> dict[str,
     scored = policy.score(batches, margins=margins)
     shifts = [0.0]
     offsets = [old_offsets(members, batch) for members, batch in zip(mine, whole, strict=True)]
-    start_sgd(policy)
-    sums, norm, _ = policy.train(batches, objective(policy, scored, offsets, shifts), oracle["sgd_lr"])
+    lr = start_plain_step(policy, oracle["sgd_lr"])
+    sums, norm, _ = policy.train(batches, objective(policy, scored, offsets, shifts), lr)
     share = sum(float(entry["loss"]) for entry in sums) if policy.at.tensor == 0 else 0.0
     loss = over_ranks(share, dist.ReduceOp.SUM)
-    worst = compare_tensors(policy, oracle["gradients"], main_grad)
+    stepped, worst = oracle["sgd"], None
+    if isinstance(policy, SpreadPolicy):  # each replica keeps a part of the gradient: its step tells what it was
+        gradients = oracle["gradients"]
+        stepped = {
+            name: t.double() - lr * gradients[name] / (gradients[name].abs() + LINEAR)
+            for name, t in oracle["start"].items()
+        }
+    else:
+        worst = compare_tensors(policy, oracle["gradients"], main_grad)
     return {
         "loss": abs(loss - oracle["loss"]) / oracle["scale"],
         "gradient": worst,
         "norm": abs(norm / oracle["norm"] - 1),
-        "sgd": compare_tensors(policy, oracle["sgd"], torch.Tensor.detach),
+        "sgd": compare_tensors(policy, stepped, torch.Tensor.detach),
         "margin": over_ranks(min(map(float, margins), default=math.inf), dist.ReduceOp.MIN),
         "shift": over_ranks(max(shifts), dist.ReduceOp.MAX),
     }
@@ -146,7 +164,7 @@ def skips_what_is_not_finite(policy: Policy, oracle: dict[str, Any]) -> bool:
     def loss(_: MicroBatch, now: Scored, __: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return now.logprobs.sum() * (math.nan if rotten else 1.0), {}
 
-    start_sgd(policy)
+    start_plain_step(policy, 1.0)
     _, _, taken = policy.train(policy.place(share), loss, 1.0)
     return not taken and compare_tensors(policy, oracle["start"], torch.Tensor.detach).get("worst", 0.0) == 0.0
 
@@ -180,8 +198,14 @@ def compare_saved(policy: Policy, directory: Path, model: str, start: Mapping[st
     return {"exact": exact}
 
 
-def start_sgd(policy: Policy) -> None:
-    """Megatron's plain gradient descent in place of Adam: the only step that shows the size of a gradient."""
+def start_plain_step(policy: Policy, lr: float) -> float:
+    """An optimizer whose step shows the size of a gradient, in place of Adam; returns its learning rate.
+
+    Megatron's plain gradient descent, or, where the replicas share the states, Adam with a large epsilon.
+    """
+    if isinstance(policy, SpreadPolicy):
+        policy.start_optimizer(OptimizerSettings(lr * LINEAR, (0.9, 0.95), LINEAR, 0.0, NO_CLIPPING))
+        return lr * LINEAR
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     config = OptimizerConfig(
@@ -193,6 +217,7 @@ def start_sgd(policy: Policy) -> None:
         params_dtype=policy.config.params_dtype,
     )
     policy.optimizer = get_megatron_optimizer(config, policy.chunks, use_gloo_process_groups=False)
+    return lr
 
 
 def compare_tensors(
