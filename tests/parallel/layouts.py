@@ -59,8 +59,8 @@ class Row:
     ranks: int
     """World size."""
     layout: str
-    """`TP2 PP2 first1 last3`; words without a number change how it computes: `recompute` = every layer again, `selective`
-    = attention and experts again, `spread` = optimizer states spread over the replicas."""
+    """`TP2 PP2 first1 last3`; words without a number say how it computes: `recompute` = all layers again, `selective` =
+    attention and experts again, `spread` = optimizer states spread over the replicas."""
     model: str = "moe"
     """A key of MODELS."""
     in_test: bool = False

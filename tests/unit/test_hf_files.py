@@ -72,6 +72,21 @@ def test_another_architecture_is_refused(directory: Path) -> None:
         weights.safetensors_pieces(directory, architecture("model.architecture.num_hidden_layers=3"))
 
 
+def test_a_tied_model_may_bring_its_head_and_another_may_not(tmp_path: Path) -> None:
+    """Published tied models hold the head beside the embedding that it is."""
+    dense = ("model_type=qwen3", "num_experts=0", "num_experts_per_tok=0", "moe_intermediate_size=0")
+    tied = architecture(*(f"model.architecture.{value}" for value in (*dense, "tie_word_embeddings=true")))
+    read = weights.random_pieces(tied, 1)
+    tensors = {name: read(whole(name, shape)) for name, shape in hf_shapes(tied).items()}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    weights.save_hf(iter(tensors.items()), tied.to_hugging_face("float32"), tmp_path / "tied")
+    weights.safetensors_pieces(tmp_path / "tied", tied)
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(1)
+    weights.save_hf(iter(tensors.items()), tied.to_hugging_face("float32"), tmp_path / "odd")
+    with pytest.raises(ValueError, match=r"q_proj\.bias is unknown$"):
+        weights.safetensors_pieces(tmp_path / "odd", tied)
+
+
 def test_transformers_reads_what_is_written(directory: Path) -> None:
     from transformers import Qwen3MoeForCausalLM
 
