@@ -15,10 +15,10 @@ OWN_TARGET := tests/gpu tests/slurm
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint test-slurm test-faults fuzz test-gpu requirements clean
+.PHONY: help setup train test lint test-slurm parity test-faults test-faults-policy fuzz test-gpu requirements clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## make .venv with the pinned packages (CUDA stack where there is a GPU; GSPO_STACK=cpu|cuda decides)
 	@$(PYTHON) tools/setup_environment.py
@@ -38,6 +38,12 @@ test-slurm: setup ## the launcher on a real SLURM in network namespaces; wants r
 
 test-faults: setup ## plant 28 faults in the objective engine, one at a time: each must turn a test red
 	$(BIN)/python tools/planted_faults_objective.py
+
+test-faults-policy: setup ## plant 19 faults in the policy, one at a time: each must turn a row of the parity table red
+	$(BIN)/python tools/planted_faults_policy.py
+
+parity: setup ## every layout of tests/parallel/layouts.py beside Hugging Face in float64, on 4 and 8 gloo ranks
+	$(BIN)/python -m tests.parallel.parity $(ARGS)
 
 fuzz: setup ## 10,000 random mutations of the recipes through `gspo plan` (make test has 1,000)
 	GSPO_FUZZ=10000 $(PYTEST) tests/unit/test_plan_fuzz.py $(ARGS)

@@ -35,10 +35,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan_command.add_arguments(commands)
     report_command = commands.add_parser("report", help="write the plot and report.html of a run directory")
     report_command.add_argument("run_dir", type=Path)
+    convert_command = commands.add_parser("convert", help="checkpoint to Hugging Face directory, or back to a layout")
+    convert_command.add_argument("source", type=Path, help="a checkpoint directory, or a Hugging Face directory")
+    convert_command.add_argument("out", type=Path, help="directory to write; an older one is replaced")
+    convert_command.add_argument("recipe", type=Path, nargs="?", help="whose layout a Hugging Face directory is cut to")
+    convert_command.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the recipe")
+    debug_command = commands.add_parser("debug", help="what happened in an update that a run kept under alarms/")
+    debug_command.add_argument("bundle", type=Path)
     chosen = parser.parse_args(arguments)
     try:
         if chosen.command == "plan":
             return plan_command.run(chosen)
+        if chosen.command == "debug":
+            return debug(chosen.bundle)
+        if chosen.command == "convert":
+            return convert(chosen.source, chosen.out, chosen.recipe, chosen.overrides)
         return train(chosen.recipe, chosen.overrides) if chosen.command == "train" else report(chosen.run_dir)
     except RecipeError as error:
         for finding in error.findings:
@@ -66,6 +77,31 @@ def train(path: Path, overrides: Sequence[str]) -> int:
     )
     attempt = 1 + sum(1 for _ in (run_dir / "logs").glob("attempt_*"))
     return run_roles(plan_roles(recipe, run_dir, ranks), run_dir / "logs" / f"attempt_{attempt}")
+
+
+def convert(source: Path, out: Path, recipe: Path | None, overrides: Sequence[str]) -> int:
+    """Convert weights between a checkpoint and a Hugging Face directory."""
+    wanted = load(recipe, overrides) if recipe else None
+    from gspo_megatron import convert as conversion
+
+    try:
+        print(conversion.convert(source, out, wanted))
+    except ValueError as fault:
+        print(fault, file=sys.stderr)
+        return REFUSED
+    return 0
+
+
+def debug(bundle: Path) -> int:
+    """Compute the loss of a kept update again and say what stands out."""
+    from gspo_megatron.debug import replay_bundle
+
+    try:
+        print(replay_bundle(bundle))
+    except ValueError as fault:
+        print(fault, file=sys.stderr)
+        return REFUSED
+    return 0
 
 
 def report(run_dir: Path) -> int:

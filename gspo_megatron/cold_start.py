@@ -86,7 +86,8 @@ def fine_tune(trainer: Trainer, section: ColdStartSection) -> None:
         for step in range(section.steps):
             batch = samples[step * section.batch_size : (step + 1) * section.batch_size]
             tokens = sum(int(sample.loss_mask.sum()) for sample in batch)
-            trainer.policy.train(trainer.place_samples(batch), _cross_entropy(tokens), learning_rate(section, step))
+            placed = trainer.batcher.place_samples(batch)
+            trainer.policy.train(placed, _cross_entropy(tokens), learning_rate(section, step))
             bar.update(step + 1)
 
 

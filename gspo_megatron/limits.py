@@ -9,11 +9,9 @@ from gspo_megatron.types import Finding
 def not_built(recipe: Recipe, has_gpu: bool) -> list[Finding]:
     """Errors for what `gspo plan` can plan with and the loop cannot run."""
     spec = recipe.objective.spec(recipe.rollout.max_answer_tokens)
+    replay = "sampler" if spec.replay == "sampler" else "trainer"
     asked = {
-        "objective.kl": (spec.kl, "none", "no pass with the reference policy is made"),
-        "objective.group_filter": (spec.group_filter, "none", "groups of equal rewards are not sampled anew"),
-        "objective.replay": (spec.replay, "off", "routes are neither recorded nor replayed"),
-        "rollout.max_staleness": (recipe.rollout.max_staleness, 0, "every rollout batch waits for the newest weights"),
+        "objective.replay": (replay, "trainer", "the servers' routes are not written to the sample store"),
         "rollout.pipeline_parallel": (recipe.rollout.pipeline_parallel, 1, "live updates reach one stage only"),
     }
     found = [

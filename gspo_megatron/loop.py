@@ -11,18 +11,21 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from gspo_megatron.checkpoint import STOPPED, StopRequest, load_latest, save
-from gspo_megatron.cold_start import check_band, prepare_weights
+from gspo_megatron.checkpoint import CheckpointError, CheckpointWriter
 from gspo_megatron.config import RecipeError, load_resolved
 from gspo_megatron.metrics import RunLog
 from gspo_megatron.policy import mesh
 from gspo_megatron.policy.policy import Policy
+from gspo_megatron.policy.specs import describe_parts
 from gspo_megatron.report.page import write_report
 from gspo_megatron.report.plot import write_plot
 from gspo_megatron.rollout.link import ControllerError, ControllerLink
 from gspo_megatron.rollout.processes import die_with_parent
 from gspo_megatron.rollout.transfer import TransferError
+from gspo_megatron.start import start
+from gspo_megatron.stopping import STOPPED, StopRequest
 from gspo_megatron.trainer import Trainer
+from gspo_megatron.watchdog import Watchdog
 
 
 def train(trainer: Trainer, checkpoints: Path) -> bool:
@@ -31,32 +34,29 @@ def train(trainer: Trainer, checkpoints: Path) -> bool:
     Returns:
         Whether all steps are done; False when the run was asked to stop and saved itself.
     """
-    recipe, log = trainer.recipe, trainer.log
-    last, asked = recipe.trainer.max_steps, StopRequest()
-    done = load_latest(trainer, checkpoints)
-    if done is None:
-        prepare_weights(trainer)
-        trainer.start_reinforcement()
-        trainer.wait_for_servers()
-    trainer.sync()
-    if done is None:
-        check_band(trainer, trainer.evaluate(step=0))
-    for step in range((done or 0) + 1, last + 1):
+    recipe, log, every = trainer.recipe, trainer.log, trainer.recipe.checkpoint
+    last, asked, writer = recipe.trainer.max_steps, StopRequest(), CheckpointWriter(checkpoints, every.keep)
+    done = start(trainer, checkpoints)
+    for step in range(done + 1, last + 1):
         with log.step(step):
             refs = trainer.rollout(step)
-            advantages = trainer.advantages(refs)
-            minibatches = trainer.mini_batches(refs, advantages)
+            minibatches = trainer.weigh(refs, trainer.prepare(refs))
             sums = [trainer.update(minibatch) for minibatch in minibatches]
             trainer.reduce_metrics(sums)
             trainer.sync()
             if due(step, recipe.evaluation.every, last):
                 trainer.evaluate(step)
-        stop = asked.is_raised(trainer) and step < last
-        if stop or (recipe.checkpoint.every and step % recipe.checkpoint.every == 0):
-            save(trainer, checkpoints, step)
+        writer.check()
+        stop = asked.is_raised(trainer, writer.seconds) and step < last
+        if stop or (every.every and step % every.every == 0):
+            writer.save(trainer, step)
+        if every.export_every and step % every.export_every == 0:
+            trainer.policy.save(checkpoints / f"hugging_face_{step:06d}")
         if stop:
+            writer.wait()
             log.say(f"stopped after step {step} as asked; the same command goes on from there")
             return False
+    writer.wait()
     return True
 
 
@@ -83,7 +83,9 @@ def main() -> int:
     first = dist.get_rank() == 0
     link = ControllerLink(arguments.controller, os.environ["GSPO_JOB_KEY"]) if first else None
     log = RunLog(arguments.run_dir, owns_terminal=first)
+    Watchdog(arguments.run_dir, dist.get_rank(), dist.get_world_size(), log.pulse).start()
     policy = Policy(recipe, device)
+    log.say(f"policy: {describe_parts()}")
     trainer = Trainer(recipe, arguments.run_dir, policy, link, log)
     checkpoints = arguments.run_dir / "checkpoints"
     with log:
@@ -110,7 +112,7 @@ if __name__ == "__main__":
     code = 1
     try:
         code = main()
-    except (RecipeError, ControllerError, TransferError, OSError, ValueError) as error:
+    except (RecipeError, CheckpointError, ControllerError, TransferError, OSError, ValueError) as error:
         print(error, file=sys.stderr)
     except BaseException:  # leaving without destructors would swallow it
         traceback.print_exc()

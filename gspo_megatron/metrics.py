@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gspo_megatron.types import Finding
+from gspo_megatron.watchdog import Pulse
 
 EXAMPLES_FILE = "examples.json"
 METRICS_FILE = "metrics.jsonl"
@@ -49,10 +50,14 @@ class Bar:
     def __init__(self, name: str, total: int, log: RunLog) -> None:
         self._name, self._total, self._log = name, total, log
         self._began = self._said = time.monotonic()
+        self._done = 0
         self._task = log.bars.add_task(name, total=total, rate="") if log.live else None
 
     def update(self, done: int) -> None:
         """Show that `done` of the total are finished."""
+        if done != self._done:
+            self._done = done
+            self._log.pulse.beat()
         if not self._log.owns_terminal:
             return
         now = time.monotonic()
@@ -81,6 +86,7 @@ class RunLog:
         self.console = Console(quiet=not owns_terminal, highlight=False, soft_wrap=True)
         self.live = owns_terminal and self.console.is_terminal
         self.bars = Progress(*BAR_COLUMNS, console=self.console, transient=True)
+        self.pulse = Pulse()
         self._row: dict[str, float] = {}
         self._seconds: dict[str, float] = defaultdict(float)
         self._board: Any = None
@@ -105,9 +111,11 @@ class RunLog:
     def time(self, part: str) -> Iterator[None]:
         """Add the seconds inside to `seconds/PART` of the step."""
         began = time.monotonic()
+        self.pulse.enter(part)
         try:
             yield
         finally:
+            self.pulse.leave()
             self._seconds[part] += time.monotonic() - began
 
     @contextlib.contextmanager

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gspo_megatron import alarms
+from gspo_megatron.alarms import write_bundle
+from gspo_megatron.batches import Batcher, MiniBatch, divergence
 from gspo_megatron.config.schema import Recipe
-from gspo_megatron.data.packing import PackedBatch, collate, pack
-from gspo_megatron.data.samples import build_samples, select, split
+from gspo_megatron.data.samples import select, split
 from gspo_megatron.data.store import SampleStore
 from gspo_megatron.metrics import RunLog
 from gspo_megatron.objective import (
@@ -29,29 +29,19 @@ from gspo_megatron.objective import (
     shape_rewards,
 )
 from gspo_megatron.objective.summary import add_sums
-from gspo_megatron.policy.microbatch import MicroBatch, pad_multiple
+from gspo_megatron.policy.instruments import RouterInstruments
+from gspo_megatron.policy.microbatch import MicroBatch
 from gspo_megatron.policy.policy import LossFunction, OptimizerSettings, Policy, Scored
+from gspo_megatron.policy.reference import ReferenceWeights
 from gspo_megatron.rollout.link import ControllerLink
-from gspo_megatron.rollout.transfer import WeightSender
-from gspo_megatron.types import Sample, SampleRef
+from gspo_megatron.rollout.sender import WeightSender
+from gspo_megatron.types import SampleRef
 
 SAMPLE_DIRECTORY = "samples"
 
 
 Probe = tuple[list[int], list[float]]
 """Token ids and the trainer's log-probs of all but the first."""
-
-
-@dataclass(frozen=True, slots=True)
-class MiniBatch:
-    """What one optimizer step trains on."""
-
-    micro_batches: list[MicroBatch]
-    """This rank's, as many as every other rank's."""
-    totals: BatchTotals
-    """Denominators over all ranks."""
-    old: list[Scored]
-    """Log-probs under the weights at the start of the rollout batch, one entry a micro-batch; last stage only."""
 
 
 class Trainer:
@@ -61,10 +51,15 @@ class Trainer:
         self.recipe, self.policy, self.link, self.log = recipe, policy, link, log
         self.spec = recipe.objective.spec(recipe.rollout.max_answer_tokens)
         self.store = SampleStore(run_dir / SAMPLE_DIRECTORY)
+        self.batcher = Batcher(recipe, policy, self.store)
         self.sender = WeightSender(policy.device)
+        self.routers = RouterInstruments(policy)
+        self.reference: ReferenceWeights | None = None
         self.version = -1
         self.updates = 0
         self.skipped = 0
+        self.skipped_in_a_row = 0
+        self._trained_on: list[tuple[int, MiniBatch, list[Tensor]]] = []
 
     def objective_sentence(self) -> str:
         """The effective objective, as `objective.txt` and every checkpoint hold it."""
@@ -93,31 +88,25 @@ class Trainer:
     def sync(self) -> None:
         """Bring the present weights to every server as a new version and prove that they arrived."""
         version = self.version + 1
-        manifest = self.policy.weights.manifest()
+        weights, layout = self.policy.weights, self.policy.layout
+        parameters = {name: parameter.detach() for name, (_, parameter) in weights.parameters.items()}
         with self.log.time("sync"):
-            if self.link is not None:
-                ticket = self.link.begin_update(version, manifest)
-                checksum = self.sender.send(ticket, manifest, self.policy.export())
-            else:
-                checksum = sum(1 for _ in self.policy.export())
+            checksums = self.sender.update(self.link, version, weights.arch, layout, parameters)
             probes = self._score_probes()
             if self.link is not None:
-                report = self.link.finish_update(version, checksum, probes)
+                report = self.link.finish_update(version, checksums, probes)
                 self.log.add({"canary_largest": report["largest"], "canary_mean": report["mean"]})
+                self.log.add({name: report[name] for name in ("transfer_seconds", "received_over_needed")})
         self.version = version
 
     def _score_probes(self) -> list[Probe]:
         """Fixed probes and the trainer's log-probs; of twice as many, the ones farthest from a router tie."""
-        section, arch = self.recipe.weight_update, self.recipe.model.architecture
-        assert arch is not None
-        generator = np.random.default_rng(self.recipe.run.seed)
         scored = []
-        for _ in range(2 * section.canary_prompts):
-            token_ids = generator.integers(0, arch.vocab_size, section.canary_tokens).astype(np.int32)
-            logprobs, margin = self.policy.probe(self._collate([_untrained(token_ids)]))
-            scored.append((margin, (token_ids.tolist(), logprobs[: len(token_ids) - 1].tolist())))
+        for sample in self.batcher.probes():
+            logprobs, margin = self.policy.probe(self.batcher.collate([sample]))
+            scored.append((margin, (sample.token_ids.tolist(), logprobs[: len(sample.token_ids) - 1].tolist())))
         scored.sort(key=lambda entry: -entry[0])
-        return [probe for _, probe in scored[: section.canary_prompts]]
+        return [probe for _, probe in scored[: self.recipe.weight_update.canary_prompts]]
 
     def rollout(self, step: int) -> list[SampleRef]:
         """The finished, scored groups of one rollout batch."""
@@ -129,66 +118,122 @@ class Trainer:
             {"rollout_tokens": answer["tokens"], "answer_length": float(np.mean([ref.answer_length for ref in refs]))}
         )
         self.log.add({"truncated": float(np.mean([ref.stop_reason == "length" for ref in refs]))})
+        self.log.add({f"staleness_{name}": value for name, value in answer["staleness"].items()})
+        counts = answer["accounting"]
+        self.log.add({"sampled_tokens": counts["sampled_tokens"], "carried_tokens": counts["carried"]["tokens"]})
+        self.log.add({f"dropped_tokens/{reason}": gone["tokens"] for reason, gone in counts["dropped"].items()})
         return refs
 
-    def advantages(self, refs: Sequence[SampleRef]) -> Tensor:
-        """[N] float64 group advantages of a rollout batch."""
-        rewards = torch.tensor([ref.reward for ref in refs], dtype=torch.float64)
+    def prepare(self, refs: Sequence[SampleRef]) -> list[MiniBatch]:
+        """Pack a rollout batch into optimizer steps and score each under the present and the reference weights."""
+        with self.log.time("pack"):
+            trained = self._trained(refs)
+            kept = select(trained, np.zeros(len(trained)))
+            self.log.add({f"dropped/{reason}": count for reason, count in kept.dropped.items()})
+            parts = split(kept.refs, self.recipe.batch.updates)
+            placed = [self.batcher.place_refs(part) for part in parts]
+        prepared = []
+        for part, (members, batches) in zip(parts, placed, strict=True):
+            with self.log.time("old_logprobs"):
+                # Scored on the very micro-batches that are trained on, so that the first ratio is exactly 1.
+                old = self.policy.score(batches, records=True)
+                routes = self.policy.routing.recorded(len(batches))
+                self.routers.add_load(batches, routes)
+            totals = BatchTotals(len(part), sum(ref.answer_length for ref in part))
+            reference = self._score_reference(batches)
+            prepared.append(MiniBatch(members, batches, totals, old, routes, reference))
+        return prepared
+
+    def keep_reference(self) -> None:
+        """Take the present weights as the reference policy, where the objective asks for one."""
+        if self.spec.kl != "none":
+            self.reference = ReferenceWeights(self.policy.chunks)
+
+    def _score_reference(self, batches: Sequence[MicroBatch]) -> list[Scored] | None:
+        if self.reference is None:
+            return None
+        with self.log.time("reference"), self.reference.in_place():
+            return self.policy.score(batches)
+
+    def _trained(self, refs: Sequence[SampleRef]) -> list[SampleRef]:
+        """Filtered answers count in their group's mean, so they leave only when the advantages are taken."""
+        return [ref for ref in refs if self.spec.overlong != "filter" or ref.stop_reason != "length"]
+
+    def weigh(self, refs: Sequence[SampleRef], minibatches: Sequence[MiniBatch]) -> list[MiniBatch]:
+        """Give every sequence its group advantage."""
+        spec, rewards = self.spec, torch.tensor([ref.reward for ref in refs], dtype=torch.float64)
         groups = torch.tensor([ref.prompt_index for ref in refs])
         self.log.add(group_metrics(rewards, groups))
-        spec = self.spec
         lengths = torch.tensor([ref.answer_length for ref in refs])
         truncated = torch.tensor([ref.stop_reason == "length" for ref in refs])
-        shaped = shape_rewards(spec, rewards, lengths, truncated, self.recipe.rollout.max_answer_tokens)
-        return group_advantages(shaped.rewards, groups, spec.advantage, spec.advantage_ddof, spec.advantage_eps)
-
-    def mini_batches(self, refs: Sequence[SampleRef], advantages: Tensor) -> list[MiniBatch]:
-        """Pack a rollout batch into optimizer steps and score each under the present weights."""
-        with self.log.time("pack"):
-            # Filtered answers count in their group's mean, so they leave only after the advantages are taken.
-            trained = [self.spec.overlong != "filter" or ref.stop_reason != "length" for ref in refs]
-            self.log.add({"dropped/filtered": trained.count(False)} if not all(trained) else {})
-            kept = select(list(compress(refs, trained)), advantages.numpy()[trained])
-            self.log.add({f"dropped/{reason}": count for reason, count in kept.dropped.items()})
-            value = dict(zip(kept.refs, kept.advantages.tolist(), strict=True))
-            parts = split(kept.refs, self.recipe.batch.updates)
-            packed = [self._pack([ref.prompt_length + ref.answer_length for ref in part]) for part in parts]
-            placed = [
-                [self._place(part, [value[ref] for ref in part], members) for members in mine]
-                for part, mine in zip(parts, packed, strict=True)
-            ]
-        with self.log.time("old_logprobs"):
-            # Scored on the very micro-batches that are trained on, so that the first ratio is exactly 1.
-            return [
-                MiniBatch(
-                    batches, BatchTotals(len(part), sum(ref.answer_length for ref in part)), self.policy.score(batches)
-                )
-                for part, batches in zip(parts, placed, strict=True)
-            ]
+        shaped = shape_rewards(spec, rewards, lengths, truncated, self.recipe.rollout.max_answer_tokens).rewards
+        if spec.kl != "none" and spec.kl_in == "reward":
+            charged = divergence(spec, minibatches, self.policy.sum_over_context)
+            shaped = shaped - torch.tensor([charged.get((r.prompt_index, r.sample_index), 0.0) for r in refs]).double()
+        values = group_advantages(shaped, groups, spec.advantage, spec.advantage_ddof, spec.advantage_eps)
+        trained = self._trained(refs)
+        self.log.add({"dropped/filtered": len(refs) - len(trained)} if len(trained) < len(refs) else {})
+        by_ref = dict(zip(refs, values.tolist(), strict=True))
+        kept = select(trained, [by_ref[ref] for ref in trained])
+        value = dict(zip(kept.refs, kept.advantages.tolist(), strict=True))
+        return [minibatch.with_advantages(value) for minibatch in minibatches]
 
     def update(self, minibatch: MiniBatch) -> list[dict[str, Any]]:
         """One optimizer step of the objective; returns this rank's metric sums."""
         section = self.recipe.optimizer
         self.updates += 1
         lr = section.lr * min(1.0, self.updates / max(1, section.warmup_updates))
+        logprobs: list[Tensor] = []
+        self._trained_on.append((self.updates, minibatch, logprobs))
         with self.log.time("train"):
-            sums, norm, taken = self.policy.train(minibatch.micro_batches, self._objective(minibatch), lr)
+            sums, norm, taken = self.policy.train(
+                minibatch.micro_batches,
+                self._objective(minibatch, logprobs),
+                lr,
+                routes=minibatch.routes,
+                replays=self.spec.replay == "trainer",
+            )
+        self.routers.add_update(minibatch.micro_batches, minibatch.routes)
+        self.probe_routers()
         self.log.add({"grad_norm": norm})
         if not taken:
             self.skipped += 1
-            self.log.say(f"update {self.updates}: the gradient norm is {norm}; the step is skipped on every rank")
+            self._raise_alarm(f"the gradient norm is {norm}; the step is skipped on every rank", at=-1)
+        self.skipped_in_a_row = 0 if taken else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row > self.recipe.trainer.max_skipped:
+            raise ValueError(
+                f"{self.skipped_in_a_row} updates in a row had gradients that are not finite, trainer.max_skipped="
+                f"{self.recipe.trainer.max_skipped}; look at them with `gspo debug`, then lower optimizer.lr or go on "
+                "from an older checkpoint"
+            )
         return (
             [{name: value.tolist() for name, value in entry.items()} for entry in sums]
             if self.policy.at.tensor == 0
             else []
         )
 
-    def _objective(self, minibatch: MiniBatch) -> LossFunction:
+    def probe_routers(self) -> None:
+        """Route a fixed batch under the present weights: what changed since the last call is the update's doing."""
+        with self.log.time("probe"):
+            self.routers.probe(self.policy.place([self.batcher.collate(self.batcher.probes())])[0])
+
+    def _raise_alarm(self, reason: str, at: int) -> None:
+        """Say it and keep the update that it is about: the step's first (0) or last one (-1)."""
+        number, minibatch, logprobs = self._trained_on[at]
+        about = {"reason": reason, "metrics": self.log.row()}
+        kept = write_bundle(self.log.run_dir, self.policy, self.spec, number, minibatch, logprobs, about)
+        self.log.say(f"update {number}: {reason}" + (f"; `gspo debug {kept}` tells more" if kept else ""))
+
+    def _objective(self, minibatch: MiniBatch, logprobs: list[Tensor]) -> LossFunction:
         def loss(batch: MicroBatch, scored: Scored, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+            logprobs.append(scored.logprobs.detach())
+            old = minibatch.old[index].logprobs
+            finite = torch.isfinite(scored.logprobs) & torch.isfinite(old) | ~batch.loss_mask
             inputs = LossInputs(
-                logprobs=scored.logprobs,
-                old_logprobs=minibatch.old[index].logprobs,
+                logprobs=torch.where(finite, scored.logprobs, 0.0),
+                old_logprobs=torch.where(finite, old, 0.0),
                 rollout_logprobs=batch.rollout_logprobs,
+                reference_logprobs=minibatch.reference[index].logprobs if minibatch.reference is not None else None,
                 advantages=batch.advantages,
                 loss_mask=batch.loss_mask,
                 cu_seqlens=batch.cu_seqlens,
@@ -196,8 +241,11 @@ class Trainer:
                 token_advantages=False,
             )
             out = policy_loss(self.spec, inputs, self.policy.sum_over_context)
-            entropy = torch.where(batch.loss_mask, scored.entropy, 0.0).sum(dtype=torch.float64)
-            return out.loss, {**out.metrics, "token_entropy": entropy}
+            entropy = torch.where(batch.loss_mask & finite, scored.entropy, 0.0).sum(dtype=torch.float64)
+            bad = out.metrics["nonfinite_tokens"] + (~finite).sum(dtype=torch.float64)
+            # A gradient that is not finite is what skips the step on every rank.
+            share = out.loss * torch.where(finite.all(), 1.0, float("nan"))
+            return share, {**out.metrics, "nonfinite_tokens": bad, "token_entropy": entropy}
 
         return loss
 
@@ -213,10 +261,13 @@ class Trainer:
         logged = finalize_step(minibatches)
         whole = add_sums(minibatches)
         logged["token_entropy"] = float(whole["token_entropy"]) / max(float(whole["tokens"]), 1.0)  # type: ignore[arg-type]
-        self.log.add(logged)
+        self.log.add(logged | self.routers.reduce())
         self.log.add({"weight_version": self.version, "updates": self.updates, "skipped_updates": self.skipped})
         for finding in runtime_warnings(self.spec, self.log.row()):
             self.log.warn(finding)
+            if finding.code in alarms.CODES:
+                self._raise_alarm(finding.message, at=0)
+        self._trained_on = []
 
     def evaluate(self, step: int) -> float:
         """Held-out accuracy under the weights of the servers."""
@@ -230,48 +281,6 @@ class Trainer:
             )
         self.log.evaluation(step, found)
         return found["accuracy"]
-
-    def _pack(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Members of each of this data-parallel rank's micro-batches."""
-        layout, multiple = self.policy.layout, pad_multiple(self.policy.layout)
-        padded = [-(-length // multiple) * multiple for length in lengths]
-        slots = pack(
-            padded,
-            cost=self._cost,
-            num_ranks=layout.data,
-            max_tokens=self.recipe.trainer.micro_batch_tokens,
-            ranks_per_expert_group=max(1, layout.expert * layout.expert_tensor // (layout.tensor * layout.context)),
-        )
-        # The interleaved schedule takes micro-batches in groups of PP; empty ones fill the last group.
-        group = layout.pipeline if layout.virtual > 1 else 1
-        slots += [[[] for _ in range(layout.data)] for _ in range(-len(slots) % group)]
-        return [slot[self.policy.at.data] for slot in slots]
-
-    def _cost(self, length: int) -> float:
-        """FLOPs of a sequence up to a factor: linear in its tokens, and attention's square of them."""
-        arch = self.recipe.model.architecture
-        assert arch is not None
-        width = 8 * arch.hidden_size + 6 * arch.num_experts_per_tok * arch.moe_intermediate_size
-        return length * (arch.hidden_size * width + arch.num_attention_heads * arch.head_dim * length)
-
-    def _place(self, refs: Sequence[SampleRef], advantages: Sequence[float], members: Sequence[int]) -> MicroBatch:
-        samples = build_samples([refs[i] for i in members], [advantages[i] for i in members], self.store)
-        return self.policy.place([self._collate(samples)])[0]
-
-    def _collate(self, samples: Sequence[Sample]) -> PackedBatch:
-        return collate(samples, pad_multiple(self.policy.layout))
-
-    def place_samples(self, samples: Sequence[Sample]) -> list[MicroBatch]:
-        """Pack samples that are at hand (fine-tuning) and place this rank's share."""
-        mine = self._pack([len(sample.token_ids) for sample in samples])
-        return self.policy.place([self._collate([samples[i] for i in members]) for members in mine])
-
-
-def _untrained(token_ids: np.ndarray) -> Sample:
-    """A sequence that is only scored."""
-    ref = SampleRef("", 0, 0, len(token_ids), 0, 0.0, "stop", ())
-    nothing = np.zeros(len(token_ids))
-    return Sample(token_ids, nothing.astype(bool), nothing.astype(np.float32), 0.0, ref)
 
 
 def count_ready(status: dict[str, Any]) -> int:

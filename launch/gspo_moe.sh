@@ -100,7 +100,7 @@ say_how() { # one line each: follow, attach, cancel, resume
     [ "${SLURM_GPUS_ON_NODE:-0}" = 8 ] || sized+=" --gpus-per-node=${SLURM_GPUS_ON_NODE:-0}"
     [[ " ${overrides[*]-} " == *" run.directory="* ]] || where=run.directory=$run_dir
     resume="sbatch $sized launch/gspo_moe.sh $(printf '%q ' "$recipe" ${overrides[@]+"${overrides[@]}"} $where)"
-    [ -z "${SLURM_HET_SIZE:-}" ] || resume="the same two components again, with $where"
+    [ -z "${SLURM_HET_SIZE:-}" ] || resume="the same two components again, with run.directory=$run_dir"
     echo "follow      tail -F $([[ $attempt = /* ]] || echo "$home/")$attempt/trainer-${hosts[0]}.log"
     echo "attach      srun --jobid=$SLURM_JOB_ID --overlap --pty --nodelist=${hosts[0]} bash"
     echo "cancel      scancel $SLURM_JOB_ID; with a checkpoint first: scancel --batch --signal=USR1 $SLURM_JOB_ID"

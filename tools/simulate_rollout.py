@@ -21,8 +21,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from gspo_megatron.config import load
-from gspo_megatron.rollout.pool import Group, Pool
-from tools.rollout_simulation import EngineModel, Lengths, Scenario, simulate, work_conserving_seconds
+from gspo_megatron.rollout.groups import Group
+from gspo_megatron.rollout.pool import Pool
+from tools.rollout_simulation import Scenario, simulate, work_conserving_seconds
+from tools.simulated_engine import EngineModel, Lengths
 
 RECIPE = "recipes/tiny_moe.yaml"
 """Only its schema is needed; sizes come from the scenario."""

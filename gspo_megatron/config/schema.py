@@ -109,6 +109,8 @@ class TrainerSection(Section):
     """
     max_steps: int = Field(default=100, ge=0)
     """Rollout batches to train on; 0 = only evaluate the starting weights. Source: ours."""
+    max_skipped: int = Field(default=4, ge=0)
+    """Updates in a row that may be skipped because a gradient was not finite; one more ends the run. Source: ours."""
 
 
 class RolloutSection(Section):
@@ -203,6 +205,10 @@ class CheckpointSection(Section):
 
     Source: ours: about an hour of the shipped recipes.
     """
+    keep: int = Field(default=2, gt=0)
+    """Complete checkpoints that stay. Source: ours: the newest, and one before in case its files are damaged later."""
+    export_every: int = Field(default=0, ge=0)
+    """Steps between Hugging Face directories beside the checkpoints, which stay; 0 = only at the end. Source: ours."""
 
 
 class Recipe(Section):

@@ -31,7 +31,7 @@ def findings(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[F
     yield from _yarn(arch)
     yield from _sampler(recipe)
     yield from _router(recipe, arch)
-    yield from _staleness(recipe, spec, machine)
+    yield from _staleness(recipe, spec)
     yield from _replay(recipe, spec, arch, machine)
     yield from _model_directory(recipe, arch)
     yield from _small_print(recipe, arch, machine)
@@ -144,16 +144,23 @@ def _router(recipe: Recipe, arch: Architecture) -> Iterator[Finding]:
     )  # fmt: skip
 
 
-def _staleness(recipe: Recipe, spec: ObjectiveSpec, machine: Machine) -> Iterator[Finding]:
-    allowed = recipe.rollout.max_staleness
+def _staleness(recipe: Recipe, spec: ObjectiveSpec) -> Iterator[Finding]:
+    allowed, extra = recipe.rollout.max_staleness, recipe.rollout.over_provision
     if not allowed:
+        if extra:
+            yield Finding(
+                "cuts-long-answers", "warning", "rollout.over_provision",
+                f"{extra:g} batches are begun beyond the one that is trained on and cut when it is complete: tokens are "
+                "lost, and what takes long is trained on less often than it is sampled",
+                "set rollout.max_staleness=1 to carry them into the next batch, or over_provision=null",
+            )  # fmt: skip
         return
-    if machine.colocated:
+    if extra is not None and not 0 < extra <= allowed:
         yield Finding(
-            "stale-when-colocated", "error", "rollout.max_staleness",
-            f"{allowed} versions, but the servers sleep while the trainer works on the same GPUs: nothing can be in "
-            "flight",
-            "set it to 0, or give the servers nodes of their own (placement.rollout_nodes)",
+            "over-provision-inert", "warning", "rollout.over_provision",
+            f"{extra:g} with max_staleness={allowed}: "
+            + ("nothing is begun that could be stale" if not extra else f"no more than {allowed} batches can be used"),
+            f"set it above 0 and up to {allowed}, or to null",
         )  # fmt: skip
     if spec.ratio_reference == "recomputed" and not spec.correction:
         yield Finding(

@@ -1,107 +1,189 @@
-"""What a checkpoint holds of one rank's policy: its weights and its optimizer, as plain tensors.
+"""The policy's part of a checkpoint: every value the next optimizer step depends on, readable by any other layout.
 
-Layout-bound: a rank reads back exactly what it wrote, so the run must go on with the same layout.
+A rank writes one safetensors file. An entry is a run of one local parameter, flattened: its values as the optimizer
+steps them (float32 where the weights are bfloat16) and its two moments; with the distributed optimizer the run that
+this rank steps, else the whole. The weight table says which rectangle of which Hugging Face tensor a local parameter
+is made of, for the layout that wrote and for the one that reads, so a reader picks the bytes it needs and every
+reshard is a copy.
+
+    rank_00003.safetensors      value/0/decoder.layers.0.mlp.router.weight, exp_avg/0/..., rng/cpu, ...
 """
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
 from gspo_megatron.policy.policy import Policy
+from gspo_megatron.weights.table import Parameter, local_parameters
+
+VALUE = "value"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+RANDOM = "rng/"
+TYPE_NAMES = {
+    torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8",
+}  # fmt: skip
+ALIGNMENT = 64
 
 
-def policy_state(policy: Policy) -> dict[str, Any]:
-    """Weights by name and, for every optimizer, its settings and what it keeps of each of its parameters."""
-    trained = {id(parameter) for _, parameter in _named_tensors(policy)}
-    return {
-        "weights": {name: tensor.detach().cpu() for name, tensor in _named_tensors(policy)},
-        "optimizers": [_optimizer_state(optimizer, trained) for optimizer in _optimizers(policy)],
-    }
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """A run of one local parameter, as an optimizer of this rank steps it."""
+
+    entry: Parameter
+    """The local parameter."""
+    weight: Tensor
+    """What the model computes with, in the entry's shape."""
+    main: Tensor
+    """What the optimizer steps: the weight itself, a float32 copy, or a part of one."""
+    start: int
+    """Place of its first element in the flattened parameter."""
+    optimizer: torch.optim.Optimizer
+    """Whose state holds the moments."""
+    spread: bool
+    """Whether the replicas of this parameter step a part of it each."""
 
 
-def restore_policy(policy: Policy, state: dict[str, Any]) -> None:
-    """Put back what `policy_state` gave. The policy's optimizer must have been started.
-
-    Raises:
-        ValueError: the state is of another model or another layout.
-    """
-    tensors = dict(_named_tensors(policy))
-    _refuse_other_names(set(tensors), set(state["weights"]))
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            _copy(name, tensor, state["weights"][name])
-        for optimizer, kept in zip(_optimizers(policy), state["optimizers"], strict=True):
-            _restore_optimizer(optimizer, kept)
+def rank_file(directory: Path, rank: int) -> Path:
+    """Where a rank's part lies."""
+    return directory / f"rank_{rank:05d}.safetensors"
 
 
-def _named_tensors(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and every persistent buffer of this rank's chunks."""
-    for index, chunk in enumerate(policy.chunks):
-        persistent = chunk.state_dict(keep_vars=True)
-        for name, tensor in chunk.named_parameters():
-            yield f"{index}.{name}", tensor
-        for name, tensor in chunk.named_buffers():
-            if name in persistent:
-                yield f"{index}.{name}", tensor
-
-
-def _optimizers(policy: Policy) -> list[torch.optim.Optimizer]:
-    """torch's optimizers inside megatron's: one for the dense and one for the expert parameters."""
+def stepped(policy: Policy) -> Iterator[Stepped]:
+    """What this rank's optimizers step, one entry a local parameter (none for one that other ranks step)."""
     outer = policy.optimizer
     parts = getattr(outer, "chained_optimizers", [outer])
-    return [part.optimizer for part in parts if part.optimizer is not None]
+    groups = [part.optimizer.param_groups if part.optimizer is not None else [] for part in parts]
+    held = [{id(main) for group in found for main in group["params"]} for found in groups]
+    for entry, weight in policy.weights.parameters.values():
+        for part, mains in zip(parts, held, strict=True):
+            if isinstance(part, DistributedOptimizer):
+                if weight in part.model_param_group_index_map:
+                    group, order = part.model_param_group_index_map[weight]
+                    main = part.optimizer.param_groups[group]["params"][order]
+                    start = part._get_model_param_range_map(weight)["param"].start
+                    yield Stepped(entry, weight, main, start, part.optimizer, spread=True)
+            else:
+                main = getattr(weight, "main_param", None)
+                main = weight if main is None else main
+                if id(main) in mains:
+                    yield Stepped(entry, weight, main, 0, part.optimizer, spread=False)
 
 
-def _optimizer_state(optimizer: torch.optim.Optimizer, trained: set[int]) -> dict[str, Any]:
-    groups = []
-    for group in optimizer.param_groups:
-        # In mixed precision the optimizer steps fp32 copies of the weights, which the weights alone do not give back.
-        entries = [
-            {
-                "value": None if id(parameter) in trained else parameter.detach().cpu(),
-                "state": {name: _plain(value) for name, value in optimizer.state.get(parameter, {}).items()},
-            }
-            for parameter in group["params"]
-        ]
-        settings = {name: value for name, value in group.items() if isinstance(value, int | float)}
-        groups.append({"settings": settings, "parameters": entries})
-    return {"groups": groups}
+def optimizer_steps(policy: Policy) -> int:
+    """Steps that the moments have seen; every parameter has seen the same."""
+    for run in stepped(policy):
+        state = run.optimizer.state.get(run.main, {})
+        groups = [group["step"] for group in run.optimizer.param_groups if "step" in group]
+        return int(state["step"]) if "step" in state else int(max(groups, default=0))
+    return 0
 
 
-def _restore_optimizer(optimizer: torch.optim.Optimizer, kept: dict[str, Any]) -> None:
-    for group, told in zip(optimizer.param_groups, kept["groups"], strict=True):
-        group.update(told["settings"])
-        for parameter, entry in zip(group["params"], told["parameters"], strict=True):
-            if entry["value"] is not None:
-                _copy("an optimizer's copy of a weight", parameter, entry["value"])
-            optimizer.state[parameter] = {
-                # A step counter stays where the optimizer made it; moments belong beside their parameter.
-                name: value.to(parameter.device) if isinstance(value, Tensor) and value.dim() else value
-                for name, value in entry["state"].items()
-            }
+class Snapshot:
+    """A copy of this rank's part in host memory, which training cannot change while it is being written.
+
+    The memory is taken once and used again; it is laid out as the file will be.
+    """
+
+    def __init__(self) -> None:
+        self._layout: list[tuple[str, str, int]] = []
+        self._header = b""
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    @property
+    def num_bytes(self) -> int:
+        """What one save copies and writes."""
+        return self._memory.numel()
+
+    def take(self, policy: Policy) -> None:
+        """Copy the present state. Training stands still for as long as this takes."""
+        tensors = dict(_written(policy))
+        layout = [(name, TYPE_NAMES[tensor.dtype], tensor.numel()) for name, tensor in tensors.items()]
+        if layout != self._layout:
+            self._lay_out(layout, tensors)
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                self._slots[name].copy_(tensor.detach().view(-1), non_blocking=True)
+        if policy.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def write(self, file: Path) -> None:
+        """Write the copy and wait until it is on the disk."""
+        with file.open("wb", buffering=0) as opened:
+            for part in (memoryview(self._header), memoryview(self._memory.numpy())):
+                while part:
+                    part = part[opened.write(part) :]
+            os.fsync(opened.fileno())
+
+    def _lay_out(self, layout: list[tuple[str, str, int]], tensors: dict[str, Tensor]) -> None:
+        header: dict[str, Any] = {}
+        end = 0
+        for name, type_name, numel in layout:
+            begin = end
+            end = begin + numel * tensors[name].element_size()
+            header[name] = {"dtype": type_name, "shape": [numel], "data_offsets": [begin, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-(len(text) + 8) % ALIGNMENT)
+        self._layout, self._header = layout, len(text).to_bytes(8, "little") + text
+        pinned = any(tensor.is_cuda for tensor in tensors.values())
+        self._memory = torch.zeros(end, dtype=torch.uint8, pin_memory=pinned)
+        self._slots = {
+            name: self._memory[slice(*header[name]["data_offsets"])].view(tensor.dtype)
+            for name, tensor in tensors.items()
+        }
 
 
-def _plain(value: Any) -> Any:
-    return value.detach().cpu() if isinstance(value, Tensor) else value
+def _written(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    """Name and live tensor of everything that this rank writes; widest elements first, so that each is aligned."""
+    found: list[tuple[str, Tensor]] = []
+    elsewhere = _written_by_another_tensor_rank(policy)
+    for run in stepped(policy):
+        replica = policy.at.expert_data if run.entry.expert else policy.at.data or policy.at.context
+        if run.entry.name not in elsewhere and (run.spread or not replica):
+            state = run.optimizer.state.get(run.main, {})
+            parts = {VALUE: run.main, **{kind: state[kind] for kind in MOMENTS if kind in state}}
+            found += [(f"{kind}/{run.start}/{run.entry.name}", tensor) for kind, tensor in parts.items()]
+    found += [(f"{RANDOM}{name}", state) for name, state in random_states().items()]
+    return iter(sorted(found, key=lambda named: -named[1].element_size()))
 
 
-def _copy(name: str, into: Tensor, value: Tensor) -> None:
-    if into.shape != value.shape or into.dtype != value.dtype:
-        raise ValueError(
-            f"the checkpoint holds {name} as {value.dtype} {tuple(value.shape)}, this run as {into.dtype} "
-            f"{tuple(into.shape)}; go on with the model and the layout that it was written with"
-        )
-    into.copy_(value)
+def _written_by_another_tensor_rank(policy: Policy) -> set[str]:
+    """Parameters that the first tensor-parallel rank beside this one holds in the very same form."""
+    layout, rank = policy.layout, policy.weights.rank
+    if policy.at.tensor == 0:
+        return set()
+    beside = layout.coordinates(rank - policy.at.tensor)
+    theirs = {
+        entry.name: entry.pieces
+        for chunk in range(layout.virtual)
+        for entry in local_parameters(policy.weights.arch, layout, beside, chunk)
+    }
+    mine = [entry for entry, _ in policy.weights.parameters.values() if not entry.expert]
+    return {entry.name for entry in mine if theirs.get(entry.name) == entry.pieces}
 
 
-def _refuse_other_names(here: set[str], there: set[str]) -> None:
-    if here != there:
-        odd = sorted(here ^ there)[0]
-        raise ValueError(
-            f"tensor {odd} is {'missing from' if odd in here else 'only in'} the checkpoint; "
-            "go on with the model and the layout that it was written with"
-        )
+def random_states() -> dict[str, Tensor]:
+    """The generators of this rank, as bytes. Nothing draws from them while dropout is off; a plugin may."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    tracker: Any = get_cuda_rng_tracker()
+    return states | {f"tracker/{name}": state for name, state in tracker.get_states().items()}
+
+
+def restore_random_states(states: dict[str, Tensor]) -> None:
+    """Put back what `random_states` gave."""
+    torch.set_rng_state(states.pop("cpu"))
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states.pop("cuda"))
+    tracker: Any = get_cuda_rng_tracker()
+    tracker.set_states({name.removeprefix("tracker/"): state for name, state in states.items()})

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
 
 from gspo_megatron.config.model import Architecture
 from gspo_megatron.config.schema import Recipe, TrainerSection
@@ -122,37 +118,6 @@ def _set_yarn(config: TransformerConfig, scaling: dict[str, Any]) -> None:
         setattr(config, name, value)
 
 
-class SortedTopK:
-    """Chooses a token's experts in descending order of score in every pass.
-
-    Megatron asks for a sorted top-k only while gradients are on, so the pass that makes the old log-probs would add the
-    chosen probabilities up in another order than the training pass. The router calls this in place of its own choice,
-    through the seam that routing replay uses.
-    """
-
-    def get_replay_topk(self, scores: Tensor, topk: int, *_: Any) -> tuple[Tensor, Tensor]:
-        """[tokens, experts] scores -> values and indices [tokens, topk]."""
-        if _margins is not None and len(scores) and topk < scores.shape[1]:
-            best = torch.topk(scores.detach(), k=topk + 1, dim=1, sorted=True).values
-            _margins.append(float((best[:, topk - 1] - best[:, topk]).min()))
-        values, indices = torch.topk(scores, k=topk, dim=1, sorted=True)
-        return values, indices
-
-
-_margins: list[float] | None = None
-
-
-@contextlib.contextmanager
-def record_margins() -> Iterator[list[float]]:
-    """Collect, for every router call inside, the smallest gap between a chosen and a rejected logit."""
-    global _margins
-    _margins = []
-    try:
-        yield _margins
-    finally:
-        _margins = None
-
-
 def build_chunks(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None) -> list[GPTModel]:
     """The model chunks of this rank: one, or one for each virtual stage. Weights are uninitialised until loaded."""
     arch = recipe.model.architecture
@@ -174,8 +139,5 @@ def build_chunks(recipe: Recipe, device: torch.device, dtype: torch.dtype | None
             rotary_base=int(arch.rope_theta),
             vp_stage=stage,
         ).to(device)
-        routers: list[Any] = [module for module in chunk.modules() if isinstance(module, TopKRouter)]
-        for router in routers:
-            router.router_replay = SortedTopK()
         chunks.append(chunk)
     return chunks

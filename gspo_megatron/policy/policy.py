@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,21 +12,20 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.data.packing import PackedBatch
-from gspo_megatron.policy import mesh
+from gspo_megatron.policy import mesh, optimizer
 from gspo_megatron.policy.head import chosen_logprobs
 from gspo_megatron.policy.microbatch import MicroBatch, place
-from gspo_megatron.policy.model import build_chunks, record_margins
+from gspo_megatron.policy.model import build_chunks
+from gspo_megatron.policy.optimizer import OptimizerSettings, make_optimizer
+from gspo_megatron.policy.replay import Routes, Routing
 from gspo_megatron.policy.weights import ReadPiece, ShardedWeights, save_hf
 from gspo_megatron.weights.layout import layout_of
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,22 +40,6 @@ class Scored:
 
 LossFunction = Callable[[MicroBatch, Scored, int], tuple[Tensor, dict[str, Tensor]]]
 """(micro-batch, head output, its index) -> (this rank's share of the loss, metric sums)."""
-
-
-@dataclass(frozen=True, slots=True)
-class OptimizerSettings:
-    """What one phase of training asks of the optimizer."""
-
-    lr: float
-    """Peak learning rate; the phase scales it every step."""
-    betas: tuple[float, float]
-    """Adam's averaging constants."""
-    eps: float
-    """Adam's epsilon."""
-    weight_decay: float
-    """Decoupled weight decay."""
-    clip_grad: float
-    """Largest global gradient norm."""
 
 
 class Policy:
@@ -78,6 +58,7 @@ class Policy:
         )
         assert recipe.model.architecture is not None
         self.weights = ShardedWeights(recipe.model.architecture, self.layout, dist.get_rank(), bare)
+        self.routing = Routing(bare, recipe.model.architecture.num_experts, self.at.tensor, self.layout.tensor)
         # Any: megatron annotates lists of its own base class, of which the wrapper is no subtype for a type checker.
         self.chunks: list[Any] = [self._wrap(chunk) for chunk in bare]
         self.config.finalize_model_grads_func = finalize_model_grads
@@ -110,31 +91,42 @@ class Policy:
 
     def start_optimizer(self, settings: OptimizerSettings) -> None:
         """A fresh optimizer over the present weights; an earlier phase's states are dropped."""
-        config = OptimizerConfig(
-            optimizer="adam",
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            adam_beta1=settings.betas[0],
-            adam_beta2=settings.betas[1],
-            adam_eps=settings.eps,
-            clip_grad=settings.clip_grad,
-            bf16=self.config.bf16,
-            params_dtype=self.config.params_dtype,
-            use_distributed_optimizer=self._distributes_optimizer,
-        )
-        self.optimizer = get_megatron_optimizer(config, self.chunks, use_gloo_process_groups=torch.cuda.is_available())
+        self.optimizer = make_optimizer(settings, self.config, self.chunks, self._distributes_optimizer)
+
+    def offload(self) -> None:
+        """Leave this GPU to servers: see `optimizer.offload`."""
+        optimizer.offload(self.optimizer, self.config, self.chunks)
+
+    def restore(self) -> None:
+        """Undo `offload`."""
+        optimizer.restore(self.optimizer, self.chunks)
 
     def place(self, batches: Sequence[PackedBatch]) -> list[MicroBatch]:
         """This rank's part of each packed batch of its data-parallel rank."""
         return [place(batch, self.layout, self.at, self.device) for batch in batches]
 
-    def score(self, batches: Sequence[MicroBatch]) -> list[Scored]:
-        """Log-probs of every micro-batch at the sampling temperature, without gradients; nothing off the last stage."""
+    def score(
+        self,
+        batches: Sequence[MicroBatch],
+        *,
+        records: bool = False,
+        routes: Sequence[Routes] | None = None,
+        margins: list[Tensor] | None = None,
+    ) -> list[Scored]:
+        """Log-probs of every micro-batch at the sampling temperature, without gradients; nothing off the last stage.
+
+        Args:
+            batches: this rank's micro-batches.
+            records: keep the choice of experts: `routing.recorded`.
+            routes: of each micro-batch, chosen again.
+            margins: see `Routing.run`.
+        """
 
         def keep(_: MicroBatch, scored: Scored, __: int) -> tuple[Tensor, dict[str, Any]]:
             return scored.logprobs.sum(), {"scored": scored}
 
-        with torch.no_grad():
+        choices = self.routing.run(batches, trains=False, routes=routes, replays=True, records=records, margins=margins)
+        with torch.no_grad(), choices:
             results = self._run(batches, keep, forward_only=True)
         return [result["scored"] for result in results]
 
@@ -146,19 +138,25 @@ class Policy:
         """
         placed = place(batch, self.layout, self.at, self.device)
         self.temperature = 1.0
-        with record_margins() as margins:
-            scored = self.score([placed])
+        margins: list[Tensor] = []
+        scored = self.score([placed], margins=margins)
         self.temperature = self.recipe.rollout.temperature
         whole = torch.zeros(len(batch.token_ids), dtype=torch.float64, device=self.device)
         if scored and self.at.tensor == self.at.data == 0:
             whole[placed.indices] = scored[0].logprobs.double()
-        margin = torch.tensor(min(margins, default=float("inf")), dtype=torch.float64).to(self.device)
+        nearest = min((float(margin) for margin in margins), default=float("inf"))
+        margin = torch.tensor(nearest, dtype=torch.float64).to(self.device)
         dist.all_reduce(whole)
         dist.all_reduce(margin, dist.ReduceOp.MIN)
         return whole, float(margin)
 
     def train(
-        self, batches: Sequence[MicroBatch], loss: LossFunction, lr: float
+        self,
+        batches: Sequence[MicroBatch],
+        loss: LossFunction,
+        lr: float,
+        routes: Sequence[Routes] | None = None,
+        replays: bool = False,
     ) -> tuple[list[dict[str, Tensor]], float, bool]:
         """One optimizer step.
 
@@ -166,6 +164,8 @@ class Policy:
             batches: this rank's micro-batches; every rank brings the same number.
             loss: gives this rank's share; the shares of all ranks and micro-batches add up to the loss.
             lr: learning rate of this step.
+            routes: recorded ones of each micro-batch: choices that differ from them are counted.
+            replays: choose them again.
 
         Returns:
             Metric sums of each micro-batch (last stage only), global gradient norm before clipping, whether the step
@@ -174,13 +174,15 @@ class Policy:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sums = self._run(batches, loss, forward_only=False)
+        with self.routing.run(batches, trains=True, routes=routes, replays=replays):
+            sums = self._run(batches, loss, forward_only=False)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self.optimizer.prepare_grads()  # the norm is read where the optimizer steps, not where the buffers are
         norm = self.optimizer.get_grad_norm()
         if not torch.isfinite(torch.as_tensor(norm)):
             return sums, float(norm), False
-        _, norm, _ = self.optimizer.step()
+        self.optimizer.step()
         return sums, float(norm), True
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
@@ -191,13 +193,7 @@ class Policy:
         """Write a Hugging Face checkpoint, under another name until it is whole."""
         tensors = self.export()
         if dist.get_rank() == 0:
-            partial = directory.with_name(directory.name + ".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            save_hf(tensors, partial)
-            arch = self.weights.arch.to_hugging_face(self.recipe.model.dtype)
-            (partial / "config.json").write_text(json.dumps(arch, indent=1))
-            shutil.rmtree(directory, ignore_errors=True)
-            partial.rename(directory)
+            save_hf(tensors, self.weights.arch.to_hugging_face(self.recipe.model.dtype), directory)
         for _ in tensors:
             pass
         dist.barrier()
@@ -231,13 +227,14 @@ class Policy:
     ) -> tuple[Tensor, Callable[[Any], tuple[Tensor, dict[str, Any]]]]:
         index, batch = next(iterator)
         entropy: list[Tensor] = []
-        output = model(
-            input_ids=batch.token_ids[None],
-            position_ids=None,
-            attention_mask=None,
-            packed_seq_params=batch.params,
-            output_processor=partial(self._head, targets=batch.targets, entropy=entropy),
-        )
+        with self.routing.forward(self.chunks.index(model), index):
+            output = model(
+                input_ids=batch.token_ids[None],
+                position_ids=None,
+                attention_mask=None,
+                packed_seq_params=batch.params,
+                output_processor=partial(self._head, targets=batch.targets, entropy=entropy),
+            )
 
         def finish(logprobs: Tensor) -> tuple[Tensor, dict[str, Any]]:
             share, sums = loss(batch, Scored(logprobs, entropy[0]), index)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core import optimizer
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -43,6 +44,17 @@ class ReferenceNorm(torch.nn.Module):
 def has_transformer_engine() -> bool:
     """Whether Transformer Engine's compiled part and a GPU to run it on are both there."""
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine_torch") is not None
+
+
+def describe_parts() -> str:
+    """Which fused parts compute and which fell back, in a sentence for the log."""
+    adam = vars(optimizer)["Adam"].__module__.partition(".")[0]
+    if has_transformer_engine():
+        layers = "Transformer Engine: fused norm and linear, packed attention, grouped experts"
+    else:
+        missing = "Transformer Engine" if torch.cuda.is_available() else "a GPU"
+        layers = f"plain torch for want of {missing}: attention and norms unfused, experts one after another"
+    return f"layers by {layers}; AdamW by {adam}"
 
 
 def transformer_engine_spec(config: TransformerConfig) -> ModuleSpec:

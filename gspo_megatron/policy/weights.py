@@ -5,24 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from gspo_megatron.config.model import Architecture
-from gspo_megatron.weights.buckets import TensorMeta
 from gspo_megatron.weights.layout import Layout
+from gspo_megatron.weights.manifest import TensorMeta
 from gspo_megatron.weights.table import Parameter, Piece, hf_shapes, local_parameters
 
 ReadPiece = Callable[[Piece], Tensor]
 Values = Callable[[torch.nn.Parameter], Tensor]
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 4 * 2**30
+READ_TYPES = ("F32", "BF16", "F16", "F64")
+"""Types of a published tensor; anything narrower is a quantised file, whose scales would be dropped."""
 
 
 class ShardedWeights:
@@ -163,17 +167,18 @@ def safetensors_pieces(directory: Path, arch: Architecture) -> ReadPiece:
     """A reader of a Hugging Face directory that touches only the bytes it is asked for.
 
     Raises:
-        ValueError: names or shapes that do not fit the architecture, all of them in one sentence.
+        ValueError: files, names, shapes and types that do not fit the architecture, all of them in one sentence.
     """
     files = _files_of(directory)
-    handles = {path: safe_open(path, framework="pt") for path in sorted(set(files.values()))}
+    handles, faults = _open_all(sorted(set(files.values())))
     shapes = hf_shapes(arch)
-    faults = [f"{name} is missing" for name in shapes if name not in files]
-    faults += [f"{name} is unknown" for name in files if name not in shapes]
+    # Published directories of tied models hold the head beside the embedding that it is.
+    ignored = {"lm_head.weight"} if arch.tie_word_embeddings else set()
+    faults += [f"{name} is missing" for name in shapes.keys() - files.keys()]
+    faults += [f"{name} is unknown" for name in files.keys() - shapes.keys() - ignored]
     for name in shapes.keys() & files.keys():
-        found = tuple(handles[files[name]].get_slice(name).get_shape())
-        if found != shapes[name]:
-            faults.append(f"{name} has shape {found}, expected {shapes[name]}")
+        if (handle := handles.get(files[name])) is not None:
+            faults += _faults_of(name, files[name].name, handle, shapes[name])
     if faults:
         raise ValueError(f"{directory} does not hold this model: {'; '.join(sorted(faults))}")
 
@@ -183,6 +188,30 @@ def safetensors_pieces(directory: Path, arch: Architecture) -> ReadPiece:
         return view[rows] if piece.columns is None else view[rows, slice(*piece.columns)]
 
     return read
+
+
+def _open_all(paths: Sequence[Path]) -> tuple[dict[Path, Any], list[str]]:
+    """Handles of the files that can be read, and what is wrong with the others."""
+    handles: dict[Path, Any] = {}
+    faults = []
+    for path in paths:
+        try:
+            handles[path] = safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            faults.append(f"file {path.name} cannot be read ({error})")
+    return handles, faults
+
+
+def _faults_of(name: str, file: str, handle: Any, expected: tuple[int, ...]) -> list[str]:
+    if name not in handle.keys():  # noqa: SIM118  a file handle, not a dict
+        return [f"{name} is not in {file}, where the index has it"]
+    found = handle.get_slice(name)
+    faults = []
+    if tuple(found.get_shape()) != expected:
+        faults.append(f"{name} has shape {tuple(found.get_shape())}, expected {expected}")
+    if found.get_dtype() not in READ_TYPES:
+        faults.append(f"{name} has type {found.get_dtype()}, expected one of {', '.join(READ_TYPES)}")
+    return faults
 
 
 def _files_of(directory: Path) -> dict[str, Path]:
@@ -198,7 +227,17 @@ def _files_of(directory: Path) -> dict[str, Path]:
         return dict.fromkeys(handle.keys(), single)
 
 
-def save_hf(tensors: Iterator[tuple[str, Tensor]], directory: Path) -> None:
+def save_hf(tensors: Iterator[tuple[str, Tensor]], config: dict[str, Any], directory: Path) -> None:
+    """Write a Hugging Face directory, under another name until it is whole."""
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    _save_tensors(tensors, partial)
+    (partial / "config.json").write_text(json.dumps(config, indent=1))
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.rename(directory)
+
+
+def _save_tensors(tensors: Iterator[tuple[str, Tensor]], directory: Path) -> None:
     """Write tensors as they come into numbered safetensors files with an index, at most SHARD_BYTES each."""
     directory.mkdir(parents=True, exist_ok=True)
     shards: list[list[str]] = []

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo_megatron.metrics import EXAMPLES_FILE, read_rows
-from gspo_megatron.report.plot import PLOT_FILE
+from gspo_megatron.report.plot import PLOT_FILE, write_expert_plot
 
 PAGE_FILE = "report.html"
 COLUMNS = {
@@ -33,13 +33,13 @@ pre { background: #f6f6f6; padding: 1rem; overflow-x: auto }
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write RUN_DIR/report.html from metrics.jsonl, the plot, examples.json and the resolved recipe."""
-    rows = read_rows(run_dir)
-    image = base64.b64encode((run_dir / PLOT_FILE).read_bytes()).decode()
+    """Write RUN_DIR/report.html from metrics.jsonl, the plots, examples.json and the resolved recipe."""
+    rows, experts = read_rows(run_dir), write_expert_plot(run_dir)
     parts = [
         f"<h1>{html.escape(run_dir.name)}</h1>",
         f"<p>{html.escape(_read(run_dir / 'objective.txt'))}</p>",
-        f'<img alt="accuracy, reward and clip fraction by step" src="data:image/png;base64,{image}">',
+        _image(run_dir / PLOT_FILE, "accuracy, reward and clip fraction by step"),
+        _image(experts, "changed expert choices and load by layer and step") if experts else "",
         "<h2>Three answers of the last evaluation</h2>",
         _examples(run_dir / EXAMPLES_FILE),
         "<h2>Steps</h2>",
@@ -50,6 +50,10 @@ def write_report(run_dir: Path) -> Path:
     head = f"<!doctype html><meta charset=utf-8><title>{html.escape(run_dir.name)}</title><style>{STYLE}</style>"
     (run_dir / PAGE_FILE).write_text(head + "\n".join(parts))
     return run_dir / PAGE_FILE
+
+
+def _image(file: Path, told: str) -> str:
+    return f'<img alt="{told}" src="data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}">'
 
 
 def _read(file: Path) -> str:

@@ -1,4 +1,4 @@
-"""The plot of a run: held-out accuracy and sampled reward above, clip fraction by mini-batch below."""
+"""The plots of a run: accuracy, reward and clip fraction; and what the routers of the experts did, layer by layer."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from typing import Any
 from gspo_megatron.metrics import read_rows
 
 PLOT_FILE = "accuracy.png"
+EXPERTS_FILE = "experts.png"
+EXPERTS = {
+    "experts/probe_changed": "expert choices changed by one update",
+    "experts/load_max_over_mean": "busiest expert over the mean",
+}
 CLIP = "clip_fraction_sequences"
 
 
@@ -49,3 +54,35 @@ def write_plot(run_dir: Path) -> Path:
     figure.savefig(run_dir / PLOT_FILE, dpi=130)
     pyplot.close(figure)
     return run_dir / PLOT_FILE
+
+
+def write_expert_plot(run_dir: Path) -> Path | None:
+    """Draw RUN_DIR/experts.png, a line a layer; None for a run without experts."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = read_rows(run_dir)
+    last = next((row for row in reversed(rows) if any(name in row for name in EXPERTS)), None)
+    if last is None:
+        return None
+    figure, axes = pyplot.subplots(2, 1, figsize=(7.5, 6.0), sharex=True)
+    for axis, (name, title) in zip(axes, EXPERTS.items(), strict=True):
+        layers = sorted(
+            (key for key in last if key.startswith(f"{name}/layer_")), key=lambda key: int(key.split("_")[-1])
+        )
+        for index, key in enumerate(layers):
+            shade = pyplot.colormaps["viridis"](index / max(1, len(layers) - 1))
+            labelled = index in (0, len(layers) - 1) or len(layers) <= 8
+            axis.plot(*curve(rows, key), color=shade, label=f"layer {index}" if labelled else None)
+        axis.set_ylabel(title)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(loc="upper right", frameon=False, fontsize="small", ncols=2)
+    axes[1].set_xlabel("rollout batch")
+    figure.tight_layout()
+    figure.savefig(run_dir / EXPERTS_FILE, dpi=130)
+    pyplot.close(figure)
+    return run_dir / EXPERTS_FILE

@@ -9,7 +9,7 @@ from typing import Any
 
 from gspo_megatron.data.store import SampleStore
 from gspo_megatron.rollout.drafts import Draft
-from gspo_megatron.rollout.pool import Group
+from gspo_megatron.rollout.groups import Group
 from gspo_megatron.types import Answer, Problem, Prompt, SampleRef, Segment
 
 

@@ -18,6 +18,7 @@ import aiohttp
 from gspo_megatron.rollout.auth import key_header
 from gspo_megatron.rollout.drafts import Draft, Sampling, answer_seed
 from gspo_megatron.types import Segment, StopReason
+from gspo_megatron.weights.server_layout import ServerLayout
 
 START_VERSION = "default"
 """vLLM's own label of the weights that a server starts with."""
@@ -229,41 +230,32 @@ class ServerClient:
         """Whether the engine stands still."""
         return bool((await self.call("GET", "/is_paused", timeout=CONTROL_SECONDS))["is_paused"])
 
-    async def world_size(self) -> int:
-        """Worker processes of this server."""
-        return int((await self.call("GET", "/get_world_size", timeout=CONTROL_SECONDS))["world_size"])
+    async def layout(self) -> ServerLayout:
+        """How this server cuts the model."""
+        return ServerLayout(**(await self._worker_call("weight_layout", CONTROL_SECONDS))[0])
 
     async def reset_prefix_cache(self) -> None:
         """Forget the KV cache of earlier prompts: it belongs to the old weights."""
         await self.call("POST", "/reset_prefix_cache", timeout=CONTROL_SECONDS)
 
-    async def receive_weights(
-        self, ticket: dict[str, Any], first_rank: int, manifest: list[Any], timeout: float
-    ) -> dict[str, Any]:
+    async def receive_weights(self, ticket: dict[str, Any], first_worker: int, timeout: float) -> list[dict[str, Any]]:
         """Join the transfer group, take the model apart and receive one update; the engine must be paused.
 
         Returns:
-            The worker's report: `checksum` (decimal text), `tensors`, `seconds`.
-
-        Raises:
-            ServerError: also when the workers of this server disagree about what they received.
+            Each worker's report: `checksum` (decimal text), `tensors`, `seconds`, `received_bytes`, `needed_bytes`.
         """
         try:
             await self._worker_call("forget_update", timeout)
-            joining = {"init_info": {"ticket": ticket, "first_rank": first_rank}}
+            joining = {"init_info": {"ticket": ticket, "first_worker": first_worker}}
             await self.call("POST", "/init_weight_transfer_engine", joining, timeout)
             # Only now: a server that could not join is whole still, one that has started is not until it has finished.
             await self.call("POST", "/start_weight_update", timeout=timeout)
-            await self.call("POST", "/update_weights", {"update_info": {"manifest": manifest}}, timeout)
+            await self.call("POST", "/update_weights", {"update_info": {}}, timeout)
         except ServerError:
             with suppress(ServerError):
                 await self._worker_call("leave_transfer", timeout=5)
             raise
-        reports = await self._worker_call("weight_report", timeout)
-        checksums = {report["checksum"] for report in reports}
-        if len(checksums) != 1:
-            raise ServerError(f"the workers of server {self.url} received different weights: {sorted(checksums)}")
-        return reports[0]
+        return await self._worker_call("weight_report", timeout)
 
     async def _worker_call(self, method: str, timeout: float) -> list[Any]:
         """Call a method of `worker.WorkerExtension` in every worker; their answers."""

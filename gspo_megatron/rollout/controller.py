@@ -207,14 +207,14 @@ class Controller:
             "examples": examples[:NUM_EXAMPLES],
         }
 
-    async def begin_update(self, version: int, manifest: list[Any]) -> dict[str, Any]:
+    async def begin_update(self, version: int, terms: dict[str, Any]) -> dict[str, Any]:
         """See `WeightUpdater.begin`."""
         self.phase = f"receiving weights of version {version}"
-        return await self.updater.begin(version, manifest)
+        return await self.updater.begin(version, terms)
 
-    async def finish_update(self, version: int, checksum: int, probes: list[dict[str, Any]]) -> dict[str, Any]:
+    async def finish_update(self, version: int, checksums: list[int], probes: list[dict[str, Any]]) -> dict[str, Any]:
         """See `WeightUpdater.finish`."""
-        report = await self.updater.finish(version, checksum, [Probe(**probe) for probe in probes])
+        report = await self.updater.finish(version, checksums, [Probe(**probe) for probe in probes])
         self.dispatcher.proceed()
         self.phase = "idle"
         return report

@@ -6,14 +6,16 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from typing import Any
 
 import httpx
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
+from gspo_megatron.config.model import Architecture
 from gspo_megatron.rollout.auth import key_header
 from gspo_megatron.types import SampleRef, Segment
-from gspo_megatron.weights.buckets import TensorMeta
+from gspo_megatron.weights.layout import Layout
 
 Listener = Callable[[dict[str, Any]], None]
 POLL_SECONDS = 0.5
@@ -82,26 +84,37 @@ class ControllerLink:
         body = {"problems": problems, "answers": answers, "temperature": temperature}
         return self._watched("/evaluate", body, on_progress)
 
-    def begin_update(self, version: int, manifest: Sequence[TensorMeta]) -> dict[str, Any]:
-        """Pause the servers and let them receive; the answer is the ticket for `WeightSender.send`."""
-        rows = [[meta.name, meta.dtype, list(meta.shape)] for meta in manifest]
-        return self._call("POST", "/weights/begin", {"version": version, "manifest": rows})
+    def begin_update(self, version: int, arch: Architecture, dtype: str, layout: Layout) -> dict[str, Any]:
+        """Pause the servers and let them receive.
+
+        Args:
+            version: of the weights that are sent.
+            arch: the model.
+            dtype: of all its weights: `bfloat16`.
+            layout: of the trainer ranks.
+
+        Returns:
+            The ticket with which every trainer rank calls `WeightSender.send`.
+        """
+        terms = {"architecture": arch.model_dump(), "dtype": dtype, "trainer": asdict(layout)}
+        return self._call("POST", "/weights/begin", {"version": version, "terms": terms})
 
     def finish_update(
-        self, version: int, checksum: int, probes: Sequence[tuple[Sequence[int], Sequence[float]]]
+        self, version: int, checksums: Sequence[int], probes: Sequence[tuple[Sequence[int], Sequence[float]]]
     ) -> dict[str, Any]:
         """Have the servers check and take the new weights.
 
         Args:
             version: as at `begin_update`.
-            checksum: what `WeightSender.send` returned.
+            checksums: what `WeightSender.send` returned, added up over the trainer ranks modulo 2**64.
             probes: token ids [length] and the trainer's log-probs at temperature 1 of ids[1:], [length - 1].
 
         Returns:
-            `largest` and `mean` |log-prob difference|, `seconds`, `servers` by address.
+            `largest` and `mean` |log-prob difference|, `seconds`, `transfer_seconds`, `received_over_needed`,
+            `servers` by address.
         """
         rows = [{"token_ids": [int(i) for i in ids], "logprobs": [float(x) for x in scores]} for ids, scores in probes]
-        return self._call("POST", "/weights/finish", {"version": version, "checksum": checksum, "probes": rows})
+        return self._call("POST", "/weights/finish", {"version": version, "checksums": list(checksums), "probes": rows})
 
     def state(self) -> dict[str, Any]:
         """The controller's part of a checkpoint."""

@@ -22,4 +22,4 @@ def register() -> None:
     if SERVER_VARIABLE in os.environ:
         die_with_parent()
     if BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(BACKEND, "gspo_megatron.rollout.worker", "PackedTransferEngine")
+        WeightTransferEngineFactory.register_engine(BACKEND, "gspo_megatron.rollout.worker", "ShardTransferEngine")

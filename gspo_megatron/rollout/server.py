@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from gspo_megatron.config.loading import RecipeError, load_resolved
@@ -99,6 +100,7 @@ def vllm_arguments(recipe: Recipe, model: Path, host: str, port: int, has_gpu: b
         f"--dtype={recipe.model.dtype}",
         f"--seed={recipe.run.seed}",
         f"--tensor-parallel-size={rollout.tensor_parallel}",
+        f"--pipeline-parallel-size={rollout.pipeline_parallel}",
         f"--decode-context-parallel-size={rollout.decode_context_parallel}",
         f"--max-model-len={rollout.max_prompt_tokens + rollout.max_answer_tokens}",
         f"--max-num-seqs={rollout.max_concurrency}",
@@ -146,6 +148,23 @@ def fork_workers() -> None:
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)  # type: ignore[assignment]
 
 
+def make_stage_inputs() -> None:
+    """Give later pipeline stages their input buffers: vllm 0.32 makes them in a warm-up that eager CPU servers skip."""
+    from vllm.distributed.parallel_state import get_pp_group
+    from vllm.sequence import IntermediateTensors
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    original = CPUModelRunner.load_model
+
+    def load_model(self: CPUModelRunner, load_dummy_weights: bool = False) -> None:
+        original(self, load_dummy_weights)
+        if not get_pp_group().is_first_rank:
+            make: Callable[..., IntermediateTensors] = self.model.make_empty_intermediate_tensors  # type: ignore[assignment]
+            self.intermediate_tensors = make(self.max_num_tokens, self.model_config.dtype, self.device)
+
+    CPUModelRunner.load_model = load_model
+
+
 def serve(arguments: list[str], index: int) -> None:
     """Run vLLM's own API server in this process."""
     import uvloop
@@ -156,6 +175,7 @@ def serve(arguments: list[str], index: int) -> None:
 
     if current_platform.is_cpu():
         fork_workers()
+        make_stage_inputs()
     bind_forked_children()
     plugin.register()
     parsed: argparse.Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)  # type: ignore[assignment]

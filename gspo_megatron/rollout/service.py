@@ -32,7 +32,7 @@ MAX_SCORING_PROCESSES = 8
 SAMPLES = "samples"
 """Directory of the sample store within the run directory."""
 MAX_BODY = 1 << 30
-"""A manifest of a large model is some MB, beyond aiohttp's default of 1."""
+"""The state of a checkpoint names every group under way with its prompt: some MB, beyond aiohttp's default of 1."""
 
 
 class Service:
@@ -106,10 +106,10 @@ class Service:
         return await self.controller.evaluate(int(body["problems"]), int(body["answers"]), float(body["temperature"]))
 
     async def _begin(self, body: dict[str, Any]) -> dict[str, Any]:
-        return await self.controller.begin_update(int(body["version"]), body["manifest"])
+        return await self.controller.begin_update(int(body["version"]), body["terms"])
 
     async def _finish(self, body: dict[str, Any]) -> dict[str, Any]:
-        return await self.controller.finish_update(int(body["version"]), int(body["checksum"]), body["probes"])
+        return await self.controller.finish_update(int(body["version"]), body["checksums"], body["probes"])
 
     async def _lifetime(self, app: web.Application) -> AsyncIterator[None]:
         starting = asyncio.create_task(self._start())

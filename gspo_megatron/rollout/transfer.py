@@ -1,26 +1,33 @@
-"""The wire of a weight update: a process group of trainer rank 0 and all server workers, packed broadcasts, checksums.
+"""The wire of a weight update: a process group of all trainer ranks and all server workers, in which packed slices go
+point to point.
 
-Torch only: the trainer side (`WeightSender`) must not import vllm, the server side must not import megatron.
+Torch only: the trainer side (`sender.py`) must not import vllm, the server side (`worker.py`) must not import megatron.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import groupby
 from typing import Any
 
 import torch
-from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroupGloo, TCPStore
+from torch import Tensor
+from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
-from gspo_megatron.weights.buckets import ITEM_BYTES, Bucket, TensorMeta, plan_buckets
+from gspo_megatron.config.model import Architecture
+from gspo_megatron.weights.layout import Layout
+from gspo_megatron.weights.manifest import ITEM_BYTES
+from gspo_megatron.weights.server_layout import ServerLayout, ServerParameter, ServerPiece
+from gspo_megatron.weights.transfer_plan import Message, Slice, TransferPlan
 
-DTYPES = {name: getattr(torch, name) for name in ITEM_BYTES}
-WORDS = {4: torch.int32, 2: torch.int16}
-MASK = (1 << 64) - 1
-CHUNK = 1 << 22
-"""Values summed at a time: bounds the int64 temporaries of a checksum to 64 MiB."""
+MIB = 1 << 20
+JOIN_SECONDS = 60.0
+ROUNDS_IN_FLIGHT = 2
+"""While one round is on the wire, the one before is unpacked and the next is packed."""
 
 
 class TransferError(RuntimeError):
@@ -29,196 +36,151 @@ class TransferError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """Where sender and receivers of weight updates meet; `POST /weights/begin` answers with one."""
+    """Where the two sides of a weight update meet and what they agreed on; `POST /weights/begin` answers with one."""
 
     store_host: str
     """Host of the rendezvous store, which lives in the controller."""
     store_port: int
     """Its port."""
-    world_size: int
-    """1 (trainer rank 0) + all workers of all servers that take part."""
     group: str
     """Name of the process group; a group that both sides still hold under this name is used again."""
     bucket_mib: int
-    """Most bytes of one broadcast, MiB."""
+    """Most bytes that a worker receives in one round, MiB."""
     timeout: float
-    """Seconds that joining, and one broadcast, may take."""
+    """Seconds that one message may take, and joining if it is less than JOIN_SECONDS."""
+    architecture: dict[str, Any]
+    """Fields of the trainer's `Architecture`."""
+    dtype: str
+    """A key of `ITEM_BYTES`: of every value that is sent."""
+    trainer: dict[str, Any]
+    """Fields of the trainer's `Layout`; its ranks are the first of the group."""
+    servers: list[dict[str, Any]]
+    """Fields of the `ServerLayout` of each server; their workers follow in this order."""
+
+    def plan(self) -> TransferPlan:
+        """What moves where; the same for everybody who holds this ticket."""
+        return TransferPlan(
+            Architecture.model_validate(self.architecture),
+            Layout(**self.trainer),
+            [ServerLayout(**server) for server in self.servers],
+            ITEM_BYTES[self.dtype],
+            self.bucket_mib * MIB,
+        )
 
 
 class TransferGroup:
-    """A process group beside torch.distributed's default one, whose state it never touches."""
+    """A process group beside torch.distributed's default one, whose state it never touches, with its plan."""
 
-    def __init__(self, ticket: Ticket, rank: int, device: torch.device) -> None:
-        self.name = ticket.group
-        timeout = timedelta(seconds=ticket.timeout)
+    def __init__(self, ticket: Ticket, device: torch.device, *, trainer: int | None = None, worker: int = 0) -> None:
+        """Join as a trainer rank or, without one, as a worker; returns when everybody has joined."""
+        self.name, self.plan, self.device = ticket.group, ticket.plan(), device
+        self.dtype: torch.dtype = getattr(torch, ticket.dtype)
+        # Whoever dies before it has joined leaves no connection that could end: the others wait this long.
+        timeout = timedelta(seconds=min(ticket.timeout, JOIN_SECONDS))
         store = TCPStore(ticket.store_host, ticket.store_port, is_master=False, wait_for_workers=False, timeout=timeout)
         prefixed = PrefixStore(ticket.group, store)
-        self.group: Any  # a ProcessGroup, which torch's own stubs do not know its two subclasses to be
+        first_worker = self.plan.trainer.world
+        rank, world = first_worker + worker if trainer is None else trainer, first_worker + self.plan.workers
+        self._peers_from = first_worker if trainer is not None else 0
+        messages = self.plan.to_receive(worker) if trainer is None else self.plan.to_send(trainer)
+        self.rounds = [(number, list(group)) for number, group in groupby(messages, lambda message: message.round)]
+        self._in_flight: deque[tuple[list[Any], list[Message], list[Tensor]]] = deque()
+        self._group: Any  # a ProcessGroup, which torch's own stubs do not know its two subclasses to be
         if device.type == "cuda":
             from torch.distributed import ProcessGroupNCCL
 
             options = ProcessGroupNCCL.Options()
             options._timeout = timeout
-            self.group = ProcessGroupNCCL(prefixed, rank, ticket.world_size, options)
+            self._group = ProcessGroupNCCL(prefixed, rank, world, options)
         else:
-            self.group = ProcessGroupGloo(prefixed, rank, ticket.world_size, timeout)
+            self._group = ProcessGroupGloo(prefixed, rank, world, timeout)
+        self._group.set_timeout(timedelta(seconds=ticket.timeout))
 
-    def broadcast(self, buffer: torch.Tensor) -> None:
-        """Rank 0's bytes into everybody's buffer."""
-        options = BroadcastOptions()
-        options.rootRank = 0
-        self.group.broadcast([buffer], options).wait()
+    # No local name below may hold the group or what it returns: it would live on in the traceback of a failure, the
+    # connections with it, and the other ends would wait for the time limit.
 
+    def start(self, number: int, messages: list[Message], buffers: list[Tensor]) -> None:
+        """Put a round's buffers on the wire, or make them ready for what comes."""
+        self._in_flight.append(([], messages, buffers))
+        if self.device.type == "cuda":
+            # One NCCL group a round: its transfers progress at the same time, over one communicator.
+            self._group._start_coalescing()
+        for message, buffer in zip(messages, buffers, strict=True):
+            self._in_flight[-1][0].append(self._post(self._peers_from + message.peer, buffer, number))
+        if self.device.type == "cuda":
+            self._in_flight[-1][0][:] = [self._group._end_coalescing()]
 
-def content_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Scalar int64 on the tensor's device: its values as integers, weighted by their position, summed mod 2**64."""
-    words = tensor.detach().contiguous().view(-1).view(WORDS[tensor.element_size()])
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for start in range(0, words.numel(), CHUNK):
-        part = words[start : start + CHUNK].to(torch.int64)
-        weights = torch.arange(2 * start + 1, 2 * (start + len(part)) + 1, 2, dtype=torch.int64, device=tensor.device)
-        total += (part * weights.mul_(0x1E3779B97F4A7C15)).sum()
-    return total
+    def _post(self, peer: int, buffer: Tensor, tag: int) -> Any:
+        return (self._group.send if self._peers_from else self._group.recv)([buffer], peer, tag)
 
-
-def _mix(value: int) -> int:
-    """Scatter 64 bits (the finalizer of splitmix64), so that a sum of mixed values does not cancel."""
-    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & MASK
-    value = (value ^ (value >> 27)) * 0x94D049BB133111EB & MASK
-    return value ^ (value >> 31)
-
-
-class Checksum:
-    """Order-independent checksum of named tensors; sums stay on the device until `value` is asked for."""
-
-    def __init__(self) -> None:
-        self._labels: list[str] = []
-        self._sums: list[torch.Tensor] = []
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Count a tensor in: its name, type, shape and values."""
-        self._labels.append(f"{name} {tensor.dtype} {tuple(tensor.shape)}")
-        self._sums.append(content_sum(tensor))
-
-    def value(self) -> int:
-        """The checksum in 0..2**64-1 of what was added, in whichever order."""
-        sums = torch.stack(self._sums).tolist() if self._sums else []
-        labels = (hashlib.blake2b(label.encode(), digest_size=8).digest() for label in self._labels)
-        return sum(_mix((int.from_bytes(d) + s) & MASK) for d, s in zip(labels, sums, strict=True)) & MASK
-
-
-def tensor_checksum(name: str, tensor: torch.Tensor) -> int:
-    """Checksum of one named tensor; those of several add up mod 2**64 to that of all."""
-    checksum = Checksum()
-    checksum.add(name, tensor)
-    return checksum.value()
-
-
-def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().view(-1).view(torch.uint8)
-
-
-class WeightSender:
-    """Trainer rank 0's end; kept for the whole run, so that an unchanged set of servers keeps its connections."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._group: TransferGroup | None = None
-
-    def send(
-        self, ticket: dict[str, Any], manifest: Sequence[TensorMeta], tensors: Iterable[tuple[str, torch.Tensor]]
-    ) -> int:
-        """Broadcast all tensors to the servers.
-
-        Args:
-            ticket: the answer of `ControllerLink.begin_update`.
-            manifest: what is sent, in the order of `tensors`.
-            tensors: whole logical tensors of the manifest's types and shapes, on `device`.
-
-        Returns:
-            The checksum of what was sent, for `ControllerLink.finish_update`.
-
-        Raises:
-            TransferError: a server was lost, or a tensor is not what the manifest says.
-        """
-        terms = Ticket(**ticket)
-        checksum = Checksum()
-        try:
-            if self._group is None or self._group.name != terms.group:
-                self.close()
-                self._group = TransferGroup(terms, 0, self.device)
-            source = _checked(manifest, tensors, checksum)
-            for buffer in pack(manifest, plan_buckets(manifest, terms.bucket_mib), source, self.device):
-                self._group.broadcast(buffer)
-        except TransferError:
-            self.close()
-            raise
-        except RuntimeError as error:
-            self.close()
-            reason = str(error).splitlines()[0]
-            raise TransferError(f"the weight update broke between the trainer and the servers: {reason}") from error
-        return checksum.value()
+    def finish(self, most_left: int) -> Iterator[tuple[Message, Tensor]]:
+        """Wait for the oldest rounds until so many are left in flight; their messages and buffers."""
+        while len(self._in_flight) > most_left:
+            while self._in_flight[0][0]:
+                self._in_flight[0][0][-1].wait()
+                self._in_flight[0][0].pop()
+            messages, buffers = self._in_flight.popleft()[1:]
+            yield from zip(messages, buffers, strict=True)
 
     def close(self) -> None:
-        """Leave the group; a server that still waits for a broadcast sees the connection close and fails its update."""
+        """Leave: whoever still waits for this rank sees the connection end."""
+        if self.device.type == "cuda":
+            self._group.abort()
+        self._in_flight.clear()
         self._group = None
 
 
-def _checked(
-    manifest: Sequence[TensorMeta], tensors: Iterable[tuple[str, torch.Tensor]], checksum: Checksum
-) -> Iterator[torch.Tensor]:
-    """The tensors, each held against the manifest and counted into the checksum."""
-    pairs = iter(tensors)
-    for meta in manifest:
-        name, tensor = next(pairs, (None, None))
-        if name is None or tensor is None:
-            raise TransferError(f"the weights end before tensor {meta.name}; the manifest lists it")
-        if (name, tensor.dtype, tuple(tensor.shape)) != (meta.name, DTYPES[meta.dtype], meta.shape):
-            raise TransferError(
-                f"tensor {name} {tensor.dtype} {tuple(tensor.shape)} came where the manifest lists "
-                f"{meta.name} {meta.dtype} {meta.shape}; both must follow one order"
-            )
-        checksum.add(name, tensor)
-        yield tensor
-    extra = next(pairs, None)
-    if extra is not None:
-        raise TransferError(f"tensor {extra[0]} is not in the manifest; list it or do not send it")
+def plane(parameter: Tensor, part: Slice | ServerPiece) -> Tensor:
+    """The rectangle of a parameter that a slice or piece names, [height, width], as a view."""
+    expert, row, column = part.at
+    matrix = parameter[expert] if parameter.dim() == 3 else parameter if parameter.dim() == 2 else parameter[:, None]
+    return matrix[row : row + part.height, column : column + part.width]
 
 
-def pack(
-    manifest: Sequence[TensorMeta], buckets: Sequence[Bucket], tensors: Iterator[torch.Tensor], device: torch.device
-) -> Iterator[torch.Tensor]:
-    """Buckets as uint8 [num_bytes], filled from the tensors; at most one tensor and one bucket are held at a time."""
-    index, data = -1, torch.empty(0)
-    for bucket in buckets:
-        buffer = torch.zeros(bucket.num_bytes, dtype=torch.uint8, device=device)
-        for piece in bucket.pieces:
-            while index < piece.tensor:
-                index, data = index + 1, _as_bytes(next(tensors))
-            buffer[piece.offset : piece.offset + piece.stop - piece.start].copy_(data[piece.start : piece.stop])
-        yield buffer
-    if next(tensors, None) is not None:
-        raise TransferError("more tensors came than the manifest lists")
+def receive(group: TransferGroup, parameters: Iterable[ServerParameter]) -> Iterator[tuple[ServerParameter, Tensor]]:
+    """Give out a worker's parameters one by one, each when its last slice has arrived.
 
+    A parameter that was given out is forgotten here: on the way are only those of the layers under way.
 
-def unpack(
-    manifest: Sequence[TensorMeta], buckets: Sequence[Bucket], group: TransferGroup, device: torch.device
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Receive every bucket and give out whole tensors: views of a bucket, or a copy where a tensor was cut.
-
-    Buckets are not used again, because vLLM's layerwise loader keeps the views until a layer is complete.
+    Raises:
+        TransferError: the plan and the parameters do not fit.
     """
-    partial = torch.empty(0)
-    for bucket in buckets:
-        buffer = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=device)
-        group.broadcast(buffer)
-        for piece in bucket.pieces:
-            meta = manifest[piece.tensor]
-            data = buffer[piece.offset : piece.offset + piece.stop - piece.start]
-            if len(data) < meta.num_bytes:
-                if piece.start == 0:
-                    partial = torch.empty(meta.num_bytes, dtype=torch.uint8, device=device)
-                partial[piece.start : piece.stop].copy_(data)
-                data = partial
-            if piece.stop == meta.num_bytes:
-                yield meta.name, data.view(DTYPES[meta.dtype]).view(meta.shape)
+    missing = {parameter.name: sum(piece.size for piece in parameter.pieces) for parameter in parameters}
+    described = {parameter.name: parameter for parameter in parameters}
+    values: dict[str, Tensor] = {}
+
+    def ready(name: str) -> Iterator[tuple[ServerParameter, Tensor]]:
+        if not missing[name]:
+            yield described[name], values.pop(name)
+
+    for name, parameter in described.items():
+        if not missing[name]:
+            values[name] = _empty(parameter, group)
+            yield from ready(name)
+    for message, buffer in _arrivals(group):
+        for part, data in zip(message.slices, buffer.split([part.size for part in message.slices]), strict=True):
+            name = part.parameter
+            if name not in values:
+                values[name] = _empty(described[name], group)
+            plane(values[name], part).copy_(data.view(part.height, part.width))
+            missing[name] -= part.size
+            yield from ready(name)
+    if any(missing.values()):
+        short = next(name for name, left in missing.items() if left)
+        raise TransferError(f"the update ended with {missing[short]} values of {short} missing")
+
+
+def _arrivals(group: TransferGroup) -> Iterator[tuple[Message, Tensor]]:
+    """Every message with its values, while the next rounds are on their way."""
+    for number, messages in group.rounds:
+        buffers = [torch.empty(message.size, dtype=group.dtype, device=group.device) for message in messages]
+        group.start(number, messages, buffers)
+        yield from group.finish(ROUNDS_IN_FLIGHT)
+    yield from group.finish(0)
+
+
+def _empty(parameter: ServerParameter, group: TransferGroup) -> Tensor:
+    """Room for a parameter; its padding, which nothing fills, is zero."""
+    padded = sum(piece.size for piece in parameter.pieces) < math.prod(parameter.shape)
+    make = torch.zeros if padded else torch.empty
+    return make(parameter.shape, dtype=group.dtype, device=group.device)

@@ -1,7 +1,7 @@
 """The weight update as a state machine, driven by the trainer's two calls.
 
     begin    pause every server -> let it join, take its model apart and receive, while the trainer sends
-    finish   reception complete -> checksum of what was received = the trainer's -> model together, labelled
+    finish   reception complete -> checksum of what every worker received = the trainer's -> model together, labelled
              -> prefix cache forgotten -> engine runs for the canary only -> probe log-probs = the trainer's -> open
 
 A server that fails anywhere is dropped: until a complete update it would serve mixed weights or die. A `begin` that
@@ -15,7 +15,7 @@ import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from gspo_megatron.config.schema import WeightUpdateSection
@@ -41,7 +41,8 @@ class _Flight:
 
     version: int
     started: float
-    receptions: dict[ServerClient, asyncio.Task[dict[str, Any]]] = field(default_factory=dict)
+    receptions: dict[ServerClient, asyncio.Task[list[dict[str, Any]]]] = field(default_factory=dict)
+    first_workers: dict[ServerClient, int] = field(default_factory=dict)
 
 
 class WeightUpdater:
@@ -63,6 +64,7 @@ class WeightUpdater:
         self._store: Any = None
         self._flight: _Flight | None = None
         self._members: list[ServerClient] = []
+        self._terms: dict[str, Any] = {}
         # A server outlives a controller: two controllers must never name two groups alike.
         self._group_prefix = f"weights-{secrets.token_hex(4)}"
         self._group = 0
@@ -77,8 +79,16 @@ class WeightUpdater:
 
         self._store = await asyncio.to_thread(listen)
 
-    async def begin(self, version: int, manifest: list[Any]) -> dict[str, Any]:
-        """Make every server receive; the answer is the `Ticket` with which the trainer joins them."""
+    async def begin(self, version: int, terms: dict[str, Any]) -> dict[str, Any]:
+        """Make every server receive.
+
+        Args:
+            version: of the weights that come.
+            terms: what the trainer says of them: `architecture`, `dtype` and `trainer` of a `Ticket`.
+
+        Returns:
+            The `Ticket` with which all trainer ranks join the servers.
+        """
         if version <= self._newest:
             raise Refused(f"weights of version {version} cannot follow version {self._newest}; versions only grow")
         self.version = None
@@ -86,31 +96,41 @@ class WeightUpdater:
         if self._flight is not None:
             self._abandon()
         await self._each(self._fleet.live, lambda server: server.pause())
-        members = self._fleet.live
-        if members != self._members:
-            self._members, self._group = members, self._group + 1
-        sizes = [await server.world_size() for server in members]
+        layouts = await self._each(self._fleet.live, lambda server: server.layout())
+        members = list(layouts)
+        if members != self._members or terms != self._terms:
+            self._members, self._terms, self._group = members, terms, self._group + 1
         settings = self._settings
         ticket = {
             "store_host": self._host,
             "store_port": self._store.port,
-            "world_size": 1 + sum(sizes),
             "group": f"{self._group_prefix}-{self._group}",
             "bucket_mib": settings.bucket_mib,
             "timeout": settings.timeout,
+            **terms,
+            "servers": [asdict(layout) for layout in layouts.values()],
         }
-        self._flight = _Flight(version, time.monotonic())
-        for index, server in enumerate(members):
-            reception = server.receive_weights(ticket, 1 + sum(sizes[:index]), manifest, settings.timeout)
-            self._flight.receptions[server] = asyncio.create_task(reception)
+        self._flight = flight = _Flight(version, time.monotonic())
+        first = 0
+        for server, layout in layouts.items():
+            flight.first_workers[server] = first
+            reception = server.receive_weights(ticket, first, settings.timeout)
+            flight.receptions[server] = asyncio.create_task(reception)
+            first += layout.world
         return ticket
 
-    async def finish(self, version: int, checksum: int, probes: list[Probe]) -> dict[str, Any]:
+    async def finish(self, version: int, checksums: list[int], probes: list[Probe]) -> dict[str, Any]:
         """Check what the servers received, make it their model, check the model, open.
 
+        Args:
+            version: as at `begin`.
+            checksums: for each worker of the ticket's servers what it must have received.
+            probes: what the canary compares.
+
         Returns:
-            `largest` and `mean` |log-prob difference| over all probes and servers, `seconds` since `begin`, and
-            `servers`: the same by address with the seconds and the number of tensors received.
+            `largest` and `mean` |log-prob difference| over all probes and servers, `seconds` since `begin`,
+            `transfer_seconds` of the slowest worker, `received_over_needed` of the one that received most in excess,
+            and `servers`: the differences by address.
         """
         flight = self._flight
         if flight is None or flight.version != version:
@@ -118,12 +138,14 @@ class WeightUpdater:
         await asyncio.wait(flight.receptions.values())
         self._flight = None
         received = await self._each(list(flight.receptions), flight.receptions.__getitem__)
-        for server, report in received.items():
-            if report["checksum"] != str(checksum):
+        for server, reports in received.items():
+            first = flight.first_workers[server]
+            theirs, ours = [report["checksum"] for report in reports], checksums[first : first + len(reports)]
+            if theirs != [str(checksum) for checksum in ours]:
                 self._drop(
                     server,
-                    f"server {server.url} received weights with checksum {report['checksum']} where the trainer sent "
-                    f"{checksum}; it is not used for version {version}",
+                    f"the workers of server {server.url} received weights with checksums {', '.join(theirs)} where the "
+                    f"trainer sent {', '.join(map(str, ours))}; it is not used for version {version}",
                 )
         whole = [server for server in received if not server.fault]
         await self._each(whole, lambda server: self._put_together(server, version))
@@ -131,11 +153,14 @@ class WeightUpdater:
         canaries = await self._each(running, lambda server: self._canary(server, version, probes))
         self.version = self._newest = version
         everywhere = [difference for differences in canaries.values() for difference in differences]
-        servers = {
-            server.url: {**_summary(differences), **{name: received[server][name] for name in ("seconds", "tensors")}}
-            for server, differences in canaries.items()
+        reports = [report for server in canaries for report in received[server]]
+        return {
+            **_summary(everywhere),
+            "seconds": time.monotonic() - flight.started,
+            "transfer_seconds": max(report["seconds"] for report in reports),
+            "received_over_needed": max(report["received_bytes"] / report["needed_bytes"] for report in reports),
+            "servers": {server.url: _summary(differences) for server, differences in canaries.items()},
         }
-        return {**_summary(everywhere), "seconds": time.monotonic() - flight.started, "servers": servers}
 
     async def _put_together(self, server: ServerClient, version: int) -> None:
         await server.finish_update(version, self._settings.timeout)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -15,10 +14,12 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import make_online_process_loader
 
 from gspo_megatron.rollout import plugin
-from gspo_megatron.rollout.transfer import Checksum, Ticket, TransferGroup, unpack
-from gspo_megatron.weights.buckets import plan_buckets, read_manifest
+from gspo_megatron.rollout.checksum import Checksum
+from gspo_megatron.rollout.transfer import Ticket, TransferGroup, plane, receive
+from gspo_megatron.weights.server_layout import ServerLayout, ServerParameter, server_parameters
 
 # A worker that vLLM spawns imports this module as its extension. In an environment that has this package on its path
 # but not installed, the entry point does not exist, and this is where the engine gets known.
@@ -31,20 +32,22 @@ class JoinInfo(WeightTransferInitInfo):
 
     ticket: dict[str, Any]
     """The fields of a `Ticket`."""
-    first_rank: int
-    """Rank of this server's worker 0 in the group."""
+    first_worker: int
+    """Number of this server's worker 0 among the workers of all servers."""
 
 
 @dataclass
 class ReceiveInfo(WeightTransferUpdateInfo):
-    """Body of `/update_weights`."""
-
-    manifest: list[tuple[str, str, list[int]]]
-    """`[name, dtype, shape]` of every tensor, in sending order."""
+    """Body of `/update_weights`: the ticket has said it all."""
 
 
-class PackedTransferEngine(WeightTransferEngine[JoinInfo, ReceiveInfo]):
-    """Receives packed buckets by broadcast from trainer rank 0 and loads them as a checkpoint, layer by layer."""
+class ShardTransferEngine(WeightTransferEngine[JoinInfo, ReceiveInfo]):
+    """Receives this worker's own slices from the trainer ranks and hands them to vLLM one whole parameter at a time.
+
+    Parameters are assembled in the layout in which vLLM creates them, and its layer-by-layer reload turns them into
+    what the device computes with: kernels may repack a weight after loading (on CPU they always do), so that the live
+    parameter is no place to write slices to.
+    """
 
     init_info_cls = JoinInfo
     update_info_cls = ReceiveInfo
@@ -53,20 +56,31 @@ class PackedTransferEngine(WeightTransferEngine[JoinInfo, ReceiveInfo]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.group: TransferGroup | None = None
-        self.bucket_mib = 0
         self.report: dict[str, Any] = {}
-        self._missing: set[str] = set()
         self._apart = False
+
+    @property
+    def layout(self) -> ServerLayout:
+        """The layout of this server."""
+        parallel = self.parallel_config
+        return ServerLayout(
+            parallel.tensor_parallel_size,
+            parallel.pipeline_parallel_size,
+            parallel.data_parallel_size,
+            parallel.enable_expert_parallel,
+        )
+
+    @property
+    def rank(self) -> int:
+        """This worker's number within the server."""
+        return self.parallel_config.data_parallel_index * self.parallel_config.world_size + self.parallel_config.rank
 
     def init_transfer_engine(self, init_info: JoinInfo) -> None:
         """Join the group; vLLM keeps this call waiting until all ranks have."""
         ticket = Ticket(**init_info.ticket)
-        self.bucket_mib = ticket.bucket_mib
         if self.group is None or self.group.name != ticket.group:
-            self.group = None
-            parallel = self.parallel_config
-            worker = parallel.data_parallel_index * parallel.world_size + parallel.rank
-            self.group = TransferGroup(ticket, init_info.first_rank + worker, self.device)
+            self.shutdown()
+            self.group = TransferGroup(ticket, self.device, worker=init_info.first_worker + self.rank)
 
     def start_weight_update(self) -> None:
         """Take the parameters apart; from here to a complete finish this model cannot serve."""
@@ -76,7 +90,6 @@ class PackedTransferEngine(WeightTransferEngine[JoinInfo, ReceiveInfo]):
             finalize_layerwise_reload(self.model, self.model_config)
         initialize_layerwise_reload(self.model)
         self._apart = True
-        self._missing = {name for name, _ in self.model.named_parameters()}
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """As the base class, without its device synchronization, which knows no CPU."""
@@ -85,27 +98,35 @@ class PackedTransferEngine(WeightTransferEngine[JoinInfo, ReceiveInfo]):
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: ReceiveInfo) -> None:
-        """Receive all tensors, count each into the checksum before anything packs it, and load it."""
-        if self.group is None:
+        """Receive all parameters, count each into the checksum before anything packs it, and load it."""
+        group = self.group
+        if group is None:
             raise RuntimeError("this server has not joined the transfer; call /init_weight_transfer_engine first")
         started = time.perf_counter()
-        manifest = read_manifest(update_info.manifest)
-        checksum = Checksum()
-        load: Callable[[list[tuple[str, torch.Tensor]]], set[str]] = self.model.load_weights  # type: ignore[assignment]
+        plan = group.plan
+        expected = server_parameters(plan.arch, self.layout, self.rank)
+        checksum = Checksum(plan.arch, group.dtype, self.device)
         try:
-            for name, tensor in unpack(manifest, plan_buckets(manifest, self.bucket_mib), self.group, self.device):
-                checksum.add(name, tensor)
-                self._missing -= load([(name, tensor)])
+            refuse_other_model(self.model, expected, group.dtype, self.layout)
+            for parameter, values in receive(group, expected):
+                for piece in parameter.pieces:
+                    checksum.add(0, piece, plane(values, piece))
+                load_whole(self.model, parameter.name, values)
         except BaseException:
-            self.group = None
+            self.shutdown()
             raise
-        seconds = time.perf_counter() - started
-        self.report = {"checksum": str(checksum.value()), "tensors": len(manifest), "seconds": seconds}
+        self.report = {
+            "checksum": str(checksum.values()[0]),
+            "tensors": len(expected),
+            "seconds": time.perf_counter() - started,
+            "received_bytes": plan.item_bytes * sum(m.size for _, messages in group.rounds for m in messages),
+            "needed_bytes": plan.item_bytes * sum(piece.size for p in expected for piece in p.pieces),
+        }
 
     def finish_weight_update(self) -> None:
         """Put the parameters together again, in the layout that this device computes with."""
-        if self._missing:
-            raise RuntimeError(f"the update brought no weights for {', '.join(sorted(self._missing)[:3])}")
+        if not self.report:
+            raise RuntimeError("the update is not complete; send all weights again before it is finished")
         finalize_layerwise_reload(self.model, self.model_config)
         self._apart = False
         if self.device.type == "cpu":
@@ -113,7 +134,44 @@ class PackedTransferEngine(WeightTransferEngine[JoinInfo, ReceiveInfo]):
 
     def shutdown(self) -> None:
         """Leave the group."""
+        if self.group is not None:
+            self.group.close()
         self.group = None
+
+
+def refuse_other_model(
+    model: torch.nn.Module, expected: list[ServerParameter], dtype: torch.dtype, layout: ServerLayout
+) -> None:
+    """Hold what the plan will bring against the parameters of this worker. Raises RuntimeError with one sentence."""
+    found = {name: (tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
+    for parameter in expected:
+        has = found.pop(parameter.name, None)
+        if has != (parameter.shape, dtype):
+            raise RuntimeError(
+                f"parameter {parameter.name} would come as {dtype} {parameter.shape}, and this server has "
+                f"{'none' if has is None else f'{has[1]} {has[0]}'}; trainer and server must run the same model"
+            )
+    # vLLM makes these on every stage, or twice, and uses them where they are listed.
+    unused = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    left = found.keys() - (unused if layout.pipeline > 1 else {"lm_head.weight"})
+    if left:
+        raise RuntimeError(f"the update brings no weights for {', '.join(sorted(left)[:3])}; they would stay old")
+
+
+def load_whole(model: torch.nn.Module, name: str, values: torch.Tensor) -> None:
+    """Give vLLM's reload one parameter as this rank holds it; it processes a layer when it has all of them."""
+    module, _, attribute = name.rpartition(".")
+    layer = model.get_submodule(module)
+    parameter = getattr(layer, attribute)
+    # vLLM's own loader would cut its share out of the whole tensor of a checkpoint.
+    parameter.weight_loader = copy_whole
+    parameter.weight_loader = make_online_process_loader(layer, attribute)
+    parameter.weight_loader(parameter, values)
+
+
+def copy_whole(param: torch.Tensor, loaded_weight: torch.Tensor) -> None:
+    """A weight loader, with the argument names that vLLM's reload looks for."""
+    param.data.copy_(loaded_weight)
 
 
 def pack_experts(model: torch.nn.Module) -> None:
@@ -128,8 +186,12 @@ def pack_experts(model: torch.nn.Module) -> None:
 class WorkerExtension:
     """Methods that vLLM mixes into its worker class, for `/collective_rpc`."""
 
-    weight_transfer_engine: PackedTransferEngine
+    weight_transfer_engine: ShardTransferEngine
     _weight_update_active: bool
+
+    def weight_layout(self) -> dict[str, Any]:
+        """Fields of this server's `ServerLayout`."""
+        return asdict(self.weight_transfer_engine.layout)
 
     def forget_update(self) -> None:
         """Let a new update start even if the last one was never finished: its controller refused it, or is gone."""
@@ -140,5 +202,5 @@ class WorkerExtension:
         self.weight_transfer_engine.shutdown()
 
     def weight_report(self) -> dict[str, Any]:
-        """Checksum (decimal text), number of tensors and seconds of the last complete reception."""
+        """Of the last complete reception: checksum (decimal text), parameters, seconds, bytes received and needed."""
         return self.weight_transfer_engine.report

@@ -21,21 +21,18 @@ from typing import Any
 
 from gspo_megatron.cli import prepare_run
 from gspo_megatron.config import Recipe, RecipeError, load
-from gspo_megatron.config.loading import load_resolved, refuse
+from gspo_megatron.config.loading import load_resolved
 from gspo_megatron.limits import not_built
 from gspo_megatron.plan import hosts
 from gspo_megatron.plan.hosts import Host, Ports, Spread, Task
 from gspo_megatron.plan.plan import make_plan
 from gspo_megatron.types import Finding
 from launch.lib.preflight import judge
+from launch.lib.resume import FENCE, refuse_other_job, refuse_other_recipe
 from launch.lib.text import fold
 
 REFUSED = 2
 PLAN = "plan.json"
-FENCE = "attempt"
-"""In the run directory: the newest attempt and its job. An older attempt must not publish a checkpoint any more."""
-MAY_CHANGE = ("run.directory", "placement.", "trainer.max_steps", "checkpoint.", "evaluation.", "acknowledge")
-"""Recipe keys that a resumed run may have otherwise than before."""
 ENVIRONMENT = re.compile(r"(SLURM|NCCL|GLOO|UCX|FI|CUDA|OMP|TORCH|VLLM|TRITON|GSPO|HF_HOME|TMPDIR|PATH|LD_LIBRARY)")
 SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
 
@@ -205,41 +202,6 @@ def open_attempt(recipe: Recipe, names: Sequence[str], gpus: int, job: str, runn
     return 0
 
 
-def refuse_other_job(run_dir: Path, job: str, running: Sequence[str]) -> None:
-    """Two jobs must not write one run."""
-    if not (run_dir / FENCE).is_file():
-        return
-    _, holder = (run_dir / FENCE).read_text().split()
-    if holder != job and holder in running:
-        raise refuse(
-            "run-in-use", "run.directory",
-            f"job {holder} is running in {run_dir}", f"wait for it, or `scancel {holder}` first",
-        )  # fmt: skip
-
-
-def refuse_other_recipe(run_dir: Path, recipe: Recipe) -> None:
-    """A resumed run stays the run that it was."""
-    if not (run_dir / "recipe.resolved.yaml").is_file():
-        return
-    before = flatten(load_resolved(run_dir / "recipe.resolved.yaml").model_dump(mode="json"))
-    now = flatten(recipe.model_dump(mode="json"))
-    for key in sorted({*before, *now}):
-        if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE):
-            raise refuse(
-                "resume-other-recipe", key,
-                f"{now.get(key)} here, {before.get(key)} in {run_dir}, which this would resume",
-                "resume with the same recipe and overrides, or name another run.directory",
-            )  # fmt: skip
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping as one of dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
 def judge_attempt(attempt: Path) -> int:
     """Hold the nodes' reports against each other; the roles get the addresses that were found."""
     facts = json.loads((attempt / PLAN).read_text())
@@ -273,6 +235,13 @@ def write_plan(attempt: Path, facts: dict[str, Any]) -> None:
         }
         for task in tasks
     ]
+    read = {
+        "model.path": recipe.model.path,
+        "tokenizer.path": recipe.tokenizer.path,
+        "data.path": recipe.data.path,
+        "data.held_out_path": recipe.data.held_out_path,
+    }
+    facts["read"] = {key: str(path) for key, path in read.items() if path is not None}
     replace_text(attempt / PLAN, json.dumps(facts, indent=1))
 
 

@@ -58,6 +58,9 @@ def _each(reports: Sequence[Report], gpus: int, recipe: Recipe) -> Iterator[str]
                 f"{node}: nvidia-smi lists {len(report['gpus'])} GPUs where SLURM granted {gpus}; "
                 f"drain the node and {without(node)}"
             )
+        kinds = sorted({gpu["name"] for gpu in report["gpus"]})
+        if len(kinds) > 1:
+            yield f"{node}: it has GPUs of {len(kinds)} kinds, {' and '.join(kinds)}; {without(node)}"
         for index, gpu in enumerate(report["gpus"]):
             if gpu["used_mib"] > MAX_USED_MEMORY_MIB:
                 yield (

@@ -39,6 +39,8 @@ def main() -> None:
     here = [task for task in plan["tasks"] if task["host"] == node]
     report: dict[str, Any] = {"host": node, "kind": kind, "faults": []}
     report["address"] = find_address(report["faults"])
+    if kind == "trainer":
+        report["faults"] += find_missing(plan["read"])
     report["versions"] = {"python": platform.python_version(), **find_versions(kind)}
     report["commit"] = find_commit()
     report["gpus"] = find_gpus()
@@ -82,6 +84,15 @@ def find_address(faults: list[str]) -> str:
     if address.startswith("127."):
         faults.append(f"its own name stands for {address}, which no other node can reach; {MEND_INTERFACE}")
     return address
+
+
+def find_missing(read: dict[str, str]) -> list[str]:
+    """What trainers or the controller read and this node does not see, by recipe key."""
+    return [
+        f"{key}={path} is not there; put it on a file system that all nodes share, or mount it (GSPO_MOUNTS)"
+        for key, path in read.items()
+        if not Path(path).exists()
+    ]
 
 
 def find_versions(kind: str) -> dict[str, str]:

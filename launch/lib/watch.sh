@@ -88,7 +88,8 @@ explain() { # KIND CODE: the end of the culprit's log, then one sentence
         said="${words:-it said nothing} (srun ended with $2)"
     fi
     log=$attempt/$kind-$node.log
-    [ -f "$log" ] || log=$(ls -t "$attempt/$kind"-*.log 2>/dev/null | head -n1)
+    # A step that could not start has no log.
+    [ -f "$log" ] || log=$(ls -t "$attempt/$kind"-*.log 2>/dev/null | head -n1) || true
     if [ -f "$log" ]; then
         tail -n 15 "$log" | sed "s/^/  $kind${node:+ $node} | /"
         # Words of the role itself say more than its exit code; of a killed one there are none.
@@ -124,11 +125,9 @@ settle() { # the verdict: the DONE marker, never an exit code, says that the run
     explain "$first" "$code" >"$attempt/failure.txt"
     local limit=${GSPO_MAX_RESTARTS:-3} so_far=0 why=''
     [ -f "$run_dir/logs/restarts" ] && so_far=$(wc -l <"$run_dir/logs/restarts")
-    if [ "$now" -gt "$started_from" ]; then
-        why="a newer checkpoint exists (step $now)"
-    elif node_is_lost; then
-        why="a node is lost"
-    fi
+    [ "$now" -gt "$started_from" ] && why="a newer checkpoint exists (step $now)"
+    # Asked in any case: it takes until SLURM knows too, which would otherwise queue the job for the same node again.
+    node_is_lost && why="a node is lost"
     if [ -n "$why" ] && [ "$so_far" -lt "$limit" ]; then
         cat "$attempt/failure.txt"
         echo "$(date -u +%FT%TZ) attempt ${plan[number]}: $why" >>"$run_dir/logs/restarts"

@@ -1,9 +1,11 @@
-"""One rank of the checkpoint test: train, keep the state, train on; then the same from the state, in a fresh policy."""
+"""One rank of the checkpoint tests: save under one layout, go on under another, and compare with going on directly."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,84 +16,144 @@ import gspo_megatron.policy  # noqa: F401  the device layer must be in before me
 from gspo_megatron.config import load
 from gspo_megatron.data.packing import collate
 from gspo_megatron.policy import mesh
-from gspo_megatron.policy.checkpoint import policy_state, restore_policy
+from gspo_megatron.policy.checkpoint import MOMENTS, Snapshot, optimizer_steps, rank_file, stepped
 from gspo_megatron.policy.microbatch import MicroBatch, pad_multiple
 from gspo_megatron.policy.policy import OptimizerSettings, Policy, Scored
+from gspo_megatron.policy.resume import SavedPolicy, restore
 from gspo_megatron.policy.weights import random_pieces
+from gspo_megatron.weights.layout import Layout
 from tests.parallel.policy_batch import SLOTS, make_samples
 
 SETTINGS = OptimizerSettings(1e-3, (0.9, 0.95), 1e-8, 0.01, 1.0)
+State = dict[str, dict[str, Tensor]]
+
+
+class SpreadPolicy(Policy):
+    """With the distributed optimizer where there is no GPU, too."""
+
+    _distributes_optimizer = True  # type: ignore[assignment]
 
 
 def main() -> None:
-    """Run every case of cases.json in one world; rank R writes its verdicts to verdict-R.json."""
+    """Save every layout of cases.json, then load every pair; rank 0 writes its verdicts to verdicts.json."""
     directory = Path(sys.argv[1])
     torch.set_num_threads(1)
     device = mesh.start_world()
     cases = json.loads((directory / "cases.json").read_text())
-    verdicts = {name: run_case(overrides, directory, device) for name, overrides in cases.items()}
-    (directory / f"verdict-{dist.get_rank()}.json").write_text(json.dumps(verdicts))
+    for name, case in cases["save"].items():
+        save(directory / name, make(case, device))
+    verdicts = {}
+    for pair in cases["load"]:
+        source, name = pair
+        verdicts[f"{source} -> {name}"] = go_on(directory / source, make(cases["layouts"][name], device))
+    if dist.get_rank() == 0:
+        (directory / "verdicts.json").write_text(json.dumps(verdicts))
     dist.barrier()
 
 
-def run_case(overrides: list[str], directory: Path, device: torch.device) -> dict[str, bool]:
-    """Whether the resumed run ends with the same bits, whether another one would not, and whether the file is plain."""
-    recipe = load(Path("recipes/tiny_moe.yaml"), overrides)
-    arch = recipe.model.architecture
-    assert arch is not None
-    first = start(Policy(recipe, device), seed=3)
-    train(first, steps=2)
-    file = directory / f"state-{dist.get_rank()}.pt"
-    torch.save(policy_state(first), file)
-    middle = weights(first)
-    train(first, steps=2)
-    second = start(Policy(recipe, device), seed=4)
-    restore_policy(second, torch.load(file, weights_only=True))
-    restored = same(weights(second), middle)
-    train(second, steps=2)
-    # The same weights with fresh moments: what a checkpoint without the optimizer would give.
-    third = start(Policy(recipe, device), seed=3)
-    train(third, steps=2)
-    third.start_optimizer(SETTINGS)
-    train(third, steps=2)
-    return {
-        "restored": restored,
-        "same": same(weights(second), weights(first)),
-        "moments_matter": not same(weights(third), weights(first)),
-    }
-
-
-def start(policy: Policy, seed: int) -> Policy:
-    """Random weights and a fresh optimizer."""
-    arch = policy.recipe.model.architecture
-    assert arch is not None
-    policy.load(random_pieces(arch, seed))
+def make(case: dict, device: torch.device) -> Policy:
+    """A policy with weights that no checkpoint holds."""
+    recipe = load(Path("recipes/tiny_moe.yaml"), case["overrides"])
+    assert recipe.model.architecture is not None
+    policy = (SpreadPolicy if case["spread"] else Policy)(recipe, device)
+    policy.load(random_pieces(recipe.model.architecture, 99))
     policy.start_optimizer(SETTINGS)
     return policy
 
 
-def train(policy: Policy, steps: int) -> None:
-    """Optimizer steps of cross entropy on the fixed batch."""
-    arch = policy.recipe.model.architecture
-    assert arch is not None
-    samples = make_samples(arch.vocab_size)
-    mine = [SLOTS[i : i + policy.layout.data][policy.at.data] for i in range(0, len(SLOTS), policy.layout.data)]
+def save(directory: Path, policy: Policy) -> None:
+    """Two steps, a checkpoint, one more step; what was saved and what came of it go to truth.pt."""
+    assert policy.recipe.model.architecture is not None
+    policy.load(random_pieces(policy.recipe.model.architecture, 3))
+    train(policy, 2)
+    directory.mkdir(exist_ok=True)
+    snapshot = Snapshot()
+    snapshot.take(policy)
+    saved = gather(policy)
+    steps = optimizer_steps(policy)
+    norm = train(policy, 1)
+    # Written only now: what the file holds must be what the copy held.
+    snapshot.write(rank_file(directory, dist.get_rank()))
+    after = gather(policy)
+    if dist.get_rank() == 0:
+        (directory / "layout.json").write_text(json.dumps(asdict(policy.layout)))
+        torch.save({"saved": saved, "after": after, "norm": norm, "steps": steps}, directory / "truth.pt")
+    dist.barrier()
+
+
+def go_on(directory: Path, policy: Policy) -> dict[str, float]:
+    """How far a policy that reads the checkpoint is from the one that wrote it, then and after the next step."""
+    truth = torch.load(directory / "truth.pt", weights_only=True)
+    layout = Layout(**json.loads((directory / "layout.json").read_text()))
+    assert policy.recipe.model.architecture is not None
+    restore(policy, SavedPolicy(directory, policy.recipe.model.architecture, layout), truth["steps"])
+    found = gather(policy)
+    norm = train(policy, 1)
+    after = gather(policy)
+    if dist.get_rank():
+        return {}
+    return {
+        "restored": largest_gap(found, truth["saved"]),
+        "norm": abs(norm / truth["norm"] - 1),
+        "after": largest_gap({"value": after["value"]}, {"value": truth["after"]["value"]}),
+        "after_moments": largest_gap(after, truth["after"]),
+    }
+
+
+def largest_gap(found: State, wanted: State) -> float:
+    """Largest absolute difference over all tensors of all kinds."""
+    assert found.keys() == wanted.keys()
+    gaps = [0.0]
+    for kind, tensors in wanted.items():
+        assert found[kind].keys() == tensors.keys()
+        gaps += [float((found[kind][name].double() - tensor.double()).abs().max()) for name, tensor in tensors.items()]
+    return max(gaps)
+
+
+def gather(policy: Policy) -> State:
+    """Weights, what the optimizer steps and its moments, whole, under Hugging Face names; on rank 0."""
+    runs = {id(run.weight): run for run in stepped(policy)}
+
+    def of_kind(kind: str) -> Callable[[torch.nn.Parameter], Tensor]:
+        wholes = {}
+        for entry, weight in policy.weights.parameters.values():
+            whole = torch.zeros(weight.numel(), dtype=torch.float32)
+            run = runs.get(id(weight))
+            if run is not None:
+                part = run.main if kind == "main" else run.optimizer.state[run.main][kind]
+                whole[run.start : run.start + run.main.numel()] = part.detach().view(-1)
+            if policy._distributes_optimizer:
+                dist.all_reduce(whole, group=replicas(policy, entry.expert))
+            wholes[id(weight)] = whole.view(weight.shape)
+        return lambda parameter: wholes[id(parameter)]
+
+    state = {"value": dict(policy.export())}
+    for kind in ("main", *MOMENTS):
+        state[kind] = dict(policy.weights.export(2**20, of_kind(kind)))
+    return {kind: {name: tensor.clone() for name, tensor in tensors.items()} for kind, tensors in state.items()}
+
+
+def replicas(policy: Policy, expert: bool) -> dist.ProcessGroup:
+    """The ranks that step parts of one parameter."""
+    from megatron.core import parallel_state
+
+    if expert:
+        return parallel_state.get_expert_data_parallel_group()
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def train(policy: Policy, steps: int) -> float:
+    """Optimizer steps of cross entropy on the fixed batch; the last gradient norm."""
+    assert policy.recipe.model.architecture is not None
+    samples = make_samples(policy.recipe.model.architecture.vocab_size)
+    data = policy.layout.data
+    mine = [SLOTS[i : i + data][policy.at.data] for i in range(0, len(SLOTS), data)]
     batches = policy.place([collate([samples[i] for i in members], pad_multiple(policy.layout)) for members in mine])
 
     def loss(batch: MicroBatch, scored: Scored, _: int) -> tuple[Tensor, dict[str, Tensor]]:
         return -torch.where(batch.loss_mask, scored.logprobs, 0.0).sum() / 48, {}
 
-    for _ in range(steps):
-        policy.train(batches, loss, 1e-3)
-
-
-def weights(policy: Policy) -> dict[str, Tensor]:
-    """A copy of this rank's weights."""
-    return {name: tensor.clone() for name, tensor in policy_state(policy)["weights"].items()}
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    return [policy.train(batches, loss, 1e-3)[1] for _ in range(steps)][-1]
 
 
 if __name__ == "__main__":

@@ -19,19 +19,22 @@ def main() -> None:
     directory = Path(sys.argv[1])
     torch.set_num_threads(1)
     mesh.start_world()
-    rank, size = dist.get_rank(), dist.get_world_size()
+    rank, size, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
+    assert group is not None
     data = torch.load(directory / "data.pt", weights_only=True)
     for index, case in enumerate(json.loads((directory / "cases.json").read_text())):
         hidden = data["hidden"].to(getattr(torch, case["dtype"]), copy=True).requires_grad_()
         rows = data["weight"].shape[0] // size
         weight = data["weight"][rank * rows : (rank + 1) * rows].to(hidden.dtype, copy=True).requires_grad_()
-        logprobs, entropy = chosen_logprobs(
-            hidden, weight, data["targets"], case["temperature"], case["chunk"], dist.group.WORLD
-        )
+        if case["buffer"]:
+            weight.main_grad = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        logprobs, entropy = chosen_logprobs(hidden, weight, data["targets"], case["temperature"], case["chunk"], group)
         (logprobs * data["coefficients"]).sum().backward()
         dist.all_reduce(hidden.grad)
-        parts = [torch.empty_like(weight) for _ in range(size)]
-        dist.all_gather(parts, weight.grad)
+        assert (weight.grad is None) == case["buffer"], "a buffer takes the gradient in place of another tensor"
+        gradient = weight.main_grad if case["buffer"] else weight.grad
+        parts = [torch.empty_like(gradient) for _ in range(size)]
+        dist.all_gather(parts, gradient)
         if rank == 0:
             found = {
                 "logprobs": logprobs.detach(),

@@ -10,26 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from gspo_megatron.config.model import Architecture
 from gspo_megatron.weights.table import Piece, hf_shapes
-
-
-class KeepDouble(TorchFunctionMode):
-    """Inside, a float64 tensor is never cast to float32."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        double = bool(args) and isinstance(args[0], torch.Tensor) and args[0].dtype is torch.float64
-        if double and func is torch.Tensor.float:
-            return args[0]
-        if double and func is torch.Tensor.to:
-            args = tuple(torch.float64 if value is torch.float32 else value for value in args)
-        if double and kwargs.get("dtype") is torch.float32:
-            kwargs["dtype"] = torch.float64
-        return func(*args, **kwargs)
+from tests.parallel.keep_double import KeepDouble
 
 
 def read_whole(read: Any, arch: Architecture) -> dict[str, torch.Tensor]:
@@ -42,18 +27,21 @@ def read_whole(read: Any, arch: Architecture) -> dict[str, torch.Tensor]:
 
 def build_oracle(arch: Architecture, tensors: dict[str, torch.Tensor]) -> torch.nn.Module:
     """transformers' model with these weights, in float64."""
-    values = arch.to_hugging_face("float64")
+    settings = arch.to_hugging_face("float64")
     for name in ("architectures", "dtype", "model_type"):
-        values.pop(name)
+        settings.pop(name)
     moe = bool(arch.num_experts)
-    config = (Qwen3MoeConfig if moe else Qwen3Config)(**values)
+    config = (Qwen3MoeConfig if moe else Qwen3Config)(**settings)
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
     model = (Qwen3MoeForCausalLM if moe else Qwen3ForCausalLM)(config)
     inv_freq = model.model.rotary_emb.inv_freq.clone()
     model = model.to(torch.float64)
     model.model.rotary_emb.inv_freq = inv_freq
-    model.load_state_dict(stack_experts(arch, {name: t.double() for name, t in tensors.items()}))
+    values = stack_experts(arch, {name: t.double() for name, t in tensors.items()})
+    if arch.tie_word_embeddings:
+        values["lm_head.weight"] = values["model.embed_tokens.weight"]
+    model.load_state_dict(values)
     return model
 
 

@@ -8,10 +8,14 @@ import torch
 from gspo_megatron.types import Sample, SampleRef
 
 SEED = 3
+CLIP_LOW, CLIP_HIGH = 7e-3, 9e-3
+"""A band that some of the sequences leave."""
 SEQUENCES = [(9, 4), (31, 20), (5, 2), (17, 8), (12, 0), (7, 6), (22, 1), (14, 7)]
 """(length, trained tokens); one is fully masked, one has a single trained token."""
 SLOTS = [[0], [1, 2, 3], [4], [5, 6, 7]]
 """Uneven micro-batches; one holds the fully masked sequence alone, so some ranks have nothing trained."""
+PADDED_LENGTH = 32
+"""Every sequence takes as many tokens in the padded form of the batch."""
 
 
 def make_samples(vocab_size: int) -> list[Sample]:
@@ -33,3 +37,14 @@ def old_logprobs(trained: int, index: int) -> torch.Tensor:
     """[trained] fixed offsets that make ratios differ from 1 on both sides of the band."""
     generator = torch.Generator().manual_seed(100 + index)
     return 0.02 * torch.randn(trained, generator=generator, dtype=torch.float64)
+
+
+def share_slots(ranks: int, group: int) -> list[list[list[int]]]:
+    """[slot][data-parallel rank] -> members. An empty micro-batch stands beside full ones, more fill the last group.
+
+    Args:
+        group: slots come in multiples of this (the stages, where the schedule is interleaved).
+    """
+    bins: list[list[int]] = [SLOTS[0], [], *SLOTS[1:]]
+    bins += [[] for _ in range(-len(bins) % (ranks * group))]
+    return [bins[start : start + ranks] for start in range(0, len(bins), ranks)]

@@ -10,12 +10,13 @@ import torch
 from tests.parallel.world import run_world
 
 CASES = [
-    {"dtype": dtype, "temperature": temperature, "chunk": chunk}
-    for dtype, temperature, chunk in [
-        ("float32", 1.0, 64),
-        ("float32", 0.6, 7),
-        ("float32", 0.6, 1),
-        ("float64", 0.6, 13),
+    {"dtype": dtype, "temperature": temperature, "chunk": chunk, "buffer": buffer}
+    for dtype, temperature, chunk, buffer in [
+        ("float32", 1.0, 64, False),
+        ("float32", 0.6, 7, True),
+        ("float32", 0.6, 1, True),
+        ("float32", 0.6, 41, True),
+        ("float64", 0.6, 13, True),
     ]
 ]
 TOLERANCE = {"float32": 2e-6, "float64": 1e-13}
@@ -49,3 +50,10 @@ def test_head_equals_the_full_softmax(directory: Path, index: int) -> None:
         assert value is not None
         error = (found[name].double() - value).abs().max() / value.abs().max()
         assert error <= TOLERANCE[case["dtype"]], f"{name} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize("name", ["hidden", "weight"])
+def test_the_gradient_does_not_depend_on_the_chunk(directory: Path, name: str) -> None:
+    """Chunks of 7, 1 and all 41 tokens."""
+    found = [torch.load(directory / f"head_{index}.pt", weights_only=True)[name].double() for index in (1, 2, 3)]
+    assert max(float((other - found[0]).norm() / found[0].norm()) for other in found[1:]) <= 1e-6

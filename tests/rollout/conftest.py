@@ -10,8 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,35 +67,57 @@ def server_command(run_dir: Path, port: int) -> list[str]:
     return [sys.executable, "-m", "gspo_megatron.rollout.server", *where]
 
 
-@pytest.fixture(scope="package")
-def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("run")
-    save_resolved(make_recipe(), directory / "recipe.resolved.yaml")
+def make_run_dir(directory: Path, **rollout: int) -> Path:
+    """A run directory that a server can start from, with some keys of `rollout` changed."""
+    directory.mkdir(parents=True, exist_ok=True)
+    recipe = make_recipe()
+    save_resolved(
+        recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update=rollout)}),
+        directory / "recipe.resolved.yaml",
+    )
     write_config(directory / "model")
     return directory
 
 
+@contextmanager
+def running_servers(*run_dirs: Path) -> Iterator[list[Server]]:
+    """One healthy server for each run directory; they start side by side."""
+    environment = {**os.environ, KEY_VARIABLE: KEY}
+    started, servers = time.monotonic(), []
+    try:
+        for run_dir in run_dirs:
+            port, log = free_port(), run_dir / "server.log"
+            with log.open("wb") as output:
+                process = subprocess.Popen(
+                    server_command(run_dir, port),
+                    env=environment,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                )
+            servers.append(Server(f"http://127.0.0.1:{port}", process, log))
+        for server in servers:
+            while not answers(server.url):
+                assert server.process.poll() is None, server.log.read_text()[-2000:]
+                assert time.monotonic() - started < 240, server.log.read_text()[-2000:]
+                time.sleep(0.2)
+        yield servers
+    finally:
+        for server in servers:
+            if server.process.poll() is None:
+                server.process.send_signal(signal.SIGKILL)
+            server.process.wait()
+
+
+@pytest.fixture(scope="package")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run_dir(tmp_path_factory.mktemp("run"))
+
+
 @pytest.fixture(scope="package")
 def server(run_dir: Path) -> Iterator[Server]:
-    port = free_port()
-    log = run_dir / "server.log"
-    environment = {**os.environ, KEY_VARIABLE: KEY}
-    started = time.monotonic()
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            server_command(run_dir, port), env=environment, stdout=output, stderr=output, start_new_session=True
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        while not answers(url):
-            assert process.poll() is None, log.read_text()[-2000:]
-            assert time.monotonic() - started < 240, log.read_text()[-2000:]
-            time.sleep(0.2)
-        yield Server(url, process, log)
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-        process.wait()
+    with running_servers(run_dir) as servers:
+        yield servers[0]
 
 
 def answers(url: str) -> bool:
@@ -109,11 +131,16 @@ class ControllerThread:
     """A controller of its own event loop, reached through its HTTP face."""
 
     def __init__(
-        self, server_url: str, samples: Path, recipe: Recipe | None = None, overlaps: bool = True, slots: int = 64
+        self,
+        server_urls: Sequence[str],
+        samples: Path,
+        recipe: Recipe | None = None,
+        overlaps: bool = True,
+        slots: int = 64,
     ) -> None:
         self.url = f"http://127.0.0.1:{free_port()}"
         self.store = SampleStore(samples)
-        self.server_url = server_url
+        self.server_urls = server_urls
         self._recipe, self._overlaps, self._slots = recipe or make_recipe(), overlaps, slots
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
@@ -123,7 +150,7 @@ class ControllerThread:
         assert self._ready.wait(30)
 
     async def _serve(self) -> None:
-        fleet = Fleet([ServerClient(self.server_url, KEY, VOCAB, 64, self._slots)])
+        fleet = Fleet([ServerClient(url, KEY, VOCAB, 64, self._slots) for url in self.server_urls])
         scoring = ScoringPool(make_scorer, 1, 5.0)
         parts = (CountingPrompts(), NumberTokenizer(), scoring, self.store, "127.0.0.1", self._overlaps)
         self.controller = Controller(self._recipe, fleet, *parts)
@@ -145,11 +172,12 @@ Starter = Callable[..., tuple[ControllerThread, ControllerLink]]
 
 @pytest.fixture
 def start_controller(server: Server, tmp_path: Path) -> Iterator[Starter]:
-    """Starts a controller that is ready; it knows nothing of what earlier ones did to the server."""
+    """Starts a controller that is ready; it knows nothing of what earlier ones did to the servers."""
     with ExitStack() as stack:
 
-        def start(**how: Any) -> tuple[ControllerThread, ControllerLink]:
-            controller = ControllerThread(server.url, tmp_path / "samples", **how)
+        def start(*others: Server, **how: Any) -> tuple[ControllerThread, ControllerLink]:
+            urls = [server.url, *(other.url for other in others)]
+            controller = ControllerThread(urls, tmp_path / "samples", **how)
             stack.callback(controller.stop)
             link = ControllerLink(controller.url, KEY)
             stack.callback(link.close)

@@ -48,11 +48,11 @@ def test_a_batch_is_complete_readable_and_repeatable(start_controller, oracles) 
         assert [(s.version, s.start, s.end) for s in ref.segments] == [(3, 0, len(answer))]
     group = [tuple(ids[start:].tolist()) for ids, start, _ in read[:4]]
     assert len(set(group)) == 4, "the answers to one prompt are the same: their seeds are"
-    before = asyncio.run(count_tokens(controller.server_url))
+    before = asyncio.run(count_tokens(controller.server_urls[0]))
     following = link.rollout(2)
     assert following["samples"][0].prompt_index == 8
     # What the watchdog looks at.
-    assert asyncio.run(count_tokens(controller.server_url)) - before == following["tokens"]
+    assert asyncio.run(count_tokens(controller.server_urls[0])) - before == following["tokens"]
 
     link.restore(state)
     again = link.rollout(1)["samples"]

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from gspo_megatron.data.store import SampleStore
+from gspo_megatron.rollout.checksum import Checksum
 from gspo_megatron.rollout.link import ControllerError, ControllerLink
-from gspo_megatron.rollout.transfer import TransferError, WeightSender, tensor_checksum
+from gspo_megatron.rollout.transfer import TransferError
 from gspo_megatron.types import SampleRef
-from tests.rollout.tiny import Oracle
+from gspo_megatron.weights.layout import Layout
+from gspo_megatron.weights.table import hf_shapes
+from gspo_megatron.weights.transfer_plan import Slice
+from tests.rollout.tiny import ARCH, Oracle
+from tests.shards import CPU, TrainerRanks, cut_shards
 
-CPU = torch.device("cpu")
+TRAINER = Layout(4, tensor=2, pipeline=2, expert=2)
 
 
-def update(link: ControllerLink, version: int, oracle: Oracle, sender: WeightSender | None = None) -> dict:
-    ticket = link.begin_update(version, oracle.manifest)
-    checksum = (sender or WeightSender(CPU)).send(ticket, oracle.manifest, oracle.tensors.items())
-    return link.finish_update(version, checksum, oracle.probes())
+def update(
+    link: ControllerLink, version: int, oracle: Oracle, ranks: TrainerRanks | None = None, trainer: Layout = TRAINER
+) -> dict:
+    ticket = link.begin_update(version, ARCH, "float32", trainer)
+    checksums = (ranks or TrainerRanks(trainer.world)).send(ticket, cut_shards(ARCH, trainer, oracle.tensors))
+    return link.finish_update(version, checksums, oracle.probes())
 
 
 def differences(oracle: Oracle, store: SampleStore, refs: list[SampleRef]) -> np.ndarray:
@@ -34,14 +40,24 @@ def differences(oracle: Oracle, store: SampleStore, refs: list[SampleRef]) -> np
     return np.concatenate(found)
 
 
+def checksum_of(oracle: Oracle) -> int:
+    """What a worker that holds the whole model must have received."""
+    checksum = Checksum(ARCH, torch.float32, CPU)
+    for name, value in oracle.tensors.items():
+        matrix = value if value.dim() > 1 else value[:, None]
+        checksum.add(0, Slice(name, 0, 0, *matrix.shape, parameter=name, at=(0, 0, 0)), matrix)
+    return checksum.values()[0]
+
+
 def test_two_updates_with_different_weights(start_controller, oracles) -> None:
     controller, link = start_controller()
-    sender = WeightSender(CPU)
+    ranks = TrainerRanks(TRAINER.world)
     with pytest.raises(ControllerError, match="no server has weights"):
         link.rollout(0)
     for version, oracle in enumerate(oracles):
-        report = update(link, version, oracle, sender)
+        report = update(link, version, oracle, ranks)
         assert report["largest"] < 1e-4 and report["mean"] < 1e-5
+        assert report["received_over_needed"] == 1.0
         batch = link.rollout(version)
         found = differences(oracle, controller.store, batch["samples"])
         assert len(found) == batch["tokens"]
@@ -50,19 +66,18 @@ def test_two_updates_with_different_weights(start_controller, oracles) -> None:
         assert other.mean() > 0.1, "both models give the same log-probs: the test cannot tell them apart"
         assert all([segment.version for segment in ref.segments] == [version] for ref in batch["samples"])
     with pytest.raises(ControllerError, match="versions only grow"):
-        link.begin_update(1, oracles[0].manifest)
+        link.begin_update(1, ARCH, "float32", TRAINER)
 
 
-def test_one_changed_tensor_is_refused_by_the_checksum(start_controller, oracles) -> None:
+def test_one_changed_value_is_refused_by_the_checksum(start_controller, oracles) -> None:
+    """The sum is that of the right weights, but one value was another on the wire."""
     _, link = start_controller()
-    oracle = oracles[0]
-    ticket = link.begin_update(0, oracle.manifest)
-    changed = {name: value.clone() for name, value in oracle.tensors.items()}
-    changed["model.layers.2.mlp.experts.5.up_proj.weight"][3, 4] += 1e-3
-    WeightSender(CPU).send(ticket, oracle.manifest, changed.items())
-    expected = sum(tensor_checksum(name, value) for name, value in oracle.tensors.items()) % 2**64
-    with pytest.raises(ControllerError, match=r"no server is left: .* received weights with checksum"):
-        link.finish_update(0, expected, oracle.probes())
+    shards = cut_shards(ARCH, TRAINER, oracles[0].tensors)
+    ticket = link.begin_update(0, ARCH, "float32", TRAINER)
+    shards[3]["decoder.layers.2.mlp.experts.5.linear_fc1.weight"][3, 4] += 1e-3
+    TrainerRanks(TRAINER.world).send(ticket, shards)
+    with pytest.raises(ControllerError, match=r"no server is left: .* received weights with checksums"):
+        link.finish_update(0, [checksum_of(oracles[0])], oracles[0].probes())
     with pytest.raises(ControllerError, match="no server"):
         link.rollout(0)
 
@@ -71,51 +86,52 @@ def test_weights_that_are_not_the_trainers_are_refused_by_the_canary(start_contr
     """The transfer is faultless, but the trainer computes with other weights than it sent."""
     _, link = start_controller()
     sent, held = oracles
-    ticket = link.begin_update(0, sent.manifest)
-    checksum = WeightSender(CPU).send(ticket, sent.manifest, sent.tensors.items())
+    ticket = link.begin_update(0, ARCH, "float32", TRAINER)
+    checksums = TrainerRanks(TRAINER.world).send(ticket, cut_shards(ARCH, TRAINER, sent.tensors))
     with pytest.raises(ControllerError, match=r"canary refuses version 0 .*weight_update\.canary_bound=0\.0001"):
-        link.finish_update(0, checksum, held.probes())
+        link.finish_update(0, checksums, held.probes())
     with pytest.raises(ControllerError, match="no server"):
         link.rollout(0)
 
 
-def test_a_manifest_without_a_parameter_is_refused(start_controller, oracles) -> None:
+@pytest.mark.parametrize(
+    ("change", "dtype", "sentence"),
+    [
+        ({"num_hidden_layers": 3}, "float32", r"brings no weights for model\.layers\.3"),
+        ({"num_hidden_layers": 5}, "float32", r"model\.layers\.4\.\S+ would come .*and this server has none"),
+        ({"moe_intermediate_size": 32}, "float32", r"w13_weight would come as .*must run the same model"),
+        ({}, "bfloat16", r"would come as torch\.bfloat16 .*this server has torch\.float32"),
+    ],
+)
+def test_another_model_is_refused_by_name_and_holds_nobody_up(
+    start_controller, oracles, change: dict[str, int], dtype: str, sentence: str
+) -> None:
     _, link = start_controller()
-    oracle = oracles[0]
-    missing = "model.layers.1.self_attn.q_norm.weight"
-    manifest = [meta for meta in oracle.manifest if meta.name != missing]
-    ticket = link.begin_update(0, manifest)
-    tensors = ((name, value) for name, value in oracle.tensors.items() if name != missing)
-    checksum = WeightSender(CPU).send(ticket, manifest, tensors)
-    with pytest.raises(ControllerError, match=missing):
-        link.finish_update(0, checksum, oracle.probes())
-
-
-def test_a_server_that_fails_while_it_receives_holds_nobody_up(start_controller, oracles) -> None:
-    _, link = start_controller()
-    oracle = oracles[0]
-    manifest = [replace(oracle.manifest[0], name="model.layers.99.mlp.gate.weight"), *oracle.manifest[1:]]
-    tensors = zip([meta.name for meta in manifest], oracle.tensors.values(), strict=True)
     started = time.monotonic()
-    ticket = link.begin_update(0, manifest)
+    arch = ARCH.model_copy(update=change)
+    ticket = link.begin_update(0, arch, dtype, Layout(1))
+    tensors = {name: torch.zeros(shape, dtype=getattr(torch, dtype)) for name, shape in hf_shapes(arch).items()}
     # Whether the trainer sees it depends on how much is still to be sent when the server leaves.
     with suppress(TransferError):
-        WeightSender(CPU).send(ticket, manifest, tensors)
-    with pytest.raises(ControllerError, match=r"no server is left: .* answered /update_weights with 500"):
-        link.finish_update(0, 0, oracle.probes())
+        TrainerRanks(1).send(ticket, cut_shards(arch, Layout(1), tensors))
+    with pytest.raises(
+        ControllerError, match=rf"no server is left: .* answered /update_weights with 500: .*{sentence}"
+    ):
+        link.finish_update(0, [0], oracles[0].probes())
     assert time.monotonic() - started < ticket["timeout"] / 2
 
 
 def test_a_broken_update_can_be_repeated(start_controller, oracles) -> None:
-    """The trainer fails in the middle; a second, complete update leaves nothing of the first behind."""
+    """A trainer rank fails in the middle; a second, complete update leaves nothing of the first behind."""
     controller, link = start_controller()
     wrong, right = oracles
-    sender = WeightSender(CPU)
-    ticket = link.begin_update(0, wrong.manifest)
-    half = list(wrong.tensors.items())[: len(wrong.tensors) * 2 // 3]
-    with pytest.raises(TransferError, match="the weights end before tensor"):
-        sender.send(ticket, wrong.manifest, half)
-    report = update(link, 0, right, sender)
+    ranks = TrainerRanks(TRAINER.world)
+    ticket = link.begin_update(0, ARCH, "float32", TRAINER)
+    shards = cut_shards(ARCH, TRAINER, wrong.tensors)
+    del shards[2]["decoder.layers.3.self_attention.linear_proj.weight"]
+    with pytest.raises(TransferError, match=r"the trainer has no parameter decoder\.layers\.3"):
+        ranks.send(ticket, shards)
+    report = update(link, 0, right, ranks)
     assert report["largest"] < 1e-4
     batch = link.rollout(0)
     assert differences(right, controller.store, batch["samples"]).max() < 1e-4

@@ -7,7 +7,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from gspo_megatron.config.loading import parse
+from gspo_megatron.config.model import Architecture
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.types import Problem, Prompt
-from gspo_megatron.weights.buckets import TensorMeta
 
 KEY = "key-of-the-rollout-tests"
 VOCAB = 96
@@ -63,19 +63,20 @@ def make_recipe() -> Recipe:
     )
 
 
+ARCH = cast(Architecture, make_recipe().model.architecture)
+
+
 def write_config(directory: Path) -> None:
     """config.json of the tiny model, in Hugging Face's own words."""
     _config().save_pretrained(directory)
 
 
 def _config() -> Qwen3MoeConfig:
-    arch = make_recipe().model.architecture
-    assert arch is not None
-    values = arch.model_dump(exclude={"model_type", "rope_theta", "rope_scaling"})
+    values = ARCH.model_dump(exclude={"model_type", "rope_theta", "rope_scaling"})
     return Qwen3MoeConfig(
         **values,
         architectures=["Qwen3MoeForCausalLM"],
-        rope_parameters={"rope_type": "default", "rope_theta": arch.rope_theta},
+        rope_parameters={"rope_type": "default", "rope_theta": ARCH.rope_theta},
         mlp_only_layers=[],
     )
 
@@ -95,7 +96,6 @@ class Oracle:
         with tempfile.TemporaryDirectory() as directory:
             self.model.save_pretrained(directory)
             self.tensors = load_file(os.path.join(directory, "model.safetensors"))
-        self.manifest = [TensorMeta(name, "float32", tuple(value.shape)) for name, value in self.tensors.items()]
 
     @torch.no_grad()
     def logprobs(self, token_ids: Sequence[int]) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,8 @@ class Workplace:
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
         self.directory = lab.home / "work"
-        self.directory.mkdir()
+        self.cold_start = self.directory / "cold_start"
+        self.cold_start.mkdir(parents=True)
         self.jobs: list[Job] = []
 
     def submit(
@@ -47,9 +49,20 @@ class Workplace:
         run_dir = self.directory / name
         log = self.directory / f"{name}.log"
         settings = {"GSPO_SITE": "/dev/null", "GSPO_VENV": sys.prefix, **environment}
-        where = (f"run.directory={run_dir}", f"cold_start.cache={self.directory / 'cold_start'}")
+        where = (f"run.directory={run_dir}", f"cold_start.cache={self.cold_start}")
         arguments = (f"--output={log}", *options, str(ROOT / SCRIPT), recipe, *overrides, *where)
         self.jobs.append(Job(self.lab, self.lab.submit(*arguments, environment=settings, cwd=cwd), run_dir, log))
+        return self.jobs[-1]
+
+    def resume(self, job: Job, name: str) -> Job:
+        """Submit what a job's log says that resumes it."""
+        (line,) = [line for line in job.text().splitlines() if line.startswith("resume ")][-1:]
+        _, program, *words = shlex.split(line)
+        assert program == "sbatch"
+        log = self.directory / f"{name}.log"
+        settings = {"GSPO_SITE": "/dev/null", "GSPO_VENV": sys.prefix}
+        again = self.lab.submit(f"--output={log}", *words, environment=settings, cwd=ROOT)
+        self.jobs.append(Job(self.lab, again, job.run_dir, log))
         return self.jobs[-1]
 
     def cancel_all(self) -> None:
@@ -108,8 +121,8 @@ class Job:
 
         wait_for(reached, timeout, f"checkpoint of step {step}")
 
-    def wait_for_attempt(self, number: int, timeout: float = 200) -> None:
-        """Wait until an attempt is planned. SLURM needs some 16 s to miss a node, and 6 to queue a job again."""
+    def wait_for_attempt(self, number: int, timeout: float = 600) -> None:
+        """Wait until an attempt is planned. SLURM needs some 25 s to miss a node, and 6 to queue a job again."""
         plan = self.attempt(number) / "plan.json"
         wait_for(plan.exists, timeout, f"attempt {number} (the job's last words: {self.last_line()})")
 

@@ -10,11 +10,14 @@ import pytest
 
 from tests.slurm.jobs import ROOT, SMALL, Job, Workplace, written
 
+pytestmark = pytest.mark.timeout(900)
+END = 300.0
+"""Seconds that a job that runs nothing may take; a second on a quiet machine."""
 SECRET = "hf_0123456789abcdef"
 
 
 def refused(job: Job) -> str:
-    assert job.finish(60) == "FAILED" and job.exit_code() == 2, job.text()
+    assert job.finish(END) == "FAILED" and job.exit_code() == 2, job.text()
     assert not list(job.run_dir.glob("logs/attempt_*/trainer-*.log")), "no role may have started"
     return job.text()
 
@@ -45,7 +48,7 @@ def test_a_heterogeneous_job_puts_the_servers_on_its_second_component(workplace:
 def test_a_port_in_use(workplace: Workplace) -> None:
     lab = workplace.lab
     # The controller's port of every job id.
-    hold = "import socket, time; s = [socket.create_server(('', p)) for p in range(20001, 32000, 16)]; time.sleep(60)"
+    hold = "import socket, time; s = [socket.create_server(('', p)) for p in range(20001, 32000, 16)]; time.sleep(600)"
     lab.run(*lab.on("node1"), "bash", "-c", f'python3 -c "{hold}" >/dev/null 2>&1 & echo $! >/tmp/holder')
     try:
         job = workplace.submit("port", *SMALL, options=["--nodes=2", "--nodelist=node[1-2]"])
@@ -63,12 +66,21 @@ def test_an_environment_that_one_node_lacks(workplace: Workplace) -> None:
     assert f"node2: {venv}/bin/python is not there; run make setup, or set GSPO_VENV" in refused(job)
 
 
+def test_a_file_of_the_recipe_that_one_node_lacks(workplace: Workplace) -> None:
+    lab, tokenizer = workplace.lab, "/tmp/tokenizer-of-node1.model"
+    lab.run(*lab.on("node1"), "cp", str(ROOT / "recipes" / "tokenizers" / "arithmetic.model"), tokenizer)
+    options = ["--nodes=2", "--nodelist=node[1-2]"]
+    said = refused(workplace.submit("file", *SMALL, f"tokenizer.path={tokenizer}", options=options))
+    assert f"node2: tokenizer.path={tokenizer} is not there; put it on a file system that all nodes share" in said
+    assert "node1: " not in said
+
+
 def test_a_finished_run_is_not_run_again(workplace: Workplace) -> None:
     run_dir = workplace.directory / "finished"
     run_dir.mkdir()
     (run_dir / "DONE").touch()
     job = workplace.submit("finished", *SMALL, options=["--nodes=1"])
-    assert job.finish(60) == "COMPLETED" and "holds a finished run (DONE)" in job.text()
+    assert job.finish(END) == "COMPLETED" and "holds a finished run (DONE)" in job.text()
 
 
 def test_it_finds_itself_from_another_directory(workplace: Workplace) -> None:

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from typing import Any
 
 from aiohttp import web
@@ -14,6 +15,7 @@ from aiohttp import web
 from gspo_megatron.rollout.auth import has_key
 from gspo_megatron.rollout.client import ServerClient
 from gspo_megatron.types import Problem, Prompt
+from gspo_megatron.weights.server_layout import ServerLayout
 
 KEY = "unit-test-key"
 VOCAB = 50
@@ -67,9 +69,15 @@ class FakeServer:
                 self.aborts += 1
         if path == "/finish_weight_update":
             self.version = (await request.json())["weight_version"]
-        report = {"checksum": self.checksum, "tensors": 1, "seconds": 0.1}
-        answers = {"/is_paused": {"is_paused": self.paused}, "/get_world_size": {"world_size": 1}}
-        return web.json_response({**answers, "/collective_rpc": {"results": [report]}}.get(path, {}))
+        if path == "/collective_rpc":
+            return web.json_response({"results": [self._worker((await request.json())["method"])]})
+        return web.json_response({"is_paused": self.paused} if path == "/is_paused" else {})
+
+    def _worker(self, method: str) -> dict[str, Any] | None:
+        if method == "weight_layout":
+            return asdict(ServerLayout())
+        report = {"checksum": self.checksum, "tensors": 1, "seconds": 0.1, "received_bytes": 8, "needed_bytes": 8}
+        return report if method == "weight_report" else None
 
     async def _generate(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         self.bodies.append(body)

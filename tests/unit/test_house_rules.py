@@ -21,10 +21,10 @@ PACKAGE = ROOT / "gspo_megatron"
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"types", "config"}),
     frozenset({"weights"}),
-    frozenset({"plan", "metrics", "limits"}),
+    frozenset({"plan", "metrics", "limits", "watchdog"}),
     frozenset({"objective", "data", "rewards"}),
     frozenset({"policy", "rollout", "report"}),
-    frozenset({"trainer", "cold_start", "checkpoint"}),
+    frozenset({"alarms", "batches", "debug", "trainer", "cold_start", "checkpoint", "convert", "start", "stopping"}),
     frozenset({"loop", "roles"}),
     frozenset({"cli"}),
 )

@@ -54,6 +54,10 @@ def test_nodes_that_are_alike_pass() -> None:
         ({"gpus": [H100] * 7}, "n2: nvidia-smi lists 7 GPUs where SLURM granted 8"),
         ({"gpus": [{**H100, "used_mib": 70000}] * 8}, "n2: 70000 MiB of GPU 0 are in use before the job starts"),
         ({"gpus": [{**H100, "name": "NVIDIA A100"}] * 8}, "n2: GPU is NVIDIA A100, NVIDIA H100 80GB HBM3 elsewhere"),
+        (
+            {"gpus": [H100] * 7 + [{**H100, "name": "NVIDIA A100"}]},
+            "n2: it has GPUs of 2 kinds, NVIDIA A100 and NVIDIA",
+        ),
         ({"gpus": [{**H100, "driver": "535.1"}] * 8}, "n2: GPU driver is 535.1, 580.1 elsewhere"),
         ({"versions": {"python": "3.12.1", "torch": "2.12.0"}}, "n2: torch of the trainer is 2.12.0, 2.13.0 elsewhere"),
         ({"versions": {"python": "3.12.1"}}, "n2: torch of the trainer is absent, 2.13.0 elsewhere"),
@@ -95,6 +99,12 @@ def test_a_first_node_that_cannot_be_reached_is_a_fault(tmp_path: Path, free_por
     asking: dict[str, Any] = {"host": "n2", "kind": "trainer", "faults": []}
     probe.meet_first(tmp_path, asking, "n1", free_port)
     assert asking["faults"][0].startswith(f"it cannot reach n1 at 127.0.0.1:{free_port}")
+
+
+def test_what_the_recipe_reads_must_be_there(tmp_path: Path) -> None:
+    read = {"model.path": str(tmp_path), "data.path": str(tmp_path / "train.jsonl")}
+    (fault,) = probe.find_missing(read)
+    assert fault.startswith(f"data.path={tmp_path}/train.jsonl is not there; put it on a file system")
 
 
 def test_an_interface_that_is_missing_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:

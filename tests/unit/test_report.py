@@ -10,7 +10,7 @@ import pytest
 from gspo_megatron.cli import main
 from gspo_megatron.metrics import RunLog
 from gspo_megatron.report.page import write_report
-from gspo_megatron.report.plot import curve, read_rows, write_plot
+from gspo_megatron.report.plot import curve, read_rows, write_expert_plot, write_plot
 
 EVALUATION = {
     "accuracy": 0.25, "mean_reward": 0.25, "mean_length": 9.0,
@@ -76,3 +76,17 @@ def test_a_refused_recipe_exits_2_with_a_finding_a_line(capsys: pytest.CaptureFi
 
 def test_examples_are_json(run_dir: Path) -> None:
     assert json.loads((run_dir / "examples.json").read_text())[0]["reward"] == 1.0
+
+
+def test_the_experts_are_drawn_layer_by_layer_where_there_are_any(run_dir: Path) -> None:
+    assert write_expert_plot(run_dir) is None
+    changed = {
+        f"experts/{name}/layer_{layer}": 0.1 * layer
+        for name in ("probe_changed", "load_max_over_mean")
+        for layer in (0, 1)
+    }
+    metrics = run_dir / "metrics.jsonl"
+    rows = [json.loads(line) | changed | {"experts/probe_changed": 0.1} for line in metrics.read_text().splitlines()]
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_plot(run_dir)
+    assert "changed expert choices" in write_report(run_dir).read_text()

@@ -1,146 +1,281 @@
-"""The wire: checksums that see what matters and nothing else, and a real gloo group of two threads."""
+"""The wire: checksums that see what matters and nothing else, and real gloo groups of threads."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import timedelta
+from itertools import product
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed import TCPStore
 
-from gspo_megatron.rollout import transfer
-from gspo_megatron.rollout.transfer import (
-    Checksum,
-    Ticket,
-    TransferError,
-    TransferGroup,
-    WeightSender,
-    tensor_checksum,
-    unpack,
+from gspo_megatron.config.model import Architecture
+from gspo_megatron.rollout import checksum as checksums
+from gspo_megatron.rollout.checksum import Checksum
+from gspo_megatron.rollout.sender import ATTEMPTS, WeightSender
+from gspo_megatron.rollout.transfer import Ticket, TransferError, TransferGroup, plane, receive
+from gspo_megatron.weights.layout import Layout
+from gspo_megatron.weights.server_layout import ServerLayout, server_parameters
+from gspo_megatron.weights.table import hf_shapes
+from gspo_megatron.weights.transfer_plan import Slice
+from tests.shards import CPU, TrainerRanks, cut_shards
+
+ARCH = Architecture(
+    vocab_size=96,
+    hidden_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    intermediate_size=128,
+    moe_intermediate_size=64,
+    num_experts=8,
+    num_experts_per_tok=2,
+    max_position_embeddings=128,
 )
-from gspo_megatron.weights.buckets import TensorMeta, plan_buckets
+TRAINER = Layout(4, tensor=2, pipeline=2, expert=2)
+SERVERS = [ServerLayout(2), ServerLayout(1, 2), ServerLayout(1)]
 
-CPU = torch.device("cpu")
 
-
-def make_tensors() -> dict[str, torch.Tensor]:
+def make_tensors(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    shapes = {"embed": (300, 1000), "norm": (77,), "proj": (64, 33), "head": (512, 1024)}
-    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    tensors["half"] = torch.randn(129, generator=generator).bfloat16()
-    return tensors
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in hf_shapes(ARCH).items()}
 
 
-def make_manifest(tensors: dict[str, torch.Tensor]) -> list[TensorMeta]:
-    return [TensorMeta(name, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in tensors.items()]
+GATE = "model.layers.1.mlp.gate.weight"
+O_PROJ = "model.layers.1.self_attn.o_proj.weight"
+NORM = "model.layers.1.input_layernorm.weight"
 
 
-def checksum_of(pairs: list[tuple[str, torch.Tensor]]) -> int:
-    checksum = Checksum()
-    for name, tensor in pairs:
-        checksum.add(name, tensor)
-    return checksum.value()
+def rectangle_of(name: str, value: torch.Tensor, rows: slice, columns: slice) -> tuple[Slice, torch.Tensor]:
+    matrix = value if value.dim() > 1 else value[:, None]
+    part = matrix[rows, columns]
+    return Slice(name, rows.start, columns.start, *part.shape, parameter=name, at=(0, rows.start, columns.start)), part
 
 
-def test_the_order_of_tensors_does_not_matter_and_sums_add_up() -> None:
-    pairs = list(make_tensors().items())
-    value = checksum_of(pairs)
-    random.Random(0).shuffle(pairs)
-    assert checksum_of(pairs) == value == sum(tensor_checksum(*pair) for pair in pairs) % 2**64
+def whole(name: str, value: torch.Tensor) -> list[tuple[Slice, torch.Tensor]]:
+    return [rectangle_of(name, value, slice(0, len(value)), slice(0, value.shape[-1] if value.dim() > 1 else 1))]
+
+
+def tiles(name: str, value: torch.Tensor, height: int, width: int) -> list[tuple[Slice, torch.Tensor]]:
+    edges = product(range(0, len(value), height), range(0, value.shape[1] if value.dim() > 1 else 1, width))
+    return [rectangle_of(name, value, slice(row, row + height), slice(column, column + width)) for row, column in edges]
+
+
+def checksum_of(parts: list[tuple[Slice, torch.Tensor]], dtype: torch.dtype = torch.float32) -> int:
+    checksum = Checksum(ARCH, dtype, CPU)
+    for part, values in parts:
+        checksum.add(0, part, values)
+    return checksum.values()[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slices_in_any_order_sum_up_to_the_whole(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = make_tensors(dtype)
+    names = [GATE, O_PROJ, NORM]
+    value = checksum_of([part for name in names for part in whole(name, tensors[name])], dtype)
+    parts = [part for name in names for part in tiles(name, tensors[name], 4, 32)]
+    random.Random(0).shuffle(parts)
+    assert checksum_of(parts, dtype) == value
+    monkeypatch.setattr(checksums, "CHUNK", 70)
+    assert checksum_of(parts, dtype) == value
+
+
+def test_the_checksum_of_one_matrix_by_hand() -> None:
+    part = Slice(O_PROJ, 2, 3, 1, 2, O_PROJ, (0, 2, 3))  # positions 2 * 128 + 3 and one on
+    values = torch.tensor([[5, 7]], dtype=torch.int32).view(torch.float32)
+    expected = (6 * (2 * 259 + 1) + 8 * (2 * 260 + 1)) * checksums.label(O_PROJ, "torch.float32", (64, 128))
+    assert checksum_of([(part, values)]) == expected % 2**64
 
 
 def test_everything_else_matters() -> None:
-    first = torch.arange(1.0, 13.0).view(3, 4)
-    second = torch.arange(2.0, 14.0).view(3, 4)
-    value = checksum_of([("a", first), ("b", second)])
-    changed = first.clone()
+    tensors = make_tensors()
+    first, second = tensors[O_PROJ], tensors[GATE]
+    rest = whole(GATE, second)
+    changed, swapped, zeros = first.clone(), first.clone(), torch.zeros_like(first)
     changed[1, 2] = torch.nextafter(changed[1, 2], torch.tensor(100.0))
-    swapped = first.clone()
     swapped[0, 0], swapped[2, 3] = first[2, 3], first[0, 0]
-    others = [
-        [("a", changed), ("b", second)],
-        [("a", swapped), ("b", second)],
-        [("a", second), ("b", first)],
-        [("a", first.view(4, 3)), ("b", second)],
-        [("a", first.t().contiguous().view(3, 4)), ("b", second)],
-        [("a", first), ("c", second)],
-        [("a", first)],
-        [("a", first), ("b", second), ("b", second)],
-        [("a", -first), ("b", second)],
+    other_name = O_PROJ.replace("layers.1", "layers.2")
+    variants = [
+        whole(O_PROJ, first) + rest,
+        whole(O_PROJ, changed) + rest,
+        whole(O_PROJ, swapped) + rest,
+        whole(O_PROJ, zeros) + rest,
+        rest,
+        whole(O_PROJ, first),
+        whole(other_name, first) + rest,
+        whole(O_PROJ, first) + rest + rest,
+        whole(O_PROJ, -first) + rest,
+        [*tiles(O_PROJ, first, 32, 128)[:1], (tiles(O_PROJ, first, 32, 128)[1][0], first[:32]), *rest],
+        whole(O_PROJ, first.flip(0)) + rest,
     ]
-    values = [checksum_of(pairs) for pairs in others]
-    assert value not in values and len(set(values)) == len(values)
-
-
-def test_a_view_counts_by_its_values_and_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    base = torch.randn(40, 50)
-    value = tensor_checksum("a", base.t())
-    assert tensor_checksum("a", base.t().contiguous()) == value
-    monkeypatch.setattr(transfer, "CHUNK", 7)
-    assert tensor_checksum("a", base.t()) == value
+    values = [checksum_of(parts) for parts in variants]
+    assert len(set(values)) == len(values)
 
 
 @pytest.fixture
-def ticket() -> Iterator[Ticket]:
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=10))
-    yield Ticket("127.0.0.1", store.port, world_size=3, group="test", bucket_mib=1, timeout=10)
-    del store
+def make_ticket() -> Iterator[Any]:
+    stores = []
+
+    def make(servers: list[ServerLayout] = SERVERS, dtype: str = "float32") -> dict[str, Any]:
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=10))
+        stores.append(store)
+        layouts = [asdict(server) for server in servers]
+        ticket = Ticket("127.0.0.1", store.port, "test", 1, 20.0, ARCH.model_dump(), dtype, asdict(TRAINER), layouts)
+        return asdict(ticket)
+
+    yield make
 
 
-def receive(ticket: Ticket, rank: int, manifest: list[TensorMeta], rounds: int) -> list[dict[str, torch.Tensor]]:
-    group = TransferGroup(ticket, rank, CPU)
-    buckets = plan_buckets(manifest, ticket.bucket_mib)
-    return [dict(unpack(manifest, buckets, group, CPU)) for _ in range(rounds)]
+def owners(servers: list[ServerLayout]) -> list[tuple[ServerLayout, int]]:
+    return [(server, rank) for server in servers for rank in range(server.world)]
 
 
-def test_two_receivers_get_what_was_sent_twice_over_one_group(ticket: Ticket) -> None:
-    tensors = make_tensors()
-    manifest = make_manifest(tensors)
-    assert len(plan_buckets(manifest, 1)) >= 4
-    sender = WeightSender(CPU)
+def take(ticket: dict[str, Any], worker: int, server: ServerLayout, rank: int, rounds: int) -> list[Any]:
+    """What one worker gets in so many updates: (parameters by name, checksum)."""
+    group = TransferGroup(Ticket(**ticket), CPU, worker=worker)
+    found = []
+    try:
+        for _ in range(rounds):
+            checksum, held = Checksum(ARCH, group.dtype, CPU), {}
+            for parameter, values in receive(group, server_parameters(ARCH, server, rank)):
+                held[parameter.name] = values
+                for piece in parameter.pieces:
+                    checksum.add(0, piece, plane(values, piece))
+            found.append((held, checksum.values()[0]))
+    finally:
+        group.close()
+    return found
+
+
+def start_workers(pool: ThreadPoolExecutor, ticket: dict[str, Any], rounds: int) -> list[Future[list[Any]]]:
+    servers = [ServerLayout(**server) for server in ticket["servers"]]
+    return [pool.submit(take, ticket, n, server, rank, rounds) for n, (server, rank) in enumerate(owners(servers))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_workers_of_three_servers_get_their_slices_twice_over_one_group(make_ticket: Any, dtype: torch.dtype) -> None:
+    tensors = make_tensors(dtype)
+    shards = cut_shards(ARCH, TRAINER, tensors)
+    ticket = make_ticket(dtype=str(dtype).removeprefix("torch."))
+    ranks = TrainerRanks(TRAINER.world)
+    with ThreadPoolExecutor(8) as pool:
+        workers = start_workers(pool, ticket, 2)
+        sums = [ranks.send(ticket, shards) for _ in range(2)]
+        results = [worker.result(30) for worker in workers]
+    for update in range(2):
+        assert [found[update][1] for found in results] == sums[0] == sums[1]
+    for (server, rank), found in zip(owners(SERVERS), results, strict=True):
+        for parameter in server_parameters(ARCH, server, rank):
+            for piece in parameter.pieces:
+                rows, columns = slice(*piece.rows), slice(*piece.columns) if piece.columns else slice(None)
+                expected = tensors[piece.tensor][rows] if not piece.columns else tensors[piece.tensor][rows, columns]
+                assert torch.equal(plane(found[1][0][parameter.name], piece).reshape(expected.shape), expected)
+
+
+def test_padding_is_zero(make_ticket: Any) -> None:
+    # 96 rows padded to 128 over two ranks: the second holds 32 rows of the model and 32 of nothing.
+    servers = [ServerLayout(2)]
+    ticket = make_ticket(servers)
     with ThreadPoolExecutor(2) as pool:
-        receivers = [pool.submit(receive, ticket, rank, manifest, 2) for rank in (1, 2)]
-        sums = [sender.send(asdict(ticket), manifest, tensors.items()) for _ in range(2)]
-        results = [receiver.result(30) for receiver in receivers]
-    for received in (once for rounds in results for once in rounds):
-        assert checksum_of(list(received.items())) == sums[0] == sums[1]
-        assert all(torch.equal(received[name], tensor) for name, tensor in tensors.items())
+        workers = start_workers(pool, ticket, 1)
+        TrainerRanks(TRAINER.world).send(ticket, cut_shards(ARCH, TRAINER, make_tensors()))
+        embedding = workers[1].result(30)[0][0]["model.embed_tokens.weight"]
+    assert embedding.shape == (64, 64) and embedding[:32].any() and not embedding[32:].any()
 
 
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        (lambda t: {**t, "proj": t["proj"].double().float().t()}, "tensor proj torch.float32 .33, 64. came where"),
-        (lambda t: {**t, "norm": t["norm"].bfloat16()}, "tensor norm torch.bfloat16 .77,. came where"),
-        (lambda t: {name: t[name] for name in reversed(t)}, "tensor half .* came where the manifest lists embed"),
-        (lambda t: {name: t[name] for name in list(t)[:3]}, "the weights end before tensor head"),
-        (lambda t: {**t, "more": t["norm"]}, "tensor more is not in the manifest"),
+        (lambda shard: shard | {"decoder.final_layernorm.weight": torch.zeros(3)}, "final_layernorm.weight is .*which"),
+        (
+            lambda shard: {name: value.bfloat16() for name, value in shard.items()},
+            "is torch.bfloat16 .*values of torch.float32",
+        ),
+        (
+            lambda shard: {name: value for name, value in shard.items() if "final_layernorm" not in name},
+            "the trainer has no parameter decoder.final_layernorm.weight",
+        ),
     ],
 )
-def test_what_the_manifest_does_not_say_is_refused(ticket: Ticket, wrong, sentence: str) -> None:
-    tensors = make_tensors()
-    manifest = make_manifest(tensors)
-    sender = WeightSender(CPU)
-    with ThreadPoolExecutor(2) as pool:
-        receivers = [pool.submit(receive, ticket, rank, manifest, 1) for rank in (1, 2)]
+def test_what_the_plan_does_not_say_is_refused(make_ticket: Any, wrong: Any, sentence: str) -> None:
+    ticket = make_ticket()
+    shards = cut_shards(ARCH, TRAINER, make_tensors())
+    with ThreadPoolExecutor(8) as pool:
+        workers = start_workers(pool, ticket, 1)
+        ranks = TrainerRanks(TRAINER.world)
         with pytest.raises(TransferError, match=sentence):
-            sender.send(asdict(ticket), manifest, wrong(tensors).items())
-        faults = [receiver.exception(30) for receiver in receivers]
-    # Too many tensors are noticed after the last byte; in all other cases the receivers see the connection close.
-    assert sentence.startswith("tensor more") or all(isinstance(fault, RuntimeError) for fault in faults)
+            ranks.send(ticket, [*shards[:2], *(wrong(shard) for shard in shards[2:])])
+        faults = [worker.exception(30) for worker in workers]
+    # Everybody who still waits for such a rank sees the connection close.
+    assert any(isinstance(fault, RuntimeError) for fault in faults)
 
 
-def test_a_lost_receiver_is_a_sentence(ticket: Ticket) -> None:
-    tensors = make_tensors()
-    manifest = make_manifest(tensors)
+def test_a_lost_worker_is_a_sentence(make_ticket: Any) -> None:
+    ticket = make_ticket([ServerLayout(1), ServerLayout(1)])
+    shards = cut_shards(ARCH, TRAINER, make_tensors())
     with ThreadPoolExecutor(2) as pool:
-        pool.submit(receive, ticket, 1, manifest, 1)
-        pool.submit(lambda: TransferGroup(ticket, 2, CPU) and None)
+        pool.submit(take, ticket, 0, ServerLayout(1), 0, 9)
+        pool.submit(lambda: TransferGroup(Ticket(**ticket), CPU, worker=1).close())
+        ranks = TrainerRanks(TRAINER.world)
         with pytest.raises(TransferError, match="the weight update broke between the trainer and the servers"):
-            sender = WeightSender(CPU)
             for _ in range(3):
-                sender.send(asdict(ticket), manifest, tensors.items())
+                ranks.send(ticket, shards)
+
+
+class Controller:
+    """Gives out one ticket after another."""
+
+    def __init__(self, *tickets: dict[str, Any]) -> None:
+        self.tickets, self.begun = list(tickets), []
+
+    def begin_update(self, version: int, arch: Architecture, dtype: str, layout: Layout) -> dict[str, Any]:
+        self.begun.append((version, arch, dtype, layout))
+        return self.tickets.pop(0)
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """torch.distributed's own world, of this process only."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_server_lost_on_the_way_costs_another_attempt_without_it(alone: None, make_ticket: Any) -> None:
+    trainer, tensors = Layout(1), make_tensors()
+    both, rest = (
+        make_ticket(servers) | {"trainer": asdict(trainer), "group": f"try-{len(servers)}"}
+        for servers in ([ServerLayout(1)] * 2, [ServerLayout(1)])
+    )
+    controller = Controller(both, rest)
+    with ThreadPoolExecutor(3) as pool:
+        stays = pool.submit(take, both, 0, ServerLayout(1), 0, 1)
+        pool.submit(lambda: TransferGroup(Ticket(**both), CPU, worker=1).close())
+        again = pool.submit(take, rest, 0, ServerLayout(1), 0, 1)
+        shard = cut_shards(ARCH, trainer, tensors)[0]
+        sums = WeightSender(CPU).update(controller, 7, ARCH, trainer, shard)  # type: ignore[arg-type]
+        assert isinstance(stays.exception(30), RuntimeError)
+        assert [again.result(30)[0][1]] == sums
+    assert controller.begun == [(7, ARCH, "float32", trainer)] * 2
+
+
+def test_a_fault_of_the_trainer_itself_is_not_tried_for_ever(alone: None, make_ticket: Any) -> None:
+    trainer = Layout(1)
+    ticket = make_ticket([ServerLayout(1)]) | {"trainer": asdict(trainer)}
+    controller = Controller(*(ticket | {"group": f"try-{n}"} for n in range(9)))
+    shard = cut_shards(ARCH, trainer, make_tensors())[0]
+    del shard["decoder.layers.3.mlp.router.weight"]
+    with ThreadPoolExecutor(3) as pool:
+        workers = [pool.submit(take, controller.tickets[n], 0, ServerLayout(1), 0, 1) for n in range(ATTEMPTS)]
+        with pytest.raises(TransferError, match=r"the trainer has no parameter decoder\.layers\.3\.mlp\.router"):
+            WeightSender(CPU).update(controller, 7, ARCH, trainer, shard)  # type: ignore[arg-type]
+        assert all(isinstance(worker.exception(30), RuntimeError) for worker in workers)
+    assert len(controller.begun) == ATTEMPTS

@@ -16,6 +16,7 @@ from tests.unit.rollout_fakes import FakeServer, serving
 
 PROBES = [Probe([1, 2, 3], [-1.0, -1.0]), Probe([4, 5], [-1.00003])]
 CHECKSUM = 77
+TERMS = {"architecture": {}, "dtype": "float32", "trainer": {}}
 
 
 class NoStore:
@@ -36,17 +37,19 @@ def test_steps_come_in_order_and_the_report_is_complete() -> None:
     async def run() -> None:
         fake = FakeServer()
         async with updating(fake) as updater:
-            ticket = await updater.begin(4, [["a", "float32", [1]]])
-            assert (ticket["world_size"], ticket["store_host"], ticket["bucket_mib"]) == (2, "127.0.0.1", 64)
+            ticket = await updater.begin(4, TERMS)
+            assert (ticket["store_host"], ticket["bucket_mib"], ticket["dtype"]) == ("127.0.0.1", 64, "float32")
+            assert ticket["servers"] == [{"tensor": 1, "pipeline": 1, "data": 1, "expert_parallel": False}]
             assert updater.version is None, "while an update is under way nothing serves"
-            report = await updater.finish(4, CHECKSUM, PROBES)
+            report = await updater.finish(4, [CHECKSUM], PROBES)
             assert updater.version == 4
         assert report["largest"] == pytest.approx(3e-5) and report["mean"] == pytest.approx(1e-5)
-        assert report["servers"][fake.url]["tensors"] == 1
+        assert report["transfer_seconds"] == 0.1 and report["received_over_needed"] == 1.0
+        assert list(report["servers"]) == [fake.url]
         assert fake.calls == [
             "/pause",
             "/is_paused",
-            "/get_world_size",
+            "/collective_rpc",
             "/collective_rpc",
             "/init_weight_transfer_engine",
             "/start_weight_update",
@@ -82,13 +85,13 @@ def test_a_server_that_fails_anywhere_is_out_and_the_other_serves(path: str) -> 
         good, bad = FakeServer(), FakeServer()
         bad.fail[path] = 500
         async with updating(bad, good) as updater:
-            await updater.begin(0, [])
-            report = await updater.finish(0, CHECKSUM, PROBES)
+            await updater.begin(0, TERMS)
+            report = await updater.finish(0, [CHECKSUM] * 2, PROBES)
             assert list(report["servers"]) == [good.url] and updater.version == 0
             assert [server.url for server in updater._fleet.live] == [good.url]
-            first_group = (await updater.begin(1, []))["group"]
-            await updater.finish(1, CHECKSUM, PROBES)
-            second_group = (await updater.begin(2, []))["group"]
+            first_group = (await updater.begin(1, TERMS))["group"]
+            await updater.finish(1, [CHECKSUM], PROBES)
+            second_group = (await updater.begin(2, TERMS))["group"]
             assert first_group == second_group, "an unchanged set of servers keeps its connections"
         after = bad.calls.index(path) + 1
         assert "/resume" not in bad.calls[after:] and bad.calls.count("/init_weight_transfer_engine") <= 1
@@ -101,9 +104,9 @@ def test_the_last_server_ends_the_job_with_its_reason() -> None:
         fake = FakeServer()
         fake.fail["/update_weights"] = 500
         async with updating(fake) as updater:
-            await updater.begin(0, [])
+            await updater.begin(0, TERMS)
             with pytest.raises(Refused, match=r"no server is left: .*/update_weights with 500"):
-                await updater.finish(0, CHECKSUM, PROBES)
+                await updater.finish(0, [CHECKSUM], PROBES)
             assert updater.version is None
 
     asyncio.run(run())
@@ -113,9 +116,9 @@ def test_a_wrong_checksum_never_reaches_the_model() -> None:
     async def run() -> None:
         fake = FakeServer()
         async with updating(fake) as updater:
-            await updater.begin(0, [])
-            with pytest.raises(Refused, match="received weights with checksum 77 where the trainer sent 78"):
-                await updater.finish(0, CHECKSUM + 1, PROBES)
+            await updater.begin(0, TERMS)
+            with pytest.raises(Refused, match="received weights with checksums 77 where the trainer sent 78"):
+                await updater.finish(0, [CHECKSUM + 1], PROBES)
         assert "/finish_weight_update" not in fake.calls and "/resume" not in fake.calls
 
     asyncio.run(run())
@@ -127,9 +130,9 @@ def test_the_canary_stops_wrong_weights_and_nan(score: float) -> None:
         fake = FakeServer()
         fake.score = score
         async with updating(fake) as updater:
-            await updater.begin(0, [])
+            await updater.begin(0, TERMS)
             with pytest.raises(Refused, match=r"the canary refuses version 0 .*weight_update.canary_bound=0.001"):
-                await updater.finish(0, CHECKSUM, PROBES)
+                await updater.finish(0, [CHECKSUM], PROBES)
             assert updater.version is None
 
     asyncio.run(run())
@@ -139,14 +142,14 @@ def test_versions_only_grow_and_finish_needs_its_begin() -> None:
     async def run() -> None:
         async with updating(FakeServer()) as updater:
             with pytest.raises(Refused, match="no update to version 0 is under way"):
-                await updater.finish(0, CHECKSUM, PROBES)
-            await updater.begin(3, [])
+                await updater.finish(0, [CHECKSUM], PROBES)
+            await updater.begin(3, TERMS)
             with pytest.raises(Refused, match="no update to version 2 is under way"):
-                await updater.finish(2, CHECKSUM, PROBES)
-            await updater.begin(3, [])  # the trainer starts over
-            await updater.finish(3, CHECKSUM, PROBES)
+                await updater.finish(2, [CHECKSUM], PROBES)
+            await updater.begin(3, TERMS)  # the trainer starts over
+            await updater.finish(3, [CHECKSUM], PROBES)
             with pytest.raises(Refused, match="weights of version 3 cannot follow version 3"):
-                await updater.begin(3, [])
+                await updater.begin(3, TERMS)
 
     asyncio.run(run())
 
@@ -154,9 +157,9 @@ def test_versions_only_grow_and_finish_needs_its_begin() -> None:
 def test_a_probe_with_too_many_log_probs_is_the_callers_fault() -> None:
     async def run() -> None:
         async with updating(FakeServer()) as updater:
-            await updater.begin(0, [])
+            await updater.begin(0, TERMS)
             with pytest.raises(Refused, match="probe 0 has 2 tokens and 2 log-probs"):
-                await updater.finish(0, CHECKSUM, [Probe([1, 2], [-1.0, -1.0])])
+                await updater.finish(0, [CHECKSUM], [Probe([1, 2], [-1.0, -1.0])])
             assert updater.version is None
 
     asyncio.run(run())

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "nsenter", "setpriv", "gcc")
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "nsenter", "setpriv", "pgrep", "gcc")
 CPUS = 192
 GPUS = 8
 PARTITION = "lab"
+SPACES = ("--net", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 SLURM_CONF = """\
@@ -48,10 +49,12 @@ MailProg=/bin/true
 ReturnToService=2
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0,bf_interval=1,bf_continue
-# A node that is gone is found after about 16 s.
-SlurmdTimeout=3
-MessageTimeout=5
-TCPTimeout=1
+# A node that is gone is found after about 25 s. Shorter limits take a node that is only busy for one that is gone.
+SlurmdTimeout=5
+MessageTimeout=10
+TCPTimeout=2
+# The daemons run before everything else on this machine (cluster.sh); what they start does not.
+PropagatePrioProcess=1
 KillWait=5
 MinJobAge=600
 # Lets two real cores stand for many.
@@ -76,8 +79,13 @@ def missing() -> str | None:
     if absent:
         return (
             f"the SLURM lab misses {', '.join(absent)}; apt-get install slurmctld slurmd slurm-client munge iproute2 "
-            "libslurm-dev gcc libc6-dev"
+            "libslurm-dev procps gcc libc6-dev"
         )
+    cable = "ip link add switch type bridge && ip link add cable type veth"
+    tried = subprocess.run(("unshare", *SPACES, "sh", "-c", cable), capture_output=True, text=True)
+    if tried.returncode:
+        why = " ".join(tried.stderr.split())
+        return f"the SLURM lab needs namespaces, bridges and veth pairs, which root cannot make here ({why})"
     return None
 
 
@@ -109,14 +117,13 @@ class Lab:
     def __exit__(self, *_: Any) -> None:
         self.stop()
 
-    def start(self, timeout: float = 30) -> None:
+    def start(self, timeout: float = 120) -> None:
         """Bring the cluster up; returns when all nodes are idle."""
         self._write_configuration()
         log = (self.home / "log" / "cluster.out").open("wb")
         # The lab dies with this process, however that one ends.
-        spaces = ("--net", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
         self._outer = subprocess.Popen(
-            ("setpriv", "--pdeathsig", "KILL", "unshare", *spaces, str(HERE / "cluster.sh"), "init"),
+            ("setpriv", "--pdeathsig", "KILL", "unshare", *SPACES, str(HERE / "cluster.sh"), "init"),
             env={**os.environ, **self.environment},
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -150,7 +157,7 @@ class Lab:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
         if check and done.returncode:
             raise LabError(f"{' '.join(command)} ended with {done.returncode}: {done.stdout}{done.stderr}")

@@ -1,0 +1,95 @@
+"""`gspo convert`: a checkpoint of any layout to a Hugging Face directory, and a Hugging Face directory to a layout.
+
+One process without process groups: the weight table says where every rectangle lies. At most one Hugging Face tensor,
+or the share of one rank, is in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gspo_megatron.checkpoint import RECIPE, STATE
+from gspo_megatron.config import Recipe, load_resolved, save_resolved
+from gspo_megatron.policy.checkpoint import VALUE, rank_file
+from gspo_megatron.policy.resume import SavedPolicy
+from gspo_megatron.policy.weights import ReadPiece, safetensors_pieces, save_hf
+from gspo_megatron.weights.layout import Layout, layout_of
+from gspo_megatron.weights.table import Piece, hf_shapes, local_parameters
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def convert(source: Path, out: Path, recipe: Recipe | None) -> str:
+    """Convert in the direction that the source asks for; returns what was done, in a sentence.
+
+    Raises:
+        ValueError: the source is neither, or does not hold the model, all faults in one sentence.
+    """
+    if (source / STATE).is_file():
+        recipe = load_resolved(source / RECIPE)
+        to_hugging_face(source, recipe, out)
+        return f"{out} holds the weights of {source} as {recipe.model.dtype}, under their Hugging Face names"
+    if recipe is None or recipe.trainer.ranks is None:
+        raise ValueError(
+            f"{source} is no checkpoint ({STATE} is missing); to cut a Hugging Face directory, name the recipe whose "
+            "layout it is for, and trainer.ranks"
+        )
+    layout = layout_of(recipe.trainer, recipe.trainer.ranks)
+    to_layout(source, recipe, layout, out)
+    return f"{out} holds the weights of {source} as {layout.world} trainer ranks hold them"
+
+
+def to_hugging_face(checkpoint: Path, recipe: Recipe, out: Path) -> None:
+    """Weights of a checkpoint, in the type of its recipe."""
+    arch = recipe.model.architecture
+    assert arch is not None
+    saved = SavedPolicy(checkpoint, arch, Layout(**json.loads((checkpoint / STATE).read_text())["layout"]))
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, shape in hf_shapes(arch).items():
+            yield name, saved.read(VALUE, _whole(name, shape)).to(DTYPES[recipe.model.dtype])
+
+    save_hf(tensors(), arch.to_hugging_face(recipe.model.dtype), out)
+
+
+def to_layout(source: Path, recipe: Recipe, layout: Layout, out: Path) -> None:
+    """A Hugging Face directory in the files of a checkpoint that no optimizer has touched."""
+    arch = recipe.model.architecture
+    assert arch is not None
+    read = safetensors_pieces(source, arch)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    written: set[tuple[object, ...]] = set()
+    for rank in range(layout.world):
+        held: dict[str, Tensor] = {}
+        for chunk in range(layout.virtual):
+            for entry in local_parameters(arch, layout, layout.coordinates(rank), chunk):
+                if (entry.name, entry.pieces) not in written:
+                    written.add((entry.name, entry.pieces))
+                    held[f"{VALUE}/0/{entry.name}"] = _fill(entry.shape, entry.pieces, read)
+        save_file(held, rank_file(partial, rank))
+    (partial / STATE).write_text(json.dumps({"layout": asdict(layout)}))
+    save_resolved(recipe, partial / RECIPE)
+    shutil.rmtree(out, ignore_errors=True)
+    partial.rename(out)
+
+
+def _fill(shape: tuple[int, ...], pieces: tuple[Piece, ...], read: ReadPiece) -> Tensor:
+    """A flattened local parameter, float32 as an optimizer steps it."""
+    whole = torch.empty(shape)
+    for piece in pieces:
+        whole[slice(*piece.at)] = read(piece)
+    return whole.view(-1)
+
+
+def _whole(name: str, shape: tuple[int, ...]) -> Piece:
+    return Piece(name, (0, shape[0]), (0, shape[1]) if len(shape) == 2 else None, (0, shape[0]))

@@ -1,0 +1,84 @@
+"""The optimizer of a policy: Megatron's Adam over its chunks, and its way to host memory and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerSettings:
+    """What one phase of training asks of the optimizer."""
+
+    lr: float
+    """Peak learning rate; the phase scales it every step."""
+    betas: tuple[float, float]
+    """Adam's averaging constants."""
+    eps: float
+    """Adam's epsilon."""
+    weight_decay: float
+    """Decoupled weight decay of matrices; norm weights are not decayed."""
+    clip_grad: float
+    """Largest global gradient norm."""
+
+
+def make_optimizer(
+    settings: OptimizerSettings, model: TransformerConfig, chunks: Sequence[Any], distributes: bool
+) -> Any:
+    """A fresh optimizer over the present weights.
+
+    Args:
+        settings: of this phase.
+        model: configuration of the chunks.
+        chunks: in Megatron's data-parallel wrapper.
+        distributes: whether the replicas share its states, as the wrapper was told.
+    """
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.betas[0],
+        adam_beta2=settings.betas[1],
+        adam_eps=settings.eps,
+        clip_grad=settings.clip_grad,
+        bf16=model.bf16,
+        params_dtype=model.params_dtype,
+        use_distributed_optimizer=distributes,
+    )
+    overrides = get_standard_config_overrides(config)
+    optimizer = get_megatron_optimizer(config, list(chunks), overrides, torch.cuda.is_available())
+    for group in optimizer.param_groups:
+        # Norm weights are not decayed; Megatron leaves the product to its own scheduler.
+        group["weight_decay"] = settings.weight_decay * group["wd_mult"]
+    return optimizer
+
+
+def offload(optimizer: Any, model: TransformerConfig, chunks: Sequence[Any]) -> None:
+    """Move what only training needs to host memory, and drop the gradients, so that servers can use this GPU.
+
+    Raises:
+        ValueError: the weights are float32: Megatron's optimizer then steps the model's own memory.
+    """
+    if not torch.cuda.is_available():
+        return
+    if not model.bf16:
+        raise ValueError("model.dtype=float32 keeps no weights of the optimizer's own to offload; use bfloat16")
+    if optimizer is not None:
+        optimizer.offload_to_cpu()
+    for chunk in chunks:
+        chunk.offload_grad_buffers()
+
+
+def restore(optimizer: Any, chunks: Sequence[Any]) -> None:
+    """Undo `offload`. Gradients come back as memory, not as values: a step begins with none."""
+    if not torch.cuda.is_available():
+        return
+    for chunk in chunks:
+        chunk.restore_grad_buffers()
+    if optimizer is not None:
+        optimizer.restore_from_cpu()

@@ -1,0 +1,140 @@
+"""The trainer's end of a weight update: every rank sends the slices that the plan gives it. Imports no vllm."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gspo_megatron.config.model import Architecture
+from gspo_megatron.rollout.checksum import MASK, Checksum
+from gspo_megatron.rollout.link import ControllerLink
+from gspo_megatron.rollout.transfer import ROUNDS_IN_FLIGHT, Ticket, TransferError, TransferGroup, plane
+from gspo_megatron.weights.layout import Layout
+from gspo_megatron.weights.transfer_plan import Slice
+
+BROKEN = "the weight update broke between the trainer and the servers"
+ATTEMPTS = 3
+"""Transfers of one update: a server that is lost on the way costs another one, without it."""
+
+
+def first_cause(faults: Sequence[str]) -> str:
+    """Of what the ranks say, what is no consequence of another's: an end of a connection has a reason elsewhere."""
+    return min(faults, key=lambda fault: fault.startswith(BROKEN), default="")
+
+
+class WeightSender:
+    """One trainer rank's end; kept for the whole run, so that an unchanged set of servers keeps its connections."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._group: TransferGroup | None = None
+
+    def update(
+        self,
+        link: ControllerLink | None,
+        version: int,
+        arch: Architecture,
+        layout: Layout,
+        parameters: Mapping[str, Tensor],
+    ) -> list[int]:
+        """Bring a version to all servers that are in use; a collective over the trainer ranks.
+
+        Args:
+            link: the controller; on trainer rank 0 only.
+            version: of the weights.
+            arch: the model.
+            layout: of the trainer ranks.
+            parameters: this rank's parameters under their global Megatron names.
+
+        Returns:
+            [workers] what each must have received, for `ControllerLink.finish_update`.
+
+        Raises:
+            TransferError: it broke again and again, though the controller took out every server that did not answer.
+        """
+        dtype = str(next(iter(parameters.values())).dtype).removeprefix("torch.")
+        fault = ""
+        for _ in range(ATTEMPTS):
+            heard = [link.begin_update(version, arch, dtype, layout) if link is not None else None]
+            dist.broadcast_object_list(heard, src=0)
+            assert heard[0] is not None
+            mine: list[int] | str
+            try:
+                mine = self.send(heard[0], dist.get_rank(), parameters)
+            except TransferError as error:
+                mine = str(error)
+            sums: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(sums, mine)
+            fault = first_cause([entry for entry in sums if isinstance(entry, str)])
+            if not fault:
+                return [sum(column) & MASK for column in zip(*sums, strict=True)]
+            self.close()
+        raise TransferError(fault)
+
+    def send(self, ticket: dict[str, Any], rank: int, parameters: Mapping[str, Tensor]) -> list[int]:
+        """Send this rank's slices to the workers; all trainer ranks do so at the same time.
+
+        Args:
+            ticket: the answer of `ControllerLink.begin_update`, the same on every rank.
+            rank: this trainer rank.
+            parameters: this rank's parameters under their global Megatron names.
+
+        Returns:
+            [workers] checksum of what went to each worker; over all ranks they add up, modulo 2**64, to what the worker
+            must hold.
+
+        Raises:
+            TransferError: a server was lost, or a parameter is not what the plan says.
+        """
+        terms = Ticket(**ticket)
+        try:
+            if self._group is None or self._group.name != terms.group:
+                self.close()
+                self._group = TransferGroup(terms, self.device, trainer=rank)
+            return _send(self._group, parameters)
+        except TransferError:
+            self.close()
+            raise
+        except RuntimeError as error:
+            self.close()
+            reason = str(error).splitlines()[0]
+            raise TransferError(f"{BROKEN}: {reason}") from error
+
+    def close(self) -> None:
+        """Leave the group; a server that still waits sees the connection close and fails its update."""
+        if self._group is not None:
+            self._group.close()
+        self._group = None
+
+
+def _send(group: TransferGroup, parameters: Mapping[str, Tensor]) -> list[int]:
+    checksum = Checksum(group.plan.arch, group.dtype, group.device, group.plan.workers)
+    for number, messages in group.rounds:
+        buffers = []
+        for message in messages:
+            parts = [_held(parameters, part, group.dtype) for part in message.slices]
+            for part, values in zip(message.slices, parts, strict=True):
+                checksum.add(message.peer, part, values)
+            buffers.append(torch.cat([values.reshape(-1) for values in parts]))
+        group.start(number, messages, buffers)
+        deque(group.finish(ROUNDS_IN_FLIGHT), maxlen=0)
+    deque(group.finish(0), maxlen=0)
+    return checksum.values()
+
+
+def _held(parameters: Mapping[str, Tensor], part: Slice, dtype: torch.dtype) -> Tensor:
+    parameter = parameters.get(part.parameter)
+    if parameter is None:
+        raise TransferError(f"the trainer has no parameter {part.parameter}, which the plan sends from this rank")
+    values = plane(parameter, part)
+    if parameter.dtype != dtype or values.shape != (part.height, part.width):
+        raise TransferError(
+            f"parameter {part.parameter} is {parameter.dtype} {tuple(parameter.shape)}, which does not hold the "
+            f"{part.height} x {part.width} values of {dtype} at {part.at} that the plan sends"
+        )
+    return values

@@ -1,0 +1,75 @@
+"""Whether a job may go on with what a run directory holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gspo_megatron.config import Recipe
+from gspo_megatron.config.loading import load_resolved, refuse
+
+FENCE = "attempt"
+"""In the run directory: the newest attempt and its job. An older attempt must not publish a checkpoint any more."""
+MAY_CHANGE = (
+    "run.directory",
+    "placement.",
+    "trainer.",
+    "rollout.servers",
+    "rollout.tensor_parallel",
+    "rollout.pipeline_parallel",
+    "rollout.decode_context_parallel",
+    "rollout.prefix_caching",
+    "rollout.expected_answer_tokens",
+    "rollout.max_concurrency",
+    "rollout.kv_cache_gib",
+    "rollout.gpu_memory_fraction",
+    "rollout.start_timeout",
+    "weight_update.",
+    "checkpoint.",
+    "evaluation.",
+    "acknowledge",
+)
+"""Recipe keys that a resumed run may have otherwise than before: where it runs, what it takes, not what it computes."""
+MUST_STAY = ("trainer.aux_loss_coefficient",)
+"""Exceptions from MAY_CHANGE."""
+
+
+def refuse_other_job(run_dir: Path, job: str, running: Sequence[str]) -> None:
+    """Two jobs must not write one run."""
+    if not (run_dir / FENCE).is_file():
+        return
+    _, holder = (run_dir / FENCE).read_text().split()
+    if holder != job and holder in running:
+        raise refuse(
+            "run-in-use", "run.directory",
+            f"job {holder} is running in {run_dir}", f"wait for it, or `scancel {holder}` first",
+        )  # fmt: skip
+
+
+def refuse_other_recipe(run_dir: Path, recipe: Recipe) -> None:
+    """A resumed run stays the run that it was."""
+    if not (run_dir / "recipe.resolved.yaml").is_file():
+        return
+    before = flatten(load_resolved(run_dir / "recipe.resolved.yaml").model_dump(mode="json"))
+    now = flatten(recipe.model_dump(mode="json"))
+    for key in sorted({*before, *now}):
+        if before.get(key) != now.get(key) and not may_change(key):
+            raise refuse(
+                "resume-other-recipe", key,
+                f"{now.get(key)} here, {before.get(key)} in {run_dir}, which this would resume",
+                "resume with the same recipe and overrides, or name another run.directory",
+            )  # fmt: skip
+
+
+def may_change(key: str) -> bool:
+    """Whether a resumed run may have another value of a recipe key."""
+    return key.startswith(MAY_CHANGE) and key not in MUST_STAY
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as one of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,41 @@
+"""One update from each of several trainer layouts to servers of several layouts at once: nine pairs on real servers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from gspo_megatron.weights.layout import Layout
+from tests.rollout.conftest import Server, make_run_dir, running_servers
+from tests.rollout.test_weight_update import differences, update
+from tests.shards import TrainerRanks
+
+TRAINERS = [
+    Layout(4, tensor=2, pipeline=2, expert=2),
+    Layout(4, context=2, expert=4),
+    Layout(8, tensor=4, pipeline=2, virtual=2, expert=2, expert_tensor=2),
+]
+
+
+@pytest.fixture(scope="module")
+def sharded_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
+    """TP2 and PP2, beside the TP1 server that all tests share."""
+    root = tmp_path_factory.mktemp("sharded")
+    run_dirs = [make_run_dir(root / "tp2", tensor_parallel=2), make_run_dir(root / "pp2", pipeline_parallel=2)]
+    with running_servers(*run_dirs) as servers:
+        yield servers
+
+
+def test_every_trainer_layout_reaches_every_server_layout(start_controller, sharded_servers, oracles) -> None:
+    controller, link = start_controller(*sharded_servers)
+    for version, trainer in enumerate(TRAINERS):
+        oracle, other = oracles[version % 2], oracles[1 - version % 2]
+        report = update(link, version, oracle, TrainerRanks(trainer.world), trainer)
+        assert len(report["servers"]) == 3, link.status()["servers"]
+        assert max(server["largest"] for server in report["servers"].values()) < 1e-4
+        assert report["received_over_needed"] == 1.0
+        # Prompts go round the servers, so that every one of them has sampled.
+        batch = link.rollout(version)
+        assert differences(oracle, controller.store, batch["samples"]).max() < 1e-4
+        assert differences(other, controller.store, batch["samples"]).mean() > 0.1

@@ -1,0 +1,60 @@
+"""Trainer ranks without Megatron: what each holds, cut from Hugging Face tensors by the table, and one thread each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from gspo_megatron.config.model import Architecture
+from gspo_megatron.rollout.checksum import MASK
+from gspo_megatron.rollout.sender import WeightSender, first_cause
+from gspo_megatron.rollout.transfer import TransferError
+from gspo_megatron.weights.layout import Layout
+from gspo_megatron.weights.table import local_parameters
+
+CPU = torch.device("cpu")
+
+
+def cut_shards(
+    arch: Architecture, layout: Layout, tensors: Mapping[str, torch.Tensor]
+) -> list[dict[str, torch.Tensor]]:
+    """For each trainer rank its parameters under their global names."""
+    shards: list[dict[str, torch.Tensor]] = []
+    for rank in range(layout.world):
+        held: dict[str, torch.Tensor] = {}
+        for chunk in range(layout.virtual):
+            for entry in local_parameters(arch, layout, layout.coordinates(rank), chunk):
+                value = torch.empty(entry.shape, dtype=next(iter(tensors.values())).dtype)
+                for piece in entry.pieces:
+                    part = tensors[piece.tensor][slice(*piece.rows)]
+                    value[slice(*piece.at)] = part if piece.columns is None else part[:, slice(*piece.columns)]
+                held[entry.name] = value
+        shards.append(held)
+    return shards
+
+
+class TrainerRanks:
+    """The senders of all trainer ranks of a layout, kept from update to update."""
+
+    def __init__(self, world: int) -> None:
+        self.senders = [WeightSender(CPU) for _ in range(world)]
+
+    def send(self, ticket: dict[str, Any], shards: Sequence[Mapping[str, torch.Tensor]]) -> list[int]:
+        """One transfer from all ranks; what every worker must have received. Raises TransferError with the cause."""
+        with ThreadPoolExecutor(len(shards)) as pool:
+            found = list(pool.map(self._send, range(len(shards)), [ticket] * len(shards), shards))
+        faults = [str(entry) for entry in found if isinstance(entry, TransferError)]
+        if faults:
+            for sender in self.senders:
+                sender.close()
+            raise TransferError(first_cause(faults))
+        return [sum(column) & MASK for column in zip(*found, strict=True)]
+
+    def _send(self, rank: int, ticket: dict[str, Any], shard: Mapping[str, torch.Tensor]) -> list[int] | TransferError:
+        try:
+            return self.senders[rank].send(ticket, rank, shard)
+        except TransferError as error:
+            return error

@@ -1,0 +1,69 @@
+"""`gspo convert` both ways, bit for bit, in every kind of layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from gspo_megatron.cli import main
+from gspo_megatron.config import load
+from gspo_megatron.policy import weights
+from gspo_megatron.weights.table import Piece, hf_shapes
+
+LAYOUTS = [
+    ["trainer.ranks=4", "trainer.tensor_parallel=2", "trainer.pipeline_parallel=2", "trainer.expert_parallel=2"],
+    ["trainer.ranks=4", "trainer.pipeline_parallel=2", "trainer.virtual_pipeline=2", "trainer.context_parallel=2"],
+    ["trainer.ranks=4", "trainer.tensor_parallel=4", "trainer.expert_tensor_parallel=2"],
+]
+RECIPE = "recipes/tiny_moe.yaml"
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(weights, "SHARD_BYTES", 1_000_000)
+    arch = load(Path(RECIPE)).model.architecture
+    assert arch is not None
+    read = weights.random_pieces(arch, 1)
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, shape in hf_shapes(arch).items():
+            yield name, read(Piece(name, (0, shape[0]), (0, shape[1]) if len(shape) == 2 else None, (0, shape[0])))
+
+    weights.save_hf(tensors(), arch.to_hugging_face("float32"), tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=" ".join)
+def test_there_and_back_gives_the_same_files(source: Path, tmp_path: Path, layout: list[str]) -> None:
+    assert main(["convert", str(source), str(tmp_path / "cut"), RECIPE, *layout]) == 0
+    assert len(list((tmp_path / "cut").glob("rank_*.safetensors"))) == 4
+    assert main(["convert", str(tmp_path / "cut"), str(tmp_path / "back")]) == 0
+    files = sorted(path.name for path in source.iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "back").iterdir()) and len(files) > 3
+    assert all((source / name).read_bytes() == (tmp_path / "back" / name).read_bytes() for name in files)
+
+
+def test_what_cannot_be_converted_is_a_sentence(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", str(source), str(tmp_path / "cut")]) == 2
+    assert "name the recipe" in capsys.readouterr().err
+    smaller = "model.architecture.num_experts=4"
+    assert main(["convert", str(source), str(tmp_path / "cut"), RECIPE, "trainer.ranks=2", smaller]) == 2
+    assert "mlp.experts.7.up_proj.weight is unknown" in capsys.readouterr().err
+    assert not (tmp_path / "cut").exists()
+
+
+def test_a_run_of_bfloat16_comes_back_in_bfloat16(source: Path, tmp_path: Path) -> None:
+    wanted = ["model.dtype=bfloat16", "trainer.ranks=2"]
+    assert main(["convert", str(source), str(tmp_path / "cut"), RECIPE, *wanted]) == 0
+    assert main(["convert", str(tmp_path / "cut"), str(tmp_path / "back")]) == 0
+    arch = load(Path(RECIPE)).model.architecture
+    assert arch is not None
+    name, shape = "model.layers.0.mlp.gate.weight", (8, 128)
+    piece = Piece(name, (0, shape[0]), (0, shape[1]), (0, shape[0]))
+    ours, theirs = (weights.safetensors_pieces(place, arch)(piece) for place in (source, tmp_path / "back"))
+    assert theirs.dtype is torch.bfloat16 and torch.equal(ours.bfloat16(), theirs)

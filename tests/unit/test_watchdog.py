@@ -1,0 +1,76 @@
+"""Who is blamed for a standstill, when there is none, and that every role writes its stacks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gspo_megatron import watchdog
+from gspo_megatron.watchdog import Beat, Pulse, Watchdog, blame, follow
+
+NOW = 1000.0
+
+
+def beat(entered: int, at: float, written: float = NOW, stage: str = "train") -> Beat:
+    return Beat(stage, entered, at, written)
+
+
+def test_a_silent_rank_is_named_before_one_that_is_behind() -> None:
+    beats = {0: beat(7, 990), 1: beat(6, 980), 2: beat(6, 985, written=950)}
+    assert "trainer-2 is silent since 50 s, in train" in blame(beats, NOW, interval=2.0)
+
+
+def test_the_rank_that_entered_fewest_stages_is_behind() -> None:
+    beats = {0: beat(7, 900), 1: beat(5, 800, stage="pack"), 2: beat(6, 850)}
+    assert "nothing got on for 100 s: trainer-1 is 2 stages behind, in pack" in blame(beats, NOW, interval=2.0)
+
+
+def test_nobody_is_blamed_when_all_wait_in_one_place() -> None:
+    assert "every trainer rank is in sync" in blame(
+        {0: beat(7, 900, stage="sync"), 1: beat(7, 900, stage="sync")}, NOW, 2.0
+    )
+
+
+def test_a_stage_may_take_a_multiple_of_its_own_longest_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "SHORTEST", 0.0)
+    pulse = Pulse()
+    pulse.enter("train")
+    assert pulse.limit() == watchdog.FIRST
+    time.sleep(0.05)
+    pulse.leave()
+    pulse.enter("train")
+    assert 5 * 0.05 <= pulse.limit() < 5 * 0.5
+
+
+def test_one_rank_that_gets_on_is_enough_and_a_standstill_ends_the_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(watchdog, "SHORTEST", 0.4)
+    monkeypatch.setattr(watchdog, "FIRST", 0.4)
+    ended: list[int] = []
+    pulses = [Pulse(), Pulse()]
+    dogs = [Watchdog(tmp_path, rank, 2, pulse, 0.05, ended.append) for rank, pulse in enumerate(pulses)]
+    follow(tmp_path, "controller", 0.05)
+    for dog in dogs:
+        dog.start()
+    for _ in range(12):  # rank 1 waits in one stage for longer than its limit, rank 0 sees answers come in
+        time.sleep(0.1)
+        pulses[0].beat()
+    assert not ended
+    pulses[0].enter("train")
+    for dog in dogs:
+        dog.join(5.0)
+    assert ended and set(ended) == {watchdog.FAILED}
+    time.sleep(0.2)
+    said = capfd.readouterr().err
+    assert "trainer-1 is 1 stages behind, in start" in said
+    assert all(f"stacks of {role}:" in said for role in ("trainer-0", "trainer-1", "controller"))
+
+
+def test_it_imports_without_torch() -> None:
+    command = [sys.executable, "-c", "import gspo_megatron.watchdog, sys; assert 'torch' not in sys.modules"]
+    assert subprocess.run(command, check=False).returncode == 0
