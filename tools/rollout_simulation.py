@@ -17,6 +17,7 @@ from gspo_megatron.rollout.pool import Pool
 from gspo_megatron.types import Problem, Prompt, SampleRef, StopReason
 from tools.simulated_engine import PROMPT_TOKENS, EngineModel, Lengths, SimulatedServer
 
+
 class SimulatedTime(asyncio.SelectorEventLoop):
     """An event loop in which waiting costs nothing: the clock jumps to the next timer."""
 
