@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from gspo_megatron.config.schema import Recipe
-from tests.rollout.test_weight_update import update
+from tests.rollout.test_weight_update import TRAINER, update
 from tests.rollout.tiny import make_recipe
+from tests.shards import TrainerRanks
 
 SLOTS = 12
 """Answers at a time, of 64 under way: a batch of 32 ends in the middle of others."""
@@ -35,10 +36,11 @@ def check_segments(controller, refs, oracles) -> int:
 @pytest.mark.parametrize("overlaps", [True, False], ids=["in-flight", "interrupted"])
 def test_answers_go_on_under_new_weights(start_controller, oracles, overlaps: bool) -> None:
     controller, link = start_controller(recipe=stale_recipe(), overlaps=overlaps, slots=SLOTS)
-    update(link, 0, oracles[0])
+    ranks = TrainerRanks(TRAINER.world)
+    update(link, 0, oracles[0], ranks)
     first = link.rollout(0)
     assert first["accounting"]["carried"]["tokens"] > 0, "nothing was under way"
-    update(link, 1, oracles[1])
+    update(link, 1, oracles[1], ranks)
     second = link.rollout(1)
     assert check_segments(controller, first["samples"], oracles) == 0
     assert check_segments(controller, second["samples"], oracles) > 0, "no answer outlived the update"
