@@ -52,6 +52,8 @@ class RouterInstruments:
 
     def add_update(self, batches: Sequence[MicroBatch], routes: Sequence[Routes]) -> None:
         """Take from the training pass that just ended how far its choices are from the old weights'."""
+        if not self.num_experts:
+            return
         rows = sum(int(counted.sum()) for counted in self.policy.routing.counted_rows(batches))
         changes = self._zeros(2, self.num_layers)
         for number, layer in enumerate(self.policy.routing.layers):
