@@ -18,11 +18,11 @@ from torch import Tensor
 
 from gspo_megatron.batches import MiniBatch
 from gspo_megatron.config.objective import ObjectiveSpec
+from gspo_megatron.debug import BUNDLE
 from gspo_megatron.policy.policy import Policy
 
 DIRECTORY = "alarms"
-BUNDLE = "bundle.json"
-CODES = ("nonfinite-logprobs", "first-minibatch-moved")
+CODES = ("first-minibatch-moved",)
 """Warnings of a step after which its first update is kept."""
 MOST = 5
 """Bundles of a run: a fault that repeats must not fill the disk."""
@@ -37,7 +37,7 @@ def write_bundle(
     logprobs: Sequence[Tensor],
     about: dict[str, Any],
 ) -> Path | None:
-    """Keep an update; every rank calls it. None when the run has kept enough.
+    """Keep an update, once; every rank calls it. None when the run has kept enough.
 
     Args:
         run_dir: of the run.
@@ -48,11 +48,12 @@ def write_bundle(
         logprobs: [T_local] of each micro-batch in the training pass; last stage only.
         about: `reason` and whatever else the reader should see.
     """
-    kept = [sum(1 for _ in (run_dir / DIRECTORY).glob("update_*")) if dist.get_rank() == 0 else 0]
-    dist.broadcast_object_list(kept, src=0)
-    if kept[0] >= MOST:
-        return None
     directory = run_dir / DIRECTORY / f"update_{update:06d}"
+    kept = list((run_dir / DIRECTORY).glob("update_*")) if dist.get_rank() == 0 else []
+    found = [directory in kept, len(kept) >= MOST]
+    dist.broadcast_object_list(found, src=0)
+    if any(found):
+        return directory if found[0] else None
     directory.mkdir(parents=True, exist_ok=True)
     if policy.is_last_stage and policy.at.tensor == 0:
         tensors = {

@@ -58,8 +58,9 @@ class Batcher:
     def place_refs(self, refs: Sequence[SampleRef]) -> tuple[list[list[SampleRef]], list[MicroBatch]]:
         """Read, pack and place this rank's share of stored samples; advantages are put in later."""
         mine = [[refs[i] for i in members] for members in self._pack([r.prompt_length + r.answer_length for r in refs])]
-        batches = [self.collate(build_samples(members, [0.0] * len(members), self.store)) for members in mine]
-        return mine, self.policy.place(batches)
+        reported = self.recipe.objective.replay == "sampler"
+        samples = [build_samples(members, [0.0] * len(members), self.store, reported) for members in mine]
+        return mine, self.policy.place([self.collate(members) for members in samples])
 
     def place_samples(self, samples: Sequence[Sample]) -> list[MicroBatch]:
         """Pack samples that are at hand (fine-tuning) and place this rank's share."""

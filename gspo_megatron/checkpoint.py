@@ -191,10 +191,9 @@ def complete(directory: Path) -> list[Path]:
 
 def is_whole(checkpoint: Path) -> bool:
     """Whether every file of a complete checkpoint still has the size that was written."""
-    sizes: dict[str, int] = json.loads((checkpoint / STATE).read_text())["files"]
-    return all(
-        (checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size for name, size in sizes.items()
-    )
+    sizes: dict[str, int] = json.loads((checkpoint / STATE).read_text()).get("files", {})
+    files = {checkpoint / name: size for name, size in sizes.items()}
+    return bool(files) and all(file.is_file() and file.stat().st_size == size for file, size in files.items())
 
 
 def refuse_if_replaced(run_dir: Path) -> None:

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gspo_megatron.alarms import BUNDLE
 from gspo_megatron.config.objective import ObjectiveSpec
 from gspo_megatron.objective import BatchTotals, LossInputs, policy_loss
 
+BUNDLE = "bundle.json"
 SHOWN = 5
 """Tokens and sequences that are listed."""
 LOGPROBS = ("logprobs", "old_logprobs", "rollout_logprobs", "reference_logprobs")

@@ -48,10 +48,11 @@ def train(trainer: Trainer, checkpoints: Path) -> bool:
                 trainer.evaluate(step)
         writer.check()
         stop = asked.is_raised(trainer, writer.seconds) and step < last
-        if stop or (every.every and step % every.every == 0):
-            writer.save(trainer, step)
+        # Before the save: a run that goes on from there does not come by here again.
         if every.export_every and step % every.export_every == 0:
             trainer.policy.save(checkpoints / f"hugging_face_{step:06d}")
+        if stop or (every.every and step % every.every == 0):
+            writer.save(trainer, step)
         if stop:
             writer.wait()
             log.say(f"stopped after step {step} as asked; the same command goes on from there")

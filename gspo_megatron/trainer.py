@@ -33,6 +33,7 @@ from gspo_megatron.policy.instruments import RouterInstruments
 from gspo_megatron.policy.microbatch import MicroBatch
 from gspo_megatron.policy.policy import LossFunction, OptimizerSettings, Policy, Scored
 from gspo_megatron.policy.reference import ReferenceWeights
+from gspo_megatron.policy.replay import Routes
 from gspo_megatron.rollout.link import ControllerLink
 from gspo_megatron.rollout.sender import WeightSender
 from gspo_megatron.types import SampleRef
@@ -136,13 +137,23 @@ class Trainer:
         for part, (members, batches) in zip(parts, placed, strict=True):
             with self.log.time("old_logprobs"):
                 # Scored on the very micro-batches that are trained on, so that the first ratio is exactly 1.
-                old = self.policy.score(batches, records=True)
+                old = self.policy.score(batches, records=True, routes=self._reported(batches))
+                # Of tokens without a reported choice the routers' own is replayed.
                 routes = self.policy.routing.recorded(len(batches))
+                if self.spec.replay == "sampler":
+                    self.routers.add_disagreement(batches)
                 self.routers.add_load(batches, routes)
             totals = BatchTotals(len(part), sum(ref.answer_length for ref in part))
             reference = self._score_reference(batches)
             prepared.append(MiniBatch(members, batches, totals, old, routes, reference))
         return prepared
+
+    def _reported(self, batches: Sequence[MicroBatch]) -> list[Routes] | None:
+        """The sampler's routes, where they are to be replayed."""
+        arch = self.recipe.model.architecture
+        assert arch is not None
+        reports = self.spec.replay == "sampler"
+        return self.policy.routing.reported(batches, arch.num_experts_per_tok) if reports else None
 
     def keep_reference(self) -> None:
         """Take the present weights as the reference policy, where the objective asks for one."""
@@ -191,7 +202,7 @@ class Trainer:
                 self._objective(minibatch, logprobs),
                 lr,
                 routes=minibatch.routes,
-                replays=self.spec.replay == "trainer",
+                replays=self.spec.replay != "off",
             )
         self.routers.add_update(minibatch.micro_batches, minibatch.routes)
         self.probe_routers()

@@ -87,6 +87,8 @@ class Answer:
     """Cover [0, answer_length) in order."""
     stop_reason: StopReason
     """`stop` = a stop token was sampled; `length` = cut at the answer limit."""
+    routes: np.ndarray | None = None
+    """[rows, layers, k] expert of each token of prompt and answer, -1 = not recorded; the last rows may be missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,3 +127,5 @@ class Sample:
     """The group advantage of the whole answer."""
     ref: SampleRef
     """Where it came from."""
+    routes: np.ndarray | None = None
+    """[length, layers, k] int16, the sampler's experts of each token, -1 = not recorded; None = none reported."""

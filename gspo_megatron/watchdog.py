@@ -141,9 +141,12 @@ class Watchdog(threading.Thread):
 def follow(run_dir: Path, name: str, interval: float = INTERVAL) -> None:
     """Have a role that is no trainer write its stacks when a trainer finds that nothing gets on."""
 
+    mark = run_dir / DIRECTORY / STALLED
+
     def look() -> None:
-        while not (run_dir / DIRECTORY / STALLED).exists():
-            time.sleep(interval)
+        for awaited in (False, True):  # a mark of an earlier attempt stays until the trainers have started
+            while mark.exists() is not awaited:
+                time.sleep(interval)
         dump_stacks(name)
 
     threading.Thread(target=look, daemon=True).start()

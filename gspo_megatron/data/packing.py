@@ -39,6 +39,8 @@ class PackedBatch:
     """[S] int32, tokens without padding."""
     refs: tuple[SampleRef, ...]
     """[S], shorter by one in an empty batch, whose single sequence comes from nowhere."""
+    routes: np.ndarray | None = None
+    """[T, layers, k] int16, the sampler's experts of `token_ids`, -1 = not recorded; None = no sample has any."""
 
 
 def padded_length(length: int, multiple: int) -> int:
@@ -124,7 +126,22 @@ def collate(samples: Sequence[Sample], pad_multiple: int = 1) -> PackedBatch:
         cu_seqlens=starts,
         lengths=np.array(lengths, dtype=np.int32),
         refs=tuple(sample.ref for sample in samples),
+        routes=_lay_routes(samples, starts),
     )
+
+
+def _lay_routes(samples: Sequence[Sample], starts: np.ndarray) -> np.ndarray | None:
+    """The routes of the samples at their places; padding and samples without any hold -1."""
+    shapes = {sample.routes.shape[1:] for sample in samples if sample.routes is not None}
+    if not shapes:
+        return None
+    if len(shapes) > 1:
+        raise ValueError(f"samples of one micro-batch hold routes of shapes {sorted(shapes)}; they are of one model")
+    routes = np.full((int(starts[-1]), *shapes.pop()), -1, dtype=np.int16)
+    for sample, start in zip(samples, starts, strict=False):
+        if sample.routes is not None:
+            routes[start : start + len(sample.routes)] = sample.routes
+    return routes
 
 
 def unpack(batch: PackedBatch, values: np.ndarray) -> list[np.ndarray]:

@@ -20,6 +20,10 @@ class SampleReader(Protocol):
         """Token ids int32 [length], index of the first answer token, sampler log-probs float32 [answer_length]."""
         ...
 
+    def read_routes(self, ref: SampleRef) -> np.ndarray | None:
+        """The sampler's experts int16 [length, layers, k], -1 = not recorded; None = none reported."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Selection:
@@ -55,7 +59,7 @@ def select(refs: Sequence[SampleRef], advantages: Sequence[float] | np.ndarray) 
 
 
 def build_samples(
-    refs: Sequence[SampleRef], advantages: Sequence[float] | np.ndarray, store: SampleReader
+    refs: Sequence[SampleRef], advantages: Sequence[float] | np.ndarray, store: SampleReader, with_routes: bool = False
 ) -> list[Sample]:
     """Read the rows of selected references; a file that contradicts its reference is refused by name.
 
@@ -63,8 +67,10 @@ def build_samples(
         refs: [N] or any part of it: a data-parallel rank reads only its own.
         advantages: One a reference.
         store: Where the rows lie.
+        with_routes: Read the sampler's experts too.
     """
-    return [_build(ref, float(advantage), store) for ref, advantage in zip(refs, advantages, strict=True)]
+    rows = zip(refs, advantages, strict=True)
+    return [_build(ref, float(advantage), store, with_routes) for ref, advantage in rows]
 
 
 def split[Item: SampleRef | Sample](items: Sequence[Item], updates: int) -> list[list[Item]]:
@@ -91,7 +97,7 @@ def _reason_to_drop(ref: SampleRef) -> str | None:
     return "empty-answer" if ref.answer_length == 0 else None
 
 
-def _build(ref: SampleRef, advantage: float, store: SampleReader) -> Sample:
+def _build(ref: SampleRef, advantage: float, store: SampleReader, with_routes: bool) -> Sample:
     token_ids, start, logprobs = store.read(ref)
     found = (start, len(token_ids) - start, len(logprobs))
     wanted = (ref.prompt_length, ref.answer_length, ref.answer_length)
@@ -106,7 +112,8 @@ def _build(ref: SampleRef, advantage: float, store: SampleReader) -> Sample:
     loss_mask = np.arange(len(token_ids)) >= start
     rollout_logprobs = np.zeros(len(token_ids), dtype=np.float32)
     rollout_logprobs[start:] = logprobs
-    return Sample(np.asarray(token_ids, dtype=np.int32), loss_mask, rollout_logprobs, advantage, ref)
+    routes = store.read_routes(ref) if with_routes else None
+    return Sample(np.asarray(token_ids, dtype=np.int32), loss_mask, rollout_logprobs, advantage, ref, routes)
 
 
 def _prompt_index(item: SampleRef | Sample) -> int:

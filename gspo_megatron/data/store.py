@@ -1,8 +1,8 @@
 """The sample store: one small binary file a sample, written once, memory-mapped by every reader.
 
 File layout, little-endian: a 32-byte header (magic `GSPO`, format version, prompt length, answer length, CRC-32 of
-the body, 12 zero bytes), then int32 ids of prompt and answer, then float32 log-probs of the answer. Ids start at
-byte 32 and log-probs at a multiple of 4, so both can be viewed in place.
+the body, shape of the routes, 4 zero bytes), then int32 ids of prompt and answer, then float32 log-probs of the answer,
+then, where the sampler reported them, int16 routes. All start at a multiple of 4, so each can be viewed in place.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gspo_megatron.types import Answer, Prompt, SampleRef
 
 MAGIC = b"GSPO"
 FORMAT_VERSION = 1
-HEADER = struct.Struct("<4sIIII12x")
+HEADER = struct.Struct("<4sIIIIIHH4x")
 
 
 class DamagedSample(ValueError):
@@ -38,10 +38,12 @@ class SampleStore:
         first, last = (answer.segments[0].version, answer.segments[-1].version) if answer.segments else (0, 0)
         name = f"{answer.prompt_index:08d}-{answer.sample_index:04d}-v{first}-{last}.sample"
         ids = np.concatenate([np.asarray(prompt.token_ids, np.int32), np.asarray(answer.token_ids, np.int32)])
-        body = ids.astype("<i4").tobytes() + np.asarray(answer.logprobs, "<f4").tobytes()
+        routes = np.zeros((0, 0, 0), "<i2") if answer.routes is None else np.asarray(answer.routes, "<i2")
+        body = ids.astype("<i4").tobytes() + np.asarray(answer.logprobs, "<f4").tobytes() + routes.tobytes()
         if len(answer.logprobs) != len(answer.token_ids):
             raise ValueError(f"{name}: {len(answer.logprobs)} log-probs for {len(answer.token_ids)} tokens")
-        header = HEADER.pack(MAGIC, FORMAT_VERSION, len(prompt.token_ids), len(answer.token_ids), zlib.crc32(body))
+        lengths = (len(prompt.token_ids), len(answer.token_ids))
+        header = HEADER.pack(MAGIC, FORMAT_VERSION, *lengths, _checksum(body, routes.shape), *routes.shape)
         temporary = self.directory / f".{name}.{os.getpid()}"
         temporary.write_bytes(header + body)
         temporary.rename(self.directory / name)
@@ -79,6 +81,25 @@ class SampleStore:
         Raises:
             DamagedSample: missing, cut, changed or belonging to other metadata.
         """
+        body, prompt_length, length, _ = self._map(ref)
+        answer_end = 8 * length - 4 * prompt_length
+        return body[: 4 * length].view("<i4"), prompt_length, body[4 * length : answer_end].view("<f4")
+
+    def read_routes(self, ref: SampleRef) -> np.ndarray | None:
+        """The sampler's experts, [length, layers, k] int16; -1 where it reported none, None where it reported nothing.
+
+        Raises:
+            DamagedSample: as `read`.
+        """
+        body, prompt_length, length, shape = self._map(ref)
+        if not shape[0]:
+            return None
+        routes = np.full((length, *shape[1:]), -1, np.int16)
+        routes[: shape[0]] = body[8 * length - 4 * prompt_length :].view("<i2").reshape(shape)
+        return routes
+
+    def _map(self, ref: SampleRef) -> tuple[np.ndarray, int, int, tuple[int, int, int]]:
+        """The checked body of a file, the length of its prompt and of all of it, and the shape of its routes."""
         file = self.directory / ref.path
         if not file.is_file():
             raise DamagedSample(f"sample {file} does not exist; the step it belongs to cannot be replayed")
@@ -87,7 +108,8 @@ class SampleStore:
             raise DamagedSample(f"sample {file} has {size} bytes, fewer than its header; remove it")
         body = np.memmap(file, np.uint8, mode="r", offset=HEADER.size) if size > HEADER.size else np.empty(0, np.uint8)
         with file.open("rb") as opened:
-            magic, version, prompt_length, answer_length, checksum = HEADER.unpack(opened.read(HEADER.size))
+            fields = HEADER.unpack(opened.read(HEADER.size))
+        magic, version, prompt_length, answer_length, checksum, *shape = fields
         if magic != MAGIC or version != FORMAT_VERSION:
             raise DamagedSample(f"sample {file} is not a sample of format {FORMAT_VERSION}; remove it")
         if (prompt_length, answer_length) != (ref.prompt_length, ref.answer_length):
@@ -96,6 +118,14 @@ class SampleStore:
                 f"{ref.prompt_length} + {ref.answer_length}; remove it"
             )
         length = prompt_length + answer_length
-        if len(body) != 4 * (length + answer_length) or zlib.crc32(body) != checksum:
+        rows, layers, chosen = shape
+        size = 4 * (length + answer_length) + 2 * rows * layers * chosen
+        if len(body) != size or rows > length or _checksum(body, (rows, layers, chosen)) != checksum:
             raise DamagedSample(f"sample {file} is damaged: its checksum does not fit its {len(body)} bytes; remove it")
-        return body[: 4 * length].view("<i4"), prompt_length, body[4 * length :].view("<f4")
+        return body, prompt_length, length, (rows, layers, chosen)
+
+
+def _checksum(body: bytes | np.ndarray, shape: tuple[int, ...]) -> int:
+    """CRC-32 of the body and, where there are routes, of their shape."""
+    checksum = zlib.crc32(body)
+    return zlib.crc32(struct.pack("<III", *shape), checksum) if any(shape) else checksum

@@ -73,5 +73,5 @@ def kv_bytes(arch: Architecture, element: int = 2) -> int:
 
 
 def route_bytes(arch: Architecture) -> int:
-    """Bytes of one token's recorded routes: one for each chosen expert of each layer, two above 256 experts."""
-    return arch.num_hidden_layers * arch.num_experts_per_tok * (1 if arch.num_experts <= 256 else 2)
+    """Bytes of one token's recorded routes: one for each chosen expert of each layer, two above 255 experts."""
+    return arch.num_hidden_layers * arch.num_experts_per_tok * (1 if arch.num_experts <= 255 else 2)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gspo_megatron.policy.microbatch import MicroBatch
 from gspo_megatron.policy.policy import Policy
-from gspo_megatron.policy.replay import Routes, from_stored
+from gspo_megatron.policy.replay import ABSENT, Routes, from_stored
 
 PREFIX = "experts/"
 
@@ -33,6 +33,7 @@ class RouterInstruments:
         self._load = self._zeros(self.num_layers, max(1, self.num_experts))
         self._changes: list[Tensor] = []
         self._probe_changes = self._zeros(2, self.num_layers)
+        self._disagreement = self._zeros(2, self.num_layers)
         self._bytes = self._zeros(2)
 
     def _zeros(self, *shape: int) -> Tensor:
@@ -51,12 +52,24 @@ class RouterInstruments:
 
     def add_update(self, batches: Sequence[MicroBatch], routes: Sequence[Routes]) -> None:
         """Take from the training pass that just ended how far its choices are from the old weights'."""
+        if not self.num_experts:
+            return
         rows = sum(int(counted.sum()) for counted in self.policy.routing.counted_rows(batches))
         changes = self._zeros(2, self.num_layers)
         for number, layer in enumerate(self.policy.routing.layers):
             changes[0, layer] = self.policy.routing.changes()[number]
             changes[1, layer] = rows * routes[0].chosen[number].shape[1]
         self._changes.append(changes)
+
+    def add_disagreement(self, batches: Sequence[MicroBatch]) -> None:
+        """Take from the scoring pass that just ended how far its own choices were from the sampler's."""
+        for number, layer in enumerate(self.policy.routing.layers):
+            self._disagreement[0, layer] += self.policy.routing.changes()[number]
+        for batch, counted in zip(batches, self.policy.routing.counted_rows(batches), strict=True):
+            if batch.routes is not None:
+                reported = self.policy.routing.of_this_rank(batch.routes)[counted] != ABSENT
+                for layer in self.policy.routing.layers:
+                    self._disagreement[1, layer] += reported[:, layer].sum()
 
     def probe(self, batch: MicroBatch) -> None:
         """Route a fixed batch under the present weights and count what changed since the last time."""
@@ -78,15 +91,15 @@ class RouterInstruments:
         """The step's metrics, the same on every rank: see gspo_megatron/README.md."""
         if not self.num_experts:
             return {}
-        parts = [self._load, self._probe_changes, self._bytes, *self._changes]
+        parts = [self._load, self._probe_changes, self._disagreement, self._bytes, *self._changes]
         flat = torch.cat([part.flatten() for part in parts])
         dist.all_reduce(flat)
-        load, probe, size, *changes = [
+        load, probe, disagreement, size, *changes = [
             piece.view(part.shape)
             for piece, part in zip(flat.cpu().split([part.numel() for part in parts]), parts, strict=True)
         ]
         found = _load_metrics(load)
-        found |= _share("probe_changed", probe)
+        found |= _share("probe_changed", probe) | _share("sampler_disagreement", disagreement)
         for index, entry in enumerate(changes):
             found[f"{PREFIX}changed/minibatch_{index}"] = float(entry[0].sum() / entry[1].sum().clamp(min=1))
         found |= _share("changed", changes[-1]) if changes else {}

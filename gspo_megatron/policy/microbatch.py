@@ -35,6 +35,8 @@ class MicroBatch:
     """[T_local] int64, place of each local token in the whole pack."""
     params: PackedBatchParams
     """The pack as Megatron wants it: global padded lengths."""
+    routes: Tensor | None = None
+    """[T_local, layers, k] int16, the sampler's experts, -1 = not recorded; None = it reported none."""
 
 
 def pad_multiple(layout: Layout) -> int:
@@ -75,4 +77,5 @@ def place(batch: PackedBatch, layout: Layout, at: Coordinates, device: torch.dev
         cu_seqlens=on_device // layout.context,
         indices=keep.to(device),
         params=params,
+        routes=None if batch.routes is None else cut(batch.routes, torch.int16),
     )

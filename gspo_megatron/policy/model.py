@@ -59,6 +59,15 @@ def transformer_config(arch: Architecture, trainer: TrainerSection, dtype: torch
     return config
 
 
+def assert_settings(config: TransformerConfig, trainer: TrainerSection) -> None:
+    """What would change the objective without a word."""
+    assert not config.calculate_per_token_loss, "calculate_per_token_loss multiplies every gradient by the token count"
+    assert config.moe_aux_loss_coeff == trainer.aux_loss_coefficient, (
+        f"the built model has an auxiliary loss of {config.moe_aux_loss_coeff}, "
+        f"the recipe asks for {trainer.aux_loss_coefficient}"
+    )
+
+
 def _pipeline_settings(trainer: TrainerSection) -> dict[str, Any]:
     return {
         "pipeline_model_parallel_size": trainer.pipeline_parallel,

@@ -21,7 +21,7 @@ from gspo_megatron.data.packing import PackedBatch
 from gspo_megatron.policy import mesh, optimizer
 from gspo_megatron.policy.head import chosen_logprobs
 from gspo_megatron.policy.microbatch import MicroBatch, place
-from gspo_megatron.policy.model import build_chunks
+from gspo_megatron.policy.model import assert_settings, build_chunks
 from gspo_megatron.policy.optimizer import OptimizerSettings, make_optimizer
 from gspo_megatron.policy.replay import Routes, Routing
 from gspo_megatron.policy.weights import ReadPiece, ShardedWeights, save_hf
@@ -50,12 +50,11 @@ class Policy:
         self.layout = layout_of(recipe.trainer, dist.get_world_size())
         mesh.build_groups(self.layout)
         self.at = self.layout.coordinates(dist.get_rank())
+        torch.manual_seed(recipe.run.seed)  # the imports of megatron leave torch with a seed out of the blue
         tensor_parallel.model_parallel_cuda_manual_seed(recipe.run.seed)
         bare = build_chunks(recipe, device, dtype)
         self.config = bare[0].config
-        assert not self.config.calculate_per_token_loss, (
-            "calculate_per_token_loss multiplies every gradient by the token count"
-        )
+        assert_settings(self.config, recipe.trainer)
         assert recipe.model.architecture is not None
         self.weights = ShardedWeights(recipe.model.architecture, self.layout, dist.get_rank(), bare)
         self.routing = Routing(bare, recipe.model.architecture.num_experts, self.at.tensor, self.layout.tensor)

@@ -196,7 +196,23 @@ class Routing:
 
     def counted_rows(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
         """[T_rank] bool of each micro-batch: rows of this rank's routers that predict a trained token."""
-        return [batch.loss_mask.chunk(self._parts)[self._place] for batch in batches]
+        return [self.of_this_rank(batch.loss_mask) for batch in batches]
+
+    def of_this_rank(self, local: Tensor) -> Tensor:
+        """[T_rank, ...] of [T_local, ...]: the rows that this rank's routers see under sequence parallelism."""
+        return local.chunk(self._parts)[self._place]
+
+    def reported(self, batches: Sequence[MicroBatch], topk: int) -> list[Routes]:
+        """What the sampler reported, as this rank's routers see it; all absent where it reported nothing."""
+        found = []
+        for batch in batches:
+            whole = batch.routes
+            if whole is None:
+                whole = torch.full((len(batch.token_ids), 1, topk), ABSENT, device=batch.token_ids.device)
+                whole = whole.expand(-1, 1 + max(self.layers, default=0), -1)
+            mine = self.of_this_rank(whole)
+            found.append(Routes(tuple(to_stored(mine[:, seam.layer], seam.num_experts) for seam in self.seams)))
+        return found
 
     def recorded(self, num_microbatches: int) -> list[Routes]:
         """The choices of the last run that recorded, one entry a micro-batch."""

@@ -25,6 +25,7 @@ from gspo_megatron.rollout.dispatch import with_reserve
 from gspo_megatron.rollout.fleet import Fleet, Refused
 from gspo_megatron.rollout.processes import die_with_parent
 from gspo_megatron.rollout.scoring import Scorer, ScoringPool
+from gspo_megatron.watchdog import follow
 
 SCORING_SECONDS = 10.0
 """Time limit of one answer's scorer."""
@@ -163,6 +164,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     key = read_key()
+    follow(arguments.run_dir, "controller")
 
     async def application() -> web.Application:
         recipe = load_resolved(arguments.run_dir / "recipe.resolved.yaml")

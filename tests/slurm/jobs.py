@@ -102,9 +102,10 @@ class Job:
         return int(self.lab.job(self.id)["ExitCode"].split(":")[0])
 
     def rows(self) -> list[dict[str, Any]]:
-        """metrics.jsonl."""
+        """metrics.jsonl, without a line that is being written."""
         file = self.run_dir / "metrics.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        *whole, _ = file.read_text().split("\n") if file.exists() else [""]
+        return [json.loads(line) for line in whole]
 
     def steps(self) -> list[int]:
         """Steps that metrics.jsonl has a row of."""

@@ -50,8 +50,9 @@ def test_container_mounts_are_really_bound(lab: Lab, workplace: Workplace) -> No
     flags = f"--container-image={image} --container-mounts={mounts} --container-workdir={place}"
     inside = f"ls {place}/hidden; cat {place}/seen/file; echo; touch {place}/seen/new; pwd; echo $MADE_BY"
     said = run_script(lab, place, "mounts", f"srun {flags} bash -c '{inside}' 2>&1", "--nodes=1")
-    first, *rest = said.splitlines()
-    assert first == "model" and "Read-only file system" in rest[0] and rest[1:] == [str(place), "image"], said
+    # srun brings errors and output by different ways: their order says nothing.
+    lines = [line for line in said.splitlines() if "Read-only file system" not in line]
+    assert lines == ["model", str(place), "image"] and "Read-only file system" in said, said
     missing = f"srun --container-image={place}/none true 2>&1; true"
     assert "cannot open image" in run_script(lab, place, "no_image", missing, "--nodes=1")
 
@@ -62,7 +63,8 @@ def test_a_node_goes_and_comes_back(lab: Lab) -> None:
     lab.run("scontrol", "update", "nodename=node6", "state=down", "reason=test")
     assert lab.idle_nodes() == lab.nodes - 1
     lab.power_on("node6")
-    lab.run("scontrol", "update", "nodename=node6", "state=resume")
+    # Refused where the node was quicker and is in service already.
+    lab.run("scontrol", "update", "nodename=node6", "state=resume", check=False)
     wait_for(lambda: lab.idle_nodes() == lab.nodes, 180, "node6 again")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.jobs import ROOT, SMALL, Job, Workplace, written
+from tests.slurm.lab.cluster import wait_for
 
 pytestmark = pytest.mark.timeout(900)
 END = 300.0
@@ -48,8 +49,10 @@ def test_a_heterogeneous_job_puts_the_servers_on_its_second_component(workplace:
 def test_a_port_in_use(workplace: Workplace) -> None:
     lab = workplace.lab
     # The controller's port of every job id.
-    hold = "import socket, time; s = [socket.create_server(('', p)) for p in range(20001, 32000, 16)]; time.sleep(600)"
+    hold = "import socket, time; s = [socket.create_server(('', p)) for p in range(20001, 32000, 16)]; "
+    hold += "open('/tmp/holding', 'w'); time.sleep(600)"
     lab.run(*lab.on("node1"), "bash", "-c", f'python3 -c "{hold}" >/dev/null 2>&1 & echo $! >/tmp/holder')
+    wait_for(lambda: not lab.run(*lab.on("node1"), "ls", "/tmp/holding", check=False).returncode, END, "held ports")
     try:
         job = workplace.submit("port", *SMALL, options=["--nodes=2", "--nodelist=node[1-2]"])
         port = 20001 + 16 * (job.id % 750)

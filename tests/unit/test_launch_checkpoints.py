@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gspo_megatron.checkpoint import complete, refuse_if_replaced
+from gspo_megatron.checkpoint import complete, is_whole, refuse_if_replaced
 
 
 def make(directory: Path, name: str, marked: bool) -> Path:
@@ -35,3 +35,14 @@ def test_an_attempt_that_was_replaced_does_not_publish(tmp_path: Path, monkeypat
     monkeypatch.setenv("GSPO_ATTEMPT", "1")
     with pytest.raises(ValueError, match="attempt 1 was replaced by attempt 2"):
         refuse_if_replaced(tmp_path)
+
+
+def test_a_checkpoint_whose_files_were_cut_or_lost_is_not_whole(tmp_path: Path) -> None:
+    place = make(tmp_path, "step_000003", marked=True)
+    (place / "rank_00000.safetensors").write_bytes(bytes(100))
+    (place / "state.json").write_text('{"files": {"rank_00000.safetensors": 100}}')
+    assert is_whole(place)
+    (place / "rank_00000.safetensors").write_bytes(bytes(99))
+    assert not is_whole(place)
+    (place / "rank_00000.safetensors").unlink()
+    assert not is_whole(place)

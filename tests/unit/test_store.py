@@ -56,8 +56,8 @@ def test_answers_under_other_weights_do_not_overwrite(stored: tuple[SampleStore,
 def test_every_changed_byte_is_noticed(stored: tuple[SampleStore, SampleRef, Path]) -> None:
     store, ref, file = stored
     content = file.read_bytes()
-    # The header's last 12 bytes are padding.
-    for place in [*range(HEADER.size - 12), *range(HEADER.size, len(content))]:
+    # The header's last 4 bytes are padding.
+    for place in [*range(HEADER.size - 4), *range(HEADER.size, len(content))]:
         file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         with pytest.raises(DamagedSample, match=file.name):
             store.read(ref)
@@ -88,3 +88,16 @@ def test_every_token_has_a_log_prob(tmp_path: Path) -> None:
     wrong = replace(make_answer(4), logprobs=np.zeros(3, np.float32))
     with pytest.raises(ValueError, match="3 log-probs for 4 tokens"):
         SampleStore(tmp_path).write(PROMPT, wrong, 0.0)
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_routes_come_back_and_what_is_missing_of_them_is_absent(tmp_path: Path, missing: int) -> None:
+    store = SampleStore(tmp_path)
+    routes = np.arange(7 * 2 * 3, dtype=np.int16).reshape(7, 2, 3)
+    routes[1] = -1
+    ref = store.write(PROMPT, replace(make_answer(4), routes=routes[: 7 - missing]), 0.5)
+    found = store.read_routes(ref)
+    assert found is not None and found.shape == (7, 2, 3)
+    assert np.array_equal(found[: 7 - missing], routes[: 7 - missing]) and (found[7 - missing :] == -1).all()
+    assert np.array_equal(store.read(ref)[2], make_answer(4).logprobs)
+    assert store.read_routes(store.write(PROMPT, make_answer(5), 0.5)) is None

@@ -13,6 +13,8 @@ boot() { # one node: namespaces of its own, and a cable to the switch
     local outer=$!
     until init=$(cat "/proc/$outer/task/$outer/children" 2>/dev/null) && init=${init%% *} && [ -n "$init" ]; do sleep 0.01; done
     echo "$init" >"$LAB_DIR/run/init-$node"
+    # The cable of a node without power may still be there: the kernel takes namespaces apart when it has time.
+    ip link del "cable$node" 2>/dev/null || true
     ip link add "cable$node" type veth peer name eth0 netns "$init"
     ip link set "cable$node" master switch up
 }
