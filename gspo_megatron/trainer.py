@@ -180,7 +180,9 @@ class Trainer:
         shaped = shape_rewards(spec, rewards, lengths, truncated, self.recipe.rollout.max_answer_tokens).rewards
         if spec.kl != "none" and spec.kl_in == "reward":
             charged = divergence(spec, minibatches, self.policy.sum_over_context)
-            shaped = shaped - torch.tensor([charged.get((r.prompt_index, r.sample_index), 0.0) for r in refs]).double()
+            charges = torch.tensor([charged.get((r.prompt_index, r.sample_index), 0.0) for r in refs]).double()
+            shaped = shaped - charges
+            self.log.add({"reference_charge": float(charges.mean())})
         values = group_advantages(shaped, groups, spec.advantage, spec.advantage_ddof, spec.advantage_eps)
         trained = self._trained(refs)
         self.log.add({"dropped/filtered": len(refs) - len(trained)} if len(trained) < len(refs) else {})

@@ -124,10 +124,15 @@ class Policy:
         def keep(_: MicroBatch, scored: Scored, __: int) -> tuple[Tensor, dict[str, Any]]:
             return scored.logprobs.sum(), {"scored": scored}
 
-        choices = self.routing.run(batches, trains=False, routes=routes, replays=True, records=records, margins=margins)
+        # The interleaved schedule takes micro-batches in groups of PP; what fills the last group is thrown away.
+        group = self.layout.pipeline if self.layout.virtual > 1 else 1
+        spare = -len(batches) % group
+        filled = [*batches, *[batches[-1]] * spare]
+        routes = None if routes is None else [*routes, *[routes[-1]] * spare]
+        choices = self.routing.run(filled, trains=False, routes=routes, replays=True, records=records, margins=margins)
         with torch.no_grad(), choices:
-            results = self._run(batches, keep, forward_only=True)
-        return [result["scored"] for result in results]
+            results = self._run(filled, keep, forward_only=True)
+        return [result["scored"] for result in results[: len(batches)]]
 
     def probe(self, batch: PackedBatch) -> tuple[Tensor, float]:
         """Log-probs [T] of every token of a pack at temperature 1, and how far its routing is from a tie.

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -133,7 +134,7 @@ def gather(policy: Policy) -> State:
     return {kind: {name: tensor.clone() for name, tensor in tensors.items()} for kind, tensors in state.items()}
 
 
-def replicas(policy: Policy, expert: bool) -> dist.ProcessGroup:
+def replicas(policy: Policy, expert: bool) -> Any:
     """The ranks that step parts of one parameter."""
     from megatron.core import parallel_state
 
