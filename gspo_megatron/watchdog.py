@@ -26,7 +26,7 @@ SILENT = 5
 """A rank that has not written for so many intervals is stopped or gone."""
 FACTOR = 5.0
 """A stage may take so many times as long as it ever took."""
-SHORTEST, FIRST = 120.0, 3600.0
+SHORTEST, FIRST = 120.0, 7200.0
 """Least limit, seconds; and the limit of a stage that was never finished before."""
 FAILED = 1
 
