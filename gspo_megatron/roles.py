@@ -26,6 +26,8 @@ from gspo_megatron.plan.machine import find_gpus
 LOOPBACK = "127.0.0.1"
 GRACE = 5.0
 """Seconds between SIGTERM and SIGKILL."""
+SERVER_RESTARTS = 3
+"""Times that each of several servers may be lost in one run; a single server takes the run with it."""
 SETTLE = 0.5
 """Seconds to wait after the first end: a killed role takes others with it; one ended by a signal is the cause."""
 
@@ -42,6 +44,8 @@ class Role:
     """Added to this process's environment."""
     owns_terminal: bool = False
     """Its standard output goes to the terminal instead of its log."""
+    restarts: int = 0
+    """Times it is started again when it ends while another of its kind runs."""
 
 
 class Interrupted(Exception):
@@ -66,6 +70,7 @@ def plan_roles(recipe: Recipe, run_dir: Path, ranks: int) -> list[Role]:
             (programs.get(task.kind, sys.executable), *task.arguments),
             {**key, **task.environment},
             owns_terminal=task.name == "trainer-0",
+            restarts=SERVER_RESTARTS if task.kind == "rollout" else 0,
         )
         for task in tasks(recipe, over, ports, run_dir)
     ]
@@ -95,7 +100,7 @@ def run_roles(roles: Sequence[Role], log_dir: Path) -> int:
     try:
         for role in roles:
             running[role.name] = _start(role, log_dir)
-        failed = _wait(running)
+        failed = _wait(running, roles, log_dir)
     except Interrupted as interruption:
         reason, code = str(interruption), interruption.code
     else:
@@ -116,7 +121,7 @@ def _interrupt(number: int, _: FrameType | None) -> None:
 
 
 def _start(role: Role, log_dir: Path) -> subprocess.Popen[bytes]:
-    with (log_dir / f"{role.name}.log").open("wb") as log:
+    with (log_dir / f"{role.name}.log").open("ab") as log:
         return subprocess.Popen(
             role.command,
             env={**os.environ, **role.environment},
@@ -127,9 +132,17 @@ def _start(role: Role, log_dir: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def _wait(running: dict[str, subprocess.Popen[bytes]]) -> str | None:
+def _wait(running: dict[str, subprocess.Popen[bytes]], roles: Sequence[Role], log_dir: Path) -> str | None:
     """Name of the role that failed first, or None once every trainer rank has ended well."""
+    left = {role.name: role.restarts for role in roles}
     while True:
+        for role in roles:
+            if left[role.name] and running[role.name].poll() is not None and _has_peer(role, running):
+                left[role.name] -= 1
+                said = f"gspo: {role.name} ended and is started again; {left[role.name]} more times"
+                print(said, file=sys.stderr, flush=True)
+                _signal_group(running[role.name], signal.SIGKILL)  # what it may have left behind
+                running[role.name] = _start(role, log_dir)
         ended = {name: process.poll() for name, process in running.items()}
         trainers = [code for name, code in ended.items() if name.startswith("trainer")]
         if all(code == 0 for code in trainers):
@@ -141,6 +154,15 @@ def _wait(running: dict[str, subprocess.Popen[bytes]]) -> str | None:
             by_signal = [name for name, code in failures.items() if code < 0]
             return next((name for name in by_signal if name in first), None) or (by_signal or first)[0]
         time.sleep(0.05)
+
+
+def _has_peer(role: Role, running: dict[str, subprocess.Popen[bytes]]) -> bool:
+    """Whether another role of the same kind runs."""
+    kind = role.name.rpartition("-")[0]
+    return any(
+        name != role.name and name.rpartition("-")[0] == kind and process.poll() is None
+        for name, process in running.items()
+    )
 
 
 def _is_failure(name: str, code: int | None) -> bool:

@@ -150,8 +150,8 @@ def _staleness(recipe: Recipe, spec: ObjectiveSpec) -> Iterator[Finding]:
         if extra:
             yield Finding(
                 "cuts-long-answers", "warning", "rollout.over_provision",
-                f"{extra:g} batches are begun beyond the one that is trained on and cut when it is complete: tokens are "
-                "lost, and what takes long is trained on less often than it is sampled",
+                f"{extra:g} batches are begun beyond the one that is trained on and cut when it is complete: tokens "
+                "are lost, and what takes long is trained on less often than it is sampled",
                 "set rollout.max_staleness=1 to carry them into the next batch, or over_provision=null",
             )  # fmt: skip
         return

@@ -1,4 +1,8 @@
-"""The job key: one secret a job, in the environment only, asked for on every path of every role but `/health`."""
+"""Who may ask a role for anything but `/health`: the hosts of the job, with the job's key.
+
+The key is one secret a job, in the environment only. The hosts are in the environment of a SLURM job; on one machine
+servers listen on the loopback interface only, and no list is needed.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,9 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 KEY_VARIABLE = "GSPO_JOB_KEY"
+ADDRESSES_VARIABLE = "GSPO_JOB_ADDRESSES"
 OPEN_PATH = "/health"
-REFUSAL = "this request does not carry the job key"
+REFUSAL = "this request does not carry the job key, or comes from a host that is not of the job"
 REFUSAL_BODY = b'{"error": "%s"}' % REFUSAL.encode()
 
 Scope = MutableMapping[str, Any]
@@ -35,6 +40,12 @@ def has_key(headers: Mapping[str, str], key: str) -> bool:
     return secrets.compare_digest(headers.get("Authorization", "").encode(), f"Bearer {key}".encode())
 
 
+def is_of_job(address: str | None) -> bool:
+    """Whether an address is one of the job's hosts; without a list every one is."""
+    listed = os.environ.get(ADDRESSES_VARIABLE, "")
+    return not listed or address in listed.split(",")
+
+
 class KeyGuard:
     """ASGI middleware for vLLM's server, whose own key leaves the control plane open."""
 
@@ -47,7 +58,7 @@ class KeyGuard:
             await self.app(scope, receive, send)
             return
         headers = {name.decode("latin1").title(): value.decode("latin1") for name, value in scope["headers"]}
-        if scope["type"] == "http" and has_key(headers, self.key):
+        if scope["type"] == "http" and is_of_job((scope.get("client") or [None])[0]) and has_key(headers, self.key):
             await self.app(scope, receive, send)
         elif scope["type"] == "http":
             json = [(b"content-type", b"application/json")]

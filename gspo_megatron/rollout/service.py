@@ -18,7 +18,7 @@ from gspo_megatron.config.loading import RecipeError, load_resolved
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.data.store import SampleStore
 from gspo_megatron.plan.machine import machine_of
-from gspo_megatron.rollout.auth import OPEN_PATH, REFUSAL, has_key, read_key
+from gspo_megatron.rollout.auth import OPEN_PATH, REFUSAL, has_key, is_of_job, read_key
 from gspo_megatron.rollout.client import ServerClient
 from gspo_megatron.rollout.controller import Controller
 from gspo_megatron.rollout.dispatch import with_reserve
@@ -66,7 +66,7 @@ class Service:
     async def _guard(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        if request.path != OPEN_PATH and not has_key(request.headers, self._key):
+        if request.path != OPEN_PATH and not (is_of_job(request.remote) and has_key(request.headers, self._key)):
             return web.json_response({"error": REFUSAL}, status=401)
         return await handler(request)
 
@@ -137,11 +137,13 @@ def build(recipe: Recipe, run_dir: Path, host: str, urls: list[str], key: str) -
     tokenizer = load_tokenizer(recipe.tokenizer, recipe.model.path)
     make: Callable[[], Scorer] = functools.partial(make_scorer, recipe)
     vocab = recipe.model.architecture.vocab_size
+    # Before the connections: a broken prompt file ends the controller with its sentence as the last line.
+    stream = PromptStream(recipe, tokenizer)
     servers = [ServerClient(url, key, vocab, context, with_reserve(rollout.max_concurrency)) for url in urls]
     return Controller(
         recipe,
         Fleet(servers),
-        PromptStream(recipe, tokenizer),
+        stream,
         tokenizer,
         ScoringPool(make, min(MAX_SCORING_PROCESSES, os.cpu_count() or 1), SCORING_SECONDS),
         SampleStore(run_dir / SAMPLES),

@@ -21,8 +21,8 @@ SMALL = (
 )  # fmt: skip
 
 
-def start(directory: Path) -> subprocess.Popen[str]:
-    overrides = [*SMALL, f"run.directory={directory / 'run'}", f"cold_start.cache={directory / 'cold_start'}"]
+def start(directory: Path, *more: str) -> subprocess.Popen[str]:
+    overrides = [*SMALL, *more, f"run.directory={directory / 'run'}", f"cold_start.cache={directory / 'cold_start'}"]
     command = [sys.executable, "-m", "gspo_megatron.cli", "train", "recipes/tiny_moe.yaml", *overrides]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

@@ -97,6 +97,8 @@ def check_control_plane(lab: Lab, job: Job, number: int) -> None:
     assert isinstance(status, dict)
     assert status["servers"] == dict.fromkeys(servers, ""), "both took part in every update"
     for url in (*[f"{server}/is_paused" for server in servers], f"{controller}/status"):
+        # From the login node even the right key opens nothing.
+        assert ask(lab, None, url, key) == 401
         assert ask(lab, "node2", url, "") == 401 and ask(lab, "node2", url, "0" * 32) == 401
     record = lab.run("scontrol", "show", "job", "-dd", str(job.id)).stdout
     commands = "".join(lab.run(*lab.on(f"node{n}"), "ps", "-eo", "args").stdout for n in (1, 2, 3, 4))

@@ -71,6 +71,15 @@ def test_a_server_that_ends_by_itself_is_a_failure_even_with_code_0(
     assert "rollout-0" in capfd.readouterr().err.strip().splitlines()[-1]
 
 
+def test_a_lost_server_is_started_again_while_another_serves(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    count = f"open({str(tmp_path / 'starts')!r}, 'a').write('x')"
+    dying, serving = Role("rollout-1", python(count), restarts=2), Role("rollout-0", SLEEP, restarts=2)
+    assert run_roles([serving, dying, Role("trainer-0", SLEEP)], tmp_path / "logs") == 1
+    assert (tmp_path / "starts").read_text() == "xxx"
+    said = capfd.readouterr().err
+    assert said.count("rollout-1 ended and is started again") == 2 and "rollout-1 failed" in said.splitlines()[-1]
+
+
 def test_the_killed_role_is_blamed_and_not_the_one_it_took_along(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
