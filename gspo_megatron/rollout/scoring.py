@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import resource
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
@@ -14,6 +15,10 @@ from gspo_megatron.rollout.processes import die_with_parent
 from gspo_megatron.types import Problem, StopReason
 
 Scorer = Callable[[Problem, str, StopReason], float]
+MEMORY_BYTES = 8 << 30
+"""Address space of a scoring process, its imports included."""
+MAX_SENTENCE = 300
+"""Characters of a reason; an error may quote the whole answer."""
 START_SECONDS = 120.0
 """Time a scoring process has for its imports."""
 
@@ -22,6 +27,11 @@ def _work(make: Callable[[], Scorer], connection: Connection, parent: int) -> No
     """A scoring process: one job in, one number or one sentence out."""
     die_with_parent(parent)
     scorer = make()
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    # What a scorer prints would fill the controller's log; that it cannot start is still said there.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
     connection.send("ready")
     while True:
         try:
@@ -32,7 +42,7 @@ def _work(make: Callable[[], Scorer], connection: Connection, parent: int) -> No
             reply: float | str = float(scorer(problem, text, reason))
         # A scorer runs over text that a model made up: whatever it raises is a fact about that answer.
         except Exception as error:
-            reply = f"{type(error).__name__}: {error}"
+            reply = f"{type(error).__name__}: {error}"[:MAX_SENTENCE]
         connection.send(reply)
 
 

@@ -25,6 +25,13 @@ def act(problem: Problem, text: str, reason: str) -> float:
             pass
     if text == "die":
         os.kill(os.getpid(), signal.SIGKILL)
+    if text == "print":
+        for _ in range(1000):
+            print("x" * 1_000_000, flush=True)
+    if text == "grow":
+        bytearray(20 << 30)
+    if text == "quote":
+        raise ValueError("x" * 1_000_000)
     if text == "raise":
         raise ZeroDivisionError("nothing to divide")
     return float(text == problem.reference["answer"] and reason == "stop")
@@ -68,6 +75,16 @@ def test_one_bad_answer_costs_only_its_own_reward(start: Callable[..., ScoringPo
         1.0,
     ]
     assert pool.submit(PROBLEM, "3", "length").result(60) == 0.0
+
+
+def test_output_memory_and_words_are_bounded(
+    start: Callable[..., ScoringPool], capfd: pytest.CaptureFixture[str]
+) -> None:
+    pool = start(make, 1, 20.0)
+    printed, grown, quoted = [pool.submit(PROBLEM, text, "stop").result(120) for text in ("print", "grow", "quote")]
+    assert printed == 0.0 and grown == "MemoryError: "
+    assert quoted == ("ValueError: " + "x" * 1_000_000)[:300]
+    assert capfd.readouterr() == ("", ""), "a gigabyte in the controller's log"
 
 
 def test_a_scorer_that_cannot_start_is_a_sentence(start: Callable[..., ScoringPool]) -> None:
