@@ -77,6 +77,11 @@ class Row:
         return SPREAD in self.layout.split()
 
     @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Types it can run in; Megatron's distributed optimizer takes no float64."""
+        return ("float32",) if self.spread else ("float32", "float64")
+
+    @property
     def overrides(self) -> list[str]:
         """What the row changes in a recipe."""
         words = [re.fullmatch(r"([A-Za-z]+)(\d*)", word) for word in self.layout.split() if word != SPREAD]

@@ -39,7 +39,7 @@ def write_oracle(model: str, directory: Path) -> None:
     arch = architecture(model)
     start = read_whole(weights.random_pieces(arch, SEED), arch)
     hf = build_oracle(arch, start)
-    loss, scale = gspo_loss(hf, arch)
+    loss, scale, old = gspo_loss(hf, arch)
     loss.backward()
     found = gradients(arch, hf)
     norm = float(torch.stack([grad.norm() for grad in found.values()]).norm())
@@ -48,6 +48,7 @@ def write_oracle(model: str, directory: Path) -> None:
     values = {
         "loss": loss.item(),
         "scale": scale,
+        "old": old,
         "norm": norm,
         "gradients": found,
         "start": start,
@@ -66,8 +67,8 @@ def write_hf(arch: Architecture, tensors: dict[str, Tensor], directory: Path) ->
     weights.SHARD_BYTES = whole
 
 
-def gspo_loss(hf: torch.nn.Module, arch: Architecture) -> tuple[Tensor, float]:
-    """The loss and mean |s A|, sequence by sequence."""
+def gspo_loss(hf: torch.nn.Module, arch: Architecture) -> tuple[Tensor, float, list[Tensor]]:
+    """The loss, mean |s A| and the old log-probs of each sequence's trained tokens, which are given to every layout."""
     samples = make_samples(arch.vocab_size)
     logprobs = token_logprobs(hf, [torch.as_tensor(sample.token_ids).long() for sample in samples])
     answers = []
@@ -77,7 +78,7 @@ def gspo_loss(hf: torch.nn.Module, arch: Architecture) -> tuple[Tensor, float]:
         answers.append(reference.Answer(now, now.detach() - old_logprobs(trained, index), advantage))
     counted = [answer for answer in answers if answer.length]
     scale = sum(abs(float(reference.sequence_ratio(a).detach() * a.advantage[0])) for a in counted) / len(counted)
-    return -reference.gspo(answers, CLIP_LOW, CLIP_HIGH), scale
+    return -reference.gspo(answers, CLIP_LOW, CLIP_HIGH), scale, [answer.old for answer in answers]
 
 
 def adam_step(weight: Tensor, gradient: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def run_rows(
             "overrides": row.overrides,
             "model": file_stem(row.model),
             "spread": row.spread,
-            "forms": {dtype: list(forms[dtype]) for dtype in dtypes},
+            "forms": {dtype: list(forms[dtype]) for dtype in dtypes if dtype in row.dtypes},
             "fault": fault,
         }
         for fault in faults
@@ -120,12 +120,14 @@ def write_table(figures: dict[str, dict[str, dict[str, Any]]]) -> str:
         found = figures.get(row.name)
         if found is None:
             continue
-        single, double = found["float32"], found["float64"]
-        doubles = [*(worst(double, name) for name in ("loss", "gradient", "sgd")), double["adam"]["worst"]]
-        largest = max(value for value in doubles if value is not None)
-        cells = [worst(single, name) for name in ("loss", "gradient", "sgd")] + [single["adam"]["worst"], largest]
-        exact = "exact" if single["saved"]["exact"] and double["saved"]["exact"] else "DIFFER"
+        single, double = found["float32"], found.get("float64")
+        cells = [*(worst(single, name) for name in ("loss", "gradient", "sgd")), single["adam"]["worst"]]
+        if double is not None:
+            doubles = [*(worst(double, name) for name in ("loss", "gradient", "sgd")), double["adam"]["worst"]]
+            cells.append(max(value for value in doubles if value is not None))
+        exact = "exact" if all(result["saved"]["exact"] for result in found.values()) else "DIFFER"
         shown = " | ".join("in SGD" if cell is None else f"{cell:.1e}" for cell in cells)
+        shown += " | none" if double is None else ""
         lines.append(f"| {row.ranks} | {row.layout or 'DP'} | {row.model} | {shown} | {exact} |")
     return "\n".join(lines)
 

@@ -29,7 +29,6 @@ from tests.parallel.policy_batch import (
     PADDED_LENGTH,
     SEQUENCES,
     make_samples,
-    old_logprobs,
     share_slots,
 )
 from tests.parallel.world import share_groups
@@ -98,9 +97,9 @@ def compare_step(policy: Policy, oracle: dict[str, Any], form: str) -> dict[str,
     margins: list[torch.Tensor] = []
     scored = policy.score(batches, margins=margins)
     shifts = [0.0]
-    offsets = [old_offsets(members, batch) for members, batch in zip(mine, whole, strict=True)]
+    old = [place_old(oracle["old"], members, batch) for members, batch in zip(mine, whole, strict=True)]
     lr = start_plain_step(policy, oracle["sgd_lr"])
-    sums, norm, _ = policy.train(batches, objective(policy, scored, offsets, shifts), lr)
+    sums, norm, _ = policy.train(batches, objective(policy, scored, old, shifts), lr)
     share = sum(float(entry["loss"]) for entry in sums) if policy.at.tensor == 0 else 0.0
     loss = over_ranks(share, dist.ReduceOp.SUM)
     stepped, worst = oracle["sgd"], None
@@ -122,7 +121,7 @@ def compare_step(policy: Policy, oracle: dict[str, Any], form: str) -> dict[str,
     }
 
 
-def objective(policy: Policy, scored: list[Scored], offsets: list[torch.Tensor], shifts: list[float]) -> LossFunction:
+def objective(policy: Policy, scored: list[Scored], old: list[torch.Tensor], shifts: list[float]) -> LossFunction:
     """The share of a micro-batch under the paper's objective."""
     totals = BatchTotals(sum(trained > 0 for _, trained in SEQUENCES), sum(trained for _, trained in SEQUENCES))
     spec = ObjectiveSpec.preset("gspo").replace(clip_low=CLIP_LOW, clip_high=CLIP_HIGH)
@@ -132,7 +131,7 @@ def objective(policy: Policy, scored: list[Scored], offsets: list[torch.Tensor],
         shifts.append(float((logprobs - scored[index].logprobs).abs().max()))
         inputs = LossInputs(
             logprobs=now.logprobs,
-            old_logprobs=logprobs - offsets[index][batch.indices.cpu()].to(logprobs),
+            old_logprobs=old[index][batch.indices.cpu()].to(logprobs),
             advantages=batch.advantages,
             loss_mask=batch.loss_mask,
             cu_seqlens=batch.cu_seqlens,
@@ -145,14 +144,14 @@ def objective(policy: Policy, scored: list[Scored], offsets: list[torch.Tensor],
     return loss
 
 
-def old_offsets(members: list[int], batch: PackedBatch) -> torch.Tensor:
-    """[T] how far the present log-probs are above the old ones, at the trained targets of a pack."""
-    offsets = torch.zeros(len(batch.token_ids), dtype=torch.float64)
+def place_old(old: list[torch.Tensor], members: list[int], batch: PackedBatch) -> torch.Tensor:
+    """[T] the old log-probs at the trained targets of a pack."""
+    placed = torch.zeros(len(batch.token_ids), dtype=torch.float64)
     for row, member in enumerate(members):
         size, trained = SEQUENCES[member]
         first = int(batch.cu_seqlens[row]) + size - trained - 1
-        offsets[first : first + trained] = old_logprobs(trained, member)
-    return offsets
+        placed[first : first + trained] = old[member]
+    return placed
 
 
 def skips_what_is_not_finite(policy: Policy, oracle: dict[str, Any]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from gspo_megatron.config.model import Architecture
 from gspo_megatron.types import Sample, SampleRef
 
 SEED = 3
@@ -34,7 +35,7 @@ def make_samples(vocab_size: int) -> list[Sample]:
 
 
 def old_logprobs(trained: int, index: int) -> torch.Tensor:
-    """[trained] fixed offsets that make ratios differ from 1 on both sides of the band."""
+    """[trained] how far the oracle is above its old log-probs: ratios differ from 1 on both sides of the band."""
     generator = torch.Generator().manual_seed(100 + index)
     return 0.02 * torch.randn(trained, generator=generator, dtype=torch.float64)
 
@@ -48,3 +49,12 @@ def share_slots(ranks: int, group: int) -> list[list[list[int]]]:
     bins: list[list[int]] = [SLOTS[0], [], *SLOTS[1:]]
     bins += [[] for _ in range(-len(bins) % (ranks * group))]
     return [bins[start : start + ranks] for start in range(0, len(bins), ranks)]
+
+
+def reported_routes(arch: Architecture, sample: Sample) -> np.ndarray:
+    """[length, layers, k] int16 experts as a sampler reports them: none for the second token and for the last one."""
+    generator = np.random.default_rng(len(sample.token_ids))
+    shape = (len(sample.token_ids), arch.num_hidden_layers, arch.num_experts)
+    routes = generator.random(shape).argsort(-1)[..., : arch.num_experts_per_tok].astype(np.int16)
+    routes[[1, -1]] = -1
+    return routes
