@@ -8,30 +8,22 @@ and however they are packed, and a value that is missing, doubled, changed or mi
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from functools import cache
-from typing import Protocol
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from gspo_megatron.config.model import Architecture
+from gspo_megatron.weights.server_layout import ServerParameter, ServerPiece
 from gspo_megatron.weights.table import hf_shapes
+from gspo_megatron.weights.transfer_plan import Slice
 
 WORDS = {4: torch.int32, 2: torch.int16}
 MASK = (1 << 64) - 1
 CHUNK = 1 << 22
-"""Values summed at a time: bounds the int64 copies to 32 MiB."""
-
-
-class Rectangle(Protocol):
-    """Where a slice lies in its tensor."""
-
-    @property
-    def tensor(self) -> str: ...
-    @property
-    def row(self) -> int: ...
-    @property
-    def column(self) -> int: ...
+"""Values summed at a time, as far as whole slices or rows allow: bounds the int64 copies to about 32 MiB."""
 
 
 class Checksum:
@@ -41,33 +33,43 @@ class Checksum:
         self._shapes, self._dtype = hf_shapes(arch), dtype
         self._sums = torch.zeros(receivers, dtype=torch.int64, device=device)
 
-    def add(self, receiver: int, part: Rectangle, values: Tensor) -> None:
-        """Count in a slice [height, width] of a tensor; a vector is one column."""
-        shape = self._shapes[part.tensor]
-        width = shape[1] if len(shape) > 1 else 1
-        weighted = position_sum(values, part.row * width + part.column, width)
-        self._sums[receiver] += weighted * label(part.tensor, str(self._dtype), shape)
+    def add(self, receiver: int, parts: Sequence[Slice | ServerPiece], values: Tensor) -> None:
+        """Count in slices [slices, height, width] of tensors; a vector is one column."""
+        shapes = [self._shapes[part.tensor] for part in parts]
+        widths = [shape[1] if len(shape) > 1 else 1 for shape in shapes]
+        firsts = [part.row * width + part.column for part, width in zip(parts, widths, strict=True)]
+        labels = [label(part.tensor, str(self._dtype), shape) for part, shape in zip(parts, shapes, strict=True)]
+        facts = torch.tensor([firsts, widths, labels], dtype=torch.int64).to(values.device)
+        step = max(1, CHUNK // max(values[0].numel(), 1))
+        for start in range(0, len(values), step):
+            first, width, factor = facts[:, start : start + step]
+            self._sums[receiver] += (position_sums(values[start : start + step], first, width) * factor).sum()
 
     def values(self) -> list[int]:
         """The sums in 0..2**64-1."""
         return [value & MASK for value in self._sums.tolist()]
 
 
-def position_sum(values: Tensor, first: int, width: int) -> Tensor:
-    """Scalar int64: (bits + 1) * (2 * position + 1) over a rectangle [rows, columns] of a tensor of that width.
+def position_sums(values: Tensor, first: Tensor, width: Tensor) -> Tensor:
+    """[slices] int64: (bits + 1) * (2 * position + 1) over each slice of values [slices, height, width].
 
-    `first` is the position of its first value. The weight is split into a row's and a column's part, so that only sums
-    of rows and columns are multiplied.
+    Args:
+        values: as they lie in their tensors.
+        first: [slices] position of a slice's first value in its tensor.
+        width: [slices] columns of the tensor.
+
+    The weight is split into a row's and a column's part, so that only sums of rows and columns are multiplied.
     """
     words = values.detach().view(WORDS[values.element_size()])
-    height, columns = words.shape
+    _, height, columns = words.shape
     step = max(1, CHUNK // columns)
-    total = torch.zeros((), dtype=torch.int64, device=values.device)
+    total = torch.zeros(len(words), dtype=torch.int64, device=values.device)
     across = torch.arange(columns, dtype=torch.int64, device=values.device) * 2 + 1
     for start in range(0, height, step):
-        part = words[start : start + step].to(torch.int64) + 1
-        rows = torch.arange(start, start + len(part), dtype=torch.int64, device=values.device)
-        total += (part.sum(0) * across).sum() + (part.sum(1) * (rows * width + first) * 2).sum()
+        part = words[:, start : start + step].to(torch.int64) + 1
+        rows = torch.arange(start, start + part.shape[1], dtype=torch.int64, device=values.device)
+        total += (part.sum(1) * across).sum(1)
+        total += (part.sum(2) * (rows * width[:, None] + first[:, None]) * 2).sum(1)
     return total
 
 
@@ -76,3 +78,22 @@ def label(name: str, dtype: str, shape: tuple[int, ...]) -> int:
     """An odd number of 64 bits, signed as torch holds it."""
     digest = hashlib.blake2b(f"{name} {dtype} {shape}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, signed=True) | 1
+
+
+def plane(parameter: Tensor, part: Slice | ServerPiece) -> Tensor:
+    """The rectangle of a parameter that a slice or piece names, [height, width], as a view."""
+    expert, row, column = part.at
+    matrix = parameter[expert] if parameter.dim() == 3 else parameter if parameter.dim() == 2 else parameter[:, None]
+    return matrix[row : row + part.height, column : column + part.width]
+
+
+def add_parameter(checksum: Checksum, parameter: ServerParameter, values: Tensor) -> None:
+    """Count in all that an assembled parameter holds of the model; pieces of one shape (experts) at once."""
+    for _, alike in groupby(parameter.pieces, key=lambda piece: (piece.height, piece.width)):
+        pieces = list(alike)
+        if values.dim() == 3 and sum(piece.size for piece in pieces) == values.numel():
+            # They fill it in their order: no copy.
+            checksum.add(0, pieces, values.view(len(pieces), -1, values.shape[-1]))
+        else:
+            for piece in pieces:
+                checksum.add(0, [piece], plane(values, piece)[None])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -11,11 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gspo_megatron.config.model import Architecture
-from gspo_megatron.rollout.checksum import MASK, Checksum
+from gspo_megatron.rollout.checksum import MASK, Checksum, plane
 from gspo_megatron.rollout.link import ControllerLink
-from gspo_megatron.rollout.transfer import ROUNDS_IN_FLIGHT, Ticket, TransferError, TransferGroup, plane
+from gspo_megatron.rollout.transfer import ROUNDS_IN_FLIGHT, Ticket, TransferError, TransferGroup
 from gspo_megatron.weights.layout import Layout
-from gspo_megatron.weights.transfer_plan import Slice
+from gspo_megatron.weights.transfer_plan import Message, Slice
 
 BROKEN = "the weight update broke between the trainer and the servers"
 ATTEMPTS = 3
@@ -115,16 +116,21 @@ class WeightSender:
 def _send(group: TransferGroup, parameters: Mapping[str, Tensor]) -> list[int]:
     checksum = Checksum(group.plan.arch, group.dtype, group.device, group.plan.workers)
     for number, messages in group.rounds:
-        buffers = []
-        for message in messages:
-            parts = [_held(parameters, part, group.dtype) for part in message.slices]
-            for part, values in zip(message.slices, parts, strict=True):
-                checksum.add(message.peer, part, values)
-            buffers.append(torch.cat([values.reshape(-1) for values in parts]))
+        buffers = [_pack(message, parameters, group.dtype, checksum) for message in messages]
         group.start(number, messages, buffers)
         deque(group.finish(ROUNDS_IN_FLIGHT), maxlen=0)
     deque(group.finish(0), maxlen=0)
     return checksum.values()
+
+
+def _pack(message: Message, parameters: Mapping[str, Tensor], dtype: torch.dtype, checksum: Checksum) -> Tensor:
+    """A message's values, each counted into the sum of its receiver as it lies in its tensor."""
+    packed = []
+    for _, alike in groupby(message.slices, key=lambda part: (part.height, part.width)):
+        parts = list(alike)
+        packed.append(torch.stack([_held(parameters, part, dtype) for part in parts]))
+        checksum.add(message.peer, parts, packed[-1])
+    return torch.cat([values.view(-1) for values in packed])
 
 
 def _held(parameters: Mapping[str, Tensor], part: Slice, dtype: torch.dtype) -> Tensor:

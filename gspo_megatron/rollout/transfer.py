@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
 from gspo_megatron.config.model import Architecture
+from gspo_megatron.rollout.checksum import plane
 from gspo_megatron.weights.layout import Layout
 from gspo_megatron.weights.manifest import ITEM_BYTES
-from gspo_megatron.weights.server_layout import ServerLayout, ServerParameter, ServerPiece
-from gspo_megatron.weights.transfer_plan import Message, Slice, TransferPlan
+from gspo_megatron.weights.server_layout import ServerLayout, ServerParameter
+from gspo_megatron.weights.transfer_plan import Message, TransferPlan
 
 MIB = 1 << 20
 JOIN_SECONDS = 60.0
@@ -128,13 +129,6 @@ class TransferGroup:
             self._group.abort()
         self._in_flight.clear()
         self._group = None
-
-
-def plane(parameter: Tensor, part: Slice | ServerPiece) -> Tensor:
-    """The rectangle of a parameter that a slice or piece names, [height, width], as a view."""
-    expert, row, column = part.at
-    matrix = parameter[expert] if parameter.dim() == 3 else parameter if parameter.dim() == 2 else parameter[:, None]
-    return matrix[row : row + part.height, column : column + part.width]
 
 
 def receive(group: TransferGroup, parameters: Iterable[ServerParameter]) -> Iterator[tuple[ServerParameter, Tensor]]:

@@ -17,8 +17,8 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import make_online_process_loader
 
 from gspo_megatron.rollout import plugin
-from gspo_megatron.rollout.checksum import Checksum
-from gspo_megatron.rollout.transfer import Ticket, TransferGroup, plane, receive
+from gspo_megatron.rollout.checksum import Checksum, add_parameter
+from gspo_megatron.rollout.transfer import Ticket, TransferGroup, receive
 from gspo_megatron.weights.server_layout import ServerLayout, ServerParameter, server_parameters
 
 # A worker that vLLM spawns imports this module as its extension. In an environment that has this package on its path
@@ -109,8 +109,7 @@ class ShardTransferEngine(WeightTransferEngine[JoinInfo, ReceiveInfo]):
         try:
             refuse_other_model(self.model, expected, group.dtype, self.layout)
             for parameter, values in receive(group, expected):
-                for piece in parameter.pieces:
-                    checksum.add(0, piece, plane(values, piece))
+                add_parameter(checksum, parameter, values)
                 load_whole(self.model, parameter.name, values)
         except BaseException:
             self.shutdown()

@@ -45,7 +45,7 @@ def checksum_of(oracle: Oracle) -> int:
     checksum = Checksum(ARCH, torch.float32, CPU)
     for name, value in oracle.tensors.items():
         matrix = value if value.dim() > 1 else value[:, None]
-        checksum.add(0, Slice(name, 0, 0, *matrix.shape, parameter=name, at=(0, 0, 0)), matrix)
+        checksum.add(0, [Slice(name, 0, 0, *matrix.shape, parameter=name, at=(0, 0, 0))], matrix[None])
     return checksum.values()[0]
 
 

@@ -18,9 +18,9 @@ from torch.distributed import TCPStore
 
 from gspo_megatron.config.model import Architecture
 from gspo_megatron.rollout import checksum as checksums
-from gspo_megatron.rollout.checksum import Checksum
+from gspo_megatron.rollout.checksum import Checksum, add_parameter, plane
 from gspo_megatron.rollout.sender import ATTEMPTS, WeightSender
-from gspo_megatron.rollout.transfer import Ticket, TransferError, TransferGroup, plane, receive
+from gspo_megatron.rollout.transfer import Ticket, TransferError, TransferGroup, receive
 from gspo_megatron.weights.layout import Layout
 from gspo_megatron.weights.server_layout import ServerLayout, server_parameters
 from gspo_megatron.weights.table import hf_shapes
@@ -72,7 +72,7 @@ def tiles(name: str, value: torch.Tensor, height: int, width: int) -> list[tuple
 def checksum_of(parts: list[tuple[Slice, torch.Tensor]], dtype: torch.dtype = torch.float32) -> int:
     checksum = Checksum(ARCH, dtype, CPU)
     for part, values in parts:
-        checksum.add(0, part, values)
+        checksum.add(0, [part], values[None])
     return checksum.values()[0]
 
 
@@ -86,6 +86,18 @@ def test_slices_in_any_order_sum_up_to_the_whole(dtype: torch.dtype, monkeypatch
     assert checksum_of(parts, dtype) == value
     monkeypatch.setattr(checksums, "CHUNK", 70)
     assert checksum_of(parts, dtype) == value
+
+
+@pytest.mark.parametrize("chunk", [1 << 22, 5000, 100])
+def test_slices_of_one_shape_count_together_as_they_count_alone(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checksums, "CHUNK", chunk)
+    for parameter in server_parameters(ARCH, ServerLayout(2), 1):
+        values = torch.randn(parameter.shape)
+        together, alone = Checksum(ARCH, torch.float32, CPU), Checksum(ARCH, torch.float32, CPU)
+        add_parameter(together, parameter, values)
+        for piece in parameter.pieces:
+            alone.add(0, [piece], plane(values, piece)[None])
+        assert together.values() == alone.values() != [0]
 
 
 def test_the_checksum_of_one_matrix_by_hand() -> None:
@@ -148,7 +160,7 @@ def take(ticket: dict[str, Any], worker: int, server: ServerLayout, rank: int, r
             for parameter, values in receive(group, server_parameters(ARCH, server, rank)):
                 held[parameter.name] = values
                 for piece in parameter.pieces:
-                    checksum.add(0, piece, plane(values, piece))
+                    checksum.add(0, [piece], plane(values, piece)[None])
             found.append((held, checksum.values()[0]))
     finally:
         group.close()
