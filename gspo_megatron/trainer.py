@@ -114,13 +114,11 @@ class Trainer:
         total = self.recipe.batch.prompts * self.recipe.batch.answers
         with self.log.time("rollout"), self.log.progress("rollout", total) as bar:
             answer = self.on_first_rank(lambda link: link.rollout(step, on_progress=lambda p: bar.update(p["done"])))
-        refs = answer["samples"]
-        self.log.add(
-            {"rollout_tokens": answer["tokens"], "answer_length": float(np.mean([ref.answer_length for ref in refs]))}
-        )
+        refs, counts = answer["samples"], answer["accounting"]
+        mean_length = float(np.mean([ref.answer_length for ref in refs]))
+        self.log.add({"rollout_tokens": answer["tokens"], "answer_length": mean_length})
         self.log.add({"truncated": float(np.mean([ref.stop_reason == "length" for ref in refs]))})
         self.log.add({f"staleness_{name}": value for name, value in answer["staleness"].items()})
-        counts = answer["accounting"]
         self.log.add({"sampled_tokens": counts["sampled_tokens"], "carried_tokens": counts["carried"]["tokens"]})
         self.log.add({f"dropped_tokens/{reason}": gone["tokens"] for reason, gone in counts["dropped"].items()})
         return refs
