@@ -12,7 +12,6 @@ def not_built(recipe: Recipe, has_gpu: bool) -> list[Finding]:
     replay = "sampler" if spec.replay == "sampler" else "trainer"
     asked = {
         "objective.replay": (replay, "trainer", "the servers' routes are not written to the sample store"),
-        "rollout.pipeline_parallel": (recipe.rollout.pipeline_parallel, 1, "live updates reach one stage only"),
     }
     found = [
         Finding("not-built", "error", key, f"{value} is asked for, but {reason} yet", f"set {key}={neutral}")
