@@ -32,7 +32,9 @@ class RecordedLink:
         indices = range(self.position, self.position + self.prompts)
         self.position += self.prompts
         refs = [record(self.store, prompt, sample) for prompt in indices for sample in range(self.answers)]
-        return {"samples": refs, "tokens": sum(ref.answer_length for ref in refs), "seconds": 0.0, "accounting": {}}
+        tokens = sum(ref.answer_length for ref in refs)
+        accounting = {"sampled_tokens": tokens, "carried": {"tokens": 0}, "dropped": {}}
+        return {"samples": refs, "tokens": tokens, "seconds": 0.0, "staleness": {}, "accounting": accounting}
 
     def evaluate(self, problems: int, answers: int, temperature: float, on_progress: Any) -> dict[str, Any]:
         """A fixed evaluation."""

@@ -16,7 +16,7 @@ from gspo_megatron.data.packing import padded_length
 from gspo_megatron.plan.flops import route_bytes
 from gspo_megatron.policy.weights import random_pieces
 from tests.parallel.hf_model import KeepDouble, build_oracle, gradients, read_whole
-from tests.parallel.policy_batch import SEQUENCES, SLOTS, make_samples
+from tests.parallel.policy_batch import SEQUENCES, SLOTS, make_samples, reported_routes
 from tests.parallel.world import run_world
 
 WORLD, TOKENS, CHANGED = 4, 48, 4
@@ -46,12 +46,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def routes_of_sequences(directory: Path, case: str, arch: Architecture) -> list[Tensor]:
+def routes_of_sequences(directory: Path, case: str, arch: Architecture, kind: str = "routes") -> list[Tensor]:
     """For each sequence [layers, length, k] what all ranks recorded together; every place is written once."""
     shape = (arch.num_hidden_layers, max(length for length, _ in SEQUENCES) + 8, arch.num_experts_per_tok)
     whole = [torch.full(shape, -1) for _ in SEQUENCES]
     for rank in range(WORLD):
-        for slot in torch.load(directory / f"{case}-routes-{rank}.pt", weights_only=True):
+        for slot in torch.load(directory / f"{case}-{kind}-{rank}.pt", weights_only=True):
             start = 0
             for member in slot["members"]:
                 size = padded_length(SEQUENCES[member][0], slot["multiple"])
@@ -99,6 +99,17 @@ def test_replayed_gradient_equals_a_model_with_forced_experts(case: str, results
     off, where = worst(found["replayed"], wanted)
     assert off <= 1e-5, f"{where} is off by {off:.1e}"
     assert worst(found["free"], wanted)[0] > 0.1, "without replay other experts are chosen"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_routes_that_a_sampler_reported_are_used_and_the_others_chosen(
+    case: str, results: Path, arch: Architecture
+) -> None:
+    used = routes_of_sequences(results, case, arch, "reported")
+    for sample, found in zip(make_samples(arch.vocab_size), used, strict=True):
+        told = torch.as_tensor(reported_routes(arch, sample)).long().transpose(0, 1)
+        assert bool((found >= 0).all())
+        assert torch.equal(found[told >= 0], told[told >= 0])
 
 
 @pytest.mark.parametrize("case", CASES)
