@@ -12,9 +12,9 @@ from pathlib import Path
 
 from gspo_megatron import __version__
 from gspo_megatron.config import Recipe, RecipeError, load, save_resolved
-from gspo_megatron.limits import not_built
 from gspo_megatron.plan import check
 from gspo_megatron.plan import command as plan_command
+from gspo_megatron.plan.limits import not_built
 from gspo_megatron.roles import plan_roles, run_roles
 
 REFUSED = 2

@@ -114,7 +114,7 @@ async def _run(scenario: Scenario, recipe: Recipe, pool_class: type[Pool]) -> Ou
     chosen = Recipe.model_validate(values)
     pool = pool_class(chosen, dispatcher, draw, judge, lambda ref: None, sampling, current, scenario.overlaps)
     loop = asyncio.get_running_loop()
-    marks, lags, started = [], [], 0.0
+    marks, lags, started, before = [], [], 0.0, pool.accounting.report(())
     for step in range(scenario.steps):
         if step == scenario.warmup:
             started = loop.time()

@@ -12,6 +12,7 @@ from gspo_megatron.config.schema import Recipe
 from gspo_megatron.plan import batch, compute, layout, machine, memory, mend, needs, rollout, settings
 from gspo_megatron.plan.batch import BatchPlan
 from gspo_megatron.plan.compute import ComputePlan
+from gspo_megatron.plan.limits import not_built
 from gspo_megatron.plan.machine import Machine
 from gspo_megatron.plan.memory import StageMemory
 from gspo_megatron.plan.rollout import RolloutPlan
@@ -56,7 +57,11 @@ def make_plan(recipe: Recipe, nodes: int | None = None, gpu: GpuKind | None = No
         gpu: kind of every GPU, instead of `placement.gpu`.
     """
     recipe = with_placement(recipe, nodes, gpu)
-    return _plan(recipe, machine.machine_of(recipe))
+    where = machine.machine_of(recipe)
+    plan = _plan(recipe, where)
+    # A plan may look ahead of the loop, but says so; `gspo train` and the launcher refuse.
+    ahead = [replace(finding, severity="info") for finding in not_built(recipe, not where.is_cpu)]
+    return replace(plan, findings=(*plan.findings, *ahead))
 
 
 def with_placement(recipe: Recipe, nodes: int | None = None, gpu: GpuKind | None = None) -> Recipe:

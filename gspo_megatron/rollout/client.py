@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 from typing import Any
 
@@ -86,10 +86,9 @@ class ServerClient:
     async def is_fresh(self) -> bool:
         """Whether a process answers here that was never given weights."""
         try:
-            found = await self.call("GET", "/weight_info", timeout=10)
+            return (await self.call("GET", "/weight_info", timeout=10)).get("weight_version") == START_VERSION
         except ServerError:
             return False
-        return found.get("weight_version") == START_VERSION
 
     def check(self, token_ids: Sequence[int], max_tokens: int) -> None:
         """Refuse what the server must not see. Raises ValueError."""
@@ -156,7 +155,7 @@ class ServerClient:
         rows = answer["prompt_logprobs"][1:]
         return [float(row[str(token)]["logprob"]) for row, token in zip(rows, token_ids[1:], strict=True)]
 
-    async def _stream(self, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def _stream(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of one answer. Raises ServerError when the server dies, or is given up by `watch`."""
         if self.fault:
             raise ServerError(self.fault)
@@ -242,7 +241,7 @@ class ServerClient:
         """Join the transfer group, take the model apart and receive one update; the engine must be paused.
 
         Returns:
-            Each worker's report: `checksum` (decimal text), `tensors`, `seconds`, `received_bytes`, `needed_bytes`.
+            Each worker's report: `checksum` (decimal text), `seconds`, `received_bytes`, `needed_bytes`, or `fault`.
         """
         try:
             await self._worker_call("forget_update", timeout)
@@ -252,8 +251,9 @@ class ServerClient:
             await self.call("POST", "/start_weight_update", timeout=timeout)
             await self.call("POST", "/update_weights", {"update_info": {}}, timeout)
         except ServerError:
-            with suppress(ServerError):
-                await self._worker_call("leave_transfer", timeout=5)
+            for _ in range(2):  # a server closes the connection on which it has answered with 500
+                with suppress(ServerError):
+                    await self._worker_call("leave_transfer", timeout=5)
             raise
         return await self._worker_call("weight_report", timeout)
 

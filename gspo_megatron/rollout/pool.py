@@ -118,26 +118,31 @@ class Pool:
         complete = [group for group in self.groups if group.is_complete]
         if version is None or len(complete) < self._size:
             return None
-        chosen = sorted(complete, key=lambda group: group.born if group.born is not None else version)[: self._size]
+        chosen = sorted(complete, key=lambda group: self._last_version(group, version))[: self._size]
         rest = [group for group in self.groups if group not in chosen]
         for later in range(self._staleness):
-            due = sum(group.born is not None and group.born + self._staleness <= version + later for group in rest)
+            due = sum(self._last_version(group, version) <= version + later for group in rest)
             if due > later * self._size:
                 return None
         return chosen
+
+    def _last_version(self, group: Group, version: int) -> int:
+        """Of the last batch that may train on a group; one that is not begun would begin now."""
+        return (version if group.born is None else group.born) + self._staleness
 
     async def _drop_too_old(self) -> None:
         """Drop what cannot be trained on within the bound any more: a failed update leaves a version out."""
         version = self._version()
         assert version is not None
-        dated = sorted((group for group in self.groups if group.born is not None), key=lambda group: group.tokens)
+        dated = sorted(self.groups, key=lambda group: group.tokens)
         for later in range(-1, self._staleness):
-            due = [group for group in dated if group in self.groups and group.born + self._staleness <= version + later]
+            due = [group for group in dated if self._last_version(group, version) <= version + later]
             for group in due[: max(0, len(due) - (later + 1) * self._size)]:
                 tasks = [self._running[draft] for draft in group.drafts if draft in self._running]
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
+                dated.remove(group)
                 self.groups.remove(group)
                 self._forget(group, "too-stale")
 

@@ -139,6 +139,10 @@ class WeightUpdater:
         self._flight = None
         received = await self._each(list(flight.receptions), flight.receptions.__getitem__)
         for server, reports in received.items():
+            fault = next((report["fault"] for report in reports if "fault" in report), "")
+            if fault:
+                self._drop(server, f"server {server.url} did not receive the weights: {fault}")
+                continue
             first = flight.first_workers[server]
             theirs, ours = [report["checksum"] for report in reports], checksums[first : first + len(reports)]
             if theirs != [str(checksum) for checksum in ours]:

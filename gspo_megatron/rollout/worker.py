@@ -98,7 +98,19 @@ class ShardTransferEngine(WeightTransferEngine[JoinInfo, ReceiveInfo]):
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: ReceiveInfo) -> None:
-        """Receive all parameters, count each into the checksum before anything packs it, and load it."""
+        """Receive all parameters; what goes wrong stands in the report.
+
+        It is not raised: vLLM gives up a call to all workers at the first one that fails and takes the answers of the
+        others for those to its next call (vllm 0.32).
+        """
+        try:
+            self.report = self._receive()
+        except RuntimeError as error:
+            self.shutdown()
+            self.report = {"fault": str(error).splitlines()[0]}
+
+    def _receive(self) -> dict[str, Any]:
+        """Receive, count each parameter into the checksum before anything packs it, and load it; the report."""
         group = self.group
         if group is None:
             raise RuntimeError("this server has not joined the transfer; call /init_weight_transfer_engine first")
@@ -106,15 +118,11 @@ class ShardTransferEngine(WeightTransferEngine[JoinInfo, ReceiveInfo]):
         plan = group.plan
         expected = server_parameters(plan.arch, self.layout, self.rank)
         checksum = Checksum(plan.arch, group.dtype, self.device)
-        try:
-            refuse_other_model(self.model, expected, group.dtype, self.layout)
-            for parameter, values in receive(group, expected):
-                add_parameter(checksum, parameter, values)
-                load_whole(self.model, parameter.name, values)
-        except BaseException:
-            self.shutdown()
-            raise
-        self.report = {
+        refuse_other_model(self.model, expected, group.dtype, self.layout)
+        for parameter, values in receive(group, expected):
+            add_parameter(checksum, parameter, values)
+            load_whole(self.model, parameter.name, values)
+        return {
             "checksum": str(checksum.values()[0]),
             "tensors": len(expected),
             "seconds": time.perf_counter() - started,
@@ -124,7 +132,7 @@ class ShardTransferEngine(WeightTransferEngine[JoinInfo, ReceiveInfo]):
 
     def finish_weight_update(self) -> None:
         """Put the parameters together again, in the layout that this device computes with."""
-        if not self.report:
+        if "checksum" not in self.report:
             raise RuntimeError("the update is not complete; send all weights again before it is finished")
         finalize_layerwise_reload(self.model, self.model_config)
         self._apart = False
@@ -201,5 +209,5 @@ class WorkerExtension:
         self.weight_transfer_engine.shutdown()
 
     def weight_report(self) -> dict[str, Any]:
-        """Of the last complete reception: checksum (decimal text), parameters, seconds, bytes received and needed."""
+        """Of the last reception: checksum (decimal text), tensors, seconds, bytes received and needed; or `fault`."""
         return self.weight_transfer_engine.report

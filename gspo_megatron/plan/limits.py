@@ -9,15 +9,15 @@ from gspo_megatron.types import Finding
 def not_built(recipe: Recipe, has_gpu: bool) -> list[Finding]:
     """Errors for what `gspo plan` can plan with and the loop cannot run."""
     spec = recipe.objective.spec(recipe.rollout.max_answer_tokens)
-    replay = "sampler" if spec.replay == "sampler" else "trainer"
-    asked = {
-        "objective.replay": (replay, "trainer", "the servers' routes are not written to the sample store"),
-    }
-    found = [
-        Finding("not-built", "error", key, f"{value} is asked for, but {reason} yet", f"set {key}={neutral}")
-        for key, (value, neutral, reason) in asked.items()
-        if value != neutral
-    ]
+    found = []
+    if spec.replay == "sampler":
+        found.append(
+            Finding(
+                "not-built", "error", "objective.replay",
+                "sampler is asked for, but the servers' routes are not written to the sample store yet",
+                "set objective.replay=trainer",
+            )
+        )  # fmt: skip
     if has_gpu and not recipe.placement.rollout_nodes:
         found.append(
             Finding(
