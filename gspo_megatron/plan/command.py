@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gspo_megatron.config.loading import RecipeError, load
 from gspo_megatron.plan.machine import DEVICES
-from gspo_megatron.plan.plan import Plan, make_plan, with_placement
+from gspo_megatron.plan.plan import Plan, make_plan, tell_not_built, with_placement
 
 REFUSED = 2
 
@@ -82,7 +82,7 @@ def _run(namespace: argparse.Namespace) -> int:
         from gspo_megatron.plan.search import print_search
 
         return print_search(with_placement(recipe, namespace.nodes, namespace.gpu), namespace.json)
-    plan = make_plan(recipe, namespace.nodes, namespace.gpu)
+    plan = tell_not_built(make_plan(recipe, namespace.nodes, namespace.gpu))
     _print(plan, namespace)
     return REFUSED if plan.refused else 0
 

@@ -57,10 +57,12 @@ def make_plan(recipe: Recipe, nodes: int | None = None, gpu: GpuKind | None = No
         gpu: kind of every GPU, instead of `placement.gpu`.
     """
     recipe = with_placement(recipe, nodes, gpu)
-    where = machine.machine_of(recipe)
-    plan = _plan(recipe, where)
-    # A plan may look ahead of the loop, but says so; `gspo train` and the launcher refuse.
-    ahead = [replace(finding, severity="info") for finding in not_built(recipe, not where.is_cpu)]
+    return _plan(recipe, machine.machine_of(recipe))
+
+
+def tell_not_built(plan: Plan) -> Plan:
+    """The same plan, which says what the loop does not do yet: a plan may look ahead, `gspo train` refuses."""
+    ahead = [replace(finding, severity="info") for finding in not_built(plan.recipe, not plan.machine.is_cpu)]
     return replace(plan, findings=(*plan.findings, *ahead))
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 
 import pytest
 
+from gspo_megatron.rollout.transfer import TransferError
 from gspo_megatron.weights.layout import Layout
 from tests.rollout.conftest import Server, make_run_dir, running_servers
 from tests.rollout.test_weight_update import differences, update
-from tests.shards import TrainerRanks
+from tests.rollout.tiny import ARCH
+from tests.shards import TrainerRanks, cut_shards
 
 TRAINERS = [
     Layout(4, tensor=2, pipeline=2, expert=2),
@@ -39,3 +43,24 @@ def test_every_trainer_layout_reaches_every_server_layout(start_controller, shar
         batch = link.rollout(version)
         assert differences(oracle, controller.store, batch["samples"]).max() < 1e-4
         assert differences(other, controller.store, batch["samples"]).mean() > 0.1
+
+
+def test_a_server_killed_in_the_middle_never_serves_and_the_others_go_on(
+    start_controller, sharded_servers, oracles
+) -> None:
+    """Comes last here: it ends a server."""
+    controller, link = start_controller(*sharded_servers)
+    old, new = oracles
+    ranks = TrainerRanks(TRAINERS[0].world)
+    update(link, 0, old, ranks, TRAINERS[0])
+    ticket = link.begin_update(1, ARCH, "float32", TRAINERS[0])
+    killed = sharded_servers[0]
+    os.killpg(killed.process.pid, signal.SIGKILL)
+    with pytest.raises(TransferError, match="the weight update broke between the trainer and the servers"):
+        ranks.send(ticket, cut_shards(ARCH, TRAINERS[0], new.tensors))
+    report = update(link, 1, new, ranks, TRAINERS[0])
+    assert len(report["servers"]) == 2 and killed.url not in report["servers"]
+    assert "gone" in link.status()["servers"][killed.url]
+    batch = link.rollout(1)
+    assert differences(new, controller.store, batch["samples"]).max() < 1e-4
+    assert {segment.version for ref in batch["samples"] for segment in ref.segments} == {1}
