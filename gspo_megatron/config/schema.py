@@ -62,7 +62,7 @@ class OptimizerSection(Section):
     eps: float = Field(default=1e-8, gt=0)
     """Adam's epsilon. Source: Adam, arXiv 1412.6980."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay."""
+    """Decoupled weight decay of matrices; the weights of norms are not decayed."""
     clip_grad: float = Field(default=1.0, gt=0)
     """Largest global gradient norm. Source: usual for transformers."""
 
