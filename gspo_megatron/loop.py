@@ -23,8 +23,9 @@ from gspo_megatron.rollout.link import ControllerError, ControllerLink
 from gspo_megatron.rollout.processes import die_with_parent
 from gspo_megatron.rollout.transfer import TransferError
 from gspo_megatron.start import start
-from gspo_megatron.stopping import STOPPED, StopRequest
+from gspo_megatron.stopping import StopRequest
 from gspo_megatron.trainer import Trainer
+from gspo_megatron.types import STOPPED
 from gspo_megatron.watchdog import Watchdog
 
 

@@ -22,6 +22,7 @@ from types import FrameType
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.plan.hosts import Host, Ports, Spread, tasks
 from gspo_megatron.plan.machine import find_gpus
+from gspo_megatron.types import STOPPED
 
 LOOPBACK = "127.0.0.1"
 GRACE = 5.0
@@ -92,7 +93,8 @@ def run_roles(roles: Sequence[Role], log_dir: Path) -> int:
     """Start the roles, wait for the trainer ranks, end everything.
 
     Returns:
-        0 when every trainer rank ended well; 130 or 143 after Ctrl-C or SIGTERM; 1 when a role failed.
+        0 when every trainer rank ended well; STOPPED when they saved themselves because they were asked to stop; 130 or
+        143 after Ctrl-C or SIGTERM; 1 when a role failed.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -104,7 +106,8 @@ def run_roles(roles: Sequence[Role], log_dir: Path) -> int:
     except Interrupted as interruption:
         reason, code = str(interruption), interruption.code
     else:
-        reason, code = (_explain(failed, running[failed].returncode, log_dir), 1) if failed else ("", 0)
+        ended = max(process.returncode or 0 for name, process in running.items() if name.startswith("trainer"))
+        reason, code = (_explain(failed, running[failed].returncode, log_dir), 1) if failed else ("", ended)
     finally:
         for number in before:
             signal.signal(number, signal.SIG_IGN)
@@ -145,7 +148,7 @@ def _wait(running: dict[str, subprocess.Popen[bytes]], roles: Sequence[Role], lo
                 running[role.name] = _start(role, log_dir)
         ended = {name: process.poll() for name, process in running.items()}
         trainers = [code for name, code in ended.items() if name.startswith("trainer")]
-        if all(code == 0 for code in trainers):
+        if all(code in (0, STOPPED) for code in trainers):
             return None
         if any(_is_failure(name, code) for name, code in ended.items()):
             time.sleep(SETTLE)
@@ -166,7 +169,7 @@ def _has_peer(role: Role, running: dict[str, subprocess.Popen[bytes]]) -> bool:
 
 
 def _is_failure(name: str, code: int | None) -> bool:
-    return code is not None and (code != 0 or not name.startswith("trainer"))
+    return code is not None and (code not in (0, STOPPED) or not name.startswith("trainer"))
 
 
 def _explain(name: str, code: int, log_dir: Path) -> str:

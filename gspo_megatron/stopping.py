@@ -9,8 +9,6 @@ from types import FrameType
 
 from gspo_megatron.trainer import Trainer
 
-STOPPED = 85
-"""Exit code of a trainer that saved and stopped because it was asked to: the job is to be queued again."""
 END_TIME = "SLURM_JOB_END_TIME"
 """Environment: when the job is ended, seconds since 1970; SLURM sets it in every batch job with a time limit."""
 MARGIN = 30.0

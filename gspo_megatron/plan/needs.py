@@ -75,8 +75,11 @@ def host_bytes(
     """Host memory of one node by use."""
     if machine.is_cpu:
         return {}
-    found = {}
     ranks = min(machine.per_node, machine.ranks)
+    # Copied before a thread writes them, and kept for the next time.
+    found = {"copy for checkpoints": ranks * max(_sum(stage, "optimizer") for stage in stages)}
+    if recipe.objective.kl != "none":
+        found["reference weights"] = ranks * max(_sum(stage, "weights") for stage in stages)
     if machine.colocated:
         # Weights and states move out while the servers are awake; gradients are dropped.
         kept = max(sum(size for name, size in s.exact.items() if "gradients" not in name) for s in stages)
@@ -89,6 +92,10 @@ def host_bytes(
     return found
 
 
+def _sum(stage: StageMemory, kind: str) -> int:
+    return sum(size for name, size in stage.exact.items() if kind in name)
+
+
 def disk_bytes(recipe: Recipe, arch: Architecture, batch: BatchPlan) -> dict[str, int]:
     """What a run leaves in its directory."""
     parameters = flops.parameters(arch)
@@ -96,7 +103,7 @@ def disk_bytes(recipe: Recipe, arch: Architecture, batch: BatchPlan) -> dict[str
     return {
         "two training states": 2 * parameters * STATE_BYTES,
         "final weights": parameters * element_bytes(recipe),
-        "samples": int(recipe.trainer.max_steps * batch.expected_tokens_per_batch * (9 + routes)),
+        "samples": int(recipe.trainer.max_steps * batch.expected_tokens_per_batch * (9 + 2 * routes)),
     }
 
 

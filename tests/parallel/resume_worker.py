@@ -31,8 +31,8 @@ from gspo_megatron.policy import mesh
 from gspo_megatron.policy.checkpoint import MOMENTS, random_states, stepped
 from gspo_megatron.policy.policy import Policy
 from gspo_megatron.roles import free_ports
-from gspo_megatron.stopping import STOPPED
 from gspo_megatron.trainer import Trainer
+from gspo_megatron.types import STOPPED
 from tests.parallel.recorded import NoServers, RecordedLink
 
 FAILED = 1

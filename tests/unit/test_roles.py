@@ -71,6 +71,12 @@ def test_a_server_that_ends_by_itself_is_a_failure_even_with_code_0(
     assert "rollout-0" in capfd.readouterr().err.strip().splitlines()[-1]
 
 
+def test_trainers_that_were_asked_to_stop_have_not_failed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    stopped = python("import sys; sys.exit(85)")
+    assert run_roles([Role("rollout-0", SLEEP), Role("trainer-0", stopped), Role("trainer-1", stopped)], tmp_path) == 85
+    assert "failed" not in capfd.readouterr().err
+
+
 def test_a_lost_server_is_started_again_while_another_serves(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     count = f"open({str(tmp_path / 'starts')!r}, 'a').write('x')"
     dying, serving = Role("rollout-1", python(count), restarts=2), Role("rollout-0", SLEEP, restarts=2)
