@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 
 from gspo_megatron.rollout.auth import key_header
-from gspo_megatron.rollout.drafts import Draft, Sampling, answer_seed
+from gspo_megatron.rollout.drafts import Draft, Sampling, request_body
 from gspo_megatron.types import Segment, StopReason
 from gspo_megatron.weights.server_layout import ServerLayout
 
@@ -29,6 +29,8 @@ STALL_SECONDS = 300.0
 """A server that holds requests and yields neither a token nor an answer for so long is taken for dead."""
 CONTROL_SECONDS = 120.0
 """Longest a request to the control plane may take; a dead server refuses at once, this is for one that hangs."""
+ABORT_SECONDS = 0.5
+"""Time that aborted answers have to arrive before the abort is repeated."""
 KEEP_ALIVE_SECONDS = 2.0
 """Less than vLLM's 5 s: a connection that the server closes while a request is on its way looks like a dead server."""
 
@@ -121,7 +123,7 @@ class ServerClient:
         self.check(draft.request_ids, left)
         label = version()
         assert label is not None, "nothing may be sampled while the weights change"
-        body = _request(draft, sampling, left)
+        body = request_body(draft, sampling, left)
         draft.parts += 1
         self.drafts.add(draft)
         certain, reason, spans = start, None, ()
@@ -183,13 +185,19 @@ class ServerClient:
 
     async def interrupt(self) -> None:
         """End all answers under way where they are; their drafts keep what was sampled."""
-        await self.call("POST", "/pause?mode=abort", timeout=CONTROL_SECONDS)
-        deadline = asyncio.get_running_loop().time() + CONTROL_SECONDS
-        while self._readers:
-            if asyncio.get_running_loop().time() > deadline:
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + CONTROL_SECONDS
+        while True:
+            await self.call("POST", "/pause?mode=abort", timeout=CONTROL_SECONDS)
+            settled = clock() + ABORT_SECONDS
+            while self._readers and clock() < settled:
+                await asyncio.sleep(0.01)
+            await self.resume()
+            if not self._readers:
+                return
+            # A request that was on its way came in after the abort and was held: it needs another one.
+            if clock() > deadline:
                 raise ServerError(f"server {self.url} holds {len(self._readers)} answers that it was told to end")
-            await asyncio.sleep(0.01)
-        await self.resume()
 
     async def generated_tokens(self) -> int:
         """Tokens generated since the server started."""
@@ -264,28 +272,6 @@ class ServerClient:
     async def finish_update(self, version: int, timeout: float) -> None:
         """Put the model together and label it."""
         await self.call("POST", "/finish_weight_update", {"weight_version": str(version)}, timeout)
-
-
-def _request(draft: Draft, sampling: Sampling, left: int) -> dict[str, Any]:
-    """Body of the request for the rest of an answer."""
-    greedy = sampling.temperature == 0
-    place = (draft.prompt.index, draft.sample_index, draft.parts)
-    parameters: dict[str, Any] = {
-        "n": 1,
-        "temperature": sampling.temperature,
-        "top_p": 1.0,
-        "top_k": 0,
-        "max_tokens": left,
-        "stop_token_ids": list(sampling.stop_ids),
-        # Only the ids above stop: a model's own end-of-text id may differ from the tokenizer's.
-        "ignore_eos": True,
-        "detokenize": False,
-        "seed": answer_seed(sampling.seed, *place),
-    }
-    if not greedy:
-        parameters["logprobs"] = 0
-    name = "-".join(map(str, (*place, "greedy" if greedy else "sampled")))
-    return {"request_id": name, "token_ids": draft.request_ids, "sampling_params": parameters, "stream": True}
 
 
 def read_segments(spans: Sequence[dict[str, Any]]) -> tuple[Segment, ...]:

@@ -6,6 +6,7 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -101,3 +102,25 @@ class Draft:
     def _cut_segments(self, length: int) -> None:
         kept = [replace(span, end=min(span.end, length)) for span in self.segments if span.start < length]
         self.segments[:] = kept
+
+
+def request_body(draft: Draft, sampling: Sampling, left: int) -> dict[str, Any]:
+    """What asks a server for the rest of an answer, of at most `left` tokens."""
+    greedy = sampling.temperature == 0
+    place = (draft.prompt.index, draft.sample_index, draft.parts)
+    parameters: dict[str, Any] = {
+        "n": 1,
+        "temperature": sampling.temperature,
+        "top_p": 1.0,
+        "top_k": 0,
+        "max_tokens": left,
+        "stop_token_ids": list(sampling.stop_ids),
+        # Only the ids above stop: a model's own end-of-text id may differ from the tokenizer's.
+        "ignore_eos": True,
+        "detokenize": False,
+        "seed": answer_seed(sampling.seed, *place),
+    }
+    if not greedy:
+        parameters["logprobs"] = 0
+    name = "-".join(map(str, (*place, "greedy" if greedy else "sampled")))
+    return {"request_id": name, "token_ids": draft.request_ids, "sampling_params": parameters, "stream": True}

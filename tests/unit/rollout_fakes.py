@@ -49,6 +49,8 @@ class FakeServer:
         self.delay = 0.0
         """Seconds a token takes."""
         self.aborts = 0
+        self.missed_aborts = 0
+        """Aborts that come before the requests they are meant for."""
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         path = request.path
@@ -66,7 +68,8 @@ class FakeServer:
         if path in ("/pause", "/resume"):
             self.paused = path == "/pause" and request.query["mode"] == "keep"
             if path == "/pause" and request.query["mode"] == "abort":
-                self.aborts += 1
+                self.aborts += self.missed_aborts == 0
+                self.missed_aborts = max(0, self.missed_aborts - 1)
         if path == "/finish_weight_update":
             self.version = (await request.json())["weight_version"]
         if path == "/collective_rpc":

@@ -113,6 +113,22 @@ def test_a_refusal_and_a_dead_server_are_sentences() -> None:
     asyncio.run(run())
 
 
+def test_an_answer_that_misses_the_abort_gets_another() -> None:
+    async def run() -> None:
+        fake = FakeServer()
+        fake.gate, fake.missed_aborts = 2, 2
+        async with serving(fake) as [client]:
+            draft = Draft(make_prompt(0), 0)
+            waiting = asyncio.create_task(client.generate(draft, SAMPLED, version))
+            while len(draft) < 2:
+                await asyncio.sleep(0.01)
+            await client.interrupt()
+            assert await waiting == "abort" and len(draft) == 2
+            assert fake.calls.count("/pause") == 3 and not fake.paused
+
+    asyncio.run(run())
+
+
 def test_a_server_without_progress_is_given_up() -> None:
     async def run() -> None:
         fake = FakeServer()
