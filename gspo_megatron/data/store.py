@@ -12,10 +12,11 @@ import shutil
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from gspo_megatron.types import Answer, Prompt, SampleRef
+from gspo_megatron.types import Answer, Prompt, SampleRef, Segment
 
 MAGIC = b"GSPO"
 FORMAT_VERSION = 1
@@ -129,3 +130,8 @@ def _checksum(body: bytes | np.ndarray, shape: tuple[int, ...]) -> int:
     """CRC-32 of the body and, where there are routes, of their shape."""
     checksum = zlib.crc32(body)
     return zlib.crc32(struct.pack("<III", *shape), checksum) if any(shape) else checksum
+
+
+def read_ref(entry: dict[str, Any]) -> SampleRef:
+    """A sample reference from its JSON."""
+    return SampleRef(**{**entry, "segments": tuple(Segment(**span) for span in entry["segments"])})

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from gspo_megatron.data.store import SampleStore
+from gspo_megatron.data.store import SampleStore, read_ref
 from gspo_megatron.rollout.drafts import Draft
 from gspo_megatron.rollout.groups import Group
-from gspo_megatron.types import Answer, Problem, Prompt, SampleRef, Segment
+from gspo_megatron.types import Answer, Problem, Prompt, SampleRef
 
 
 def describe_groups(groups: Sequence[Group]) -> tuple[list[dict[str, Any]], list[tuple[Prompt, Answer]]]:
@@ -52,11 +52,6 @@ def read_groups(rows: Sequence[dict[str, Any]], drafts: Sequence[dict[str, Any]]
             draft.born = row["born"][str(draft.sample_index)]
         groups.append(Group(prompt, members, finished))
     return groups
-
-
-def read_ref(entry: dict[str, Any]) -> SampleRef:
-    """A sample reference from its JSON."""
-    return SampleRef(**{**entry, "segments": tuple(Segment(**span) for span in entry["segments"])})
 
 
 def _read_draft(prompt: Prompt, entry: dict[str, Any], stored: dict[str, Any], store: SampleStore) -> Draft:

@@ -68,14 +68,18 @@ class ServerClient:
         try:
             limit = aiohttp.ClientTimeout(total=timeout, sock_connect=10)
             async with self._session.request(method, self.url + path, json=body, timeout=limit) as response:
-                if response.status != 200:
-                    reason = " ".join((await response.text()).split())[:400]
-                    raise ServerError(f"server {self.url} answered {path} with {response.status}: {reason}")
+                await self._need_success(response, path)
                 return await response.json() if response.content_type == "application/json" else await response.read()
         except TimeoutError:
             raise ServerError(f"server {self.url} did not answer {path} within {timeout} s") from None
         except aiohttp.ClientError as error:
             raise ServerError(f"server {self.url} is gone: {type(error).__name__} on {path}") from None
+
+    async def _need_success(self, response: aiohttp.ClientResponse, path: str) -> None:
+        """Raise ServerError with the server's own words unless it answered with a 200."""
+        if response.status != 200:
+            reason = " ".join((await response.text()).split())[:400]
+            raise ServerError(f"server {self.url} answered {path} with {response.status}: {reason}")
 
     async def is_healthy(self) -> bool:
         """Whether the server answers its health check."""
@@ -167,9 +171,7 @@ class ServerClient:
         try:
             url = self.url + GENERATE
             async with self._session.post(url, json=body, timeout=aiohttp.ClientTimeout(sock_connect=10)) as response:
-                if response.status != 200:
-                    reason = " ".join((await response.text()).split())[:400]
-                    raise ServerError(f"server {self.url} answered {GENERATE} with {response.status}: {reason}")
+                await self._need_success(response, GENERATE)
                 async for line in response.content:
                     if line.startswith(DATA) and not line.startswith(DONE):
                         yield json.loads(line[len(DATA) :])["choices"][0]

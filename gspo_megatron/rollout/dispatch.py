@@ -160,7 +160,7 @@ class Dispatcher:
         home = self._homes.get(index)
         if home in open_ and len(self._held[home]) <= min(len(self._held[server]) for server in open_) + SPREAD:
             return home
-        self._homes[index] = min(open_, key=lambda server: self._load(server))
+        self._homes[index] = min(open_, key=self._load)
         return self._homes[index]
 
     def _load(self, server: ServerClient) -> int:

@@ -13,8 +13,8 @@ import httpx
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from gspo_megatron.config.model import Architecture
+from gspo_megatron.data.store import read_ref
 from gspo_megatron.rollout.auth import key_header
-from gspo_megatron.types import SampleRef, Segment
 from gspo_megatron.weights.layout import Layout
 
 Listener = Callable[[dict[str, Any]], None]
@@ -69,7 +69,7 @@ class ControllerLink:
             `samples` (list of SampleRef, ordered by prompt and sample), `seconds`, `tokens`, `accounting`.
         """
         answer = self._watched("/rollout", {"step": step}, on_progress)
-        answer["samples"] = [_sample_ref(row) for row in answer["samples"]]
+        answer["samples"] = [read_ref(row) for row in answer["samples"]]
         return answer
 
     def evaluate(
@@ -155,7 +155,3 @@ class ControllerLink:
         except ValueError:
             sentence = f"the controller answered {path} with {response.status_code}; its log says why"
         raise ControllerError(sentence)
-
-
-def _sample_ref(row: dict[str, Any]) -> SampleRef:
-    return SampleRef(**{**row, "segments": tuple(Segment(**segment) for segment in row["segments"])})

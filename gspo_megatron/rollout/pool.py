@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import logging
 import math
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -22,7 +21,6 @@ from gspo_megatron.rollout.fleet import Refused
 from gspo_megatron.rollout.groups import Accounting, Group
 from gspo_megatron.types import Prompt, SampleRef, StopReason
 
-log = logging.getLogger(__name__)
 MAX_FILTERED = 20
 """Batches' worth of groups in a row that may be filtered before the run is told that it learns nothing."""
 
