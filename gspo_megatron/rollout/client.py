@@ -243,6 +243,10 @@ class ServerClient:
         """How this server cuts the model."""
         return ServerLayout(**(await self._worker_call("weight_layout", CONTROL_SECONDS))[0])
 
+    async def identity(self) -> dict[str, Any]:
+        """Whose this server is and what it serves; see `identity.py`."""
+        return (await self._worker_call("identity", CONTROL_SECONDS))[0]
+
     async def reset_prefix_cache(self) -> None:
         """Forget the KV cache of earlier prompts: it belongs to the old weights."""
         await self.call("POST", "/reset_prefix_cache", timeout=CONTROL_SECONDS)

@@ -6,7 +6,8 @@ import asyncio
 import logging
 from collections.abc import Sequence
 
-from gspo_megatron.rollout.client import ServerClient
+from gspo_megatron.rollout.client import ServerClient, ServerError
+from gspo_megatron.rollout.identity import Identity
 
 log = logging.getLogger(__name__)
 RETURN_SECONDS = 2.0
@@ -20,8 +21,14 @@ class Refused(RuntimeError):
 class Fleet:
     """All servers of a run. One that is dropped serves again only as a new process, from the next weights on."""
 
-    def __init__(self, servers: Sequence[ServerClient]) -> None:
+    def __init__(self, servers: Sequence[ServerClient], identity: Identity | None = None) -> None:
+        """
+        Args:
+            servers: by address.
+            identity: what each of them must be; None = they are not asked (engines that are simulated).
+        """
         self.servers = tuple(servers)
+        self._identity = identity
         self._watchers: list[asyncio.Task[None]] = []
         self._returning: set[ServerClient] = set()
 
@@ -43,7 +50,11 @@ class Fleet:
         return {server.url: server.fault for server in self.servers}
 
     async def wait_healthy(self, timeout: float) -> None:
-        """Wait until every server answers its health check. Raises Refused naming the first that does not."""
+        """Wait until every server answers its health check and is what this run needs.
+
+        Raises:
+            Refused: naming the first that does not, or is not.
+        """
         deadline = asyncio.get_running_loop().time() + timeout
         for server in self.servers:
             while not await server.is_healthy():
@@ -53,6 +64,17 @@ class Fleet:
                         f"rollout.start_timeout={timeout:g} s; its log says why"
                     )
                 await asyncio.sleep(0.25)
+
+        for server in self.servers:
+            try:
+                await self.check(server)
+            except ServerError as error:
+                raise Refused(str(error)) from None
+
+    async def check(self, server: ServerClient) -> None:
+        """Raise ServerError if a server is of another run, or serves another model than the recipe's."""
+        if self._identity is not None and (fault := self._identity.fault_of(await server.identity())):
+            raise ServerError(f"server {server.url} {fault}")
 
     def watch(self) -> None:
         """From now on, give up servers that hold answers and make no progress."""

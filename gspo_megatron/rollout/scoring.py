@@ -75,8 +75,9 @@ class _Worker:
         # Spawned, not forked: the controller holds threads and connections that a child must not inherit.
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_work, args=(self._make, theirs, os.getpid()), daemon=True)
-        self._process.start()
+        process = context.Process(target=_work, args=(self._make, theirs, os.getpid()), daemon=True)
+        process.start()
+        self._process = process
         theirs.close()
         try:
             if self._connection.poll(START_SECONDS) and self._connection.recv() == "ready":
@@ -138,6 +139,9 @@ class ScoringPool:
 
     def close(self) -> None:
         """End all scoring processes."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers:
             worker.stop()
-        self._threads.shutdown(cancel_futures=True)
+        self._threads.shutdown()
+        for worker in self._workers:  # one that was being started meanwhile
+            worker.stop()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from gspo_megatron.config.loading import RecipeError, load_resolved
 from gspo_megatron.config.schema import Recipe
-from gspo_megatron.rollout import plugin
+from gspo_megatron.rollout import identity, plugin
 from gspo_megatron.rollout.auth import read_key
 from gspo_megatron.rollout.processes import bind_forked_children, die_with_parent
 
@@ -40,6 +40,8 @@ def main() -> None:
         missing = model / "config.json"
         raise SystemExit(f"rollout server {arguments.index}: {missing} does not exist; write the model there first")
     refuse_used_port(arguments.host, arguments.port)
+    os.environ[identity.RUN_VARIABLE] = identity.read_run_id(arguments.run_dir)
+    os.environ[identity.TOKENIZER_VARIABLE] = identity.hash_vocabulary(recipe)
     has_gpu = prepare_environment(arguments.index)
     serve(vllm_arguments(recipe, model, arguments.host, arguments.port, has_gpu), arguments.index)
 

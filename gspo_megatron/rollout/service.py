@@ -23,6 +23,7 @@ from gspo_megatron.rollout.client import ServerClient
 from gspo_megatron.rollout.controller import Controller
 from gspo_megatron.rollout.dispatch import with_reserve
 from gspo_megatron.rollout.fleet import Fleet, Refused
+from gspo_megatron.rollout.identity import identity_of
 from gspo_megatron.rollout.processes import die_with_parent
 from gspo_megatron.rollout.scoring import Scorer, ScoringPool
 from gspo_megatron.watchdog import follow
@@ -142,7 +143,7 @@ def build(recipe: Recipe, run_dir: Path, host: str, urls: list[str], key: str) -
     servers = [ServerClient(url, key, vocab, context, with_reserve(rollout.max_concurrency)) for url in urls]
     return Controller(
         recipe,
-        Fleet(servers),
+        Fleet(servers, identity_of(recipe, run_dir)),
         stream,
         tokenizer,
         ScoringPool(make, min(MAX_SCORING_PROCESSES, os.cpu_count() or 1), SCORING_SECONDS),

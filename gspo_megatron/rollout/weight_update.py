@@ -95,6 +95,8 @@ class WeightUpdater:
         self._fleet.take_back()
         if self._flight is not None:
             self._abandon()
+        # Another process may answer at an address by now; it must get neither a pause nor a weight.
+        await self._each(self._fleet.live, self._fleet.check)
         await self._each(self._fleet.live, lambda server: server.pause())
         layouts = await self._each(self._fleet.live, lambda server: server.layout())
         members = list(layouts)

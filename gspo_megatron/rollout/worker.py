@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from vllm.config import ModelConfig
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -16,7 +19,7 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import make_online_process_loader
 
-from gspo_megatron.rollout import plugin
+from gspo_megatron.rollout import identity, plugin
 from gspo_megatron.rollout.checksum import Checksum, add_parameter
 from gspo_megatron.rollout.transfer import Ticket, TransferGroup, receive
 from gspo_megatron.weights.server_layout import ServerLayout, ServerParameter, server_parameters
@@ -194,7 +197,18 @@ class WorkerExtension:
     """Methods that vLLM mixes into its worker class, for `/collective_rpc`."""
 
     weight_transfer_engine: ShardTransferEngine
+    model_config: ModelConfig
     _weight_update_active: bool
+
+    def identity(self) -> dict[str, Any]:
+        """What `Identity.fault_of` reads; of the model that is loaded, not of the one that was asked for."""
+        return {
+            "run": os.environ.get(identity.RUN_VARIABLE, ""),
+            "tokenizer": os.environ.get(identity.TOKENIZER_VARIABLE, ""),
+            "config": json.loads(self.model_config.hf_text_config.to_json_string(use_diff=False)),
+            "dtype": str(self.model_config.dtype).removeprefix("torch."),
+            "context": self.model_config.max_model_len,
+        }
 
     def weight_layout(self) -> dict[str, Any]:
         """Fields of this server's `ServerLayout`."""

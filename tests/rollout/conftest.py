@@ -27,6 +27,7 @@ from gspo_megatron.rollout.auth import KEY_VARIABLE, key_header
 from gspo_megatron.rollout.client import ServerClient
 from gspo_megatron.rollout.controller import Controller
 from gspo_megatron.rollout.fleet import Fleet
+from gspo_megatron.rollout.identity import Identity
 from gspo_megatron.rollout.link import ControllerLink
 from gspo_megatron.rollout.scoring import ScoringPool
 from gspo_megatron.rollout.service import Service
@@ -137,11 +138,13 @@ class ControllerThread:
         recipe: Recipe | None = None,
         overlaps: bool = True,
         slots: int = 64,
+        identity: Identity | None = None,
     ) -> None:
         self.url = f"http://127.0.0.1:{free_port()}"
         self.store = SampleStore(samples)
         self.server_urls = server_urls
         self._recipe, self._overlaps, self._slots = recipe or make_recipe(), overlaps, slots
+        self._identity = identity
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
         self._done = asyncio.Event()
@@ -150,7 +153,7 @@ class ControllerThread:
         assert self._ready.wait(30)
 
     async def _serve(self) -> None:
-        fleet = Fleet([ServerClient(url, KEY, VOCAB, 64, self._slots) for url in self.server_urls])
+        fleet = Fleet([ServerClient(url, KEY, VOCAB, 64, self._slots) for url in self.server_urls], self._identity)
         scoring = ScoringPool(make_scorer, 1, 5.0)
         parts = (CountingPrompts(), NumberTokenizer(), scoring, self.store, "127.0.0.1", self._overlaps)
         self.controller = Controller(self._recipe, fleet, *parts)
