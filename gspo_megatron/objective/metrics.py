@@ -99,6 +99,7 @@ def _mismatch_sums(packed: Packed, fraction: Tensor, old: Tensor, sampler: Tenso
         "mismatch_k1": -log_k.sum(),
         "mismatch_k3": (torch.expm1(log_k) - log_k).sum(),
         "mismatch_k/max": _largest(packed.trained(k)),
+        "mismatch_abs/max": _largest(log_k.abs()),
         "mismatch_outside_2": ((log_k.abs() > 0.6931471805599453) & mask).sum(dtype=torch.float64),
         "mismatch_outside_icepop": (((k < 0.5) | (k > 5)) & mask).sum(dtype=torch.float64),
         "mismatch_sequence_k_square": (packed.local_share() * (2 * packed.means(log_k)).exp()).sum(),

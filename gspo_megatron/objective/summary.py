@@ -143,6 +143,7 @@ def _mismatch(value: Mapping[str, float], tokens: float, sequences: float) -> di
         "mismatch_k3": value["mismatch_k3"] / tokens,
         "mismatch_ratio_mean": k / tokens,
         "mismatch_ratio_max": value["mismatch_k/max"],
+        "mismatch_abs_max": value["mismatch_abs/max"],
         "mismatch_ess": k * k / (tokens * k_square) if k_square > 0 else 1.0,
         "mismatch_chi2": k_square / tokens - 1,
         "mismatch_chi2_sequences": value["mismatch_sequence_k_square"] / sequences - 1,

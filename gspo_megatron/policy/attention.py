@@ -3,13 +3,11 @@
 Sharded exactly as Transformer Engine shards: each sequence, padded to a multiple of 2*CP, is cut in 2*CP chunks and
 rank r holds chunks r and 2*CP-1-r. Keys and values are gathered over the context-parallel ranks; each query attends
 to the positions of its own sequence that are not after it.
-
-Written out (scores, softmax, weighted sum) so that the pass with and the pass without gradients are the same
-arithmetic, bit for bit.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,10 +18,9 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-SCORE_BUDGET = 2**26
-"""Most attention scores (bucket x heads x queries x keys) alive at one time; longer queries go block by block."""
+SCORE_BUDGET = 2**20
+"""Most attention scores (bucket x heads x queries x keys) of a block of queries; one query is the least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +34,22 @@ class Bucket:
     query_positions: Tensor
     """[B, Lq] position in the sequence, -1 for padding."""
     key_positions: Tensor
-    """[B, Lk] position in the sequence, beyond every query's for padding."""
+    """[B, Lk] position in the sequence, beyond every query's for padding. Of real keys it is their index."""
+    first_hidden: Tensor
+    """[Lq] on the host: keys before this index are seen by the queries of all B sequences."""
+    last_seen: Tensor
+    """[Lq] on the host: keys after this index are seen by none."""
+
+    def blocks(self, heads: int) -> Iterator[tuple[slice, int]]:
+        """Blocks of queries, and how many keys each needs."""
+        size, length = self.query_positions.shape
+        start = 0
+        while start < length:
+            # Later queries see more keys: the block is as large as its last query allows.
+            seen = int(self.last_seen[start:].max()) + 1
+            end = min(length, start + max(1, SCORE_BUDGET // (size * heads * seen)))
+            yield slice(start, end), int(self.last_seen[start:end].max()) + 1
+            start = end
 
 
 @dataclass
@@ -90,7 +102,9 @@ def plan_buckets(cu_seqlens: Tensor, rank: int, size: int, device: torch.device)
             own = zigzag_indices(torch.tensor([0, length]), rank, size)
             query_positions[row, : len(own)] = own
             queries[row, : len(own)] = start // size + torch.arange(len(own))
-        buckets.append(Bucket(*(part.to(device) for part in (queries, keys, query_positions, key_positions))))
+        seen = query_positions.clamp(min=0)
+        parts = (part.to(device) for part in (queries, keys, query_positions, key_positions))
+        buckets.append(Bucket(*parts, first_hidden=seen.amin(0) + 1, last_seen=seen.amax(0)))
     return tuple(buckets)
 
 
@@ -150,29 +164,59 @@ class ReferenceAttention(MegatronModule):
         return output.reshape(len(query), -1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, bucket: Bucket) -> Tensor:
-        """[B, Lq, heads, d] of one bucket, query block by query block where the scores would not fit."""
-        size, num_queries, heads, _ = query.shape
-        block = max(1, SCORE_BUDGET // (size * heads * key.shape[1]))
-        if num_queries <= block:
-            return self._attend_block(query, key, value, bucket.query_positions, bucket.key_positions)
-        parts = [
-            checkpoint(self._attend_block, q, key, value, at, bucket.key_positions, use_reentrant=False)
-            for q, at in zip(query.split(block, 1), bucket.query_positions.split(block, 1), strict=True)
-        ]
-        return torch.cat([part for part in parts if part is not None], dim=1)
+        """[B, Lq, heads, d] of one bucket."""
+        by_group = query.unflatten(2, (key.shape[2], -1)).permute(0, 2, 3, 1, 4)
+        parts = (part.contiguous() for part in (by_group, key.transpose(1, 2), value.transpose(1, 2)))
+        attended: Tensor = _BlockedAttention.apply(*parts, bucket, self.scale)
+        return attended.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
-    def _attend_block(self, query: Tensor, key: Tensor, value: Tensor, query_at: Tensor, key_at: Tensor) -> Tensor:
-        size, num_queries, heads, width = query.shape
-        groups = key.shape[2]
-        # [B, groups, heads/groups * Lq, d] against [B, groups, Lk, d]: the heads of a group share its keys.
-        folded = query.view(size, num_queries, groups, heads // groups, width).permute(0, 2, 3, 1, 4)
-        scores = folded.reshape(size, groups, -1, width) @ key.permute(0, 2, 3, 1)
-        scores = scores.view(size, groups, heads // groups, num_queries, -1) * self.scale
-        hidden = key_at[:, None, :] > query_at[:, :, None].clamp(min=0)
-        scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
-        weights = _softmax(scores).view(size, groups, -1, scores.shape[-1])
-        mixed = (weights @ value.transpose(1, 2)).view(size, groups, heads // groups, num_queries, width)
-        return mixed.permute(0, 3, 1, 2, 4).reshape(size, num_queries, heads, width)
+
+class _BlockedAttention(torch.autograd.Function):
+    """Attention of one bucket, block of queries by block, each with the keys that it can see.
+
+    Written out so that the pass with and the pass without gradients are the same arithmetic, bit for bit. The backward
+    pass makes the weights again, unless one block is all: what is kept between the passes is linear in the tokens.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bucket: Bucket, scale: float) -> Tensor:
+        """query [B, groups, heads of a group, Lq, d], key and value [B, groups, Lk, d] -> as query."""
+        ctx.bucket, ctx.scale = bucket, scale
+        ctx.blocks = list(bucket.blocks(query.shape[1] * query.shape[2]))
+        output, weights = torch.empty_like(query), None
+        for rows, seen in ctx.blocks:
+            weights = _weights(query, key, bucket, scale, rows, seen)
+            output[..., rows, :] = (weights @ value[:, :, :seen]).view_as(query[..., rows, :])
+        ctx.save_for_backward(query, key, value, output, weights if len(ctx.blocks) == 1 else None)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """As in any softmax, the gradient of a score is weight * (gradient of the weight - its mean in the row)."""
+        query, key, value, output, kept = ctx.saved_tensors
+        wide = torch.promote_types(query.dtype, torch.float32)
+        grad_query = torch.empty_like(query)
+        grad_key, grad_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
+        for rows, seen in ctx.blocks:
+            weights = _weights(query, key, ctx.bucket, ctx.scale, rows, seen) if kept is None else kept
+            grad = grads[0][..., rows, :].flatten(2, 3)
+            grad_value[:, :, :seen] += weights.transpose(2, 3) @ grad
+            mean = (grad * output[..., rows, :].flatten(2, 3)).sum(-1, keepdim=True)
+            grad_scores = (grad @ value[:, :, :seen].transpose(2, 3)).sub_(mean).mul_(weights).mul_(ctx.scale)
+            grad_query[..., rows, :] = (grad_scores @ key[:, :, :seen]).view_as(query[..., rows, :])
+            grad_key[:, :, :seen] += grad_scores.transpose(2, 3) @ query[..., rows, :].flatten(2, 3)
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
+
+
+def _weights(query: Tensor, key: Tensor, bucket: Bucket, scale: float, rows: slice, seen: int) -> Tensor:
+    """[B, groups, heads of a group * block, seen]: the heads of a group share its keys."""
+    scores = (query[..., rows, :].flatten(2, 3) @ key[:, :, :seen].transpose(2, 3)).mul_(scale)
+    first = int(bucket.first_hidden[rows].min())
+    if first < seen:
+        hidden = bucket.key_positions[:, None, first:seen] > bucket.query_positions[:, rows, None].clamp(min=0)
+        by_head = scores.unflatten(2, (query.shape[2], -1))
+        by_head[..., first:].masked_fill_(hidden[:, None, None], float("-inf"))
+    return _softmax(scores)
 
 
 def _softmax(scores: Tensor) -> Tensor:

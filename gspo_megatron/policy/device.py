@@ -6,7 +6,7 @@ meaning, by patched functions and never by a dispatch mode (a `TorchFunctionMode
 
 What is patched, and who needs it:
     torch.cuda.current_device and streams       mappings, layers, p2p communication, gradient buffers
-    torch.zeros / torch.tensor, device="cuda"   schedules, optimizers, gradient clipping
+    torch.zeros / torch.tensor, device="cuda"   schedules, optimizers, gradient clipping; pin_memory: YaRN under CP
     Tensor.type, Tensor.cuda                    optimizers and gradient clipping compare and move by name
     tensor_parallel.random rng state            the RNG tracker
     maybe_move_tensor_to_cpu(as_numpy=True)     gloo's all_to_all_single wants ints, not tensors, as split sizes
@@ -89,6 +89,7 @@ def _on_host(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
     def make(*args: Any, **kwargs: Any) -> torch.Tensor:
         if kwargs.get("device") == "cuda":
             kwargs["device"] = HOST
+        kwargs.pop("pin_memory", None)  # a driver pins
         return factory(*args, **kwargs)
 
     return make

@@ -79,6 +79,7 @@ def test_mismatch_metrics() -> None:
     assert math.exp(logged["mismatch_log_ppl_trainer"]) == near(entry["ppl_train"])
     p, q = torch.tensor(entry["pi_train"]).double(), torch.tensor(entry["mu_infer"]).double()
     assert logged["mismatch_correlation"] == pytest.approx(float(torch.corrcoef(torch.stack([p, q]))[0, 1]), abs=1e-7)
+    assert logged["mismatch_abs_max"] == pytest.approx(float((old - sampler).abs().max()), abs=1e-12)
     assert logged["mismatch_dp_max"] == pytest.approx(0.3, abs=1e-12)
     assert logged["mismatch_outside_icepop"] == 0.25
 

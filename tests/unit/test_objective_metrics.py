@@ -99,7 +99,7 @@ def test_a_step_is_the_sum_of_its_minibatches() -> None:
     for name in ("clip_fraction_tokens", "policy_k1", "mismatch_k3", "entropy"):
         mean = sum(w * one[name] for w, one in zip(weights, each, strict=True)) / sum(weights)
         assert step[name] == pytest.approx(mean), name
-    for name in ("log_s_abs_max", "mismatch_ratio_max"):
+    for name in ("log_s_abs_max", "mismatch_ratio_max", "mismatch_abs_max"):
         assert step[name] == max(one[name] for one in each)
     assert step["loss"] == pytest.approx(sum(one["loss"] for one in each) / 4)
     assert [step[f"clip_left_sequences/minibatch_{i}"] for i in range(4)] == [
