@@ -15,7 +15,7 @@ OWN_TARGET := tests/gpu tests/slurm
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint test-slurm parity test-faults test-faults-policy fuzz test-gpu requirements clean
+.PHONY: help setup train test lint test-slurm parity long-context test-faults test-faults-policy fuzz test-gpu requirements clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ test-faults-policy: setup ## plant 19 faults in the policy, one at a time: each 
 
 parity: setup ## every layout of tests/parallel/layouts.py beside Hugging Face in float64, on 4 and 8 gloo ranks
 	$(BIN)/python -m tests.parallel.parity $(ARGS)
+
+long-context: setup ## answers of 100,352 tokens, sampled by vLLM and trained on under CP4, native and YaRN (an hour on 2 cores)
+	$(BIN)/python tools/long_context.py $(ARGS)
 
 fuzz: setup ## 10,000 random mutations of the recipes through `gspo plan` (make test has 1,000)
 	GSPO_FUZZ=10000 $(PYTEST) tests/unit/test_plan_fuzz.py $(ARGS)

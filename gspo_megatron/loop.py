@@ -45,7 +45,7 @@ def train(trainer: Trainer, checkpoints: Path) -> bool:
             sums = [trainer.update(minibatch) for minibatch in minibatches]
             trainer.reduce_metrics(sums)
             trainer.sync()
-            if due(step, recipe.evaluation.every, last):
+            if recipe.evaluation.problems and due(step, recipe.evaluation.every, last):
                 trainer.evaluate(step)
         writer.check()
         stop = asked.is_raised(trainer, writer.seconds) and step < last

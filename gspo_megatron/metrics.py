@@ -176,7 +176,8 @@ class RunLog:
 
     def finish(self, run_dir: Path) -> None:
         """Say what came out: three sampled answers and where everything is."""
-        for example in json.loads((run_dir / EXAMPLES_FILE).read_text()):
+        examples = run_dir / EXAMPLES_FILE  # not there without evaluations
+        for example in json.loads(examples.read_text()) if examples.is_file() else ():
             self.say(f"  {example['question']}  ->  {example['answer_text']}  (reward {example['reward']:g})")
         self.say(
             f"plot {run_dir / 'accuracy.png'}, report {run_dir / 'report.html'}, metrics {run_dir / METRICS_FILE},"

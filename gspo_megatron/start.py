@@ -25,6 +25,6 @@ def start(trainer: Trainer, checkpoints: Path) -> int:
     done = 0 if newest is None else load(trainer, newest)
     trainer.sync()
     trainer.probe_routers()
-    if newest is None:
+    if newest is None and trainer.recipe.evaluation.problems:
         check_band(trainer, trainer.evaluate(step=0))
     return done

@@ -189,8 +189,8 @@ class EvaluationSection(Section):
 
     every: int = Field(default=10, ge=0)
     """Steps between evaluations; 0 = only at the start and at the end. Source: ours."""
-    problems: int = Field(default=256, gt=0)
-    """Held-out problems. Source: ours: a standard error of 3 points."""
+    problems: int = Field(default=256, ge=0)
+    """Held-out problems; 0 = never evaluate. Source: ours: a standard error of 3 points."""
     answers: int = Field(default=1, gt=0)
     """Answers a problem, averaged: 32 for the avg@32 of the GSPO paper."""
     temperature: float = Field(default=0.0, ge=0)
