@@ -11,6 +11,7 @@ import os
 import shutil
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,16 @@ class SampleStore:
     def remove(self, ref: SampleRef) -> None:
         """Forget a sample that is not trained on."""
         (self.directory / ref.path).unlink(missing_ok=True)
+
+    def holds(self, ref: SampleRef) -> bool:
+        """Whether a sample is still there."""
+        return (self.directory / ref.path).is_file()
+
+    def sweep(self, keeps: Callable[[int, str], bool]) -> None:
+        """Remove every sample that is not kept, told by the index of its prompt and its path."""
+        for file in self.directory.glob("*.sample"):
+            if not keeps(int(file.name.split("-")[0]), file.name):
+                file.unlink()
 
     def read(self, ref: SampleRef) -> tuple[np.ndarray, int, np.ndarray]:
         """Map one sample.

@@ -54,6 +54,15 @@ def read_groups(rows: Sequence[dict[str, Any]], drafts: Sequence[dict[str, Any]]
     return groups
 
 
+def forget_lost_members(groups: Sequence[Group], store: SampleStore) -> None:
+    """Begin those members anew whose files are gone: after the checkpoint their group was dropped."""
+    for group in groups:
+        for ref in group.members:
+            if not store.holds(ref):
+                del group.finished[ref.sample_index]
+                group.drafts[ref.sample_index] = Draft(group.prompt, ref.sample_index)
+
+
 def _read_draft(prompt: Prompt, entry: dict[str, Any], stored: dict[str, Any], store: SampleStore) -> Draft:
     ref = read_ref(stored)
     ids, start, logprobs = store.read(ref)

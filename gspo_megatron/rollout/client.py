@@ -137,6 +137,7 @@ class ServerClient:
                     entries = choice["logprobs"]["content"] if choice["logprobs"] else ()
                     # What a chunk holds was begun when the one before it came: at worst it is labelled as too old.
                     draft.extend(choice["token_ids"] or (), [entry["logprob"] for entry in entries], label)
+                    draft.received(len(choice["token_ids"] or ()))
                     label = label if (now := version()) is None else now
                     certain = certain if now is None else len(draft)
                     reason, spans = choice["finish_reason"], choice["weight_versions"] or ()

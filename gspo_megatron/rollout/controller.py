@@ -16,10 +16,11 @@ from typing import Any, Protocol
 
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.data.store import SampleStore
-from gspo_megatron.rollout.carried import describe_groups, read_groups, store_drafts
+from gspo_megatron.rollout.carried import describe_groups, forget_lost_members, read_groups, store_drafts
 from gspo_megatron.rollout.dispatch import URGENT, Dispatcher
 from gspo_megatron.rollout.drafts import Draft, Sampling
 from gspo_megatron.rollout.fleet import Fleet, Refused
+from gspo_megatron.rollout.groups import Tally
 from gspo_megatron.rollout.pool import Pool
 from gspo_megatron.rollout.scoring import ScoringPool
 from gspo_megatron.rollout.weight_update import Probe, WeightUpdater
@@ -27,6 +28,8 @@ from gspo_megatron.types import Answer, Prompt, SampleRef, StopReason
 
 log = logging.getLogger(__name__)
 NUM_EXAMPLES = 3
+TALLY = "received_tokens"
+"""File of the sample store."""
 KEPT_STATES = 3
 """Checkpoints whose unfinished answers are kept; the trainer keeps fewer."""
 NO_WEIGHTS = "no server has weights yet; send them with /weights/begin and /weights/finish first"
@@ -126,6 +129,7 @@ class Controller:
             self._sampling(recipe.rollout.temperature),
             lambda: self.updater.version,
             overlaps,
+            Tally(store.directory / TALLY),
         )
 
     async def start(self) -> None:
@@ -231,13 +235,15 @@ class Controller:
         return {"stream": stream, "groups": rows, "accounting": accounting, "store": name, "drafts": drafts}
 
     async def restore(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken."""
+        """Go on where `state` was taken; what came after it is gone, and counted as dropped."""
         self._prompts.restore(state["stream"])
-        self.pool.accounting.restore(state["accounting"])
-        if state["groups"]:
-            store = self._store.beside(state["store"])
-            groups = await asyncio.to_thread(read_groups, state["groups"], state["drafts"], store)
-            self.pool.groups[:] = groups
+        carried = self._store.beside(state["store"]) if state["drafts"] else self._store
+        groups = await asyncio.to_thread(read_groups, state["groups"], state["drafts"], carried)
+        forget_lost_members(groups, self._store)
+        known = {group.prompt.index: {ref.path for ref in group.members} for group in groups}
+        begun = state["stream"]["index"]
+        self._store.sweep(lambda index, path: index < begun and (index not in known or path in known[index]))
+        self.pool.restore(groups, state["accounting"])
 
     def _need_weights(self) -> int:
         if self.updater.version is None:

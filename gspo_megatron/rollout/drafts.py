@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -51,6 +51,8 @@ class Draft:
     """Version of the weights when the first request was sent."""
     lost: int = 0
     """Tokens that were sampled and could not be kept."""
+    received: Callable[[int], None] = lambda tokens: None
+    """Told how many tokens have come, whenever some have."""
 
     def __len__(self) -> int:
         return len(self.token_ids)

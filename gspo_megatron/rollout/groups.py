@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from gspo_megatron.rollout.drafts import Draft
@@ -41,6 +43,23 @@ class Group:
         return [self.finished[index] for index in sorted(self.finished)]
 
 
+class Tally:
+    """Answer tokens that were received since the start of the run, in a file: it outlives a controller that is killed.
+
+    What the controller restores is of the last checkpoint; the difference is what was sampled since, and lost.
+    """
+
+    def __init__(self, file: Path) -> None:
+        file.touch()
+        self._file = file.open("r+b", buffering=0)
+        self.tokens = int.from_bytes(self._file.read(), "little")
+
+    def add(self, tokens: int) -> None:
+        """Count tokens that have just come."""
+        self.tokens += tokens
+        os.pwrite(self._file.fileno(), self.tokens.to_bytes(8, "little"), 0)
+
+
 @dataclass(slots=True)
 class Accounting:
     """Where sampled tokens and prompts went since the start of the run."""
@@ -69,6 +88,14 @@ class Accounting:
         """Go on from a report; what was carried counts through its groups."""
         self.taken = Counter(report["taken"])
         self.dropped = {reason: Counter(counts) for reason, counts in report["dropped"].items()}
+
+    def settle(self, carried: Sequence[Group], tally: Tally) -> None:
+        """Count as dropped what was received and is nowhere: an earlier attempt took it with it."""
+        lost = tally.tokens - self.report(carried)["sampled_tokens"]
+        if lost > 0:
+            self.dropped.setdefault("attempt-lost", Counter()).update(tokens=lost)
+        else:
+            tally.add(-lost)  # a run directory without its tally
 
     def report(self, carried: Sequence[Group]) -> dict[str, Any]:
         """As JSON: `sampled` = `taken` + every `dropped` + `carried`, in tokens."""

@@ -13,12 +13,13 @@ import asyncio
 import functools
 import math
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.rollout.dispatch import Dispatcher
 from gspo_megatron.rollout.drafts import Draft, Sampling
 from gspo_megatron.rollout.fleet import Refused
-from gspo_megatron.rollout.groups import Accounting, Group
+from gspo_megatron.rollout.groups import Accounting, Group, Tally
 from gspo_megatron.types import Prompt, SampleRef, StopReason
 
 MAX_FILTERED = 20
@@ -38,6 +39,7 @@ class Pool:
         sampling: Sampling,
         version: Callable[[], int | None],
         overlaps: bool,
+        tally: Tally,
     ) -> None:
         """
         Args:
@@ -49,6 +51,7 @@ class Pool:
             sampling: how answers are drawn.
             version: weights of the servers.
             overlaps: servers go on while the trainer works.
+            tally: counts what they sample.
         """
         rollout, self._size, self._answers = recipe.rollout, recipe.batch.prompts, recipe.batch.answers
         self._staleness, self._overlaps = rollout.max_staleness, overlaps
@@ -62,6 +65,8 @@ class Pool:
         self.groups: list[Group] = []
         """Under way or complete, not handed out; in the order of their prompts."""
         self.accounting = Accounting()
+        self._tally = tally
+        self.accounting.settle((), tally)
         self._taking = False
         self._filtered = 0
         self._running: dict[Draft, asyncio.Task[None]] = {}
@@ -102,6 +107,15 @@ class Pool:
         """Finished members of the groups at hand, and their tokens."""
         refs = [ref for group in self.groups for ref in group.finished.values()]
         return len(refs), sum(ref.answer_length for ref in refs)
+
+    def restore(self, groups: Sequence[Group], report: dict[str, Any]) -> None:
+        """Go on from a checkpoint's groups and accounting."""
+        self.groups[:] = groups
+        for group in groups:
+            for draft in group.drafts:
+                draft.received = self._tally.add
+        self.accounting.restore(report)
+        self.accounting.settle(groups, self._tally)
 
     async def close(self) -> None:
         """End all tasks."""
@@ -186,7 +200,7 @@ class Pool:
 
     def _begin(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
-            group = Group(prompt, [Draft(prompt, index) for index in range(self._answers)])
+            group = Group(prompt, [Draft(prompt, index, received=self._tally.add) for index in range(self._answers)])
             self.groups.append(group)
             self._start(group)
 

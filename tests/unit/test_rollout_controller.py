@@ -86,7 +86,7 @@ def test_a_server_lost_in_the_batch_loses_no_answer_and_doubles_none(tmp_path: P
             batch = await controller.rollout(1)
             places = [(row["prompt_index"], row["sample_index"]) for row in batch["samples"]]
             assert places == [(p, s) for p in range(8) for s in range(3)]
-            assert len(list(tmp_path.iterdir())) == 24 == len(batch["samples"])
+            assert len(list(tmp_path.glob("*.sample"))) == 24 == len(batch["samples"])
             assert controller.status()["servers"][good.url] == ""
             assert "500" in controller.status()["servers"][bad.url]
             bad.fail.clear()

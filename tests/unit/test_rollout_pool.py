@@ -14,7 +14,7 @@ from gspo_megatron.config.schema import Recipe
 from gspo_megatron.rollout.controller import Controller
 from gspo_megatron.rollout.drafts import Draft, answer_seed
 from gspo_megatron.rollout.fleet import Refused
-from gspo_megatron.types import Segment
+from gspo_megatron.types import SampleRef, Segment
 from tests.unit.rollout_fakes import FakeServer, make_prompt
 from tests.unit.test_rollout_controller import RECIPE, controlling
 
@@ -68,7 +68,7 @@ def test_what_is_begun_beyond_a_synchronous_batch_is_cut(tmp_path: Path) -> None
             assert batch["accounting"]["dropped"]["cut"]["prompts"] == 1
             assert batch["accounting"]["carried"] == {"tokens": 0, "prompts": 0}
             check_accounting(batch, controller, fake)
-            assert len(list(tmp_path.iterdir())) == 4 * ANSWERS, "answers that were cut leave no file"
+            assert len(list(tmp_path.glob("*.sample"))) == 4 * ANSWERS, "answers that were cut leave no file"
             assert not fake.paused
             fake.gate = 99
             again = await controller.rollout(2)
@@ -254,9 +254,49 @@ def test_a_controller_goes_on_from_its_state(tmp_path: Path) -> None:
             return [row for row in batch["samples"] if row["prompt_index"] in carried]
 
         assert of_carried(found) == of_carried(wanted) != []
-        assert found["accounting"]["sampled_tokens"] == wanted["accounting"]["sampled_tokens"]
+        assert found["accounting"]["taken"] == wanted["accounting"]["taken"]
         begun = {body["request_id"].split("-")[0] for body in fake.bodies}
         assert begun == {str(index) for index in range(10)}, "the stream goes on where the groups end"
+
+    asyncio.run(run())
+
+
+def test_what_an_attempt_takes_with_it_is_counted_and_made_again(tmp_path: Path) -> None:
+    """Killed after its state was taken: tokens of both attempts are accounted for, every answer is there once."""
+
+    async def run() -> None:
+        fake = FakeServer()
+        settings = recipe(max_staleness=1, over_provision=0.5)
+        store = tmp_path / "samples"
+        async with controlling(store, fake, recipe=settings) as controller:
+            await controller.rollout(1)
+            state = json.loads(json.dumps(await controller.state()))
+            finished = [ref for row in state["groups"] for ref in row["finished"]]
+            set_version(controller, 1, fake)
+            await controller.rollout(2)
+            before = fake.tokens
+        assert finished and len({row["prompt"]["index"] for row in state["groups"]}) == 2
+        # What a group that is dropped after the checkpoint leaves behind; and an answer of other versions.
+        (store / finished[0]["path"]).unlink()
+        (store / "00000007-0001-v5-5.sample").write_bytes(b"")
+        async with controlling(store, fake, recipe=settings) as restored:
+            await restored.restore(state)
+            set_version(restored, 1, fake)
+            found = await restored.rollout(2)
+            check_accounting(found, restored, fake)
+            lost = found["accounting"]["dropped"]["attempt-lost"]["tokens"]
+            assert lost == before - state["accounting"]["sampled_tokens"] + finished[0]["answer_length"]
+            carried = {row["prompt"]["index"] for row in state["groups"]}
+            assert {row["prompt_index"] for row in found["samples"]} >= carried
+            for row in found["samples"]:
+                assert restored._store.holds(SampleRef(**row))
+            again = json.loads(json.dumps(await restored.state()))
+        names = [path.name[:13] for path in store.glob("*.sample")]
+        assert len(names) == len(set(names)), "every answer is there once"
+        async with controlling(store, fake, recipe=settings) as third:
+            await third.restore(again)
+            told = third.pool.accounting.report(third.pool.groups)
+            assert told["sampled_tokens"] == fake.tokens, "a second restart counts nothing twice"
 
     asyncio.run(run())
 

@@ -1,0 +1,75 @@
+"""The controller of the main job is killed in a step: the run goes on from its checkpoint, and every token is found."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+from gspo_megatron.rollout.controller import TALLY
+from tests.rollout.test_lost_server import ANSWERS, PROMPTS, rows_of, wait_for
+from tests.rollout.test_main_job import assert_all_ended, processes_of, start
+
+STEPS = 5
+# One step off, so that groups are under way at every checkpoint; answers longer than a step takes to train.
+SETTINGS = (
+    "checkpoint.every=1",
+    "rollout.max_staleness=1",
+    f"trainer.max_steps={STEPS}",
+    "rollout.max_answer_tokens=64",
+)
+
+
+def received(directory: Path) -> int:
+    return int.from_bytes((directory / "run" / "samples" / TALLY).read_bytes(), "little")
+
+
+def answer_lengths(directory: Path) -> dict[tuple[int, int], int]:
+    """Tokens of every stored answer, by prompt and sample; each must be there once."""
+    files = sorted((directory / "run" / "samples").glob("*.sample"))
+    lengths = {}
+    for file in files:
+        prompt, sample = (int(part) for part in file.name.split("-")[:2])
+        lengths[prompt, sample] = int.from_bytes(file.read_bytes()[12:16], "little")
+    assert len(lengths) == len(files), "an answer is stored twice"
+    return lengths
+
+
+def test_a_killed_controller_loses_no_prompt_and_no_count(tmp_path: Path) -> None:
+    job = start(tmp_path, *SETTINGS)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    try:
+        wait_for(job, "checkpoint", lambda: (checkpoints / "step_000002" / "COMPLETE").is_file())
+        [victim] = [pid for pid, text in processes_of(tmp_path).items() if "rollout.controller" in text]
+        os.kill(victim, signal.SIGKILL)
+        said, _ = job.communicate(timeout=60)
+    finally:
+        job.terminate()
+    assert job.returncode == 1 and "controller failed: killed by SIGKILL" in said
+    assert_all_ended(tmp_path)
+    newest = sorted(checkpoints.glob("step_*/state.json"))[-1]
+    state = json.loads(newest.read_text())["controller"]
+    unsaved = received(tmp_path) - state["accounting"]["sampled_tokens"]
+    assert state["groups"] and unsaved > 0, "nothing was under way when the controller died"
+
+    again = start(tmp_path, *SETTINGS)
+    said, _ = again.communicate(timeout=240)
+    assert again.returncode == 0, said[-3000:]
+    assert f"goes on after step {int(newest.parent.name.split('_')[1])}" in said
+    assert (tmp_path / "run" / "DONE").is_file()
+
+    rows = rows_of(tmp_path)
+    assert [row["step"] for row in rows] == list(range(STEPS + 1)), "every step has one row"
+    trained = sum(row["rollout_tokens"] for row in rows[1:])
+    dropped = {name: count for name, count in rows[-1].items() if name.startswith("dropped_tokens/")}
+    assert dropped.pop("dropped_tokens/attempt-lost") == unsaved
+    assert rows[-1]["sampled_tokens"] == trained + unsaved + rows[-1]["carried_tokens"] + sum(dropped.values())
+
+    end = json.loads((checkpoints / f"step_{STEPS:06d}" / "state.json").read_text())["controller"]
+    under_way = {group["prompt"]["index"] for group in end["groups"]}
+    given = set(range(end["stream"]["index"])) - under_way
+    assert not dropped and end["accounting"]["taken"]["prompts"] == PROMPTS * STEPS == len(given)
+    lengths = answer_lengths(tmp_path)
+    assert {key for key in lengths if key[0] in given} == {(p, s) for p in given for s in range(ANSWERS)}
+    assert sum(length for (prompt, _), length in lengths.items() if prompt in given) == trained, "each trained on once"
