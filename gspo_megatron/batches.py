@@ -81,6 +81,18 @@ class Batcher:
         ]
         return [_only_scored(row.astype(np.int32)) for row in rows]
 
+    def score_probes(self) -> list[tuple[list[int], list[float]]]:
+        """Ids of the canary's probes and the policy's log-probs of all but the first id of each.
+
+        Of those that there are the half that is farthest from a router tie.
+        """
+        scored = []
+        for sample in self.probes():
+            logprobs, margin = self.policy.probe(self.collate([sample]))
+            scored.append((margin, (sample.token_ids.tolist(), logprobs[: len(sample.token_ids) - 1].tolist())))
+        scored.sort(key=lambda entry: -entry[0])
+        return [probe for _, probe in scored[: self.recipe.weight_update.canary_prompts]]
+
     def _pack(self, lengths: Sequence[int]) -> list[list[int]]:
         """Members of each of this data-parallel rank's micro-batches."""
         layout, multiple = self.policy.layout, pad_multiple(self.policy.layout)

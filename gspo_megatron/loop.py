@@ -44,14 +44,14 @@ def train(trainer: Trainer, checkpoints: Path) -> bool:
             minibatches = trainer.weigh(refs, trainer.prepare(refs))
             sums = [trainer.update(minibatch) for minibatch in minibatches]
             trainer.reduce_metrics(sums)
+            if every.export_every and step % every.export_every == 0:
+                with log.time("export"):
+                    trainer.policy.save(checkpoints / f"hugging_face_{step:06d}")
             trainer.sync()
             if recipe.evaluation.problems and due(step, recipe.evaluation.every, last):
                 trainer.evaluate(step)
         writer.check()
         stop = asked.is_raised(trainer, writer.seconds) and step < last
-        # Before the save: a run that goes on from there does not come by here again.
-        if every.export_every and step % every.export_every == 0:
-            trainer.policy.save(checkpoints / f"hugging_face_{step:06d}")
         if stop or (every.every and step % every.every == 0):
             writer.save(trainer, step)
         if stop:
@@ -93,6 +93,7 @@ def main() -> int:
     with log:
         if not train(trainer, checkpoints):
             return STOPPED
+        trainer.take_over()
         policy.save(checkpoints / "final")
         if first:
             write_plot(arguments.run_dir)

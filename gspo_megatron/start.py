@@ -23,8 +23,9 @@ def start(trainer: Trainer, checkpoints: Path) -> int:
     if newest is None:
         trainer.wait_for_servers()
     done = 0 if newest is None else load(trainer, newest)
-    trainer.sync()
+    # First: after the update the weights may be on the host.
     trainer.probe_routers()
+    trainer.sync()
     if newest is None and trainer.recipe.evaluation.problems:
         check_band(trainer, trainer.evaluate(step=0))
     return done

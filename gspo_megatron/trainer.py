@@ -29,20 +29,17 @@ from gspo_megatron.objective import (
     shape_rewards,
 )
 from gspo_megatron.objective.summary import add_sums
+from gspo_megatron.plan.machine import takes_turns
 from gspo_megatron.policy.instruments import RouterInstruments
 from gspo_megatron.policy.microbatch import MicroBatch
 from gspo_megatron.policy.policy import LossFunction, OptimizerSettings, Policy, Scored
 from gspo_megatron.policy.reference import ReferenceWeights
 from gspo_megatron.policy.replay import Routes
-from gspo_megatron.rollout.link import ControllerLink
+from gspo_megatron.rollout.link import ControllerLink, count_ready
 from gspo_megatron.rollout.sender import WeightSender
 from gspo_megatron.types import SampleRef
 
 SAMPLE_DIRECTORY = "samples"
-
-
-Probe = tuple[list[int], list[float]]
-"""Token ids and the trainer's log-probs of all but the first."""
 
 
 class Trainer:
@@ -53,7 +50,8 @@ class Trainer:
         self.spec = recipe.objective.spec(recipe.rollout.max_answer_tokens)
         self.store = SampleStore(run_dir / SAMPLE_DIRECTORY)
         self.batcher = Batcher(recipe, policy, self.store)
-        self.sender = WeightSender(policy.device)
+        self.takes_turns = takes_turns(recipe)
+        self.sender = WeightSender(policy.device, shares=not recipe.placement.rollout_nodes)
         self.routers = RouterInstruments(policy)
         self.reference: ReferenceWeights | None = None
         self.version = -1
@@ -92,22 +90,25 @@ class Trainer:
         weights, layout = self.policy.weights, self.policy.layout
         parameters = {name: parameter.detach() for name, (_, parameter) in weights.parameters.items()}
         with self.log.time("sync"):
+            if self.takes_turns:
+                self.policy.offload_states()
             checksums = self.sender.update(self.link, version, weights.arch, layout, parameters)
-            probes = self._score_probes()
+            probes = self.batcher.score_probes()
+            if self.takes_turns:
+                self.policy.offload()
+                dist.barrier()  # the servers take memory for KV next, on every rank's device
             if self.link is not None:
                 report = self.link.finish_update(version, checksums, probes)
                 self.log.add({"canary_largest": report["largest"], "canary_mean": report["mean"]})
                 self.log.add({name: report[name] for name in ("transfer_seconds", "received_over_needed")})
         self.version = version
 
-    def _score_probes(self) -> list[Probe]:
-        """Fixed probes and the trainer's log-probs; of twice as many, the ones farthest from a router tie."""
-        scored = []
-        for sample in self.batcher.probes():
-            logprobs, margin = self.policy.probe(self.batcher.collate([sample]))
-            scored.append((margin, (sample.token_ids.tolist(), logprobs[: len(sample.token_ids) - 1].tolist())))
-        scored.sort(key=lambda entry: -entry[0])
-        return [probe for _, probe in scored[: self.recipe.weight_update.canary_prompts]]
+    def take_over(self) -> None:
+        """Where servers share the devices: they go to sleep, and the policy comes back from host memory."""
+        if self.takes_turns:
+            with self.log.time("take_over"):
+                self.on_first_rank(lambda link: link.sleep())
+                self.policy.restore()
 
     def rollout(self, step: int) -> list[SampleRef]:
         """The finished, scored groups of one rollout batch."""
@@ -121,6 +122,7 @@ class Trainer:
         self.log.add({f"staleness_{name}": value for name, value in answer["staleness"].items()})
         self.log.add({"sampled_tokens": counts["sampled_tokens"], "carried_tokens": counts["carried"]["tokens"]})
         self.log.add({f"dropped_tokens/{reason}": gone["tokens"] for reason, gone in counts["dropped"].items()})
+        self.take_over()
         return refs
 
     def prepare(self, refs: Sequence[SampleRef]) -> list[MiniBatch]:
@@ -292,8 +294,3 @@ class Trainer:
             )
         self.log.evaluation(step, found)
         return found["accuracy"]
-
-
-def count_ready(status: dict[str, Any]) -> int:
-    """Servers that answered their health check, by the controller's status."""
-    return sum(not fault for fault in status["servers"].values()) if status["phase"] == "idle" else 0

@@ -13,9 +13,27 @@ from gspo_megatron.rollout.checksum import MASK
 from gspo_megatron.rollout.sender import WeightSender, first_cause
 from gspo_megatron.rollout.transfer import TransferError
 from gspo_megatron.weights.layout import Layout
-from gspo_megatron.weights.table import local_parameters
+from gspo_megatron.weights.table import hf_shapes, local_parameters
 
 CPU = torch.device("cpu")
+ARCH = Architecture(
+    vocab_size=96,
+    hidden_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    intermediate_size=128,
+    moe_intermediate_size=64,
+    num_experts=8,
+    num_experts_per_tok=2,
+    max_position_embeddings=128,
+)
+
+
+def make_tensors(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in hf_shapes(ARCH).items()}
 
 
 def cut_shards(
@@ -40,7 +58,7 @@ class TrainerRanks:
     """The senders of all trainer ranks of a layout, kept from update to update."""
 
     def __init__(self, world: int) -> None:
-        self.senders = [WeightSender(CPU) for _ in range(world)]
+        self.senders = [WeightSender(CPU, shares=False) for _ in range(world)]
 
     def send(self, ticket: dict[str, Any], shards: Sequence[Mapping[str, torch.Tensor]]) -> list[int]:
         """One transfer from all ranks; what every worker must have received. Raises TransferError with the cause."""

@@ -104,6 +104,16 @@ def machine_of(recipe: Recipe, ranks: int | None = None) -> Machine:
     return Machine(device, nodes, per_node, rollout_nodes, ranks or recipe.trainer.ranks or trainer_devices, host)
 
 
+def takes_turns(recipe: Recipe) -> bool:
+    """Whether servers sleep while the trainer works, and the trainer's memory is on the host while they sample.
+
+    Always where they share GPUs. Where there is no GPU nothing is gained by it, but a synchronous run goes the same
+    way; with `rollout.max_staleness` the servers sample on instead.
+    """
+    machine = machine_of(recipe)
+    return machine.colocated or (machine.is_cpu and not machine.rollout_nodes and not recipe.rollout.max_staleness)
+
+
 def find_gpus() -> tuple[GpuKind, int | None]:
     """Kind and number of this machine's GPUs, by nvidia-smi; an unknown kind is planned as an H100."""
     if shutil.which("nvidia-smi") is None:

@@ -112,7 +112,7 @@ class Snapshot:
             self._lay_out(layout, tensors)
         with torch.no_grad():
             for name, tensor in tensors.items():
-                self._slots[name].copy_(tensor.detach().view(-1), non_blocking=True)
+                self._slots[name].copy_(policy.read(tensor.detach()).view(-1), non_blocking=True)
         if policy.device.type == "cuda":
             torch.cuda.synchronize()
 

@@ -1,4 +1,4 @@
-"""The optimizer of a policy: Megatron's Adam over its chunks, and its way to host memory and back."""
+"""The optimizer of a policy: Megatron's Adam over its chunks."""
 
 from __future__ import annotations
 
@@ -56,29 +56,3 @@ def make_optimizer(
         # Norm weights are not decayed; Megatron leaves the product to its own scheduler.
         group["weight_decay"] = settings.weight_decay * group["wd_mult"]
     return optimizer
-
-
-def offload(optimizer: Any, model: TransformerConfig, chunks: Sequence[Any]) -> None:
-    """Move what only training needs to host memory, and drop the gradients, so that servers can use this GPU.
-
-    Raises:
-        ValueError: the weights are float32: Megatron's optimizer then steps the model's own memory.
-    """
-    if not torch.cuda.is_available():
-        return
-    if not model.bf16:
-        raise ValueError("model.dtype=float32 keeps no weights of the optimizer's own to offload; use bfloat16")
-    if optimizer is not None:
-        optimizer.offload_to_cpu()
-    for chunk in chunks:
-        chunk.offload_grad_buffers()
-
-
-def restore(optimizer: Any, chunks: Sequence[Any]) -> None:
-    """Undo `offload`. Gradients come back as memory, not as values: a step begins with none."""
-    if not torch.cuda.is_available():
-        return
-    for chunk in chunks:
-        chunk.restore_grad_buffers()
-    if optimizer is not None:
-        optimizer.restore_from_cpu()

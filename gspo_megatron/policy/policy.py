@@ -18,10 +18,11 @@ from torch import Tensor
 
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.data.packing import PackedBatch
-from gspo_megatron.policy import mesh, optimizer
+from gspo_megatron.policy import mesh
 from gspo_megatron.policy.head import chosen_logprobs
 from gspo_megatron.policy.microbatch import MicroBatch, place
 from gspo_megatron.policy.model import assert_settings, build_chunks
+from gspo_megatron.policy.offload import Residence
 from gspo_megatron.policy.optimizer import OptimizerSettings, make_optimizer
 from gspo_megatron.policy.replay import Routes, Routing
 from gspo_megatron.policy.weights import ReadPiece, ShardedWeights, save_hf
@@ -62,6 +63,7 @@ class Policy:
         self.chunks: list[Any] = [self._wrap(chunk) for chunk in bare]
         self.config.finalize_model_grads_func = finalize_model_grads
         self.optimizer: Any = None
+        self._residence = Residence()
         self.temperature = recipe.rollout.temperature
 
     def _wrap(self, chunk: torch.nn.Module) -> DistributedDataParallel:
@@ -92,13 +94,22 @@ class Policy:
         """A fresh optimizer over the present weights; an earlier phase's states are dropped."""
         self.optimizer = make_optimizer(settings, self.config, self.chunks, self._distributes_optimizer)
 
+    def offload_states(self) -> None:
+        """Move what only training needs to host memory. Scoring and exporting still work."""
+        self._residence.offload_states(self.optimizer, self.chunks)
+
     def offload(self) -> None:
-        """Leave this GPU to servers: see `optimizer.offload`."""
-        optimizer.offload(self.optimizer, self.config, self.chunks)
+        """Move everything to host memory: this device is left to servers."""
+        self.offload_states()
+        self._residence.offload_weights(self.chunks)
 
     def restore(self) -> None:
         """Undo `offload`."""
-        optimizer.restore(self.optimizer, self.chunks)
+        self._residence.restore(self.chunks)
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """Values of a weight or an optimizer state, wherever they are now."""
+        return self._residence.read(tensor)
 
     def place(self, batches: Sequence[PackedBatch]) -> list[MicroBatch]:
         """This rank's part of each packed batch of its data-parallel rank."""

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
-from typing import Any
+from typing import Any, Literal
 
 import aiohttp
 
@@ -239,6 +239,18 @@ class ServerClient:
     async def is_paused(self) -> bool:
         """Whether the engine stands still."""
         return bool((await self.call("GET", "/is_paused", timeout=CONTROL_SECONDS))["is_paused"])
+
+    async def sleep(self) -> None:
+        """Give up the memory of weights and KV; both are lost. Only an idle server may be asked."""
+        await self.call("POST", "/sleep?level=2", timeout=CONTROL_SECONDS)
+
+    async def wake(self, what: Literal["weights", "kv_cache"]) -> None:
+        """Take memory for weights or KV again; its values are nothing yet. The engine runs once it has both."""
+        await self.call("POST", f"/wake_up?tags={what}", timeout=CONTROL_SECONDS)
+
+    async def device_names(self) -> list[str]:
+        """[workers] where each one is."""
+        return await self._worker_call("device_name", CONTROL_SECONDS)
 
     async def layout(self) -> ServerLayout:
         """How this server cuts the model."""

@@ -20,7 +20,7 @@ from gspo_megatron.rollout.carried import describe_groups, forget_lost_members, 
 from gspo_megatron.rollout.dispatch import URGENT, Dispatcher
 from gspo_megatron.rollout.drafts import Draft, Sampling
 from gspo_megatron.rollout.fleet import Fleet, Refused
-from gspo_megatron.rollout.groups import Tally
+from gspo_megatron.rollout.groups import Tally, measure_staleness
 from gspo_megatron.rollout.pool import Pool
 from gspo_megatron.rollout.scoring import ScoringPool
 from gspo_megatron.rollout.weight_update import Probe, WeightUpdater
@@ -97,6 +97,7 @@ class Controller:
         store: SampleStore,
         host: str,
         overlaps: bool,
+        sleeps: bool,
     ) -> None:
         """
         Args:
@@ -108,16 +109,18 @@ class Controller:
             store: keeps them.
             host: this controller's address as the trainer and the servers reach it.
             overlaps: the servers have devices of their own and go on while the trainer works.
+            sleeps: servers and trainer take turns on the same devices.
         """
         self.recipe = recipe
         self.fleet = fleet
-        self.updater = WeightUpdater(fleet, recipe.weight_update, host)
+        self.updater = WeightUpdater(fleet, recipe.weight_update, host, sleeps)
         self.phase = "waiting for servers"
         self._progress = Progress()
         self._prompts = prompts
         self._tokenizer = tokenizer
         self._scoring = scoring
         self._store = store
+        self._sleeps = sleeps
         self._unscored: Counter[str] = Counter()
         self.dispatcher = Dispatcher(fleet, lambda: self.updater.version)
         self.pool = Pool(
@@ -137,6 +140,8 @@ class Controller:
         self._scoring.start()
         try:
             await asyncio.gather(self.fleet.wait_healthy(self.recipe.rollout.start_timeout), self.updater.open_store())
+            if self._sleeps:
+                await self.updater.sleep()
         except Refused as error:
             self.phase = f"failed: {error}"
             raise
@@ -211,10 +216,15 @@ class Controller:
             "examples": examples[:NUM_EXAMPLES],
         }
 
-    async def begin_update(self, version: int, terms: dict[str, Any]) -> dict[str, Any]:
+    async def sleep(self) -> None:
+        """See `WeightUpdater.sleep`."""
+        await self.updater.sleep()
+        self.phase = "idle"
+
+    async def begin_update(self, version: int, terms: dict[str, Any], devices: Sequence[str] = ()) -> dict[str, Any]:
         """See `WeightUpdater.begin`."""
         self.phase = f"receiving weights of version {version}"
-        return await self.updater.begin(version, terms)
+        return await self.updater.begin(version, terms, devices)
 
     async def finish_update(self, version: int, checksums: list[int], probes: list[dict[str, Any]]) -> dict[str, Any]:
         """See `WeightUpdater.finish`."""
@@ -277,16 +287,6 @@ class Controller:
     def _without_stop(self, answer: Answer) -> list[int]:
         ids = answer.token_ids.tolist()
         return ids[:-1] if ids and ids[-1] in self._tokenizer.stop_ids else ids
-
-
-def measure_staleness(samples: Sequence[SampleRef], version: int) -> dict[str, float]:
-    """How many versions of the weights the tokens of a batch are behind: `mean` over tokens, and `largest`."""
-    behind = [(version - span.version, span.end - span.start) for ref in samples for span in ref.segments]
-    tokens = sum(count for _, count in behind)
-    return {
-        "mean": sum(lag * count for lag, count in behind) / max(tokens, 1),
-        "largest": max((lag for lag, _ in behind), default=0),
-    }
 
 
 if __name__ == "__main__":

@@ -84,7 +84,9 @@ class ControllerLink:
         body = {"problems": problems, "answers": answers, "temperature": temperature}
         return self._watched("/evaluate", body, on_progress)
 
-    def begin_update(self, version: int, arch: Architecture, dtype: str, layout: Layout) -> dict[str, Any]:
+    def begin_update(
+        self, version: int, arch: Architecture, dtype: str, layout: Layout, devices: Sequence[str] = ()
+    ) -> dict[str, Any]:
         """Pause the servers and let them receive.
 
         Args:
@@ -92,12 +94,18 @@ class ControllerLink:
             arch: the model.
             dtype: of all its weights: `bfloat16`.
             layout: of the trainer ranks.
+            devices: [trainer ranks] where each one is (`handover.device_name`), if servers share their devices.
 
         Returns:
             The ticket with which every trainer rank calls `WeightSender.send`.
         """
         terms = {"architecture": arch.model_dump(), "dtype": dtype, "trainer": asdict(layout)}
-        return self._call("POST", "/weights/begin", {"version": version, "terms": terms})
+        body = {"version": version, "terms": terms, "devices": list(devices)}
+        return self._call("POST", "/weights/begin", body)
+
+    def sleep(self) -> None:
+        """Let the servers give up the memory of their devices; the next update wakes them."""
+        self._call("POST", "/sleep", {})
 
     def finish_update(
         self, version: int, checksums: Sequence[int], probes: Sequence[tuple[Sequence[int], Sequence[float]]]
@@ -155,3 +163,8 @@ class ControllerLink:
         except ValueError:
             sentence = f"the controller answered {path} with {response.status_code}; its log says why"
         raise ControllerError(sentence)
+
+
+def count_ready(status: dict[str, Any]) -> int:
+    """Servers that answered their health check, by the controller's status."""
+    return sum(not fault for fault in status["servers"].values()) if status["phase"] == "idle" else 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -13,8 +12,9 @@ from torch import Tensor
 
 from gspo_megatron.config.model import Architecture
 from gspo_megatron.rollout.checksum import MASK, Checksum, plane
+from gspo_megatron.rollout.handover import device_name, open_outbox
 from gspo_megatron.rollout.link import ControllerLink
-from gspo_megatron.rollout.transfer import ROUNDS_IN_FLIGHT, Ticket, TransferError, TransferGroup
+from gspo_megatron.rollout.transfer import Outbox, Ticket, TransferError
 from gspo_megatron.weights.layout import Layout
 from gspo_megatron.weights.transfer_plan import Message, Slice
 
@@ -31,9 +31,10 @@ def first_cause(faults: Sequence[str]) -> str:
 class WeightSender:
     """One trainer rank's end; kept for the whole run, so that an unchanged set of servers keeps its connections."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._group: TransferGroup | None = None
+    def __init__(self, device: torch.device, *, shares: bool) -> None:
+        """Take this rank's device, and whether servers share the trainer's devices."""
+        self.device, self._shares = device, shares
+        self._outbox: Outbox | None = None
 
     def update(
         self,
@@ -60,8 +61,9 @@ class WeightSender:
         """
         dtype = str(next(iter(parameters.values())).dtype).removeprefix("torch.")
         fault = ""
+        devices = self._devices()
         for _ in range(ATTEMPTS):
-            heard = [link.begin_update(version, arch, dtype, layout) if link is not None else None]
+            heard = [link.begin_update(version, arch, dtype, layout, devices) if link is not None else None]
             dist.broadcast_object_list(heard, src=0)
             assert heard[0] is not None
             mine: list[int] | str
@@ -94,10 +96,10 @@ class WeightSender:
         """
         terms = Ticket(**ticket)
         try:
-            if self._group is None or self._group.name != terms.group:
+            if self._outbox is None or self._outbox.name != terms.group:
                 self.close()
-                self._group = TransferGroup(terms, self.device, trainer=rank)
-            return _send(self._group, parameters)
+                self._outbox = open_outbox(terms, self.device, rank)
+            return _send(self._outbox, parameters)
         except TransferError:
             self.close()
             raise
@@ -108,18 +110,24 @@ class WeightSender:
 
     def close(self) -> None:
         """Leave the group; a server that still waits sees the connection close and fails its update."""
-        if self._group is not None:
-            self._group.close()
-        self._group = None
+        if self._outbox is not None:
+            self._outbox.close()
+        self._outbox = None
+
+    def _devices(self) -> list[str]:
+        """[trainer ranks] each one's `device_name`; empty where servers have devices of their own."""
+        if not self._shares:
+            return []
+        names: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(names, device_name(self.device))
+        return names
 
 
-def _send(group: TransferGroup, parameters: Mapping[str, Tensor]) -> list[int]:
-    checksum = Checksum(group.plan.arch, group.dtype, group.device, group.plan.workers)
-    for number, messages in group.rounds:
-        buffers = [_pack(message, parameters, group.dtype, checksum) for message in messages]
-        group.start(number, messages, buffers)
-        deque(group.finish(ROUNDS_IN_FLIGHT), maxlen=0)
-    deque(group.finish(0), maxlen=0)
+def _send(outbox: Outbox, parameters: Mapping[str, Tensor]) -> list[int]:
+    checksum = Checksum(outbox.plan.arch, outbox.dtype, outbox.device, outbox.plan.workers)
+    for number, messages in outbox.rounds.items():
+        outbox.send(number, [(message, _pack(message, parameters, outbox.dtype, checksum)) for message in messages])
+    outbox.finish()
     return checksum.values()
 
 

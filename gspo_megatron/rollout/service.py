@@ -17,7 +17,7 @@ from aiohttp import web
 from gspo_megatron.config.loading import RecipeError, load_resolved
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.data.store import SampleStore
-from gspo_megatron.plan.machine import machine_of
+from gspo_megatron.plan.machine import machine_of, takes_turns
 from gspo_megatron.rollout.auth import OPEN_PATH, REFUSAL, has_key, is_of_job, read_key
 from gspo_megatron.rollout.client import ServerClient
 from gspo_megatron.rollout.controller import Controller
@@ -56,6 +56,7 @@ class Service:
                 web.post("/state", self._operate(self._restore)),
                 web.post("/rollout", self._operate(lambda body: self.controller.rollout(int(body["step"])))),
                 web.post("/evaluate", self._operate(self._evaluate)),
+                web.post("/sleep", self._operate(self._sleep)),
                 web.post("/weights/begin", self._operate(self._begin)),
                 web.post("/weights/finish", self._operate(self._finish)),
             ]
@@ -107,8 +108,12 @@ class Service:
     async def _evaluate(self, body: dict[str, Any]) -> dict[str, Any]:
         return await self.controller.evaluate(int(body["problems"]), int(body["answers"]), float(body["temperature"]))
 
+    async def _sleep(self, body: dict[str, Any]) -> dict[str, Any]:
+        await self.controller.sleep()
+        return {}
+
     async def _begin(self, body: dict[str, Any]) -> dict[str, Any]:
-        return await self.controller.begin_update(int(body["version"]), body["terms"])
+        return await self.controller.begin_update(int(body["version"]), body["terms"], body["devices"])
 
     async def _finish(self, body: dict[str, Any]) -> dict[str, Any]:
         return await self.controller.finish_update(int(body["version"]), body["checksums"], body["probes"])
@@ -150,6 +155,7 @@ def build(recipe: Recipe, run_dir: Path, host: str, urls: list[str], key: str) -
         SampleStore(run_dir / SAMPLES),
         host,
         overlaps=not machine_of(recipe).colocated,
+        sleeps=takes_turns(recipe),
     )
 
 

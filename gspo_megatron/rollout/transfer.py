@@ -1,5 +1,5 @@
 """The wire of a weight update: a process group of all trainer ranks and all server workers, in which packed slices go
-point to point.
+point to point. Where servers share the trainer's devices, `handover.py` takes the workers' place in it.
 
 Torch only: the trainer side (`sender.py`) must not import vllm, the server side (`worker.py`) must not import megatron.
 """
@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -57,6 +57,14 @@ class Ticket:
     """Fields of the trainer's `Layout`; its ranks are the first of the group."""
     servers: list[dict[str, Any]]
     """Fields of the `ServerLayout` of each server; their workers follow in this order."""
+    proxies: list[int] = field(default_factory=list)
+    """[workers] the trainer rank on each worker's device, which hands over what is for it; empty = workers are ranks of
+    the group. Two ranks of one NCCL group cannot share a device."""
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of every value that is sent."""
+        return getattr(torch, self.dtype)
 
     def plan(self) -> TransferPlan:
         """What moves where; the same for everybody who holds this ticket."""
@@ -69,59 +77,78 @@ class Ticket:
         )
 
 
-class TransferGroup:
-    """A process group beside torch.distributed's default one, whose state it never touches, with its plan."""
+def open_store(ticket: Ticket) -> PrefixStore:
+    """The part of the controller's rendezvous store that belongs to a ticket's group."""
+    # Whoever dies before it has joined leaves no connection that could end: the others wait this long.
+    timeout = timedelta(seconds=min(ticket.timeout, JOIN_SECONDS))
+    store = TCPStore(ticket.store_host, ticket.store_port, is_master=False, wait_for_workers=False, timeout=timeout)
+    return PrefixStore(ticket.group, store)
 
-    def __init__(self, ticket: Ticket, device: torch.device, *, trainer: int | None = None, worker: int = 0) -> None:
-        """Join as a trainer rank or, without one, as a worker; returns when everybody has joined."""
-        self.name, self.plan, self.device = ticket.group, ticket.plan(), device
-        self.dtype: torch.dtype = getattr(torch, ticket.dtype)
-        # Whoever dies before it has joined leaves no connection that could end: the others wait this long.
+
+def in_rounds(messages: Iterable[Message]) -> dict[int, list[Message]]:
+    """Messages by round, in order."""
+    return {number: list(group) for number, group in groupby(messages, lambda message: message.round)}
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """A buffer on its way to or from one other rank of the group."""
+
+    message: Message
+    """What is in it."""
+    buffer: Tensor
+    """Its values."""
+    peer: int
+    """The other rank."""
+    tag: int
+    """Equal at both ends, and no other's between the same two ranks while it is on its way."""
+    leaves: bool
+    """Whether this end sends it."""
+
+
+class Wire:
+    """A process group beside torch.distributed's default one, whose state it never touches; it carries rounds."""
+
+    def __init__(self, ticket: Ticket, store: PrefixStore, device: torch.device, rank: int, world: int) -> None:
+        """Join; returns when everybody has."""
         timeout = timedelta(seconds=min(ticket.timeout, JOIN_SECONDS))
-        store = TCPStore(ticket.store_host, ticket.store_port, is_master=False, wait_for_workers=False, timeout=timeout)
-        prefixed = PrefixStore(ticket.group, store)
-        first_worker = self.plan.trainer.world
-        rank, world = first_worker + worker if trainer is None else trainer, first_worker + self.plan.workers
-        self._peers_from = first_worker if trainer is not None else 0
-        messages = self.plan.to_receive(worker) if trainer is None else self.plan.to_send(trainer)
-        self.rounds = [(number, list(group)) for number, group in groupby(messages, lambda message: message.round)]
-        self._in_flight: deque[tuple[list[Any], list[Message], list[Tensor]]] = deque()
+        self.device = device
+        self._in_flight: deque[tuple[list[Any], list[Parcel]]] = deque()
         self._group: Any  # a ProcessGroup, which torch's own stubs do not know its two subclasses to be
         if device.type == "cuda":
             from torch.distributed import ProcessGroupNCCL
 
             options = ProcessGroupNCCL.Options()
             options._timeout = timeout
-            self._group = ProcessGroupNCCL(prefixed, rank, world, options)
+            self._group = ProcessGroupNCCL(store, rank, world, options)
         else:
-            self._group = ProcessGroupGloo(prefixed, rank, world, timeout)
+            self._group = ProcessGroupGloo(store, rank, world, timeout)
         self._group.set_timeout(timedelta(seconds=ticket.timeout))
 
     # No local name below may hold the group or what it returns: it would live on in the traceback of a failure, the
     # connections with it, and the other ends would wait for the time limit.
 
-    def start(self, number: int, messages: list[Message], buffers: list[Tensor]) -> None:
-        """Put a round's buffers on the wire, or make them ready for what comes."""
-        self._in_flight.append(([], messages, buffers))
-        if self.device.type == "cuda":
+    def start(self, parcels: list[Parcel]) -> None:
+        """Put a round on its way: buffers that leave, and those that wait for what comes."""
+        self._in_flight.append(([], parcels))
+        if self.device.type == "cuda" and parcels:
             # One NCCL group a round: its transfers progress at the same time, over one communicator.
             self._group._start_coalescing()
-        for message, buffer in zip(messages, buffers, strict=True):
-            self._in_flight[-1][0].append(self._post(self._peers_from + message.peer, buffer, number))
-        if self.device.type == "cuda":
+        for parcel in parcels:
+            self._in_flight[-1][0].append(self._post(parcel))
+        if self.device.type == "cuda" and parcels:
             self._in_flight[-1][0][:] = [self._group._end_coalescing()]
 
-    def _post(self, peer: int, buffer: Tensor, tag: int) -> Any:
-        return (self._group.send if self._peers_from else self._group.recv)([buffer], peer, tag)
+    def _post(self, parcel: Parcel) -> Any:
+        return (self._group.send if parcel.leaves else self._group.recv)([parcel.buffer], parcel.peer, parcel.tag)
 
-    def finish(self, most_left: int) -> Iterator[tuple[Message, Tensor]]:
-        """Wait for the oldest rounds until so many are left in flight; their messages and buffers."""
+    def finish(self, most_left: int) -> Iterator[Parcel]:
+        """Wait for the oldest rounds until so many are left in flight; their parcels."""
         while len(self._in_flight) > most_left:
             while self._in_flight[0][0]:
                 self._in_flight[0][0][-1].wait()
                 self._in_flight[0][0].pop()
-            messages, buffers = self._in_flight.popleft()[1:]
-            yield from zip(messages, buffers, strict=True)
+            yield from self._in_flight.popleft()[1]
 
     def close(self) -> None:
         """Leave: whoever still waits for this rank sees the connection end."""
@@ -131,7 +158,101 @@ class TransferGroup:
         self._group = None
 
 
-def receive(group: TransferGroup, parameters: Iterable[ServerParameter]) -> Iterator[tuple[ServerParameter, Tensor]]:
+class Outbox(Protocol):
+    """A trainer rank's end of an update."""
+
+    name: str
+    plan: TransferPlan
+    dtype: torch.dtype
+    device: torch.device
+    rounds: dict[int, list[Message]]
+    """What this rank sends, by round; in rounds without messages it only passes on."""
+
+    def send(self, number: int, packed: list[tuple[Message, Tensor]]) -> None:
+        """Put a round on its way; called for every entry of `rounds`, in order."""
+        ...
+
+    def finish(self) -> None:
+        """Wait until everything has left."""
+        ...
+
+    def close(self) -> None:
+        """Leave: whoever still waits for this end sees it go."""
+        ...
+
+
+class Inbox(Protocol):
+    """A worker's end of an update."""
+
+    name: str
+    plan: TransferPlan
+    dtype: torch.dtype
+    device: torch.device
+    rounds: dict[int, list[Message]]
+    """What this worker receives, by round."""
+
+    def arrivals(self) -> Iterator[tuple[Message, Tensor]]:
+        """Every message of an update with its values, which are only there until the next one is asked for."""
+        ...
+
+    def close(self) -> None:
+        """Leave: whoever still waits for this end sees it go."""
+        ...
+
+
+class GroupOutbox:
+    """An `Outbox` in one group with all trainer ranks and all workers."""
+
+    def __init__(self, ticket: Ticket, device: torch.device, rank: int) -> None:
+        """Join; returns when everybody has."""
+        self.name, self.plan, self.device, self.dtype = ticket.group, ticket.plan(), device, ticket.torch_dtype
+        self.rounds = in_rounds(self.plan.to_send(rank))
+        self._first_worker = self.plan.trainer.world
+        world = self._first_worker + self.plan.workers
+        self._wire = Wire(ticket, open_store(ticket), device, rank, world)
+
+    def send(self, number: int, packed: list[tuple[Message, Tensor]]) -> None:
+        """See `Outbox`."""
+        self._wire.start(
+            [Parcel(message, data, self._first_worker + message.peer, number, leaves=True) for message, data in packed]
+        )
+        deque(self._wire.finish(ROUNDS_IN_FLIGHT), maxlen=0)
+
+    def finish(self) -> None:
+        """See `Outbox`."""
+        deque(self._wire.finish(0), maxlen=0)
+
+    def close(self) -> None:
+        """See `Outbox`."""
+        self._wire.close()
+
+
+class GroupInbox:
+    """An `Inbox` in one group with all trainer ranks and all workers."""
+
+    def __init__(self, ticket: Ticket, device: torch.device, worker: int) -> None:
+        """Join; returns when everybody has."""
+        self.name, self.plan, self.device, self.dtype = ticket.group, ticket.plan(), device, ticket.torch_dtype
+        self.rounds = in_rounds(self.plan.to_receive(worker))
+        first = self.plan.trainer.world
+        self._wire = Wire(ticket, open_store(ticket), device, first + worker, first + self.plan.workers)
+
+    def arrivals(self) -> Iterator[tuple[Message, Tensor]]:
+        """See `Inbox`; while values are given out, the next rounds are on their way."""
+        for number, messages in self.rounds.items():
+            buffers = [torch.empty(message.size, dtype=self.dtype, device=self.device) for message in messages]
+            self._wire.start(
+                [Parcel(m, buffer, m.peer, number, leaves=False) for m, buffer in zip(messages, buffers, strict=True)]
+            )
+            yield from ((parcel.message, parcel.buffer) for parcel in self._wire.finish(ROUNDS_IN_FLIGHT))
+        yield from ((parcel.message, parcel.buffer) for parcel in self._wire.finish(0))
+
+    def close(self) -> None:
+        """See `Inbox`."""
+        self._wire.close()
+
+
+def receive(inbox: Inbox, parameters: Iterable[ServerParameter]) -> Iterator[tuple[ServerParameter, Tensor]]:
     """Give out a worker's parameters one by one, each when its last slice has arrived.
 
     A parameter that was given out is forgotten here: on the way are only those of the layers under way.
@@ -149,14 +270,14 @@ def receive(group: TransferGroup, parameters: Iterable[ServerParameter]) -> Iter
 
     for name, parameter in described.items():
         if not missing[name]:
-            values[name] = _empty(parameter, group)
+            values[name] = _empty(parameter, inbox)
             yield from ready(name)
-    for message, buffer in _arrivals(group):
-        for part, data in zip(message.slices, buffer.split([part.size for part in message.slices]), strict=True):
+    for message, data in inbox.arrivals():
+        for part, part_data in zip(message.slices, data.split([part.size for part in message.slices]), strict=True):
             name = part.parameter
             if name not in values:
-                values[name] = _empty(described[name], group)
-            plane(values[name], part).copy_(data.view(part.height, part.width))
+                values[name] = _empty(described[name], inbox)
+            plane(values[name], part).copy_(part_data.view(part.height, part.width))
             missing[name] -= part.size
             yield from ready(name)
     if any(missing.values()):
@@ -164,17 +285,8 @@ def receive(group: TransferGroup, parameters: Iterable[ServerParameter]) -> Iter
         raise TransferError(f"the update ended with {missing[short]} values of {short} missing")
 
 
-def _arrivals(group: TransferGroup) -> Iterator[tuple[Message, Tensor]]:
-    """Every message with its values, while the next rounds are on their way."""
-    for number, messages in group.rounds:
-        buffers = [torch.empty(message.size, dtype=group.dtype, device=group.device) for message in messages]
-        group.start(number, messages, buffers)
-        yield from group.finish(ROUNDS_IN_FLIGHT)
-    yield from group.finish(0)
-
-
-def _empty(parameter: ServerParameter, group: TransferGroup) -> Tensor:
+def _empty(parameter: ServerParameter, inbox: Inbox) -> Tensor:
     """Room for a parameter; its padding, which nothing fills, is zero."""
     padded = sum(piece.size for piece in parameter.pieces) < math.prod(parameter.shape)
     make = torch.zeros if padded else torch.empty
-    return make(parameter.shape, dtype=group.dtype, device=group.device)
+    return make(parameter.shape, dtype=inbox.dtype, device=inbox.device)

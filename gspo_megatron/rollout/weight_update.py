@@ -4,6 +4,9 @@
     finish   reception complete -> checksum of what every worker received = the trainer's -> model together, labelled
              -> prefix cache forgotten -> engine runs for the canary only -> probe log-probs = the trainer's -> open
 
+Where servers share the trainer's devices they sleep, weights and KV forgotten, from `sleep` to the next update: their
+weights' memory comes back in `begin`, their KV's in `finish`, when the trainer has made room.
+
 A server that fails anywhere is dropped: until a complete update it would serve mixed weights or die. A `begin` that
 comes while an update is under way abandons that one and starts over with the servers that are still there.
 """
@@ -14,13 +17,15 @@ import asyncio
 import math
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import cycle
 from typing import Any, TypeVar
 
 from gspo_megatron.config.schema import WeightUpdateSection
 from gspo_megatron.rollout.client import ServerClient, ServerError
 from gspo_megatron.rollout.fleet import Fleet, Refused
+from gspo_megatron.weights.server_layout import ServerLayout
 
 T = TypeVar("T")
 
@@ -48,12 +53,13 @@ class _Flight:
 class WeightUpdater:
     """Brings new weights to every server of a fleet."""
 
-    def __init__(self, fleet: Fleet, settings: WeightUpdateSection, host: str) -> None:
+    def __init__(self, fleet: Fleet, settings: WeightUpdateSection, host: str, sleeps: bool) -> None:
         """
         Args:
             fleet: the servers.
             settings: bucket size, time limit and the canary's bound.
             host: this controller's address as the trainer and the servers reach it.
+            sleeps: servers and trainer take turns on the same devices.
         """
         self.version: int | None = None
         """Version that every live server holds and was checked for; None before the first update and during one."""
@@ -61,6 +67,7 @@ class WeightUpdater:
         self._fleet = fleet
         self._settings = settings
         self._host = host
+        self._sleeps = sleeps
         self._store: Any = None
         self._flight: _Flight | None = None
         self._members: list[ServerClient] = []
@@ -79,12 +86,20 @@ class WeightUpdater:
 
         self._store = await asyncio.to_thread(listen)
 
-    async def begin(self, version: int, terms: dict[str, Any]) -> dict[str, Any]:
+    async def sleep(self) -> None:
+        """Leave the devices to the trainer until the next update. No answer may be under way."""
+        if not self._sleeps:
+            raise Refused("these servers have devices of their own and do not sleep; drop this request")
+        self.version = None
+        await self._each(self._fleet.live, lambda server: server.sleep())
+
+    async def begin(self, version: int, terms: dict[str, Any], devices: Sequence[str] = ()) -> dict[str, Any]:
         """Make every server receive.
 
         Args:
             version: of the weights that come.
             terms: what the trainer says of them: `architecture`, `dtype` and `trainer` of a `Ticket`.
+            devices: [trainer ranks] where each one is, if it hands over to the workers on its device.
 
         Returns:
             The `Ticket` with which all trainer ranks join the servers.
@@ -97,8 +112,12 @@ class WeightUpdater:
             self._abandon()
         # Another process may answer at an address by now; it must get neither a pause nor a weight.
         await self._each(self._fleet.live, self._fleet.check)
+        if self._sleeps:
+            await self._each(self._fleet.live, lambda server: server.wake("weights"))
         await self._each(self._fleet.live, lambda server: server.pause())
         layouts = await self._each(self._fleet.live, lambda server: server.layout())
+        if devices:
+            terms = {**terms, "proxies": await self._proxies(layouts, devices)}
         members = list(layouts)
         if members != self._members or terms != self._terms:
             self._members, self._terms, self._group = members, terms, self._group + 1
@@ -168,8 +187,26 @@ class WeightUpdater:
             "servers": {server.url: _summary(differences) for server, differences in canaries.items()},
         }
 
+    async def _proxies(self, layouts: dict[ServerClient, ServerLayout], devices: Sequence[str]) -> list[int]:
+        """[workers] a trainer rank on each worker's device; those of one device take its workers in turn."""
+        names = await self._each(list(layouts), lambda server: server.device_names())
+        for server in [server for server in layouts if server not in names]:
+            del layouts[server]
+        ranks = {name: cycle([rank for rank, at in enumerate(devices) if at == name]) for name in set(devices)}
+        alone = {server: set(found) - ranks.keys() for server, found in names.items()}
+        for server in [server for server, strangers in alone.items() if strangers]:
+            self._drop(
+                server,
+                f"a worker of server {server.url} is on a device with no trainer rank ({min(alone[server])}), which "
+                "could hand it its weights; set placement.rollout_nodes to the number of nodes that only run servers",
+            )
+            del layouts[server], names[server]
+        return [next(ranks[name]) for found in names.values() for name in found]
+
     async def _put_together(self, server: ServerClient, version: int) -> None:
         await server.finish_update(version, self._settings.timeout)
+        if self._sleeps:
+            await server.wake("kv_cache")
         await server.reset_prefix_cache()
         await server.resume()
 

@@ -21,7 +21,8 @@ from vllm.model_executor.model_loader.reload.layerwise import make_online_proces
 
 from gspo_megatron.rollout import identity, plugin
 from gspo_megatron.rollout.checksum import Checksum, add_parameter
-from gspo_megatron.rollout.transfer import Ticket, TransferGroup, receive
+from gspo_megatron.rollout.handover import device_name, open_inbox
+from gspo_megatron.rollout.transfer import Inbox, Ticket, receive
 from gspo_megatron.weights.server_layout import ServerLayout, ServerParameter, server_parameters
 
 # A worker that vLLM spawns imports this module as its extension. In an environment that has this package on its path
@@ -58,7 +59,7 @@ class ShardTransferEngine(WeightTransferEngine[JoinInfo, ReceiveInfo]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.group: TransferGroup | None = None
+        self.inbox: Inbox | None = None
         self.report: dict[str, Any] = {}
         self._apart = False
 
@@ -79,11 +80,11 @@ class ShardTransferEngine(WeightTransferEngine[JoinInfo, ReceiveInfo]):
         return self.parallel_config.data_parallel_index * self.parallel_config.world_size + self.parallel_config.rank
 
     def init_transfer_engine(self, init_info: JoinInfo) -> None:
-        """Join the group; vLLM keeps this call waiting until all ranks have."""
+        """Join the transfer; vLLM keeps this call waiting until all have."""
         ticket = Ticket(**init_info.ticket)
-        if self.group is None or self.group.name != ticket.group:
+        if self.inbox is None or self.inbox.name != ticket.group:
             self.shutdown()
-            self.group = TransferGroup(ticket, self.device, worker=init_info.first_worker + self.rank)
+            self.inbox = open_inbox(ticket, self.device, init_info.first_worker + self.rank)
 
     def start_weight_update(self) -> None:
         """Take the parameters apart; from here to a complete finish this model cannot serve."""
@@ -114,22 +115,22 @@ class ShardTransferEngine(WeightTransferEngine[JoinInfo, ReceiveInfo]):
 
     def _receive(self) -> dict[str, Any]:
         """Receive, count each parameter into the checksum before anything packs it, and load it; the report."""
-        group = self.group
-        if group is None:
+        inbox = self.inbox
+        if inbox is None:
             raise RuntimeError("this server has not joined the transfer; call /init_weight_transfer_engine first")
         started = time.perf_counter()
-        plan = group.plan
+        plan = inbox.plan
         expected = server_parameters(plan.arch, self.layout, self.rank)
-        checksum = Checksum(plan.arch, group.dtype, self.device)
-        refuse_other_model(self.model, expected, group.dtype, self.layout)
-        for parameter, values in receive(group, expected):
+        checksum = Checksum(plan.arch, inbox.dtype, self.device)
+        refuse_other_model(self.model, expected, inbox.dtype, self.layout)
+        for parameter, values in receive(inbox, expected):
             add_parameter(checksum, parameter, values)
             load_whole(self.model, parameter.name, values)
         return {
             "checksum": str(checksum.values()[0]),
             "tensors": len(expected),
             "seconds": time.perf_counter() - started,
-            "received_bytes": plan.item_bytes * sum(m.size for _, messages in group.rounds for m in messages),
+            "received_bytes": plan.item_bytes * sum(m.size for messages in inbox.rounds.values() for m in messages),
             "needed_bytes": plan.item_bytes * sum(piece.size for p in expected for piece in p.pieces),
         }
 
@@ -143,10 +144,10 @@ class ShardTransferEngine(WeightTransferEngine[JoinInfo, ReceiveInfo]):
             pack_experts(self.model)
 
     def shutdown(self) -> None:
-        """Leave the group."""
-        if self.group is not None:
-            self.group.close()
-        self.group = None
+        """Leave the transfer."""
+        if self.inbox is not None:
+            self.inbox.close()
+        self.inbox = None
 
 
 def refuse_other_model(
@@ -213,6 +214,10 @@ class WorkerExtension:
     def weight_layout(self) -> dict[str, Any]:
         """Fields of this server's `ServerLayout`."""
         return asdict(self.weight_transfer_engine.layout)
+
+    def device_name(self) -> str:
+        """See `handover.device_name`."""
+        return device_name(self.weight_transfer_engine.device)
 
     def forget_update(self) -> None:
         """Let a new update start even if the last one was never finished: its controller refused it, or is gone."""

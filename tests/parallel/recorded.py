@@ -44,6 +44,9 @@ class RecordedLink:
         """Every update arrives, and whatever is measured of it is nothing."""
         return defaultdict(float)
 
+    def sleep(self) -> None:
+        """Nobody is awake."""
+
     def state(self) -> dict[str, Any]:
         """Where the stream stands."""
         return {"stream": {"position": self.position}}

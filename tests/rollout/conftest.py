@@ -137,14 +137,16 @@ class ControllerThread:
         samples: Path,
         recipe: Recipe | None = None,
         overlaps: bool = True,
+        sleeps: bool = False,
         slots: int = 64,
         identity: Identity | None = None,
     ) -> None:
         self.url = f"http://127.0.0.1:{free_port()}"
         self.store = SampleStore(samples)
         self.server_urls = server_urls
-        self._recipe, self._overlaps, self._slots = recipe or make_recipe(), overlaps, slots
         self._identity = identity
+        self._recipe, self._slots = recipe or make_recipe(), slots
+        self._turns = overlaps, sleeps
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
         self._done = asyncio.Event()
@@ -155,7 +157,7 @@ class ControllerThread:
     async def _serve(self) -> None:
         fleet = Fleet([ServerClient(url, KEY, VOCAB, 64, self._slots) for url in self.server_urls], self._identity)
         scoring = ScoringPool(make_scorer, 1, 5.0)
-        parts = (CountingPrompts(), NumberTokenizer(), scoring, self.store, "127.0.0.1", self._overlaps)
+        parts = (CountingPrompts(), NumberTokenizer(), scoring, self.store, "127.0.0.1", *self._turns)
         self.controller = Controller(self._recipe, fleet, *parts)
         runner = web.AppRunner(Service(self.controller, KEY).application())
         await runner.setup()

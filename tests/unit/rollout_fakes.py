@@ -48,6 +48,7 @@ class FakeServer:
         """Streams end without a reason before this token."""
         self.delay = 0.0
         """Seconds a token takes."""
+        self.device = "node 1 card 0"
         self.aborts = 0
         self.missed_aborts = 0
         """Aborts that come before the requests they are meant for."""
@@ -56,7 +57,7 @@ class FakeServer:
         path = request.path
         if path != "/health" and not has_key(request.headers, KEY):
             return web.json_response({}, status=401)
-        self.calls.append(path)
+        self.calls.append(path + (f" {request.query['tags']}" if path == "/wake_up" else ""))
         if path in self.fail:
             return web.json_response({"error": f"{path} was told to fail"}, status=self.fail[path])
         if path == "/inference/v1/generate":
@@ -76,7 +77,9 @@ class FakeServer:
             return web.json_response({"results": [self._worker((await request.json())["method"])]})
         return web.json_response({"is_paused": self.paused} if path == "/is_paused" else {})
 
-    def _worker(self, method: str) -> dict[str, Any] | None:
+    def _worker(self, method: str) -> dict[str, Any] | str | None:
+        if method == "device_name":
+            return self.device
         if method == "weight_layout":
             return asdict(ServerLayout())
         report = {"checksum": self.checksum, "tensors": 1, "seconds": 0.1, "received_bytes": 8, "needed_bytes": 8}

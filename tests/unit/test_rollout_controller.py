@@ -66,13 +66,18 @@ def score_first_problem_half(problem: Problem, text: str, reason: str) -> float:
 
 @asynccontextmanager
 async def controlling(
-    directory: Path, *servers: FakeServer, version: int | None = 0, recipe: Recipe = RECIPE, overlaps: bool = False
+    directory: Path,
+    *servers: FakeServer,
+    version: int | None = 0,
+    recipe: Recipe = RECIPE,
+    overlaps: bool = False,
+    sleeps: bool = False,
 ) -> AsyncIterator[Controller]:
     async with serving(*servers) as clients:
         scoring = InThread(score_first_problem_half)
         store = SampleStore(directory)
         fleet = Fleet(clients)
-        controller = Controller(recipe, fleet, Prompts(), Tokenizer(), scoring, store, "127.0.0.1", overlaps)
+        controller = Controller(recipe, fleet, Prompts(), Tokenizer(), scoring, store, "127.0.0.1", overlaps, sleeps)
         controller.updater.version = version
         yield controller
         await controller.close()

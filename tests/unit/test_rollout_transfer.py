@@ -1,13 +1,12 @@
-"""The wire: checksums that see what matters and nothing else, and real gloo groups of threads."""
+"""The wire, by both ways: real gloo groups of threads, and memory handed over."""
 
 from __future__ import annotations
 
-import random
+import socket
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,131 +16,40 @@ import torch.distributed as dist
 from torch.distributed import TCPStore
 
 from gspo_megatron.config.model import Architecture
-from gspo_megatron.rollout import checksum as checksums
-from gspo_megatron.rollout.checksum import Checksum, add_parameter, plane
+from gspo_megatron.rollout.checksum import Checksum, plane
+from gspo_megatron.rollout.handover import open_inbox, open_outbox
 from gspo_megatron.rollout.sender import ATTEMPTS, WeightSender
-from gspo_megatron.rollout.transfer import Ticket, TransferError, TransferGroup, receive
+from gspo_megatron.rollout.transfer import Ticket, TransferError, open_store, receive
 from gspo_megatron.weights.layout import Layout
 from gspo_megatron.weights.server_layout import ServerLayout, server_parameters
-from gspo_megatron.weights.table import hf_shapes
-from gspo_megatron.weights.transfer_plan import Slice
-from tests.shards import CPU, TrainerRanks, cut_shards
+from tests.shards import ARCH, CPU, TrainerRanks, cut_shards, make_tensors
 
-ARCH = Architecture(
-    vocab_size=96,
-    hidden_size=64,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=32,
-    intermediate_size=128,
-    moe_intermediate_size=64,
-    num_experts=8,
-    num_experts_per_tok=2,
-    max_position_embeddings=128,
-)
 TRAINER = Layout(4, tensor=2, pipeline=2, expert=2)
 SERVERS = [ServerLayout(2), ServerLayout(1, 2), ServerLayout(1)]
 
 
-def make_tensors(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in hf_shapes(ARCH).items()}
-
-
-GATE = "model.layers.1.mlp.gate.weight"
-O_PROJ = "model.layers.1.self_attn.o_proj.weight"
-NORM = "model.layers.1.input_layernorm.weight"
-
-
-def rectangle_of(name: str, value: torch.Tensor, rows: slice, columns: slice) -> tuple[Slice, torch.Tensor]:
-    matrix = value if value.dim() > 1 else value[:, None]
-    part = matrix[rows, columns]
-    return Slice(name, rows.start, columns.start, *part.shape, parameter=name, at=(0, rows.start, columns.start)), part
-
-
-def whole(name: str, value: torch.Tensor) -> list[tuple[Slice, torch.Tensor]]:
-    return [rectangle_of(name, value, slice(0, len(value)), slice(0, value.shape[-1] if value.dim() > 1 else 1))]
-
-
-def tiles(name: str, value: torch.Tensor, height: int, width: int) -> list[tuple[Slice, torch.Tensor]]:
-    edges = product(range(0, len(value), height), range(0, value.shape[1] if value.dim() > 1 else 1, width))
-    return [rectangle_of(name, value, slice(row, row + height), slice(column, column + width)) for row, column in edges]
-
-
-def checksum_of(parts: list[tuple[Slice, torch.Tensor]], dtype: torch.dtype = torch.float32) -> int:
-    checksum = Checksum(ARCH, dtype, CPU)
-    for part, values in parts:
-        checksum.add(0, [part], values[None])
-    return checksum.values()[0]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_slices_in_any_order_sum_up_to_the_whole(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = make_tensors(dtype)
-    names = [GATE, O_PROJ, NORM]
-    value = checksum_of([part for name in names for part in whole(name, tensors[name])], dtype)
-    parts = [part for name in names for part in tiles(name, tensors[name], 4, 32)]
-    random.Random(0).shuffle(parts)
-    assert checksum_of(parts, dtype) == value
-    monkeypatch.setattr(checksums, "CHUNK", 70)
-    assert checksum_of(parts, dtype) == value
-
-
-@pytest.mark.parametrize("chunk", [1 << 22, 5000, 100])
-def test_slices_of_one_shape_count_together_as_they_count_alone(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checksums, "CHUNK", chunk)
-    for parameter in server_parameters(ARCH, ServerLayout(2), 1):
-        values = torch.randn(parameter.shape)
-        together, alone = Checksum(ARCH, torch.float32, CPU), Checksum(ARCH, torch.float32, CPU)
-        add_parameter(together, parameter, values)
-        for piece in parameter.pieces:
-            alone.add(0, [piece], plane(values, piece)[None])
-        assert together.values() == alone.values() != [0]
-
-
-def test_the_checksum_of_one_matrix_by_hand() -> None:
-    part = Slice(O_PROJ, 2, 3, 1, 2, O_PROJ, (0, 2, 3))  # positions 2 * 128 + 3 and one on
-    values = torch.tensor([[5, 7]], dtype=torch.int32).view(torch.float32)
-    expected = (6 * (2 * 259 + 1) + 8 * (2 * 260 + 1)) * checksums.label(O_PROJ, "torch.float32", (64, 128))
-    assert checksum_of([(part, values)]) == expected % 2**64
-
-
-def test_everything_else_matters() -> None:
-    tensors = make_tensors()
-    first, second = tensors[O_PROJ], tensors[GATE]
-    rest = whole(GATE, second)
-    changed, swapped, zeros = first.clone(), first.clone(), torch.zeros_like(first)
-    changed[1, 2] = torch.nextafter(changed[1, 2], torch.tensor(100.0))
-    swapped[0, 0], swapped[2, 3] = first[2, 3], first[0, 0]
-    other_name = O_PROJ.replace("layers.1", "layers.2")
-    variants = [
-        whole(O_PROJ, first) + rest,
-        whole(O_PROJ, changed) + rest,
-        whole(O_PROJ, swapped) + rest,
-        whole(O_PROJ, zeros) + rest,
-        rest,
-        whole(O_PROJ, first),
-        whole(other_name, first) + rest,
-        whole(O_PROJ, first) + rest + rest,
-        whole(O_PROJ, -first) + rest,
-        [*tiles(O_PROJ, first, 32, 128)[:1], (tiles(O_PROJ, first, 32, 128)[1][0], first[:32]), *rest],
-        whole(O_PROJ, first.flip(0)) + rest,
-    ]
-    values = [checksum_of(parts) for parts in variants]
-    assert len(set(values)) == len(values)
+@pytest.fixture(params=["one group", "hand-over"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Workers as ranks of the group, or proxies that hand over to them."""
+    monkeypatch.setenv("GSPO_JOB_KEY", "unit-test-key")
+    return request.param
 
 
 @pytest.fixture
-def make_ticket() -> Iterator[Any]:
+def make_ticket(way: str) -> Iterator[Any]:
     stores = []
 
-    def make(servers: list[ServerLayout] = SERVERS, dtype: str = "float32") -> dict[str, Any]:
+    def make(
+        servers: list[ServerLayout] = SERVERS, dtype: str = "float32", trainer: Layout = TRAINER
+    ) -> dict[str, Any]:
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=10))
         stores.append(store)
         layouts = [asdict(server) for server in servers]
-        ticket = Ticket("127.0.0.1", store.port, "test", 1, 20.0, ARCH.model_dump(), dtype, asdict(TRAINER), layouts)
-        return asdict(ticket)
+        ticket = Ticket("127.0.0.1", store.port, "test", 1, 20.0, ARCH.model_dump(), dtype, asdict(trainer), layouts)
+        workers = sum(server.world for server in servers)
+        # Some ranks have no worker, and with many workers some have two.
+        proxies = [worker * 3 % trainer.world for worker in range(workers)]
+        return asdict(replace(ticket, proxies=proxies if way == "hand-over" else []))
 
     yield make
 
@@ -152,7 +60,7 @@ def owners(servers: list[ServerLayout]) -> list[tuple[ServerLayout, int]]:
 
 def take(ticket: dict[str, Any], worker: int, server: ServerLayout, rank: int, rounds: int) -> list[Any]:
     """What one worker gets in so many updates: (parameters by name, checksum)."""
-    group = TransferGroup(Ticket(**ticket), CPU, worker=worker)
+    group = open_inbox(Ticket(**ticket), CPU, worker)
     found = []
     try:
         for _ in range(rounds):
@@ -230,16 +138,43 @@ def test_what_the_plan_does_not_say_is_refused(make_ticket: Any, wrong: Any, sen
     assert any(isinstance(fault, RuntimeError) for fault in faults)
 
 
-def test_a_lost_worker_is_a_sentence(make_ticket: Any) -> None:
+@pytest.mark.parametrize("way", ["one group"], indirect=True)
+def test_a_lost_worker_is_a_sentence(way: str, make_ticket: Any) -> None:
     ticket = make_ticket([ServerLayout(1), ServerLayout(1)])
     shards = cut_shards(ARCH, TRAINER, make_tensors())
     with ThreadPoolExecutor(2) as pool:
         pool.submit(take, ticket, 0, ServerLayout(1), 0, 9)
-        pool.submit(lambda: TransferGroup(Ticket(**ticket), CPU, worker=1).close())
+        pool.submit(lambda: open_inbox(Ticket(**ticket), CPU, 1).close())
         ranks = TrainerRanks(TRAINER.world)
         with pytest.raises(TransferError, match="the weight update broke between the trainer and the servers"):
             for _ in range(3):
                 ranks.send(ticket, shards)
+
+
+@pytest.mark.parametrize("way", ["hand-over"], indirect=True)
+@pytest.mark.parametrize("updates", [0, 1], ids=["before the first", "after one"])
+def test_a_lost_worker_takes_nothing_from_the_others(way: str, updates: int, make_ticket: Any) -> None:
+    ticket = make_ticket([ServerLayout(1), ServerLayout(1)])
+    shards = cut_shards(ARCH, TRAINER, make_tensors())
+    with ThreadPoolExecutor(2) as pool:
+        stays = pool.submit(take, ticket, 0, ServerLayout(1), 0, 3)
+        pool.submit(take, ticket, 1, ServerLayout(1), 0, updates)
+        ranks = TrainerRanks(TRAINER.world)
+        sums = [ranks.send(ticket, shards) for _ in range(3)]
+        assert [checksum for _, checksum in stays.result(30)] == [both[0] for both in sums]
+
+
+@pytest.mark.parametrize("way", ["hand-over"], indirect=True)
+def test_a_stranger_gets_no_weights(way: str, make_ticket: Any) -> None:
+    ticket = Ticket(**make_ticket([ServerLayout(1)], trainer=Layout(1)))
+    with ThreadPoolExecutor(1) as pool:
+        outbox = pool.submit(open_outbox, ticket, CPU, 0)
+        port = int(open_store(ticket).get("mailbox-0"))
+        with socket.create_connection(("127.0.0.1", port)) as stranger:
+            stranger.sendall(b'{"key": "guessed", "worker": 0}\n')
+            assert stranger.recv(100) == b""
+        open_inbox(ticket, CPU, 0).close()
+        outbox.result(30).close()
 
 
 class Controller:
@@ -248,7 +183,9 @@ class Controller:
     def __init__(self, *tickets: dict[str, Any]) -> None:
         self.tickets, self.begun = list(tickets), []
 
-    def begin_update(self, version: int, arch: Architecture, dtype: str, layout: Layout) -> dict[str, Any]:
+    def begin_update(
+        self, version: int, arch: Architecture, dtype: str, layout: Layout, devices: list[str]
+    ) -> dict[str, Any]:
         self.begun.append((version, arch, dtype, layout))
         return self.tickets.pop(0)
 
@@ -261,19 +198,20 @@ def alone(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def test_a_server_lost_on_the_way_costs_another_attempt_without_it(alone: None, make_ticket: Any) -> None:
+@pytest.mark.parametrize("way", ["one group"], indirect=True)
+def test_a_server_lost_on_the_way_costs_another_attempt_without_it(way: str, alone: None, make_ticket: Any) -> None:
     trainer, tensors = Layout(1), make_tensors()
     both, rest = (
-        make_ticket(servers) | {"trainer": asdict(trainer), "group": f"try-{len(servers)}"}
+        make_ticket(servers, trainer=trainer) | {"group": f"try-{len(servers)}"}
         for servers in ([ServerLayout(1)] * 2, [ServerLayout(1)])
     )
     controller = Controller(both, rest)
     with ThreadPoolExecutor(3) as pool:
         stays = pool.submit(take, both, 0, ServerLayout(1), 0, 1)
-        pool.submit(lambda: TransferGroup(Ticket(**both), CPU, worker=1).close())
+        pool.submit(lambda: open_inbox(Ticket(**both), CPU, 1).close())
         again = pool.submit(take, rest, 0, ServerLayout(1), 0, 1)
         shard = cut_shards(ARCH, trainer, tensors)[0]
-        sums = WeightSender(CPU).update(controller, 7, ARCH, trainer, shard)  # type: ignore[arg-type]
+        sums = WeightSender(CPU, shares=True).update(controller, 7, ARCH, trainer, shard)  # type: ignore[arg-type]
         assert isinstance(stays.exception(30), RuntimeError)
         assert [again.result(30)[0][1]] == sums
     assert controller.begun == [(7, ARCH, "float32", trainer)] * 2
@@ -281,13 +219,13 @@ def test_a_server_lost_on_the_way_costs_another_attempt_without_it(alone: None, 
 
 def test_a_fault_of_the_trainer_itself_is_not_tried_for_ever(alone: None, make_ticket: Any) -> None:
     trainer = Layout(1)
-    ticket = make_ticket([ServerLayout(1)]) | {"trainer": asdict(trainer)}
+    ticket = make_ticket([ServerLayout(1)], trainer=trainer)
     controller = Controller(*(ticket | {"group": f"try-{n}"} for n in range(9)))
     shard = cut_shards(ARCH, trainer, make_tensors())[0]
     del shard["decoder.layers.3.mlp.router.weight"]
     with ThreadPoolExecutor(3) as pool:
         workers = [pool.submit(take, controller.tickets[n], 0, ServerLayout(1), 0, 1) for n in range(ATTEMPTS)]
         with pytest.raises(TransferError, match=r"the trainer has no parameter decoder\.layers\.3\.mlp\.router"):
-            WeightSender(CPU).update(controller, 7, ARCH, trainer, shard)  # type: ignore[arg-type]
+            WeightSender(CPU, shares=True).update(controller, 7, ARCH, trainer, shard)  # type: ignore[arg-type]
         assert all(isinstance(worker.exception(30), RuntimeError) for worker in workers)
     assert len(controller.begun) == ATTEMPTS

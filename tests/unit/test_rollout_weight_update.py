@@ -24,11 +24,12 @@ class NoStore:
 
 
 @asynccontextmanager
-async def updating(*servers: FakeServer) -> AsyncIterator[WeightUpdater]:
+async def updating(*servers: FakeServer, sleeps: bool = False) -> AsyncIterator[WeightUpdater]:
     for server in servers:
         server.checksum = str(CHECKSUM)
     async with serving(*servers) as clients:
-        updater = WeightUpdater(Fleet(clients), WeightUpdateSection(canary_bound=1e-3, timeout=5), "127.0.0.1")
+        settings = WeightUpdateSection(canary_bound=1e-3, timeout=5)
+        updater = WeightUpdater(Fleet(clients), settings, "127.0.0.1", sleeps)
         updater._store = NoStore()
         yield updater
 
@@ -62,6 +63,48 @@ def test_steps_come_in_order_and_the_report_is_complete() -> None:
             "/inference/v1/generate",
         ]
         assert fake.version == "4"
+
+    asyncio.run(run())
+
+
+def test_servers_that_share_devices_take_weights_and_kv_one_after_the_other() -> None:
+    async def run() -> None:
+        fake = FakeServer()
+        async with updating(fake, sleeps=True) as updater:
+            await updater.begin(0, TERMS)
+            await updater.finish(0, [CHECKSUM], PROBES)
+            fake.calls.clear()
+            await updater.sleep()
+            assert updater.version is None and fake.calls == ["/sleep"], "what sleeps serves nothing"
+            await updater.begin(1, TERMS)
+            assert fake.calls[1:4] == ["/wake_up weights", "/pause", "/is_paused"], "no KV while the trainer has room"
+            await updater.finish(1, [CHECKSUM], PROBES)
+            last = fake.calls.index("/finish_weight_update")
+            assert fake.calls[last : last + 4] == [
+                "/finish_weight_update", "/wake_up kv_cache", "/reset_prefix_cache", "/resume"
+            ]  # fmt: skip
+
+    asyncio.run(run())
+
+
+def test_servers_of_their_own_devices_do_not_sleep() -> None:
+    async def run() -> None:
+        async with updating(FakeServer()) as updater:
+            with pytest.raises(Refused, match="have devices of their own and do not sleep"):
+                await updater.sleep()
+
+    asyncio.run(run())
+
+
+def test_every_worker_has_a_proxy_on_its_device() -> None:
+    async def run() -> None:
+        servers = [FakeServer() for _ in range(4)]
+        for server, device in zip(servers, ("a", "b", "b", "elsewhere"), strict=True):
+            server.device = device
+        async with updating(*servers) as updater:
+            ticket = await updater.begin(0, TERMS, ["b", "a", "b", "c"])
+            assert ticket["proxies"] == [1, 0, 2] and len(ticket["servers"]) == 3
+            assert "is on a device with no trainer rank (elsewhere)" in updater._fleet.faults()[servers[3].url]
 
     asyncio.run(run())
 

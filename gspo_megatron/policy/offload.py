@@ -1,0 +1,123 @@
+"""What a policy holds on its device, moved to host memory and back while servers use the device.
+
+Whole storages are emptied and filled again, so that every view of them (Megatron's buffers, their buckets, parameters
+in them) stays what it is. The host memory is taken once and used again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, UntypedStorage
+
+
+class HostMemory:
+    """Storages that are on the device or here."""
+
+    def __init__(self) -> None:
+        self._copies: dict[int, tuple[UntypedStorage, Tensor]] = {}
+        """By identity of the storage; kept for the next time."""
+        self._away: dict[int, int] = {}
+        """Bytes on the device of those that are here now."""
+
+    def take(self, tensors: Iterable[Tensor]) -> None:
+        """Copy the storages of these tensors here and free them on the device. Those that are here already stay."""
+        moved = []
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage._cdata in self._away or not storage.nbytes():
+                continue
+            _, copy = self._copies.get(storage._cdata, (None, None))
+            if copy is None or copy.numel() != storage.nbytes():
+                copy = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=tensor.is_cuda)
+            # The storage itself is kept: its identity must not pass to another one.
+            self._copies[storage._cdata] = storage, copy
+            self._away[storage._cdata] = storage.nbytes()
+            moved.append((storage, copy.copy_(_bytes(storage), non_blocking=True)))
+        _synchronize(moved)
+        for storage, _ in moved:
+            storage.resize_(0)
+
+    def give_back(self) -> None:
+        """Put everything back on the device."""
+        returned = []
+        for number, size in self._away.items():
+            storage, copy = self._copies[number]
+            storage.resize_(size)
+            _bytes(storage).copy_(copy, non_blocking=True)
+            returned.append((storage, copy))
+        self._away.clear()
+        _synchronize(returned)
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """The values of a tensor, wherever they are."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._away:
+            return tensor
+        whole = self._copies[storage._cdata][1].view(tensor.dtype)
+        return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def _bytes(storage: UntypedStorage) -> Tensor:
+    empty = torch.empty(0, dtype=torch.uint8, device=storage.device)
+    return empty.set_(storage)  # pyright: ignore[reportCallIssue, reportArgumentType]  torch's stubs leave it out
+
+
+def _synchronize(moved: Sequence[tuple[UntypedStorage, Tensor]]) -> None:
+    if any(storage.is_cuda for storage, _ in moved):
+        torch.cuda.synchronize()
+
+
+class Residence:
+    """Where weights, optimizer states and gradients of a policy are."""
+
+    def __init__(self) -> None:
+        self._host = HostMemory()
+
+    def offload_states(self, optimizer: Any, chunks: Sequence[Any]) -> None:
+        """Move what only training needs, main weights and moments; gradients are dropped: a step begins with none."""
+        weights = {id(parameter) for chunk in chunks for parameter in chunk.parameters()}
+        self._host.take(tensor for tensor in states_of(optimizer) if id(tensor) not in weights)
+        for buffer in _buffers(chunks):
+            buffer.offload_to_cpu(move_params=False, move_grads=True)
+        _release()
+
+    def offload_weights(self, chunks: Sequence[Any]) -> None:
+        """Move the weights too."""
+        self._host.take(parameter.detach() for chunk in chunks for parameter in chunk.parameters())
+        _release()
+
+    def restore(self, chunks: Sequence[Any]) -> None:
+        """Bring everything back."""
+        self._host.give_back()
+        for buffer in _buffers(chunks):
+            buffer.reload_from_cpu(move_params=False, move_grads=True)
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """See `HostMemory.read`."""
+        return self._host.read(tensor)
+
+
+def states_of(optimizer: Any) -> Iterator[Tensor]:
+    """Everything that Megatron's optimizer keeps on its device: what it steps, and the states of it."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer] if optimizer is not None else []):
+        inner = part.optimizer
+        if inner is None:  # a rank without parameters of this kind
+            continue
+        for group in inner.param_groups:
+            yield from (main.detach() if main.requires_grad else main for main in group["params"])
+        for state in inner.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+def _buffers(chunks: Sequence[Any]) -> Iterator[Any]:
+    for chunk in chunks:
+        yield from chunk.buffers + chunk.expert_parallel_buffers
+
+
+def _release() -> None:
+    """Give what the caching allocator keeps to the other processes of the device."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
