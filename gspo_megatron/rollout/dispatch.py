@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from gspo_megatron.rollout.client import ServerClient, ServerError
+from gspo_megatron.rollout.client import ServerClient
+from gspo_megatron.rollout.control import ServerError
 from gspo_megatron.rollout.drafts import Draft, Sampling
 from gspo_megatron.rollout.fleet import Fleet, Refused
 from gspo_megatron.types import StopReason

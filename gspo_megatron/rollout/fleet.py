@@ -6,7 +6,8 @@ import asyncio
 import logging
 from collections.abc import Sequence
 
-from gspo_megatron.rollout.client import ServerClient, ServerError
+from gspo_megatron.rollout.client import ServerClient
+from gspo_megatron.rollout.control import ServerError
 from gspo_megatron.rollout.identity import Identity
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,8 @@ from itertools import cycle
 from typing import Any, TypeVar
 
 from gspo_megatron.config.schema import WeightUpdateSection
-from gspo_megatron.rollout.client import ServerClient, ServerError
+from gspo_megatron.rollout.client import ServerClient
+from gspo_megatron.rollout.control import ServerError
 from gspo_megatron.rollout.fleet import Fleet, Refused
 from gspo_megatron.weights.server_layout import ServerLayout
 

@@ -6,7 +6,8 @@ import asyncio
 
 import pytest
 
-from gspo_megatron.rollout.client import ServerClient, ServerError, read_segments
+from gspo_megatron.rollout.client import ServerClient, read_segments
+from gspo_megatron.rollout.control import ServerError
 from gspo_megatron.rollout.drafts import Draft, Sampling, answer_seed
 from gspo_megatron.types import Segment, StopReason
 from tests.unit.rollout_fakes import CONTEXT, KEY, VOCAB, FakeServer, make_prompt, serving
