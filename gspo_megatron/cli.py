@@ -62,7 +62,7 @@ def train(path: Path, overrides: Sequence[str]) -> int:
     recipe = load(path, overrides)
     gpus = count_gpus()
     ranks = recipe.trainer.ranks or gpus or 2
-    findings = [*check(recipe, ranks), *not_built(recipe, has_gpu=gpus > 0)]
+    findings = [*check(recipe, ranks), *not_built(recipe)]
     for finding in findings:
         print(finding, file=sys.stderr)
     if any(finding.severity == "error" for finding in findings):

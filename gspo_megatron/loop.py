@@ -14,6 +14,7 @@ import torch.distributed as dist
 from gspo_megatron.checkpoint import CheckpointError, CheckpointWriter
 from gspo_megatron.config import RecipeError, load_resolved
 from gspo_megatron.metrics import RunLog
+from gspo_megatron.plan.machine import takes_turns
 from gspo_megatron.policy import mesh
 from gspo_megatron.policy.policy import Policy
 from gspo_megatron.policy.specs import describe_parts
@@ -81,9 +82,13 @@ def main() -> int:
     recipe = load_resolved(arguments.run_dir / "recipe.resolved.yaml")
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
+    link: ControllerLink | None = ControllerLink(arguments.controller, os.environ["GSPO_JOB_KEY"])
+    if torch.cuda.is_available() and takes_turns(recipe):
+        # While it starts, a server takes whatever else happens on its GPU for a part of itself; then it sleeps.
+        link.wait_ready(recipe.rollout.start_timeout)
     device = mesh.start_world()
     first = dist.get_rank() == 0
-    link = ControllerLink(arguments.controller, os.environ["GSPO_JOB_KEY"]) if first else None
+    link = link if first else None
     log = RunLog(arguments.run_dir, owns_terminal=first)
     Watchdog(arguments.run_dir, dist.get_rank(), dist.get_world_size(), log.pulse).start()
     policy = Policy(recipe, device)

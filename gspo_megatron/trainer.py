@@ -32,6 +32,7 @@ from gspo_megatron.objective.summary import add_sums
 from gspo_megatron.plan.machine import takes_turns
 from gspo_megatron.policy.instruments import RouterInstruments
 from gspo_megatron.policy.microbatch import MicroBatch
+from gspo_megatron.policy.offload import bytes_at_rest
 from gspo_megatron.policy.policy import LossFunction, OptimizerSettings, Policy, Scored
 from gspo_megatron.policy.reference import ReferenceWeights
 from gspo_megatron.policy.replay import Routes
@@ -108,6 +109,7 @@ class Trainer:
         if self.takes_turns:
             with self.log.time("take_over"):
                 self.on_first_rank(lambda link: link.sleep())
+                self.log.add(bytes_at_rest(self.policy.device))
                 self.policy.restore()
 
     def rollout(self, step: int) -> list[SampleRef]:

@@ -135,10 +135,23 @@ def findings(recipe: Recipe, hosts: int, gpus: int) -> Iterator[Finding]:
             "set trainer.ranks=null (one rank a GPU) or take more nodes",
         )  # fmt: skip
     yield from _server_findings(recipe, serving, gpus, apart > 0)
+    each = max(1, recipe.rollout.servers // serving) * server_gpus(recipe)
+    if gpus and not apart and ranks is not None and ranks // training < each <= gpus:
+        yield _error(
+            "server-without-trainer-rank", "trainer.ranks",
+            f"{ranks // training} ranks a node leave {each - ranks // training} GPUs of its servers without one, which "
+            "could hand over their weights",
+            "set trainer.ranks=null (one rank a GPU), or placement.rollout_nodes to nodes that only run servers",
+        )  # fmt: skip
+
+
+def server_gpus(recipe: Recipe) -> int:
+    """GPUs of one server."""
+    return recipe.rollout.tensor_parallel * recipe.rollout.pipeline_parallel
 
 
 def _server_findings(recipe: Recipe, nodes: int, gpus: int, apart: bool) -> Iterator[Finding]:
-    servers, size = recipe.rollout.servers, recipe.rollout.tensor_parallel
+    servers, size = recipe.rollout.servers, server_gpus(recipe)
     if servers % nodes and (servers > nodes or apart):
         yield _error(
             "servers-uneven-on-nodes", "rollout.servers", f"{servers} servers do not divide over {nodes} nodes",
@@ -150,7 +163,7 @@ def _server_findings(recipe: Recipe, nodes: int, gpus: int, apart: bool) -> Iter
         yield _error(
             "servers-exceed-gpus", "rollout.servers",
             f"{each} servers of {size} GPUs on one node need {each * size}, it has {gpus}",
-            f"take at most {gpus // size * nodes} servers, or a smaller rollout.tensor_parallel; no server spans nodes",
+            f"take at most {gpus // size * nodes} servers, or smaller ones; no server spans nodes",
         )  # fmt: skip
     if each > PORT_STRIDE - 2:
         yield _error(
@@ -185,7 +198,7 @@ def tasks(recipe: Recipe, over: Spread, ports: Ports, run_dir: Path) -> list[Tas
 def _server(
     recipe: Recipe, over: Spread, ports: Ports, where: tuple[str, ...], index: int, host: Host, local: int
 ) -> Task:
-    size, port = recipe.rollout.tensor_parallel, ports.servers[local]
+    size, port = server_gpus(recipe), ports.servers[local]
     devices = ",".join(str(device) for device in range(local * size, (local + 1) * size))
     arguments = ("--index", str(index), "--host", host.address, "--port", str(port))
     environment = {"CUDA_VISIBLE_DEVICES": devices} if over.gpus else {}

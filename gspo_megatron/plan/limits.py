@@ -6,7 +6,7 @@ from gspo_megatron.config.schema import Recipe
 from gspo_megatron.types import Finding
 
 
-def not_built(recipe: Recipe, has_gpu: bool) -> list[Finding]:
+def not_built(recipe: Recipe) -> list[Finding]:
     """Errors for what `gspo plan` can plan with and the loop cannot run."""
     spec = recipe.objective.spec(recipe.rollout.max_answer_tokens)
     found = []
@@ -16,14 +16,6 @@ def not_built(recipe: Recipe, has_gpu: bool) -> list[Finding]:
                 "not-built", "error", "objective.replay",
                 "sampler is asked for, but the servers' routes are not written to the sample store yet",
                 "set objective.replay=trainer",
-            )
-        )  # fmt: skip
-    if has_gpu and not recipe.placement.rollout_nodes:
-        found.append(
-            Finding(
-                "not-built", "error", "placement.rollout_nodes",
-                "0 is asked for, but servers that share the trainer's GPUs are not put to sleep while it trains yet",
-                "set placement.rollout_nodes to 1 or more",
             )
         )  # fmt: skip
     return found

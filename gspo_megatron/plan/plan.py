@@ -62,7 +62,7 @@ def make_plan(recipe: Recipe, nodes: int | None = None, gpu: GpuKind | None = No
 
 def tell_not_built(plan: Plan) -> Plan:
     """The same plan, which says what the loop does not do yet: a plan may look ahead, `gspo train` refuses."""
-    ahead = [replace(finding, severity="info") for finding in not_built(plan.recipe, not plan.machine.is_cpu)]
+    ahead = [replace(finding, severity="info") for finding in not_built(plan.recipe)]
     return replace(plan, findings=(*plan.findings, *ahead))
 
 

@@ -112,6 +112,14 @@ def states_of(optimizer: Any) -> Iterator[Tensor]:
             yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
+def bytes_at_rest(device: torch.device) -> dict[str, float]:
+    """What all processes hold on this device now, as a metric for the moment when servers and policy are both away."""
+    if device.type != "cuda":
+        return {}
+    free, total = torch.cuda.mem_get_info(device)
+    return {"device_bytes_at_rest": float(total - free)}
+
+
 def _buffers(chunks: Sequence[Any]) -> Iterator[Any]:
     for chunk in chunks:
         yield from chunk.buffers + chunk.expert_parallel_buffers

@@ -58,7 +58,7 @@ def main() -> int:
         names = chosen.hosts.split(",")
         recipe = load_for_job(chosen.recipe, chosen.overrides, chosen.job, names, chosen.gpus)
         gpus = count_gpus(recipe)
-        say_findings(recipe, gpus, drawing=chosen.phase == "draw")
+        say_findings(recipe, drawing=chosen.phase == "draw")
         if chosen.phase == "draw":
             return draw(recipe, names, gpus, chosen.job)
         return open_attempt(recipe, names, gpus, chosen.job, chosen.running.split())
@@ -88,13 +88,13 @@ def load_for_job(path: Path, overrides: Sequence[str], job: str, names: Sequence
     return recipe
 
 
-def say_findings(recipe: Recipe, gpus: int, drawing: bool) -> None:
+def say_findings(recipe: Recipe, drawing: bool) -> None:
     """What the planner says of the recipe, and what the loop cannot run yet. A drawing needs no loop: there it warns.
 
     Raises:
         RecipeError: the run must not start.
     """
-    planned, unbuilt = make_plan(recipe).findings, not_built(recipe, has_gpu=gpus > 0)
+    planned, unbuilt = make_plan(recipe).findings, not_built(recipe)
     if drawing:
         planned = [finding for finding in planned if finding.severity == "error"]
         unbuilt = [replace(finding, severity="warning") for finding in unbuilt]

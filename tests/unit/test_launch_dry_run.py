@@ -61,16 +61,16 @@ def test_what_the_loop_cannot_run_is_refused_in_a_job_and_said_in_a_drawing(
     drawing: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lacking = Finding("not-built", "error", "objective.kl", "k3 is asked for, but not yet", "set objective.kl=none")
-    monkeypatch.setattr(plan, "not_built", lambda recipe, has_gpu: [lacking] if has_gpu else [])
     recipe = load(ROOT / RECIPE, ["rollout.servers=2"])
-    plan.say_findings(recipe, gpus=0, drawing=drawing)
+    plan.say_findings(recipe, drawing=drawing)
     assert "not-built" not in capsys.readouterr().err
+    monkeypatch.setattr(plan, "not_built", lambda recipe: [lacking])
     if drawing:
-        plan.say_findings(recipe, gpus=8, drawing=True)
+        plan.say_findings(recipe, drawing=True)
         assert "warning [not-built] objective.kl: k3 is asked for" in capsys.readouterr().err
     else:
         with pytest.raises(RecipeError, match=r"error \[not-built\] objective\.kl"):
-            plan.say_findings(recipe, gpus=8, drawing=False)
+            plan.say_findings(recipe, drawing=False)
 
 
 def test_an_unknown_option_is_refused() -> None:

@@ -73,6 +73,8 @@ def test_ports_of_jobs_that_run_together_are_apart_and_below_the_ephemeral_range
         (("placement.rollout_nodes=2",), 4, 8, "servers-uneven-on-nodes"),
         (("rollout.servers=3", "rollout.tensor_parallel=4"), 1, 8, "servers-exceed-gpus"),
         (("rollout.tensor_parallel=16",), 2, 8, "servers-exceed-gpus"),
+        (("rollout.tensor_parallel=4", "rollout.pipeline_parallel=4"), 2, 8, "servers-exceed-gpus"),
+        (("trainer.ranks=4", "rollout.tensor_parallel=4"), 2, 8, "server-without-trainer-rank"),
         (("rollout.servers=15", "rollout.tensor_parallel=1"), 1, 0, "servers-exceed-ports"),
     ],
 )
