@@ -78,15 +78,16 @@ class Residence:
 
     def offload_states(self, optimizer: Any, chunks: Sequence[Any]) -> None:
         """Move what only training needs, main weights and moments; gradients are dropped: a step begins with none."""
-        weights = {id(parameter) for chunk in chunks for parameter in chunk.parameters()}
-        self._host.take(tensor for tensor in states_of(optimizer) if id(tensor) not in weights)
+        # Where the weights are float32 the optimizer steps them themselves.
+        weights = {parameter.untyped_storage()._cdata for chunk in chunks for parameter in chunk.parameters()}
+        self._host.take(state for state in states_of(optimizer) if state.untyped_storage()._cdata not in weights)
         for buffer in _buffers(chunks):
             buffer.offload_to_cpu(move_params=False, move_grads=True)
         _release()
 
     def offload_weights(self, chunks: Sequence[Any]) -> None:
         """Move the weights too."""
-        self._host.take(parameter.detach() for chunk in chunks for parameter in chunk.parameters())
+        self._host.take(parameter for chunk in chunks for parameter in chunk.parameters())
         _release()
 
     def restore(self, chunks: Sequence[Any]) -> None:
@@ -107,7 +108,7 @@ def states_of(optimizer: Any) -> Iterator[Tensor]:
         if inner is None:  # a rank without parameters of this kind
             continue
         for group in inner.param_groups:
-            yield from (main.detach() if main.requires_grad else main for main in group["params"])
+            yield from group["params"]
         for state in inner.state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))
 
