@@ -8,12 +8,14 @@ from collections.abc import Iterator
 
 import pytest
 
+from gspo_megatron.rollout.handover import device_name
+from gspo_megatron.rollout.link import ControllerError
 from gspo_megatron.rollout.transfer import TransferError
 from gspo_megatron.weights.layout import Layout
-from tests.rollout.conftest import Server, make_run_dir, running_servers
+from tests.rollout.conftest import KEY, Server, make_run_dir, running_servers
 from tests.rollout.test_weight_update import differences, update
 from tests.rollout.tiny import ARCH
-from tests.shards import TrainerRanks, cut_shards
+from tests.shards import CPU, TrainerRanks, cut_shards
 
 TRAINERS = [
     Layout(4, tensor=2, pipeline=2, expert=2),
@@ -45,10 +47,29 @@ def test_every_trainer_layout_reaches_every_server_layout(start_controller, shar
         assert differences(other, controller.store, batch["samples"]).mean() > 0.1
 
 
+def test_the_same_by_hand_over_while_trainer_and_servers_take_turns(
+    start_controller, sharded_servers, oracles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GSPO_JOB_KEY", KEY)  # of the ranks, which are threads of this process
+    controller, link = start_controller(*sharded_servers, overlaps=False, sleeps=True)
+    for version, trainer in enumerate(TRAINERS):
+        oracle, other = oracles[version % 2], oracles[1 - version % 2]
+        report = update(link, version, oracle, TrainerRanks(trainer.world), trainer, shares=True)
+        assert len(report["servers"]) == 3, link.status()["servers"]
+        assert max(server["largest"] for server in report["servers"].values()) < 1e-4
+        assert report["received_over_needed"] == 1.0
+        batch = link.rollout(version)
+        assert differences(oracle, controller.store, batch["samples"]).max() < 1e-4
+        assert differences(other, controller.store, batch["samples"]).mean() > 0.1
+        link.sleep()
+        with pytest.raises(ControllerError, match="no server has weights"):
+            link.rollout(version)
+
+
 def test_a_server_killed_in_the_middle_never_serves_and_the_others_go_on(
     start_controller, sharded_servers, oracles
 ) -> None:
-    """Comes last here: it ends a server."""
+    """Comes late here: it ends a server."""
     controller, link = start_controller(*sharded_servers)
     old, new = oracles
     ranks = TrainerRanks(TRAINERS[0].world)
@@ -64,3 +85,23 @@ def test_a_server_killed_in_the_middle_never_serves_and_the_others_go_on(
     batch = link.rollout(1)
     assert differences(new, controller.store, batch["samples"]).max() < 1e-4
     assert {segment.version for ref in batch["samples"] for segment in ref.segments} == {1}
+
+
+def test_by_hand_over_a_killed_server_takes_nothing_from_the_others(
+    start_controller, sharded_servers, oracles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Comes last here: it ends the other server of this file."""
+    monkeypatch.setenv("GSPO_JOB_KEY", KEY)
+    killed = sharded_servers[1]
+    controller, link = start_controller(killed, overlaps=False, sleeps=True)
+    old, new = oracles
+    ranks = TrainerRanks(TRAINERS[0].world)
+    update(link, 0, old, ranks, TRAINERS[0], shares=True)
+    link.sleep()
+    ticket = link.begin_update(1, ARCH, "float32", TRAINERS[0], [device_name(CPU)] * TRAINERS[0].world)
+    os.killpg(killed.process.pid, signal.SIGKILL)
+    checksums = ranks.send(ticket, cut_shards(ARCH, TRAINERS[0], new.tensors))
+    report = link.finish_update(1, checksums, new.probes())
+    assert len(report["servers"]) == 1 and killed.url not in report["servers"]
+    batch = link.rollout(1)
+    assert differences(new, controller.store, batch["samples"]).max() < 1e-4

@@ -11,6 +11,7 @@ import torch
 
 from gspo_megatron.data.store import SampleStore
 from gspo_megatron.rollout.checksum import Checksum
+from gspo_megatron.rollout.handover import device_name
 from gspo_megatron.rollout.link import ControllerError, ControllerLink
 from gspo_megatron.rollout.transfer import TransferError
 from gspo_megatron.types import SampleRef
@@ -24,9 +25,15 @@ TRAINER = Layout(4, tensor=2, pipeline=2, expert=2)
 
 
 def update(
-    link: ControllerLink, version: int, oracle: Oracle, ranks: TrainerRanks | None = None, trainer: Layout = TRAINER
+    link: ControllerLink,
+    version: int,
+    oracle: Oracle,
+    ranks: TrainerRanks | None = None,
+    trainer: Layout = TRAINER,
+    shares: bool = False,
 ) -> dict:
-    ticket = link.begin_update(version, ARCH, "float32", trainer)
+    """One update; by hand-over if servers share the trainer's device."""
+    ticket = link.begin_update(version, ARCH, "float32", trainer, [device_name(CPU)] * trainer.world * shares)
     checksums = (ranks or TrainerRanks(trainer.world)).send(ticket, cut_shards(ARCH, trainer, oracle.tensors))
     return link.finish_update(version, checksums, oracle.probes())
 
