@@ -56,6 +56,7 @@ class Trainer:
         self.sender = WeightSender(policy.device)
         self.routers = RouterInstruments(policy)
         self.reference: ReferenceWeights | None = None
+        self.answer_limit = recipe.rollout.max_answer_tokens
         self.version = -1
         self.updates = 0
         self.skipped = 0
@@ -115,9 +116,8 @@ class Trainer:
         with self.log.time("rollout"), self.log.progress("rollout", total) as bar:
             answer = self.on_first_rank(lambda link: link.rollout(step, on_progress=lambda p: bar.update(p["done"])))
         refs, counts = answer["samples"], answer["accounting"]
-        mean_length = float(np.mean([ref.answer_length for ref in refs]))
-        self.log.add({"rollout_tokens": answer["tokens"], "answer_length": mean_length})
-        self.log.add({"truncated": float(np.mean([ref.stop_reason == "length" for ref in refs]))})
+        self.answer_limit = self.recipe.rollout.answer_limit(step)
+        self.log.add({"rollout_tokens": answer["tokens"], **answer["measures"]})
         self.log.add({f"staleness_{name}": value for name, value in answer["staleness"].items()})
         self.log.add({"sampled_tokens": counts["sampled_tokens"], "carried_tokens": counts["carried"]["tokens"]})
         self.log.add({f"dropped_tokens/{reason}": gone["tokens"] for reason, gone in counts["dropped"].items()})
@@ -141,7 +141,7 @@ class Trainer:
                 if self.spec.replay == "sampler":
                     self.routers.add_disagreement(batches)
                 self.routers.add_load(batches, routes)
-            totals = BatchTotals(len(part), sum(ref.answer_length for ref in part))
+            totals = BatchTotals(len(part), sum(ref.trained_length for ref in part))
             reference = self._score_reference(batches)
             prepared.append(MiniBatch(members, batches, totals, old, routes, reference))
         return prepared
@@ -175,7 +175,7 @@ class Trainer:
         self.log.add(group_metrics(rewards, groups))
         lengths = torch.tensor([ref.answer_length for ref in refs])
         truncated = torch.tensor([ref.stop_reason == "length" for ref in refs])
-        shaped = shape_rewards(spec, rewards, lengths, truncated, self.recipe.rollout.max_answer_tokens).rewards
+        shaped = shape_rewards(spec, rewards, lengths, truncated, self.answer_limit).rewards
         if spec.kl != "none" and spec.kl_in == "reward":
             charged = divergence(spec, minibatches, self.policy.sum_over_context)
             charges = torch.tensor([charged.get((r.prompt_index, r.sample_index), 0.0) for r in refs]).double()

@@ -34,8 +34,8 @@ class Group:
 
     @property
     def tokens(self) -> int:
-        """Answer tokens it has."""
-        return sum(map(len, self.drafts))
+        """Tokens that were sampled for it."""
+        return sum(draft.sampled for draft in self.drafts)
 
     @property
     def members(self) -> list[SampleRef]:
