@@ -14,7 +14,7 @@ import torch.distributed as dist
 from gspo_megatron.checkpoint import CheckpointError, CheckpointWriter
 from gspo_megatron.config import RecipeError, load_resolved
 from gspo_megatron.metrics import RunLog
-from gspo_megatron.plan.machine import takes_turns
+from gspo_megatron.plan.machine import alternates
 from gspo_megatron.policy import mesh
 from gspo_megatron.policy.policy import Policy
 from gspo_megatron.policy.specs import describe_parts
@@ -83,7 +83,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
     link: ControllerLink | None = ControllerLink(arguments.controller, os.environ["GSPO_JOB_KEY"])
-    if torch.cuda.is_available() and takes_turns(recipe):
+    if torch.cuda.is_available() and alternates(recipe):
         # While it starts, a server takes whatever else happens on its GPU for a part of itself; then it sleeps.
         link.wait_ready(recipe.rollout.start_timeout)
     device = mesh.start_world()

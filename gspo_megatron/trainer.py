@@ -29,7 +29,7 @@ from gspo_megatron.objective import (
     shape_rewards,
 )
 from gspo_megatron.objective.summary import add_sums
-from gspo_megatron.plan.machine import takes_turns
+from gspo_megatron.plan.machine import alternates
 from gspo_megatron.policy.instruments import RouterInstruments
 from gspo_megatron.policy.mesh import patient_group
 from gspo_megatron.policy.microbatch import MicroBatch
@@ -52,10 +52,11 @@ class Trainer:
         self.spec = recipe.objective.spec(recipe.rollout.max_answer_tokens)
         self.store = SampleStore(run_dir / SAMPLE_DIRECTORY)
         self.batcher = Batcher(recipe, policy, self.store)
-        self.takes_turns = takes_turns(recipe)
+        self.alternates = alternates(recipe)
         self.sender = WeightSender(policy.device, shares=not recipe.placement.rollout_nodes)
         self.routers = RouterInstruments(policy)
         self.reference: ReferenceWeights | None = None
+        self.answer_limit = recipe.rollout.max_answer_tokens
         self.version = -1
         self.updates = 0
         self.skipped = 0
@@ -93,11 +94,11 @@ class Trainer:
         weights, layout = self.policy.weights, self.policy.layout
         parameters = {name: parameter.detach() for name, (_, parameter) in weights.parameters.items()}
         with self.log.time("sync"):
-            if self.takes_turns:
+            if self.alternates:
                 self.policy.offload_states()
             checksums = self.sender.update(self.link, version, weights.arch, layout, parameters)
             probes = self.batcher.score_probes()
-            if self.takes_turns:
+            if self.alternates:
                 self.policy.offload()
                 dist.barrier()  # the servers take memory for KV next, on every rank's device
             if self.link is not None:
@@ -108,7 +109,7 @@ class Trainer:
 
     def take_over(self) -> None:
         """Where servers share the devices: they go to sleep, and the policy comes back from host memory."""
-        if self.takes_turns:
+        if self.alternates:
             with self.log.time("take_over"):
                 self.on_first_rank(lambda link: link.sleep())
                 self.log.add(bytes_at_rest(self.policy.device))
@@ -120,9 +121,8 @@ class Trainer:
         with self.log.time("rollout"), self.log.progress("rollout", total) as bar:
             answer = self.on_first_rank(lambda link: link.rollout(step, on_progress=lambda p: bar.update(p["done"])))
         refs, counts = answer["samples"], answer["accounting"]
-        mean_length = float(np.mean([ref.answer_length for ref in refs]))
-        self.log.add({"rollout_tokens": answer["tokens"], "answer_length": mean_length})
-        self.log.add({"truncated": float(np.mean([ref.stop_reason == "length" for ref in refs]))})
+        self.answer_limit = self.recipe.rollout.answer_limit(step)
+        self.log.add({"rollout_tokens": answer["tokens"], **answer["measures"]})
         self.log.add({f"staleness_{name}": value for name, value in answer["staleness"].items()})
         self.log.add({"sampled_tokens": counts["sampled_tokens"], "carried_tokens": counts["carried"]["tokens"]})
         self.log.add({f"dropped_tokens/{reason}": gone["tokens"] for reason, gone in counts["dropped"].items()})
@@ -147,7 +147,7 @@ class Trainer:
                 if self.spec.replay == "sampler":
                     self.routers.add_disagreement(batches)
                 self.routers.add_load(batches, routes)
-            totals = BatchTotals(len(part), sum(ref.answer_length for ref in part))
+            totals = BatchTotals(len(part), sum(ref.trained_length for ref in part))
             reference = self._score_reference(batches)
             prepared.append(MiniBatch(members, batches, totals, old, routes, reference))
         return prepared
@@ -181,7 +181,7 @@ class Trainer:
         self.log.add(group_metrics(rewards, groups))
         lengths = torch.tensor([ref.answer_length for ref in refs])
         truncated = torch.tensor([ref.stop_reason == "length" for ref in refs])
-        shaped = shape_rewards(spec, rewards, lengths, truncated, self.recipe.rollout.max_answer_tokens).rewards
+        shaped = shape_rewards(spec, rewards, lengths, truncated, self.answer_limit).rewards
         if spec.kl != "none" and spec.kl_in == "reward":
             charged = divergence(spec, minibatches, self.policy.sum_over_context)
             charges = torch.tensor([charged.get((r.prompt_index, r.sample_index), 0.0) for r in refs]).double()

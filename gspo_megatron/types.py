@@ -74,6 +74,18 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
+class Masked:
+    """A run of answer tokens that were not sampled: nobody reports a log-prob for them and none is trained on."""
+
+    start: int
+    """First answer token of the run."""
+    end: int
+    """One past its last; equal to `start` where there was nothing to say."""
+    why: Literal["observation", "closing"]
+    """`observation` = what an environment answered; `closing` = words that end a thinking which went on too long."""
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """One sampled answer, complete or partial."""
 
@@ -84,13 +96,15 @@ class Answer:
     token_ids: np.ndarray
     """[answer_length] int32, the stop token included when the sampler emitted one."""
     logprobs: np.ndarray
-    """[answer_length] float32, what the sampler reported for each of them."""
+    """[answer_length] float32, what the sampler reported for each of them; 0 where masked."""
     segments: tuple[Segment, ...]
     """Cover [0, answer_length) in order."""
     stop_reason: StopReason
     """`stop` = a stop token was sampled; `length` = cut at the answer limit."""
     routes: np.ndarray | None = None
     """[rows, layers, k] expert of each token of prompt and answer, -1 = not recorded; the last rows may be missing."""
+    masked: tuple[Masked, ...] = ()
+    """In order; versions of masked tokens are those of the token before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +127,13 @@ class SampleRef:
     """Why the answer ended."""
     segments: tuple[Segment, ...]
     """Weight versions of the answer's tokens."""
+    masked: tuple[Masked, ...] = ()
+    """Answer tokens that were not sampled."""
+
+    @property
+    def trained_length(self) -> int:
+        """Answer tokens that were sampled, which is what an answer's length is to the objective."""
+        return self.answer_length - sum(span.end - span.start for span in self.masked)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from gspo_megatron.config.base import Section
+from gspo_megatron.config.long_tail import EnvironmentSection, LengthStage, RepetitionHalt, ThinkingBudget
 from gspo_megatron.config.model import ModelSection
 from gspo_megatron.config.objective import ObjectiveSection
 from gspo_megatron.config.placement import PlacementSection
@@ -151,6 +153,14 @@ class RolloutSection(Section):
 
     What is unfinished when the batch is complete is cut with max_staleness=0, else carried into later batches.
     """
+    length_stages: tuple[LengthStage, ...] = ()
+    """Shorter limits for the first steps, in order; after the last of them max_answer_tokens holds. Evaluations, the
+    servers and `gspo plan` always take max_answer_tokens. Start at the length that the model was tuned at.
+    """
+    thinking: ThinkingBudget | None = None
+    """Limit of the thinking within an answer; null = none."""
+    repetition_halt: RepetitionHalt | None = None
+    """End answers that repeat themselves; null = they go on to the limit."""
     stream_interval: int = Field(default=64, gt=0)
     """Tokens that a server sends at a time; a lost server costs each of its answers at most so many. Source: ours."""
     max_concurrency: int = Field(default=256, gt=0)
@@ -164,6 +174,26 @@ class RolloutSection(Section):
 
     Source: ours: 235B loads in minutes from a cold file system.
     """
+
+    def answer_limit(self, step: int) -> int:
+        """Longest answer to a prompt that is begun for this step, tokens."""
+        stages = (stage.max_answer_tokens for stage in self.length_stages if step <= stage.until_step)
+        return next(stages, self.max_answer_tokens)
+
+    @model_validator(mode="after")
+    def length_stages_grow(self) -> RolloutSection:
+        for before, after in pairwise(self.length_stages):
+            if after.until_step <= before.until_step or after.max_answer_tokens <= before.max_answer_tokens:
+                raise ValueError(
+                    f"length_stages goes from {before.max_answer_tokens} tokens until step {before.until_step} to "
+                    f"{after.max_answer_tokens} until step {after.until_step}; both must grow"
+                )
+        if self.length_stages and self.length_stages[-1].max_answer_tokens >= self.max_answer_tokens:
+            raise ValueError(
+                f"length_stages ends at {self.length_stages[-1].max_answer_tokens} tokens, max_answer_tokens="
+                f"{self.max_answer_tokens} comes after it and must be longer; name only the shorter stages"
+            )
+        return self
 
 
 class WeightUpdateSection(Section):
@@ -220,6 +250,7 @@ class Recipe(Section):
     tokenizer: TokenizerSection = TokenizerSection()
     data: DataSection
     reward: RewardSection = RewardSection()
+    environment: EnvironmentSection | None = None
     cold_start: ColdStartSection | None = None
     batch: BatchSection = BatchSection()
     objective: ObjectiveSection = ObjectiveSection()

@@ -94,7 +94,7 @@ def split[Item: SampleRef | Sample](items: Sequence[Item], updates: int) -> list
 def _reason_to_drop(ref: SampleRef) -> str | None:
     if ref.stop_reason == "abort":
         return "aborted"
-    return "empty-answer" if ref.answer_length == 0 else None
+    return "empty-answer" if ref.trained_length == 0 else None
 
 
 def _build(ref: SampleRef, advantage: float, store: SampleReader, with_routes: bool) -> Sample:
@@ -112,6 +112,9 @@ def _build(ref: SampleRef, advantage: float, store: SampleReader, with_routes: b
     loss_mask = np.arange(len(token_ids)) >= start
     rollout_logprobs = np.zeros(len(token_ids), dtype=np.float32)
     rollout_logprobs[start:] = logprobs
+    for span in ref.masked:
+        loss_mask[start + span.start : start + span.end] = False
+    rollout_logprobs[~loss_mask] = 0.0
     routes = store.read_routes(ref) if with_routes else None
     return Sample(np.asarray(token_ids, dtype=np.int32), loss_mask, rollout_logprobs, advantage, ref, routes)
 

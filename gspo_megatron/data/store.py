@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from gspo_megatron.types import Answer, Prompt, SampleRef, Segment
+from gspo_megatron.types import Answer, Masked, Prompt, SampleRef, Segment
 
 MAGIC = b"GSPO"
 FORMAT_VERSION = 1
@@ -58,6 +58,7 @@ class SampleStore:
             reward=reward,
             stop_reason=answer.stop_reason,
             segments=answer.segments,
+            masked=answer.masked,
         )
 
     def beside(self, name: str) -> SampleStore:
@@ -145,4 +146,6 @@ def _checksum(body: bytes | np.ndarray, shape: tuple[int, ...]) -> int:
 
 def read_ref(entry: dict[str, Any]) -> SampleRef:
     """A sample reference from its JSON."""
-    return SampleRef(**{**entry, "segments": tuple(Segment(**span) for span in entry["segments"])})
+    segments = tuple(Segment(**span) for span in entry["segments"])
+    masked = tuple(Masked(**span) for span in entry["masked"])
+    return SampleRef(**{**entry, "segments": segments, "masked": masked})

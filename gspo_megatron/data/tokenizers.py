@@ -33,6 +33,10 @@ class Tokenizer(Protocol):
         """Ids of a whole answer, stop id appended."""
         ...
 
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of a text that stands within an answer, as it is."""
+        ...
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of sampled ids without stop ids. Takes any ids, those of a model's unused rows too."""
         ...
@@ -52,11 +56,11 @@ class SentencePieceTokenizer:
 
     def encode_prompt(self, question: str) -> list[int]:
         """`<q>` question `<a>`. Raises ValueError on a character that the vocabulary lacks."""
-        return [self._question, *self._encode(question), self._answer]
+        return [self._question, *self.encode_text(question), self._answer]
 
     def encode_answer(self, text: str) -> list[int]:
         """Text, then `</s>`. Raises ValueError on a character that the vocabulary lacks."""
-        return [*self._encode(text), *self.stop_ids]
+        return [*self.encode_text(text), *self.stop_ids]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids that no piece has (a model's padded rows can be sampled) read like the unknown piece."""
@@ -64,7 +68,8 @@ class SentencePieceTokenizer:
         kept = (int(i) for i in ids if i not in self.stop_ids)
         return self._model.decode([i if 0 <= i < self.vocab_size else unknown for i in kept])
 
-    def _encode(self, text: str) -> list[int]:
+    def encode_text(self, text: str) -> list[int]:
+        """Pieces of the text. Raises ValueError on a character that the vocabulary lacks."""
         ids: list[int] = self._model.encode(text)
         if self._model.unk_id() in ids:
             lacking = sorted({char for char in text if self._model.unk_id() in self._model.encode(char)})
@@ -114,7 +119,11 @@ class HuggingFaceTokenizer:
 
     def encode_answer(self, text: str) -> list[int]:
         """Text as it is, then the stop id."""
-        return [*self._model.encode(text, add_special_tokens=False), self.stop_ids[0]]
+        return [*self.encode_text(text), self.stop_ids[0]]
+
+    def encode_text(self, text: str) -> list[int]:
+        """Text as it is; the names of special tokens become them."""
+        return self._model.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids outside the vocabulary (a model's padded rows can be sampled) read as U+FFFD."""

@@ -104,7 +104,7 @@ def machine_of(recipe: Recipe, ranks: int | None = None) -> Machine:
     return Machine(device, nodes, per_node, rollout_nodes, ranks or recipe.trainer.ranks or trainer_devices, host)
 
 
-def takes_turns(recipe: Recipe) -> bool:
+def alternates(recipe: Recipe) -> bool:
     """Whether servers sleep while the trainer works, and the trainer's memory is on the host while they sample.
 
     Always where they share GPUs. Where there is no GPU nothing is gained by it, but a synchronous run goes the same

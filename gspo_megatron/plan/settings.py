@@ -11,6 +11,7 @@ from gspo_megatron.config.model import Architecture
 from gspo_megatron.config.objective import ObjectiveSpec
 from gspo_megatron.config.objective import findings as objective_findings
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.plan import long_tail
 from gspo_megatron.plan.machine import Machine
 from gspo_megatron.types import Finding
 
@@ -32,6 +33,7 @@ def findings(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[F
     yield from _sampler(recipe)
     yield from _router(recipe, arch)
     yield from _staleness(recipe, spec)
+    yield from long_tail.findings(recipe)
     yield from _replay(recipe, spec, arch, machine)
     yield from _model_directory(recipe, arch)
     yield from _small_print(recipe, arch, machine)

@@ -12,6 +12,9 @@ from gspo_megatron.rollout.drafts import Draft
 from gspo_megatron.rollout.groups import Group
 from gspo_megatron.types import Answer, Problem, Prompt, SampleRef
 
+KEPT = ("sample_index", "parts", "lost", "state")
+"""What a draft has beyond what the sample store holds of it."""
+
 
 def describe_groups(groups: Sequence[Group]) -> tuple[list[dict[str, Any]], list[tuple[Prompt, Answer]]]:
     """Metadata of groups, and the unfinished answers that `store_drafts` writes; later tokens do not change either."""
@@ -23,11 +26,10 @@ def describe_groups(groups: Sequence[Group]) -> tuple[list[dict[str, Any]], list
             {
                 "prompt": asdict(group.prompt),
                 "answers": len(group.drafts),
+                "limit": group.drafts[0].limit,
                 "finished": [asdict(ref) for ref in group.members],
                 "born": {draft.sample_index: draft.born for draft in group.drafts},
-                "drafts": [
-                    {"sample_index": draft.sample_index, "parts": draft.parts, "lost": draft.lost} for draft in open_
-                ],
+                "drafts": [{name: getattr(draft, name) for name in KEPT} for draft in open_],
             }
         )
     return rows, answers
@@ -47,9 +49,10 @@ def read_groups(rows: Sequence[dict[str, Any]], drafts: Sequence[dict[str, Any]]
         prompt = Prompt(given["index"], Problem(**given["problem"]), tuple(given["token_ids"]))
         finished = {entry["sample_index"]: read_ref(entry) for entry in row["finished"]}
         open_ = {entry["sample_index"]: _read_draft(prompt, entry, next(stored), store) for entry in row["drafts"]}
-        members = [open_.get(index) or _finished_draft(prompt, finished[index]) for index in range(row["answers"])]
+        ended = {index: _finished_draft(prompt, ref) for index, ref in finished.items()}
+        members = [(open_ | ended)[index] for index in range(row["answers"])]
         for draft in members:
-            draft.born = row["born"][str(draft.sample_index)]
+            draft.born, draft.limit = row["born"][str(draft.sample_index)], row["limit"]
         groups.append(Group(prompt, members, finished))
     return groups
 
@@ -60,7 +63,8 @@ def forget_lost_members(groups: Sequence[Group], store: SampleStore) -> None:
         for ref in group.members:
             if not store.holds(ref):
                 del group.finished[ref.sample_index]
-                group.drafts[ref.sample_index] = Draft(group.prompt, ref.sample_index)
+                limit = group.drafts[ref.sample_index].limit
+                group.drafts[ref.sample_index] = Draft(group.prompt, ref.sample_index, limit=limit)
 
 
 def _read_draft(prompt: Prompt, entry: dict[str, Any], stored: dict[str, Any], store: SampleStore) -> Draft:
@@ -68,15 +72,15 @@ def _read_draft(prompt: Prompt, entry: dict[str, Any], stored: dict[str, Any], s
     ids, start, logprobs = store.read(ref)
     return Draft(
         prompt,
-        entry["sample_index"],
-        array("i", ids[start:].tolist()),
-        array("f", logprobs.tolist()),
-        list(ref.segments),
-        entry["parts"],
-        lost=entry["lost"],
+        token_ids=array("i", ids[start:].tolist()),
+        logprobs=array("f", logprobs.tolist()),
+        segments=list(ref.segments),
+        masked=list(ref.masked),
+        **{name: entry[name] for name in KEPT},
     )
 
 
 def _finished_draft(prompt: Prompt, ref: SampleRef) -> Draft:
     """What is left to know of a stored answer: how long it is."""
-    return Draft(prompt, ref.sample_index, array("i", bytes(4 * ref.answer_length)))
+    zeros = array("i", bytes(4 * ref.answer_length))
+    return Draft(prompt, ref.sample_index, zeros, masked=list(ref.masked))

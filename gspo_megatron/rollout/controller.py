@@ -16,13 +16,16 @@ from typing import Any, Protocol
 
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.data.store import SampleStore
+from gspo_megatron.rollout.asking import Calls
 from gspo_megatron.rollout.carried import describe_groups, forget_lost_members, read_groups, store_drafts
-from gspo_megatron.rollout.dispatch import URGENT, Dispatcher
+from gspo_megatron.rollout.dispatch import URGENT
 from gspo_megatron.rollout.drafts import Draft, Sampling
 from gspo_megatron.rollout.fleet import Fleet, Refused
-from gspo_megatron.rollout.groups import Tally, measure_staleness
+from gspo_megatron.rollout.groups import Tally
+from gspo_megatron.rollout.measures import Progress, measure_answers, measure_staleness
 from gspo_megatron.rollout.pool import Pool
 from gspo_megatron.rollout.scoring import ScoringPool
+from gspo_megatron.rollout.turns import Thinking, Turns
 from gspo_megatron.rollout.weight_update import Probe, WeightUpdater
 from gspo_megatron.types import Answer, Prompt, SampleRef, StopReason
 
@@ -54,26 +57,6 @@ class TextDecoder(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
-@dataclass(slots=True)
-class Progress:
-    """How far the present phase is."""
-
-    total: int = 0
-    """Answers asked for."""
-    started: float = 0.0
-    """Monotonic clock at the start of the phase."""
-    done: int = 0
-    """Answers finished and scored."""
-    tokens: int = 0
-    """Answer tokens of the finished ones."""
-
-    def report(self) -> dict[str, float]:
-        """As JSON, with the seconds so far."""
-        seconds = time.monotonic() - self.started if self.total else 0.0
-        done = min(self.done, self.total)
-        return {"done": done, "total": self.total, "tokens": self.tokens, "seconds": seconds}
-
-
 @dataclass(frozen=True, slots=True)
 class Scored:
     """An answer with its text and score."""
@@ -98,6 +81,8 @@ class Controller:
         host: str,
         overlaps: bool,
         sleeps: bool,
+        thinking: Thinking | None = None,
+        calls: Calls | None = None,
     ) -> None:
         """
         Args:
@@ -110,6 +95,8 @@ class Controller:
             host: this controller's address as the trainer and the servers reach it.
             overlaps: the servers have devices of their own and go on while the trainer works.
             sleeps: servers and trainer take turns on the same devices.
+            thinking: limit of the thinking within an answer.
+            calls: the environment that answers between turns.
         """
         self.recipe = recipe
         self.fleet = fleet
@@ -122,7 +109,8 @@ class Controller:
         self._store = store
         self._sleeps = sleeps
         self._unscored: Counter[str] = Counter()
-        self.dispatcher = Dispatcher(fleet, lambda: self.updater.version)
+        self._calls = calls
+        self.dispatcher = Turns(fleet, lambda: self.updater.version, thinking, calls, self._give_up)
         self.pool = Pool(
             recipe,
             self.dispatcher,
@@ -138,6 +126,8 @@ class Controller:
     async def start(self) -> None:
         """Wait until all servers are there; scoring processes start meanwhile."""
         self._scoring.start()
+        if self._calls is not None:
+            self._calls.pool.start()
         try:
             await asyncio.gather(self.fleet.wait_healthy(self.recipe.rollout.start_timeout), self.updater.open_store())
             if self._sleeps:
@@ -153,6 +143,8 @@ class Controller:
         await self.pool.close()
         await self.fleet.close()
         self._scoring.close()
+        if self._calls is not None:
+            self._calls.pool.close()
 
     def status(self) -> dict[str, Any]:
         """Phase, progress, version, and the state of every server."""
@@ -169,9 +161,10 @@ class Controller:
         batch, started = self.recipe.batch, time.monotonic()
         self._progress = Progress(batch.prompts * batch.answers, started, *self.pool.done())
         self._unscored.clear()
+        self.pool.limit = self.recipe.rollout.answer_limit(step)
         groups = await self.pool.take()
         samples = [ref for group in groups for ref in group.members]
-        tokens = sum(ref.answer_length for ref in samples)
+        tokens = sum(ref.trained_length for ref in samples)
         seconds = time.monotonic() - started
         log.info("step %d: %d answers, %d tokens in %.2f s", step, len(samples), tokens, seconds)
         accounting = {
@@ -183,6 +176,7 @@ class Controller:
             "samples": [asdict(ref) for ref in samples],
             "seconds": seconds,
             "tokens": tokens,
+            "measures": measure_answers(self.recipe, samples, step),
             "staleness": measure_staleness(samples, version),
             "accounting": accounting,
         }
@@ -261,8 +255,9 @@ class Controller:
         return self.updater.version
 
     def _sampling(self, temperature: float) -> Sampling:
-        limit, seed = self.recipe.rollout.max_answer_tokens, self.recipe.run.seed
-        return Sampling(temperature, limit, self._tokenizer.stop_ids, seed)
+        rollout, seed = self.recipe.rollout, self.recipe.run.seed
+        stop_ids = self._tokenizer.stop_ids
+        return Sampling(temperature, rollout.max_answer_tokens, stop_ids, seed, rollout.repetition_halt)
 
     async def _evaluated(self, draft: Draft, sampling: Sampling) -> Scored:
         return await self._score(draft, await self.dispatcher.complete(draft, sampling, URGENT))
@@ -274,19 +269,24 @@ class Controller:
 
     async def _score(self, draft: Draft, reason: StopReason) -> Scored:
         answer = draft.answer(reason)
-        text = self._tokenizer.decode(self._without_stop(answer))
-        verdict = await asyncio.wrap_future(self._scoring.submit(draft.prompt.problem, text, reason))
+        ids = draft.token_ids.tolist()
+        if ids and ids[-1] in self._tokenizer.stop_ids:
+            del ids[-1]
+        text = self._tokenizer.decode(ids)
+        # What an environment said is not the model's answer; what it made of it is.
+        judged = self._tokenizer.decode(ids[draft.turn_start :]) if draft.calls else text
+        verdict = await asyncio.wrap_future(self._scoring.submit(draft.prompt.problem, judged, reason))
         if isinstance(verdict, str):
-            self._unscored[verdict] += 1
-            log.warning("prompt %d, sample %d scores 0: %s", draft.prompt.index, draft.sample_index, verdict)
+            self._give_up(draft, verdict)
             verdict = 0.0
         self._progress.done += 1
-        self._progress.tokens += len(draft)
+        self._progress.tokens += draft.sampled
         return Scored(draft.prompt.problem.question, answer, text, verdict)
 
-    def _without_stop(self, answer: Answer) -> list[int]:
-        ids = answer.token_ids.tolist()
-        return ids[:-1] if ids and ids[-1] in self._tokenizer.stop_ids else ids
+    def _give_up(self, draft: Draft, why: str) -> None:
+        """Count an answer that scores 0 because a process of ours could not deal with it."""
+        self._unscored[why] += 1
+        log.warning("prompt %d, sample %d scores 0: %s", draft.prompt.index, draft.sample_index, why)
 
 
 if __name__ == "__main__":

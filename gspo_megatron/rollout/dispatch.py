@@ -7,7 +7,8 @@ import heapq
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from gspo_megatron.rollout.client import ServerClient
@@ -72,8 +73,7 @@ class Dispatcher:
             Refused: no server is left, or none may see this prompt.
         """
         index = draft.prompt.index
-        self._of_prompt[index] += 1
-        try:
+        with self.staying(index):
             while (server := await self._turn(draft, kind)) is not None:
                 try:
                     if self._version() is not None:
@@ -86,7 +86,14 @@ class Dispatcher:
                 finally:
                     self._held[server].discard(draft)
                     self.proceed()
-            return "abort"
+        return "abort"
+
+    @contextmanager
+    def staying(self, index: int) -> Iterator[None]:
+        """Keep the server that holds a prompt's KV the first choice for it."""
+        self._of_prompt[index] += 1
+        try:
+            yield
         finally:
             self._of_prompt[index] -= 1
             if not self._of_prompt[index]:

@@ -6,11 +6,12 @@ import hashlib
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from gspo_megatron.types import Answer, Prompt, Segment, StopReason
+from gspo_megatron.config.long_tail import RepetitionHalt
+from gspo_megatron.types import Answer, Masked, Prompt, Segment, StopReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,8 @@ class Sampling:
     """Token ids that end an answer."""
     seed: int
     """The run's seed; every part of every answer derives its own from it."""
+    halt: RepetitionHalt | None = None
+    """When an answer counts as repeating itself; None = never."""
 
 
 def answer_seed(seed: int, prompt_index: int, sample_index: int, part: int) -> int:
@@ -40,7 +43,7 @@ class Draft:
     prompt: Prompt
     sample_index: int
     token_ids: array[int] = field(default_factory=lambda: array("i"))
-    """What was sampled so far; 100,000 tokens are 0.8 MB with their log-probs."""
+    """What there is so far; 100,000 tokens are 0.8 MB with their log-probs."""
     logprobs: array[float] = field(default_factory=lambda: array("f"))
     """One a token; empty for greedy answers, whose log-probs nobody reads."""
     segments: list[Segment] = field(default_factory=list)
@@ -53,9 +56,36 @@ class Draft:
     """Tokens that were sampled and could not be kept."""
     received: Callable[[int], None] = lambda tokens: None
     """Told how many tokens have come, whenever some have."""
+    masked: list[Masked] = field(default_factory=list)
+    """Tokens that were put in and not sampled, in order."""
+    state: Any = None
+    """The environment's, behind the last observation; JSON-able."""
+    limit: int | None = None
+    """Longest that this answer may get, of the step it was begun for; None = the sampling's own limit."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def sampled(self) -> int:
+        """Tokens that a server sampled."""
+        return len(self) - sum(span.end - span.start for span in self.masked)
+
+    @property
+    def calls(self) -> int:
+        """Times that an environment answered."""
+        return sum(span.why == "observation" for span in self.masked)
+
+    @property
+    def turn_start(self) -> int:
+        """First token of the present turn: behind the last observation."""
+        return next((span.end for span in reversed(self.masked) if span.why == "observation"), 0)
+
+    @property
+    def last_sampled(self) -> int | None:
+        """The last token, if it was sampled."""
+        put_in = self.masked and self.masked[-1].end == len(self)
+        return None if put_in or not self.token_ids else self.token_ids[-1]
 
     @property
     def request_ids(self) -> list[int]:
@@ -68,6 +98,12 @@ class Draft:
         self.token_ids.extend(token_ids)
         self.logprobs.extend(logprobs)
         self._cover(Segment(version, start, len(self)))
+
+    def put_in(self, token_ids: Sequence[int], why: Literal["observation", "closing"]) -> None:
+        """Append tokens that nobody sampled; they follow a sampled one, whose version they share."""
+        start, version = len(self), self.segments[-1].version
+        self.extend(token_ids, [0.0] * len(token_ids), version)
+        self.masked.append(Masked(start, len(self), why))
 
     def relabel(self, start: int, spans: Sequence[Segment]) -> None:
         """Replace the versions of the tokens from `start` on; spans count from there."""
@@ -91,6 +127,7 @@ class Draft:
             logprobs=np.array(self.logprobs, np.float32),
             segments=tuple(self.segments),
             stop_reason=stop_reason,
+            masked=tuple(self.masked),
         )
 
     def _cover(self, span: Segment) -> None:
@@ -124,5 +161,8 @@ def request_body(draft: Draft, sampling: Sampling, left: int) -> dict[str, Any]:
     }
     if not greedy:
         parameters["logprobs"] = 0
+    if sampling.halt is not None:
+        halt = {"max_pattern_size": sampling.halt.longest_pattern, "min_count": sampling.halt.times}
+        parameters["repetition_detection"] = halt
     name = "-".join(map(str, (*place, "greedy" if greedy else "sampled")))
     return {"request_id": name, "token_ids": draft.request_ids, "sampling_params": parameters, "stream": True}

@@ -34,8 +34,8 @@ class Group:
 
     @property
     def tokens(self) -> int:
-        """Answer tokens it has."""
-        return sum(map(len, self.drafts))
+        """Tokens that were sampled for it."""
+        return sum(draft.sampled for draft in self.drafts)
 
     @property
     def members(self) -> list[SampleRef]:
@@ -107,13 +107,3 @@ class Accounting:
             "dropped": {reason: dict(counts) for reason, counts in self.dropped.items()},
             "carried": {"tokens": waiting, "prompts": len(carried)},
         }
-
-
-def measure_staleness(samples: Sequence[SampleRef], version: int) -> dict[str, float]:
-    """How many versions of the weights the tokens of a batch are behind: `mean` over tokens, and `largest`."""
-    behind = [(version - span.version, span.end - span.start) for ref in samples for span in ref.segments]
-    tokens = sum(count for _, count in behind)
-    return {
-        "mean": sum(lag * count for lag, count in behind) / max(tokens, 1),
-        "largest": max((lag for lag, _ in behind), default=0),
-    }

@@ -67,6 +67,8 @@ class Pool:
         self.accounting = Accounting()
         self._tally = tally
         self.accounting.settle((), tally)
+        self.limit: int | None = None
+        """Longest answer to a prompt that is begun now; None = the sampling's own limit."""
         self._taking = False
         self._filtered = 0
         self._running: dict[Draft, asyncio.Task[None]] = {}
@@ -106,7 +108,7 @@ class Pool:
     def done(self) -> tuple[int, int]:
         """Finished members of the groups at hand, and their tokens."""
         refs = [ref for group in self.groups for ref in group.finished.values()]
-        return len(refs), sum(ref.answer_length for ref in refs)
+        return len(refs), sum(ref.trained_length for ref in refs)
 
     def restore(self, groups: Sequence[Group], report: dict[str, Any]) -> None:
         """Go on from a checkpoint's groups and accounting."""
@@ -200,7 +202,8 @@ class Pool:
 
     def _begin(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
-            group = Group(prompt, [Draft(prompt, index, received=self._tally.add) for index in range(self._answers)])
+            members = [Draft(prompt, i, received=self._tally.add, limit=self.limit) for i in range(self._answers)]
+            group = Group(prompt, members)
             self.groups.append(group)
             self._start(group)
 

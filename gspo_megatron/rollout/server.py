@@ -16,7 +16,7 @@ from pathlib import Path
 
 from gspo_megatron.config.loading import RecipeError, load_resolved
 from gspo_megatron.config.schema import Recipe
-from gspo_megatron.plan.machine import takes_turns
+from gspo_megatron.plan.machine import alternates
 from gspo_megatron.rollout import identity, plugin
 from gspo_megatron.rollout.auth import read_key
 from gspo_megatron.rollout.processes import bind_forked_children, die_with_parent
@@ -127,7 +127,7 @@ def vllm_arguments(recipe: Recipe, model: Path, host: str, port: int, has_gpu: b
 
 def _device_arguments(recipe: Recipe, has_gpu: bool) -> list[str]:
     if has_gpu:
-        sleeping = ["--enable-sleep-mode"] if takes_turns(recipe) else []
+        sleeping = ["--enable-sleep-mode"] if alternates(recipe) else []
         return [f"--gpu-memory-utilization={recipe.rollout.gpu_memory_fraction}", *sleeping]
     context = recipe.rollout.max_prompt_tokens + recipe.rollout.max_answer_tokens
     return [

@@ -17,7 +17,8 @@ from aiohttp import web
 from gspo_megatron.config.loading import RecipeError, load_resolved
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.data.store import SampleStore
-from gspo_megatron.plan.machine import machine_of, takes_turns
+from gspo_megatron.plan.machine import alternates, machine_of
+from gspo_megatron.rollout.asking import make_calls
 from gspo_megatron.rollout.auth import OPEN_PATH, REFUSAL, has_key, is_of_job, read_key
 from gspo_megatron.rollout.client import ServerClient
 from gspo_megatron.rollout.controller import Controller
@@ -26,6 +27,7 @@ from gspo_megatron.rollout.fleet import Fleet, Refused
 from gspo_megatron.rollout.identity import identity_of
 from gspo_megatron.rollout.processes import die_with_parent
 from gspo_megatron.rollout.scoring import Scorer, ScoringPool
+from gspo_megatron.rollout.turns import make_thinking
 from gspo_megatron.watchdog import follow
 
 SCORING_SECONDS = 10.0
@@ -146,16 +148,19 @@ def build(recipe: Recipe, run_dir: Path, host: str, urls: list[str], key: str) -
     # Before the connections: a broken prompt file ends the controller with its sentence as the last line.
     stream = PromptStream(recipe, tokenizer)
     servers = [ServerClient(url, key, vocab, context, with_reserve(rollout.max_concurrency)) for url in urls]
+    processes = min(MAX_SCORING_PROCESSES, os.cpu_count() or 1)
     return Controller(
         recipe,
         Fleet(servers, identity_of(recipe, run_dir)),
         stream,
         tokenizer,
-        ScoringPool(make, min(MAX_SCORING_PROCESSES, os.cpu_count() or 1), SCORING_SECONDS),
+        ScoringPool(make, processes, SCORING_SECONDS),
         SampleStore(run_dir / SAMPLES),
         host,
         overlaps=not machine_of(recipe).colocated,
-        sleeps=takes_turns(recipe),
+        sleeps=alternates(recipe),
+        thinking=make_thinking(rollout.thinking, tokenizer),
+        calls=make_calls(recipe, tokenizer, processes),
     )
 
 

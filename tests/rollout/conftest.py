@@ -23,6 +23,7 @@ from aiohttp import web
 from gspo_megatron.config.loading import save_resolved
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.data.store import SampleStore
+from gspo_megatron.rollout.asking import Calls
 from gspo_megatron.rollout.auth import KEY_VARIABLE, key_header
 from gspo_megatron.rollout.client import ServerClient
 from gspo_megatron.rollout.controller import Controller
@@ -31,6 +32,7 @@ from gspo_megatron.rollout.identity import Identity
 from gspo_megatron.rollout.link import ControllerLink
 from gspo_megatron.rollout.scoring import ScoringPool
 from gspo_megatron.rollout.service import Service
+from gspo_megatron.rollout.turns import Thinking
 from tests.rollout.scorer import make_scorer
 from tests.rollout.tiny import KEY, VOCAB, CountingPrompts, NumberTokenizer, Oracle, make_recipe, write_config
 
@@ -140,13 +142,14 @@ class ControllerThread:
         sleeps: bool = False,
         slots: int = 64,
         identity: Identity | None = None,
+        thinking: Thinking | None = None,
+        calls: Calls | None = None,
     ) -> None:
         self.url = f"http://127.0.0.1:{free_port()}"
         self.store = SampleStore(samples)
         self.server_urls = server_urls
-        self._identity = identity
-        self._recipe, self._slots = recipe or make_recipe(), slots
-        self._turns = overlaps, sleeps
+        self._recipe, self._sharing, self._slots = recipe or make_recipe(), (overlaps, sleeps), slots
+        self._identity, self._thinking, self._calls = identity, thinking, calls
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
         self._done = asyncio.Event()
@@ -157,8 +160,8 @@ class ControllerThread:
     async def _serve(self) -> None:
         fleet = Fleet([ServerClient(url, KEY, VOCAB, 64, self._slots) for url in self.server_urls], self._identity)
         scoring = ScoringPool(make_scorer, 1, 5.0)
-        parts = (CountingPrompts(), NumberTokenizer(), scoring, self.store, "127.0.0.1", *self._turns)
-        self.controller = Controller(self._recipe, fleet, *parts)
+        parts = (CountingPrompts(), NumberTokenizer(), scoring, self.store, "127.0.0.1", *self._sharing)
+        self.controller = Controller(self._recipe, fleet, *parts, self._thinking, self._calls)
         runner = web.AppRunner(Service(self.controller, KEY).application())
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", int(self.url.rsplit(":", 1)[1])).start()

@@ -41,6 +41,8 @@ class FakeServer:
         """Sampled so far, by all requests."""
         self.length: Callable[[dict[str, Any]], int] = lambda body: 3
         """Tokens of an answer, by its request."""
+        self.ids: Callable[[dict[str, Any]], Sequence[int]] | None = None
+        """What it samples, by its request; the answer ends at a stop id, or when they are used up."""
         self.reason = "length"
         self.gate = 1 << 30
         """Answers wait before this token."""
@@ -95,8 +97,10 @@ class FakeServer:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         token, spans, reason, aborts = len(body["token_ids"]), [], None, self.aborts
-        wanted = min(self.length(body), body["sampling_params"]["max_tokens"])
-        for number in range(wanted):
+        planned = [token] * self.length(body) if self.ids is None else list(self.ids(body))
+        stops = [number for number, one in enumerate(planned, 1) if one in body["sampling_params"]["stop_token_ids"]]
+        wanted = min(len(planned), body["sampling_params"]["max_tokens"], *stops[:1])
+        for number, token in enumerate(planned[:wanted]):
             while (self.paused or number >= self.gate) and self.aborts == aborts:
                 await asyncio.sleep(0.005)
             if self.aborts != aborts:
@@ -110,7 +114,8 @@ class FakeServer:
             spans[-1]["end"] = number + 1
             self.tokens += 1
             await self._send(response, [token], None, None)
-        await self._send(response, [], reason or self.reason, spans)
+        ended = "stop" if self.ids is not None and wanted in stops else self.reason
+        await self._send(response, [], reason or ended, spans)
         await response.write(b"data: [DONE]\n\n")
         return response
 

@@ -22,7 +22,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"types", "config"}),
     frozenset({"weights"}),
     frozenset({"plan", "metrics", "watchdog"}),
-    frozenset({"objective", "data", "rewards"}),
+    frozenset({"objective", "data", "rewards", "environments"}),
     frozenset({"policy", "rollout", "report"}),
     frozenset({"alarms", "batches", "debug", "trainer", "cold_start", "checkpoint", "convert", "start", "stopping"}),
     frozenset({"loop", "roles"}),

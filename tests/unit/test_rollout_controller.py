@@ -56,7 +56,7 @@ class InThread(ScoringPool):
     def start(self) -> None:
         pass
 
-    def _score(self, problem: Problem, text: str, reason: str) -> float | str:
+    def _run(self, problem: Problem, text: str, reason: str) -> float | str:
         return self._scorer(problem, text, reason)  # type: ignore[arg-type]
 
 

@@ -68,7 +68,7 @@ def test_one_bad_answer_costs_only_its_own_reward(start: Callable[..., ScoringPo
         1.0,
         "its scorer took more than 0.5 s",
         1.0,
-        "its scoring process died",
+        "its scorer's process died",
         "its scorer took more than 0.5 s",
         "ZeroDivisionError: nothing to divide",
         0.0,

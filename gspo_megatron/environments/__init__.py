@@ -1,0 +1,6 @@
+"""What answers a model between its turns, in token ids: a table of names."""
+
+from gspo_megatron.environments.environment import Environment, Step, TokenCodec, Turn
+from gspo_megatron.environments.table import ENVIRONMENTS, make_step, read_call_ids
+
+__all__ = ["ENVIRONMENTS", "Environment", "Step", "TokenCodec", "Turn", "make_step", "read_call_ids"]

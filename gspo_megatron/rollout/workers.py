@@ -1,0 +1,149 @@
+"""Work over what a model wrote, in processes of its own: what hangs or dies costs one answer, not the run."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import resource
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from gspo_megatron.rollout.processes import die_with_parent
+
+Function = Callable[..., Any]
+"""What a process computes; returns anything that can be pickled, but no text."""
+MEMORY_BYTES = 8 << 30
+"""Address space of a process, its imports included."""
+MAX_SENTENCE = 300
+"""Characters of a reason; an error may quote the whole answer."""
+START_SECONDS = 120.0
+"""Time a process has for its imports."""
+
+
+def _work(make: Callable[[], Function], connection: Connection, parent: int) -> None:
+    """A process: one job in, one result or one sentence out."""
+    die_with_parent(parent)
+    function = make()
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    # What is printed on the way would fill the controller's log; that it cannot start is still said there.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    connection.send("ready")
+    while True:
+        try:
+            job = connection.recv()
+        except EOFError:
+            return
+        try:
+            reply = function(*job)
+        # It runs over text that a model made up: whatever it raises is a fact about that answer.
+        except Exception as error:
+            reply = f"{type(error).__name__}: {error}"[:MAX_SENTENCE]
+        connection.send(reply)
+
+
+class _Worker:
+    """One process and the pipe to it; started again after it was lost."""
+
+    def __init__(self, make: Callable[[], Function], what: str) -> None:
+        self._make, self._what = make, what
+        self._process: BaseProcess | None = None
+        self._connection: Connection
+
+    def run(self, job: tuple[Any, ...], limit: float) -> Any:
+        """The result, or a sentence about why there is none."""
+        if fault := self.start():
+            return fault
+        try:
+            self._connection.send(job)
+            if self._connection.poll(limit):
+                return self._connection.recv()
+        except (EOFError, OSError):
+            self.stop()
+            return f"its {self._what}'s process died"
+        self.stop()
+        return f"its {self._what} took more than {limit:g} s"
+
+    def start(self) -> str:
+        """Start the process if there is none; why that failed, or an empty text."""
+        if self._process is not None:
+            return ""
+        # Spawned, not forked: the controller holds threads and connections that a child must not inherit.
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        process = context.Process(target=_work, args=(self._make, theirs, os.getpid()), daemon=True)
+        process.start()
+        self._process = process
+        theirs.close()
+        try:
+            if self._connection.poll(START_SECONDS) and self._connection.recv() == "ready":
+                return ""
+        except EOFError:
+            pass
+        self.stop()
+        return f"the {self._what} could not be started; its log says why"
+
+    def stop(self) -> None:
+        """End the process, whatever it is doing."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._connection.close()
+            self._process = None
+
+
+class ProcessPool:
+    """A few processes of one function; ask from any thread."""
+
+    def __init__(self, make: Callable[[], Function], workers: int, limit: float, what: str) -> None:
+        """
+        Args:
+            make: builds the function within each process; must be picklable.
+            workers: processes.
+            limit: seconds that one job may take.
+            what: the function in one word, for sentences about it.
+        """
+        self._limit = limit
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        self._workers = [_Worker(make, what) for _ in range(workers)]
+        for worker in self._workers:
+            self._idle.put(worker)
+        # One thread a process: each waits on its own pipe.
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix=what)
+
+    def start(self) -> None:
+        """Start all processes now, in the background; otherwise each starts with its first job."""
+        for _ in self._workers:
+            self._threads.submit(self._start_one)
+
+    def ask(self, *job: Any) -> Future[Any]:
+        """Run one job; what the function returned, or a sentence about why there is nothing."""
+        return self._threads.submit(self._run, *job)
+
+    def _run(self, *job: Any) -> Any:
+        worker = self._idle.get()
+        try:
+            return worker.run(job, self._limit)
+        finally:
+            self._idle.put(worker)
+
+    def _start_one(self) -> None:
+        worker = self._idle.get()
+        try:
+            worker.start()
+        finally:
+            self._idle.put(worker)
+
+    def close(self) -> None:
+        """End all processes."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for worker in self._workers:
+            worker.stop()
+        self._threads.shutdown()
+        for worker in self._workers:  # one that was being started meanwhile
+            worker.stop()
