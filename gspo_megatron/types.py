@@ -47,6 +47,10 @@ class Problem:
     """What the model is asked, without any template: `Calculate 879 + 974.`"""
     reference: dict[str, Any]
     """What the scorer needs to judge an answer: `{"answer": "1853"}` or a reasoning-gym entry."""
+    source: str = ""
+    """Which collection it comes from: `aime`; empty = its file does not say."""
+    pass_rate: float | None = None
+    """Share of answers of some model that were right; None = its file does not say."""
 
 
 @dataclass(frozen=True, slots=True)

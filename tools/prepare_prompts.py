@@ -5,7 +5,9 @@ Reads JSON, JSONL and Parquet (with pyarrow installed) as DAPO-Math-17k, AIME an
     python tools/prepare_prompts.py DAPO-Math-17k/data/dapo-math-17k.parquet data/dapo_math_17k.jsonl
     python tools/prepare_prompts.py AIME_2024/aime_2024.jsonl data/aime_2024.jsonl --instruction boxed
 
-Nothing is downloaded: fetch the files as their publishers say, and mind their licences.
+`--source` names the collection in every line (`data.mixture` draws the sources of several files, put into one, in
+shares), `--pass-rate-key` copies a measured share of right answers (`data.pass_rate` keeps a window): 0.875, "7/8" or a
+list of scores. Nothing is downloaded: fetch the files as their publishers say, and mind their licences.
 """
 
 from __future__ import annotations
@@ -58,17 +60,22 @@ def main() -> int:
     parser.add_argument("target", type=Path, help="JSONL file to write")
     parser.add_argument("--prompt-key", help="field that holds the problem; found by itself for the usual names")
     parser.add_argument("--answer-key", help="field that holds the answer; found by itself for the usual names")
+    parser.add_argument("--pass-rate-key", help="field that holds a measured share of right answers; none without it")
+    parser.add_argument("--source", dest="name", default="", help="name of the collection, written into every line")
     parser.add_argument("--instruction", choices=sorted(INSTRUCTIONS), default="keep", help="what to ask for behind it")
     chosen = parser.parse_args()
     try:
         rows = list(read_rows(chosen.source))
-        problems, dropped = convert(rows, chosen.prompt_key, chosen.answer_key, chosen.instruction)
+        problems, dropped = convert(
+            rows, chosen.prompt_key, chosen.answer_key, chosen.instruction, chosen.pass_rate_key
+        )
     except BadFile as error:
         print(f"{chosen.source}: {error}", file=sys.stderr)
         return 2
     chosen.target.parent.mkdir(parents=True, exist_ok=True)
+    named = {"source": chosen.name} if chosen.name else {}
     lines = [
-        json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False) for prompt, answer in problems.items()
+        json.dumps({"prompt": prompt, **fields, **named}, ensure_ascii=False) for prompt, fields in problems.items()
     ]
     chosen.target.write_text("\n".join(lines) + "\n")
     told = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items())) or "none"
@@ -107,9 +114,13 @@ def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def convert(
-    rows: list[dict[str, Any]], prompt_key: str | None = None, answer_key: str | None = None, instruction: str = "keep"
-) -> tuple[dict[str, str], Counter[str]]:
-    """Problems with their answers, in order, and how many rows were dropped for what.
+    rows: list[dict[str, Any]],
+    prompt_key: str | None = None,
+    answer_key: str | None = None,
+    instruction: str = "keep",
+    rate_key: str | None = None,
+) -> tuple[dict[str, dict[str, Any]], Counter[str]]:
+    """Problems with `answer` and, where it is asked for, `pass_rate`, in order; how many rows were dropped for what.
 
     A problem that comes twice is kept once; one that comes with different answers is dropped, since neither is known
     to be right.
@@ -118,7 +129,7 @@ def convert(
         raise BadFile("holds no row")
     prompt_key = prompt_key or _find(rows[0], PROMPTS, "--prompt-key")
     answer_key = answer_key or _find(rows[0], ANSWERS, "--answer-key")
-    problems: dict[str, str] = {}
+    problems: dict[str, dict[str, Any]] = {}
     dropped: Counter[str] = Counter()
     disputed: set[str] = set()
     for row in rows:
@@ -126,16 +137,20 @@ def convert(
         if not prompt or not answer:
             dropped["without problem or answer"] += 1
             continue
+        rate = _rate(row.get(rate_key)) if rate_key else None
+        if rate_key and rate is None:
+            dropped["without pass rate"] += 1
+            continue
         prompt = _ask(prompt, instruction)
         if prompt in problems or prompt in disputed:
-            if problems.get(prompt) == answer:
+            if prompt in problems and problems[prompt]["answer"] == answer:
                 dropped["repeated"] += 1
             else:
                 dropped["with two answers"] += 1 + (prompt in problems)
                 problems.pop(prompt, None)
                 disputed.add(prompt)
             continue
-        problems[prompt] = answer
+        problems[prompt] = {"answer": answer} | ({} if rate is None else {"pass_rate": rate})
     if not problems:
         raise BadFile(f"no row has both {prompt_key} and {answer_key}")
     return problems, dropped
@@ -159,6 +174,18 @@ def _text(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value).strip()
+
+
+def _rate(value: Any) -> float | None:
+    """A share of right answers: a number, `7/8`, or a list of scores of single answers; None for anything else."""
+    if isinstance(value, list) and value and all(isinstance(score, bool | int | float) for score in value):
+        return sum(score >= 1 for score in value) / len(value)
+    right, _, of = str(value).partition("/")
+    try:
+        rate = float(right) / float(of or 1)
+    except (ValueError, ZeroDivisionError):
+        return None
+    return rate if 0 <= rate <= 1 else None
 
 
 def _ask(prompt: str, instruction: str) -> str:

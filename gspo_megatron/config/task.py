@@ -45,6 +45,24 @@ class DataSection(Section):
     Source: ours: a standard error of 3 points.
     """
 
+    pass_rate: tuple[float, float] | None = None
+    """Keep the training problems whose `pass_rate` lies within, bounds included; null = all. Held-out ones stay.
+
+    [0.01, 0.99] leaves out what some model never and always solved.
+    """
+    mixture: dict[str, int] = Field(default_factory=dict)
+    """Problems of each `source` of the file among so many in a row as all numbers together; empty = as they lie."""
+
+    @model_validator(mode="after")
+    def only_a_file_has_rates_and_sources(self) -> DataSection:
+        if self.source != "jsonl" and (self.pass_rate is not None or self.mixture):
+            raise ValueError("pass_rate and mixture choose among the lines of a file; set source=jsonl or drop them")
+        if self.pass_rate is not None and not 0 <= self.pass_rate[0] <= self.pass_rate[1] <= 1:
+            raise ValueError(f"pass_rate={list(self.pass_rate)} is no window within 0 to 1; give the lower share first")
+        if self.mixture and (min(self.mixture.values()) < 0 or not any(self.mixture.values())):
+            raise ValueError(f"mixture={self.mixture} draws nothing, or less; give whole numbers from 0 on")
+        return self
+
     @model_validator(mode="after")
     def source_has_what_it_reads(self) -> DataSection:
         if self.source == "jsonl" and self.path is None:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from gspo_megatron.config.loading import refuse
 from gspo_megatron.config.task import DataSection
+from gspo_megatron.data.mixture import Mixture, keep_within
 from gspo_megatron.types import Problem
 
 MOST_REFUSALS = 10_000
@@ -42,7 +43,7 @@ def open_problems(section: DataSection) -> ProblemSource:
     """The source that a recipe names."""
     if section.source == "jsonl":
         assert section.path is not None
-        return JsonlProblems(section.path, section.held_out_path, section.held_out)
+        return JsonlProblems(section)
     assert section.task is not None
     return GymProblems(section.task, section.options, section.held_out)
 
@@ -116,38 +117,53 @@ def _hashed_seed(name: str) -> int:
 class JsonlProblems:
     """A file of problems, shuffled anew for every pass. Equal questions count once."""
 
-    def __init__(self, path: Path, held_out_path: Path | None, held_out: int) -> None:
+    def __init__(self, section: DataSection) -> None:
+        path, apart = section.path, section.held_out_path
+        assert path is not None
         found = read_jsonl(path)
-        if held_out_path is not None:
-            kept_out = read_jsonl(held_out_path, "data.held_out_path")
+        if apart is not None:
+            kept_out = read_jsonl(apart, "data.held_out_path")
         else:
             # Ordered by hash: the cut moves neither with the order of the lines nor with the seed.
-            kept_out = dict(sorted(found.items())[:held_out])
+            kept_out = dict(sorted(found.items())[: section.held_out])
         self.held_out = tuple(kept_out.values())
-        self._training = [problem for name, problem in sorted(found.items()) if name not in kept_out]
-        if not self._training:
-            key = "data.held_out" if held_out_path is None else "data.held_out_path"
+        training = [problem for name, problem in sorted(found.items()) if name not in kept_out]
+        if not training:
+            key = "data.held_out" if apart is None else "data.held_out_path"
             raise refuse(
                 "no-training-problems", key, f"all {len(found)} questions of {path} are held out", "hold out fewer"
             )
-        self._orders: dict[str, list[int]] = {}
+        if section.pass_rate is not None:
+            training = keep_within(training, section.pass_rate)
+        self._mixture = Mixture(section.mixture, training) if section.mixture else None
+        self._training: dict[str, list[Problem]] = {}
+        """By source where they are mixed, else all under an empty name."""
+        for problem in training:
+            self._training.setdefault(problem.source if self._mixture else "", []).append(problem)
+        self._orders: dict[str, tuple[str, list[int]]] = {}
 
     @property
     def span(self) -> int:
-        """One pass over the file."""
-        return len(self._training)
+        """One pass over every source."""
+        if self._mixture is None:
+            return len(self._training[""])
+        shares = self._mixture.shares.items()
+        return self._mixture.row * max(-(-len(self._training[name]) // share) for name, share in shares)
 
     def draw(self, stage: str, seed: int, position: int) -> Problem | None:
         """See `ProblemSource.draw`."""
-        epoch, place = divmod(position, len(self._training))
-        return self._training[self._order(f"{stage}/{seed}/{epoch}")[place]]
+        source, count = ("", position) if self._mixture is None else self._mixture.place(f"{stage}/{seed}", position)
+        problems = self._training[source]
+        epoch, place = divmod(count, len(problems))
+        order = self._order(source, f"{stage}/{seed}/{epoch}" + (f"/{source}" if source else ""), len(problems))
+        return problems[order[place]]
 
-    def _order(self, name: str) -> list[int]:
-        if name not in self._orders:
-            order = list(range(len(self._training)))
+    def _order(self, source: str, name: str, count: int) -> list[int]:
+        if self._orders.get(source, ("",))[0] != name:
+            order = list(range(count))
             random.Random(name).shuffle(order)
-            self._orders = {name: order}  # only the pass being read: a run makes many
-        return self._orders[name]
+            self._orders[source] = name, order  # only the pass being read: a run makes many
+        return self._orders[source][1]
 
 
 def read_jsonl(path: Path, key: str = "data.path") -> dict[str, Problem]:
@@ -210,4 +226,9 @@ def _read_line(line: str, where: str, key: str) -> Problem:
     for name, value in (("prompt", prompt), ("answer", answer)):
         if not isinstance(value, str) or not value.strip():
             raise refuse("prompt-file-broken", key, f"{where}: `{name}` is {value!r}", "write a text that is not empty")
-    return Problem(id=problem_id(prompt), question=prompt, reference={"answer": answer})
+    source, rate = values.get("source", ""), values.get("pass_rate")
+    if not isinstance(source, str):
+        raise refuse("prompt-file-broken", key, f"{where}: `source` is {source!r}", "write the collection's name")
+    if rate is not None and not (type(rate) in (int, float) and 0 <= rate <= 1):
+        raise refuse("prompt-file-broken", key, f"{where}: `pass_rate` is {rate!r}", "write a share from 0 to 1")
+    return Problem(problem_id(prompt), prompt, {"answer": answer}, source, rate)

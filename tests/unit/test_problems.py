@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,10 @@ def write_lines(path: Path, lines: list[str]) -> Path:
 
 def write_problems(path: Path, count: int) -> Path:
     return write_lines(path, [json.dumps({"prompt": f"{i} + 1", "answer": i + 1}) for i in range(count)])
+
+
+def open_file(path: Path, held_out: int, **more: Any) -> JsonlProblems:
+    return JsonlProblems(DataSection(path=path, held_out=held_out, **more))
 
 
 GOOD = '{"prompt": "1 + 1", "answer": "2"}'
@@ -76,8 +81,8 @@ def test_unicode_line_separators_do_not_break_lines(tmp_path: Path) -> None:
 
 def test_jsonl_split_ignores_order_of_lines(tmp_path: Path) -> None:
     lines = [json.dumps({"prompt": f"{i} + 1", "answer": i + 1}) for i in range(50)]
-    one = JsonlProblems(write_lines(tmp_path / "a", lines), None, 10)
-    other = JsonlProblems(write_lines(tmp_path / "b", lines[::-1]), None, 10)
+    one = open_file(write_lines(tmp_path / "a", lines), 10)
+    other = open_file(write_lines(tmp_path / "b", lines[::-1]), 10)
     assert one.held_out == other.held_out
     drawn = {one.draw("train", 0, i).id for i in range(40)}
     assert len(drawn) == 40
@@ -85,23 +90,23 @@ def test_jsonl_split_ignores_order_of_lines(tmp_path: Path) -> None:
 
 
 def test_jsonl_passes_differ_and_are_complete(tmp_path: Path) -> None:
-    source = JsonlProblems(write_problems(tmp_path / "p", 30), None, 0)
+    source = open_file(write_problems(tmp_path / "p", 30), 0)
     first, second = ([source.draw("train", 0, start + i).id for i in range(30)] for start in (0, 30))
     assert sorted(first) == sorted(second)
     assert first != second
 
 
 def test_a_held_out_file_is_excluded_whole(tmp_path: Path) -> None:
-    source = JsonlProblems(write_problems(tmp_path / "p", 30), write_problems(tmp_path / "h", 12), held_out=4)
+    source = open_file(write_problems(tmp_path / "p", 30), 4, held_out_path=write_problems(tmp_path / "h", 12))
     assert len(source.held_out) == 12
     assert source.span == 18
     with pytest.raises(RecipeError, match=r"data.held_out_path: all 30 questions"):
-        JsonlProblems(write_problems(tmp_path / "p", 30), write_problems(tmp_path / "h", 30), held_out=4)
+        open_file(write_problems(tmp_path / "p", 30), 4, held_out_path=write_problems(tmp_path / "h", 30))
 
 
 def test_holding_out_everything_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"data.held_out: all 5 questions"):
-        JsonlProblems(write_problems(tmp_path / "p", 5), None, held_out=8)
+        open_file(write_problems(tmp_path / "p", 5), 8)
 
 
 def test_gym_training_never_meets_a_held_out_question() -> None:
