@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from gspo_megatron.weights.layout import Layout
 
 COLLECTIVE_TIMEOUT = timedelta(days=1)
-"""Ranks wait in a collective while rank 0 waits for answers, for hours if need be; the watchdog ends what stands still."""
+"""Ranks wait in a collective while rank 0 waits for answers, for hours if need be; the watchdog ends what is stuck."""
 
 
 def start_world() -> torch.device:
