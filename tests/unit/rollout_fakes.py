@@ -50,6 +50,8 @@ class FakeServer:
         """Streams end without a reason before this token."""
         self.delay = 0.0
         """Seconds a token takes."""
+        self.identity: dict[str, Any] = {}
+        """What it says of itself."""
         self.aborts = 0
         self.missed_aborts = 0
         """Aborts that come before the requests they are meant for."""
@@ -79,6 +81,8 @@ class FakeServer:
         return web.json_response({"is_paused": self.paused} if path == "/is_paused" else {})
 
     def _worker(self, method: str) -> dict[str, Any] | None:
+        if method == "identity":
+            return self.identity
         if method == "weight_layout":
             return asdict(ServerLayout())
         report = {"checksum": self.checksum, "tensors": 1, "seconds": 0.1, "received_bytes": 8, "needed_bytes": 8}
