@@ -31,7 +31,6 @@ from gspo_megatron.objective import (
 from gspo_megatron.objective.summary import add_sums
 from gspo_megatron.plan.machine import alternates
 from gspo_megatron.policy.instruments import RouterInstruments
-from gspo_megatron.policy.mesh import patient_group
 from gspo_megatron.policy.microbatch import MicroBatch
 from gspo_megatron.policy.offload import bytes_at_rest
 from gspo_megatron.policy.policy import LossFunction, OptimizerSettings, Policy, Scored
@@ -62,7 +61,6 @@ class Trainer:
         self.skipped = 0
         self.skipped_in_a_row = 0
         self._trained_on: list[tuple[int, MiniBatch, list[Tensor]]] = []
-        self._patient = patient_group()
 
     def objective_sentence(self) -> str:
         """The effective objective, as `objective.txt` and every checkpoint hold it."""
@@ -72,7 +70,7 @@ class Trainer:
     def on_first_rank(self, ask: Callable[[ControllerLink], Any]) -> Any:
         """What rank 0 hears from the controller, on every rank."""
         heard = [ask(self.link) if self.link is not None else None]
-        dist.broadcast_object_list(heard, src=0, group=self._patient)
+        dist.broadcast_object_list(heard, src=0)
         return heard[0]
 
     def start_reinforcement(self) -> None:

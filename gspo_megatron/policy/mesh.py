@@ -11,8 +11,8 @@ from megatron.core import parallel_state
 
 from gspo_megatron.weights.layout import Layout
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-PATIENCE = timedelta(days=30)
+COLLECTIVE_TIMEOUT = timedelta(days=1)
+"""Ranks wait in a collective while rank 0 waits for answers, for hours if need be; the watchdog ends what is stuck."""
 
 
 def start_world() -> torch.device:
@@ -24,14 +24,6 @@ def start_world() -> torch.device:
         return device
     dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
     return torch.device("cpu")
-
-
-def patient_group() -> dist.ProcessGroup:
-    """A group of all ranks for waiting on what has no limit of its own: a rollout batch may take hours.
-
-    A rank that dies ends the wait at once; one that hangs is the watchdog's business.
-    """
-    return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def build_groups(layout: Layout) -> None:

@@ -51,6 +51,8 @@ class FakeServer:
         self.delay = 0.0
         """Seconds a token takes."""
         self.device = "node 1 card 0"
+        self.identity: dict[str, Any] = {}
+        """What it says of itself."""
         self.aborts = 0
         self.missed_aborts = 0
         """Aborts that come before the requests they are meant for."""
@@ -82,6 +84,8 @@ class FakeServer:
     def _worker(self, method: str) -> dict[str, Any] | str | None:
         if method == "device_name":
             return self.device
+        if method == "identity":
+            return self.identity
         if method == "weight_layout":
             return asdict(ServerLayout())
         report = {"checksum": self.checksum, "tensors": 1, "seconds": 0.1, "received_bytes": 8, "needed_bytes": 8}

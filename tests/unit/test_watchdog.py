@@ -19,6 +19,12 @@ def beat(entered: int, at: float, written: float = NOW, stage: str = "train") ->
     return Beat(stage, entered, at, written)
 
 
+def test_no_process_group_gives_up_before_the_watchdog_does() -> None:
+    from gspo_megatron.policy.mesh import COLLECTIVE_TIMEOUT
+
+    assert COLLECTIVE_TIMEOUT.total_seconds() > max(watchdog.FIRST, watchdog.FACTOR * watchdog.FIRST)
+
+
 def test_a_silent_rank_is_named_before_one_that_is_behind() -> None:
     beats = {0: beat(7, 990), 1: beat(6, 980), 2: beat(6, 985, written=950)}
     assert "trainer-2 is silent since 50 s, in train" in blame(beats, NOW, interval=2.0)
