@@ -26,6 +26,8 @@ class StopRequest:
         self._began = time.monotonic()
         self._end = float(os.environ.get(END_TIME, "inf"))
         signal.signal(signal.SIGUSR1, self._raise)
+        # Whoever started this process had it hold the signal back until somebody listens.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
 
     def _raise(self, number: int, frame: FrameType | None) -> None:
         self._raised = True

@@ -1,5 +1,6 @@
 # From the first start of a role to the verdict. Sourced; uses `plan`, `attempt`, `run_dir`, `step` (pid of each role's srun).
 
+task_says='^ *[0-9]*:\? *trainer-[0-9]* on .*, process ' # launch/lib/task.py, with --label's rank in front
 grace=${GSPO_GRACE:-240} # seconds that the trainers have for a checkpoint; the job hears of its end 300 s before it
 
 newest_checkpoint() { # number of the newest complete one's step, 0 without any
@@ -19,8 +20,10 @@ on_usr1() { # the time limit is near, or the user asks: the trainers save and en
     echo "gspo: asked to stop (USR1); the trainers have $grace s for a checkpoint"
 }
 
-pass_on() { # again and again, because a trainer that still starts does not hear it
-    if [ -n "$asked" ] && [ $(((SECONDS - asked) % 5)) = 0 ]; then kill -USR1 "${step[trainer]}" 2>/dev/null || true; fi
+pass_on() { # again and again, from when every rank holds the signal back until it can act on it; earlier it would end one
+    [ -n "$asked" ] && [ $(((SECONDS - asked) % 5)) = 0 ] || return 0
+    local ranks=$(($(wc -w <<<"${plan[trainer_hosts]//,/ }") * plan[trainer_each]))
+    [ "$(cat "$attempt"/trainer-*.log 2>/dev/null | grep -c "$task_says")" -lt "$ranks" ] || kill -USR1 "${step[trainer]}" 2>/dev/null || true
 }
 
 on_term() { # scancel, or a requeue by SLURM: it ends the roles itself
