@@ -36,7 +36,7 @@ def train(trainer: Trainer, checkpoints: Path) -> bool:
         Whether all steps are done; False when the run was asked to stop and saved itself.
     """
     recipe, log, every = trainer.recipe, trainer.log, trainer.recipe.checkpoint
-    last, asked, writer = recipe.trainer.max_steps, StopRequest(), CheckpointWriter(checkpoints, every.keep)
+    last, asked, writer = recipe.trainer.max_steps, StopRequest(), CheckpointWriter(checkpoints, every.keep, log)
     done = start(trainer, checkpoints)
     for step in range(done + 1, last + 1):
         with log.step(step):
@@ -51,7 +51,8 @@ def train(trainer: Trainer, checkpoints: Path) -> bool:
         stop = asked.is_raised(trainer, writer.seconds) and step < last
         # Before the save: a run that goes on from there does not come by here again.
         if every.export_every and step % every.export_every == 0:
-            trainer.policy.save(checkpoints / f"hugging_face_{step:06d}")
+            with log.time("export"):
+                trainer.policy.save(checkpoints / f"hugging_face_{step:06d}")
         if stop or (every.every and step % every.every == 0):
             writer.save(trainer, step)
         if stop:

@@ -43,4 +43,6 @@ class StopRequest:
         self._slowest, self._began = max(self._slowest, now - self._began), now
         # The next step and a save after it must fit; both vary, so a save counts twice.
         needed = self._slowest + 2 * (save_seconds or FIRST_SAVE) + MARGIN
-        return trainer.on_first_rank(lambda link: self._raised or time.time() + needed > self._end)
+        # A stage of its own, like the saves: a rank that hangs between two steps is missed as soon as within one.
+        with trainer.log.time("stop"):
+            return trainer.on_first_rank(lambda link: self._raised or time.time() + needed > self._end)

@@ -110,21 +110,41 @@ node_is_lost() { # whether a node of the job no longer runs even `true`
         >"$attempt/srun-alive.txt" 2>&1
 }
 
+refuse_if_replaced() { # ends an attempt whose job runs elsewhere by now: this node was cut off
+    local newest job
+    read -r newest job <"$run_dir/attempt"
+    [ "$newest" -gt "${plan[number]}" ] || return 0
+    echo "gspo: attempt ${plan[number]} was replaced by attempt $newest; this one ends"
+    exit 1
+}
+
+await_slurm() { # returns once slurmctld answers: one that restarts says nothing about the nodes, and queues nothing
+    local since=$SECONDS
+    until scontrol show job -o "$SLURM_JOB_ID" >/dev/null 2>&1; do
+        refuse_if_replaced
+        if [ $((SECONDS - since)) -gt 900 ]; then
+            echo "gspo: slurmctld does not answer; to go on: $resume"
+            exit 1
+        fi
+        sleep 2
+    done
+    refuse_if_replaced
+}
+
 settle() { # the verdict: the DONE marker, never an exit code, says that the run is finished
     local now
+    end_roles
     now=$(newest_checkpoint)
     if [ -f "$run_dir/DONE" ]; then
-        end_roles
         echo "gspo: DONE; results are in $run_dir"
         exit 0
     fi
+    await_slurm
     # Without a newer checkpoint it would be queued again and again, and never get further.
     if [ "$first" = trainer ] && [ "$code" = 85 ] && [ "$now" -gt "$started_from" ]; then
-        end_roles
         echo "gspo: attempt ${plan[number]} stopped as asked; step $now is checkpointed"
         requeue
     fi
-    end_roles
     explain "$first" "$code" >"$attempt/failure.txt"
     local limit=${GSPO_MAX_RESTARTS:-3} so_far=0 why=''
     [ -f "$run_dir/logs/restarts" ] && so_far=$(wc -l <"$run_dir/logs/restarts")

@@ -13,10 +13,12 @@ set -euo pipefail
 run_dir=$1 attempt=$1/logs/attempt_1 hosts=(n1) SLURM_JOB_ID=7 GSPO_MAX_RESTARTS=1 resume="sbatch again"
 declare -A plan=([number]=1 [trainer_hosts]=n1,n2 [trainer_each]=1) step=()
 asked='' first='' code=0 started_from=0
+echo "${NEWEST:-1} 7" >$run_dir/attempt
 scontrol() {
+    if [ -n "${DOWN:-}" ] && [ ! -f $run_dir/up ]; then touch $run_dir/up; return 1; fi
     if [ "$1" = show ]; then echo "JobId=7 Requeue=${REQUEUE:-1} X="; else echo "scontrol $*"; exit 99; fi
 }
-timeout() { [ "${LOST:-}" = '' ]; }
+timeout() { [ -f $run_dir/up ] || [ "${DOWN:-}" = '' ] && [ "${LOST:-}" = '' ]; }
 checkpoint() { mkdir -p "$run_dir/checkpoints/step_$1" && touch "$run_dir/checkpoints/step_$1/COMPLETE"; }
 . launch/lib/watch.sh
 trap on_usr1 USR1
@@ -67,6 +69,18 @@ def test_a_crash_is_restarted_as_often_as_it_may_and_only_after_a_newer_checkpoi
 def test_a_lost_node_is_a_reason_of_its_own(tmp_path: Path) -> None:
     said = run(tmp_path, "(exit 1)", LOST="yes")
     assert said.returncode == REQUEUED and "because a node is lost" in said.stdout
+
+
+def test_a_replaced_attempt_ends_and_leaves_the_job_alone(tmp_path: Path) -> None:
+    said = run(tmp_path, "(checkpoint 000003; exit 1)", NEWEST="2")
+    assert said.returncode == 1 and "scontrol" not in said.stdout, said
+    assert said.stdout.splitlines()[-1] == "gspo: attempt 1 was replaced by attempt 2; this one ends"
+    assert not (tmp_path / "logs" / "restarts").exists()
+
+
+def test_it_waits_for_a_slurmctld_that_does_not_answer(tmp_path: Path) -> None:
+    said = run(tmp_path, "(checkpoint 000003; exit 1)", DOWN="yes")
+    assert said.returncode == REQUEUED and "because a newer checkpoint exists" in said.stdout, said
 
 
 @pytest.mark.parametrize(("requeue", "code", "end"), [("1", REQUEUED, "scontrol requeue 7"), ("0", 85, "sbatch again")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -19,7 +20,8 @@ import pytest
 from gspo_megatron import stopping
 from gspo_megatron.stopping import END_TIME, StopRequest
 
-TRAINER: Any = SimpleNamespace(on_first_rank=lambda ask: ask(None))
+LOG = SimpleNamespace(time=lambda stage: contextlib.nullcontext())
+TRAINER: Any = SimpleNamespace(on_first_rank=lambda ask: ask(None), log=LOG)
 
 
 @pytest.fixture(autouse=True)
@@ -66,11 +68,11 @@ def test_the_slowest_step_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 TASK = """
 import os, signal, sys
-from types import SimpleNamespace
 print(signal.SIGUSR1 in signal.pthread_sigmask(signal.SIG_BLOCK, ()), flush=True)
 os.kill(os.getpid(), signal.SIGUSR1)  # before torch, handlers and everything
 from gspo_megatron.stopping import StopRequest
-print(StopRequest().is_raised(SimpleNamespace(on_first_rank=lambda ask: ask(None)), 0.0))
+from tests.unit.test_stopping import TRAINER
+print(StopRequest().is_raised(TRAINER, 0.0))
 """
 
 
