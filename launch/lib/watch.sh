@@ -119,11 +119,13 @@ refuse_if_replaced() { # ends an attempt whose job runs elsewhere by now: this n
 }
 
 await_slurm() { # returns once slurmctld answers: one that restarts says nothing about the nodes, and queues nothing
-    local since=$SECONDS
+    local since=$SECONDS said=''
     until scontrol show job -o "$SLURM_JOB_ID" >/dev/null 2>&1; do
         refuse_if_replaced
+        [ -n "$said" ] || echo "gspo: slurmctld does not answer; waiting for it"
+        said=yes
         if [ $((SECONDS - since)) -gt 900 ]; then
-            echo "gspo: slurmctld does not answer; to go on: $resume"
+            echo "gspo: it does not come back; to go on: $resume"
             exit 1
         fi
         sleep 2
