@@ -16,7 +16,6 @@ import pytest
 
 from tests.slurm.jobs import SMALL, START, Job, Workplace, check_done
 from tests.slurm.lab.cluster import wait_for
-from tests.slurm.poisoned import POISON
 
 pytestmark = pytest.mark.timeout(1800)
 STEPS = 14
@@ -120,7 +119,7 @@ def spoil_fill_and_run_out_of_time(place: Workplace) -> None:
     (run_dir / "checkpoints").symlink_to(disk)
     job = place.submit(
         "limits", *RUN, f"objective.trust={Path(__file__).with_name('poisoned.py')}:clip",
-        options=["--nodes=1", "--nodelist=node2"], **{POISON: str(poison)},
+        options=["--nodes=1", "--nodelist=node2"], GSPO_TEST_POISON=str(poison),
     )  # fmt: skip
     job.wait_for_step(1)
     poison.touch()
