@@ -120,6 +120,8 @@ refuse_if_replaced() { # ends an attempt whose job runs elsewhere by now: this n
 
 await_slurm() { # returns once slurmctld answers: one that restarts says nothing about the nodes, and queues nothing
     local since=$SECONDS said=''
+    # Before scontrol is asked, too: without a network it takes minutes to give up.
+    refuse_if_replaced
     until scontrol show job -o "$SLURM_JOB_ID" >/dev/null 2>&1; do
         refuse_if_replaced
         [ -n "$said" ] || echo "gspo: slurmctld does not answer; waiting for it"
