@@ -22,6 +22,7 @@ from tests.rollout.saves_again import AGAIN, HERE
 from tests.rollout.test_lost_server import rows_of, wait_for
 from tests.rollout.test_main_job import assert_all_ended, start
 
+pytestmark = pytest.mark.timeout(900)
 STEPS, PROMPTS, ANSWERS = 5, 8, 4
 # One version behind: answers are under way when the run stops, and have to be carried over.
 SHAPE = (f"trainer.max_steps={STEPS}", "rollout.max_staleness=1", "checkpoint.every=1")
@@ -33,9 +34,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     directory = tmp_path_factory.mktemp("live_resume")
     job = start(directory, *SHAPE)
     try:
-        wait_for(job, "second step", lambda: len(rows_of(directory)) > 2)
+        wait_for(job, "second step", lambda: len(rows_of(directory)) > 2, seconds=600)
         job.send_signal(signal.SIGUSR1)
-        said, _ = job.communicate(timeout=120)
+        said, _ = job.communicate(timeout=300)
     finally:
         job.kill()
     assert job.returncode == 85, said[-3000:]
@@ -45,7 +46,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     shutil.copytree(complete(run_dir / "checkpoints")[-1], kept)
     job = start(directory, *SHAPE, module=HERE)
     try:
-        said, _ = job.communicate(timeout=240)
+        said, _ = job.communicate(timeout=600)
     finally:
         job.kill()
     assert job.returncode == 0, said[-3000:]
