@@ -66,6 +66,13 @@ def test_a_crash_is_restarted_as_often_as_it_may_and_only_after_a_newer_checkpoi
     assert said.stdout.splitlines()[-1].startswith("gspo: trainer failed on n1: Killed")
 
 
+def test_the_last_words_are_those_of_the_role_and_not_of_slurm(tmp_path: Path) -> None:
+    words = "'0: the reason' '0: ' 'slurmstepd-n1: error: *** STEP 7.3 ON n1 CANCELLED ***'"
+    ends = "echo 'srun: error: n1: task 0: Exited with exit code 1' >$attempt/srun-trainer.txt"
+    said = run(tmp_path, f"(printf '%s\\n' {words} >$attempt/trainer-n1.log; {ends}; exit 1)")
+    assert said.stdout.splitlines()[-1].startswith("gspo: trainer failed on n1: the reason (log: "), said
+
+
 def test_a_lost_node_is_a_reason_of_its_own(tmp_path: Path) -> None:
     said = run(tmp_path, "(exit 1)", LOST="yes")
     assert said.returncode == REQUEUED and "because a node is lost" in said.stdout

@@ -83,7 +83,7 @@ def test_a_signal_in_the_first_moment_of_a_task_is_kept(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("key")
     command = (sys.executable, "-m", "launch.lib.task", str(tmp_path), "trainer")
     environment = {**os.environ, "SLURMD_NODENAME": "n1", "SLURM_LOCALID": "0"}
-    said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert said.returncode == 0, said
     assert said.stdout.splitlines()[1:] == ["True", "True"]
     assert re.match(task_says(), said.stdout.splitlines()[0]), "the script waits for this line"
