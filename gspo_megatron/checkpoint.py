@@ -24,6 +24,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from gspo_megatron.fence import refuse_if_replaced
+from gspo_megatron.metrics import RunLog
 from gspo_megatron.policy.checkpoint import Snapshot, optimizer_steps, rank_file
 from gspo_megatron.policy.resume import SavedPolicy, restore
 from gspo_megatron.trainer import Trainer
@@ -31,8 +33,6 @@ from gspo_megatron.weights.layout import Layout
 
 MARKER = "COMPLETE"
 STATE = "state.json"
-FENCE = "attempt"
-"""File of the run directory: number of its newest attempt, then the job."""
 RECIPE = "recipe.resolved.yaml"
 POLL_SECONDS = 0.02
 
@@ -44,9 +44,14 @@ class CheckpointError(RuntimeError):
 class CheckpointWriter:
     """Saves of one trainer rank. Every rank calls every method, in the same order."""
 
-    def __init__(self, directory: Path, kept: int) -> None:
-        """Take `checkpoints` of the run directory, and how many complete ones stay."""
-        self.directory, self.kept = directory, kept
+    def __init__(self, directory: Path, kept: int, log: RunLog) -> None:
+        """
+        Args:
+            directory: `checkpoints` of the run directory.
+            kept: how many complete ones stay.
+            log: of this rank; hears that the run gets on while the ranks wait together for a slow disk.
+        """
+        self.directory, self.kept, self._log = directory, kept, log
         self.seconds = 0.0
         """How long the last save took from its start to its marker, as rank 0 saw it."""
         self._snapshot = Snapshot()
@@ -60,6 +65,10 @@ class CheckpointWriter:
         Raises:
             CheckpointError: the save before this one failed, on any rank.
         """
+        with self._log.time("checkpoint"):
+            self._save(trainer, step)
+
+    def _save(self, trainer: Trainer, step: int) -> None:
         self.wait()
         began = time.monotonic()
         # Before anything is copied: the data position belongs to the end of this step.
@@ -86,7 +95,8 @@ class CheckpointWriter:
         Raises:
             CheckpointError: it has.
         """
-        busy, failed = self._agree()
+        with self._log.time("check"):
+            busy, failed = self._agree()
         if failed:
             self._abandoned.set()
             faults: list[str | None] = [None] * dist.get_world_size()
@@ -103,6 +113,7 @@ class CheckpointWriter:
             CheckpointError: it failed on some rank.
         """
         while self._agree()[0]:
+            self._log.pulse.beat()
             if self._thread is not None:
                 self._thread.join(POLL_SECONDS)
             self.check()
@@ -194,18 +205,6 @@ def is_whole(checkpoint: Path) -> bool:
     sizes: dict[str, int] = json.loads((checkpoint / STATE).read_text()).get("files", {})
     files = {checkpoint / name: size for name, size in sizes.items()}
     return bool(files) and all(file.is_file() and file.stat().st_size == size for file, size in files.items())
-
-
-def refuse_if_replaced(run_dir: Path) -> None:
-    """Raise ValueError if this attempt is not the run's newest; without attempts (one machine) nothing is checked."""
-    mine, fence = os.environ.get("GSPO_ATTEMPT"), run_dir / FENCE
-    if mine is None or not fence.is_file():
-        return
-    newest = fence.read_text().split()[0]
-    if int(newest) > int(mine):
-        raise ValueError(
-            f"attempt {mine} was replaced by attempt {newest} of {run_dir}; its checkpoint is not published"
-        )
 
 
 def _sync(path: Path) -> None:

@@ -37,7 +37,7 @@ def train(trainer: Trainer, checkpoints: Path) -> bool:
         Whether all steps are done; False when the run was asked to stop and saved itself.
     """
     recipe, log, every = trainer.recipe, trainer.log, trainer.recipe.checkpoint
-    last, asked, writer = recipe.trainer.max_steps, StopRequest(), CheckpointWriter(checkpoints, every.keep)
+    last, asked, writer = recipe.trainer.max_steps, StopRequest(), CheckpointWriter(checkpoints, every.keep, log)
     done = start(trainer, checkpoints)
     for step in range(done + 1, last + 1):
         with log.step(step):

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -25,6 +25,8 @@ from gspo_megatron.plan.machine import find_gpus, machine_of
 from gspo_megatron.types import STOPPED
 
 LOOPBACK = "127.0.0.1"
+STOP = signal.SIGUSR1
+"""Asks a run to save itself and to stop."""
 GRACE = 5.0
 """Seconds between SIGTERM and SIGKILL."""
 SERVER_RESTARTS = 3
@@ -99,11 +101,15 @@ def run_roles(roles: Sequence[Role], log_dir: Path) -> int:
         143 after Ctrl-C or SIGTERM; 1 when a role failed.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
-    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     running: dict[str, subprocess.Popen[bytes]] = {}
+    handlers = {signal.SIGINT: _interrupt, signal.SIGTERM: _interrupt, STOP: _pass_on(running)}
+    # A process is born with what its parent holds back, so a trainer that still imports does not die of a stop request.
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {STOP})
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         for role in roles:
             running[role.name] = _start(role, log_dir)
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
         failed = _wait(running, roles, log_dir)
     except Interrupted as interruption:
         reason, code = str(interruption), interruption.code
@@ -111,6 +117,7 @@ def run_roles(roles: Sequence[Role], log_dir: Path) -> int:
         ended = max(process.returncode or 0 for name, process in running.items() if name.startswith("trainer"))
         reason, code = (_explain(failed, running[failed].returncode, log_dir), 1) if failed else ("", ended)
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
         for number in before:
             signal.signal(number, signal.SIG_IGN)
         _end(running)
@@ -123,6 +130,17 @@ def run_roles(roles: Sequence[Role], log_dir: Path) -> int:
 
 def _interrupt(number: int, _: FrameType | None) -> None:
     raise Interrupted(number)
+
+
+def _pass_on(running: dict[str, subprocess.Popen[bytes]]) -> Callable[[int, FrameType | None], None]:
+    """A handler that tells the trainer ranks to save and stop."""
+
+    def tell(number: int, _: FrameType | None) -> None:
+        for name, process in running.items():
+            if name.startswith("trainer"):
+                process.send_signal(number)
+
+    return tell
 
 
 def _start(role: Role, log_dir: Path) -> subprocess.Popen[bytes]:

@@ -26,6 +26,8 @@ class StopRequest:
         self._began = time.monotonic()
         self._end = float(os.environ.get(END_TIME, "inf"))
         signal.signal(signal.SIGUSR1, self._raise)
+        # Whoever started this process had it hold the signal back until somebody listens.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
 
     def _raise(self, number: int, frame: FrameType | None) -> None:
         self._raised = True
@@ -41,4 +43,6 @@ class StopRequest:
         self._slowest, self._began = max(self._slowest, now - self._began), now
         # The next step and a save after it must fit; both vary, so a save counts twice.
         needed = self._slowest + 2 * (save_seconds or FIRST_SAVE) + MARGIN
-        return trainer.on_first_rank(lambda link: self._raised or time.time() + needed > self._end)
+        # A stage of its own, like the saves: a rank that hangs between two steps is missed as soon as within one.
+        with trainer.log.time("stop"):
+            return trainer.on_first_rank(lambda link: self._raised or time.time() + needed > self._end)

@@ -2,7 +2,8 @@
 
 Each trainer rank keeps a file of its own in the run directory up to date from a thread, so a process that is stopped,
 or a node that is gone, shows by its silence. A rank that is overdue looks at the others first: as long as one of them
-gets on (rank 0 sees answers come in while the others wait for it), nobody is.
+gets on (rank 0 sees answers come in while the others wait for it), nobody is. When nobody does, a mark in the same
+directory asks the roles of every node for their stacks.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from gspo_megatron.fence import replacement
 
 DIRECTORY = "heartbeat"
 STALLED = "stalled"
@@ -29,6 +33,10 @@ FACTOR = 5.0
 SHORTEST, FIRST = 120.0, 7200.0
 """Least limit, seconds; and the limit of a stage that was never finished before."""
 FAILED = 1
+STACKS = signal.SIGUSR2
+"""Has a process that a role started write its stacks, whatever its interpreter is busy with."""
+STACKS_SECONDS = 0.2
+"""What it may take to write them, before the next one is asked."""
 
 
 @dataclass(slots=True)
@@ -113,6 +121,11 @@ class Watchdog(threading.Thread):
             if (self.directory / STALLED).exists():
                 dump_stacks(f"trainer-{self.rank}")
                 return
+            replaced = replacement(self.directory.parent)
+            if replaced is not None:
+                print(f"{replaced}; this one ends", file=sys.stderr, flush=True)
+                self._end(FAILED)
+                return
             if time.time() - mine.at > self.pulse.limit() and self._nobody_gets_on():
                 self._alarm(mine)
                 return
@@ -139,7 +152,8 @@ class Watchdog(threading.Thread):
 
 
 def follow(run_dir: Path, name: str, interval: float = INTERVAL) -> None:
-    """Have a role that is no trainer write its stacks when a trainer finds that nothing gets on."""
+    """Have a role that is no trainer write its stacks, and those of the processes that it started, when a trainer
+    finds that nothing gets on."""
 
     mark = run_dir / DIRECTORY / STALLED
 
@@ -148,8 +162,44 @@ def follow(run_dir: Path, name: str, interval: float = INTERVAL) -> None:
             while mark.exists() is not awaited:
                 time.sleep(interval)
         dump_stacks(name)
+        ask_children(name)
 
     threading.Thread(target=look, daemon=True).start()
+
+
+def answer_for_stacks() -> None:
+    """Let this process write its stacks when the role that started it asks."""
+    faulthandler.register(STACKS, sys.stderr, all_threads=True)
+
+
+def ask_children(name: str) -> None:
+    """Have the processes below this one write their stacks, those that know how to."""
+    for pid in descendants(os.getpid()):
+        try:
+            status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+            title = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode(errors="replace").strip()
+            if int(status["SigCgt"], 16) >> (STACKS - 1) & 1:
+                # One that is stopped has no way to answer, which says it all.
+                print(f"stacks of {name}, process {pid} {title}, {status['State']}:", file=sys.stderr, flush=True)
+                os.kill(pid, STACKS)
+                time.sleep(STACKS_SECONDS)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that a process started, and those that they started."""
+    parents: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        parents.setdefault(parent, []).append(int(path.parent.name))
+    found = [pid]
+    for known in found:
+        found += sorted(parents.get(known, []))
+    return found[1:]
 
 
 def blame(beats: dict[int, Beat], now: float, interval: float) -> str:
@@ -161,7 +211,8 @@ def blame(beats: dict[int, Beat], now: float, interval: float) -> str:
     if not behind:
         stages = sorted({beat.stage for beat in beats.values()})
         return (
-            f"nothing got on for {idle:.0f} s: every trainer rank is in {', '.join(stages)}; their logs hold the stacks"
+            f"nothing got on for {idle:.0f} s: every trainer rank is in {', '.join(stages)}; "
+            "the logs of the roles hold the stacks"
         )
     rank, beat = min(behind.items(), key=lambda entry: (entry[1].entered, entry[1].at))
     why = (

@@ -25,6 +25,7 @@ import torch.distributed.checkpoint as dcp
 import gspo_megatron.policy  # noqa: F401  the device layer must be in before megatron
 from gspo_megatron.checkpoint import CheckpointWriter
 from gspo_megatron.config import load
+from gspo_megatron.metrics import RunLog
 from gspo_megatron.policy import mesh
 from gspo_megatron.policy.checkpoint import MOMENTS, stepped
 from gspo_megatron.policy.policy import OptimizerSettings, Policy
@@ -66,7 +67,7 @@ class Measurements:
         self.num_bytes = sum(tensor.nbytes for tensor in self.tensors.values())
         self.source = torch.ones(self.num_bytes, dtype=torch.uint8)
         self.target = torch.empty(self.num_bytes, dtype=torch.uint8)
-        self.writer = CheckpointWriter(directory / "checkpoints", kept=1)
+        self.writer = CheckpointWriter(directory / "checkpoints", 1, RunLog(directory, owns_terminal=False))
         self.trainer: Any = SimpleNamespace(
             policy=policy, version=0, updates=0, skipped=0, objective_sentence=str, on_first_rank=lambda ask: ({}, "t")
         )

@@ -13,6 +13,7 @@ from gspo_megatron.config.schema import Recipe
 from gspo_megatron.rollout.dispatch import Dispatcher
 from gspo_megatron.rollout.drafts import Draft, Sampling
 from gspo_megatron.rollout.fleet import Fleet
+from gspo_megatron.rollout.groups import Tally
 from gspo_megatron.rollout.pool import Pool
 from gspo_megatron.types import Problem, Prompt, SampleRef, StopReason
 from tools.simulated_engine import PROMPT_TOKENS, EngineModel, Lengths, SimulatedServer
@@ -40,6 +41,17 @@ class _Jump(selectors.SelectSelector):
             raise RuntimeError("nothing is left that could happen: the rollout is stuck")
         self._loop.now += max(timeout, 0.0)
         return super().select(0)
+
+
+class Unwritten(Tally):
+    """A count of tokens without a file: no attempt follows on a simulated one."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+
+    def add(self, tokens: int) -> None:
+        """Count tokens."""
+        self.tokens += tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +124,9 @@ async def _run(scenario: Scenario, recipe: Recipe, pool_class: type[Pool]) -> Ou
     dispatcher = Dispatcher(Fleet(servers), current)  # type: ignore[arg-type]
     sampling = Sampling(1.0, scenario.lengths.limit, (0,), 0)
     chosen = Recipe.model_validate(values)
-    pool = pool_class(chosen, dispatcher, draw, judge, lambda ref: None, sampling, current, scenario.overlaps)
+    pool = pool_class(
+        chosen, dispatcher, draw, judge, lambda ref: None, sampling, current, scenario.overlaps, Unwritten()
+    )
     loop = asyncio.get_running_loop()
     marks, lags, started, before = [], [], 0.0, pool.accounting.report(())
     for step in range(scenario.steps):

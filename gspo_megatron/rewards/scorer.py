@@ -19,6 +19,8 @@ Score = Callable[[DataSection, Problem, str], float]
 
 SCORES: dict[str, Score] = {"reasoning_gym": gym.score, "math_verify": mathematics.score}
 """Names that `reward.name` may hold."""
+LOADERS: dict[str, Callable[[DataSection], None]] = {"reasoning_gym": gym.load, "math_verify": mathematics.load}
+"""What each of them imports."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,5 +55,6 @@ class Scorer:
 
 
 def make_scorer(recipe: Recipe) -> Scorer:
-    """The scorer of a recipe: `scorer(problem, text, stop_reason) -> score`."""
+    """The scorer of a recipe: `scorer(problem, text, stop_reason) -> score`. Call it in the process that scores."""
+    LOADERS[recipe.reward.name](recipe.data)
     return Scorer(recipe.reward, recipe.data)

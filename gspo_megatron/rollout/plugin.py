@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from gspo_megatron.rollout.processes import die_with_parent
+from gspo_megatron.watchdog import answer_for_stacks
 
 BACKEND = "gspo"
 SERVER_VARIABLE = "GSPO_ROLLOUT_SERVER"
@@ -15,11 +16,13 @@ def register() -> None:
     """Register the transfer engine; called by vLLM in each of its processes, possibly more than once.
 
     Within our server it also ties spawned children to their parent, which vLLM would leave behind after a kill -9 of
-    the API process. A vLLM that somebody else starts in this environment is left as it is.
+    the API process, and has them tell where they stand when the watchdog asks. A vLLM that somebody else starts in
+    this environment is left as it is.
     """
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     if SERVER_VARIABLE in os.environ:
         die_with_parent()
+        answer_for_stacks()
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, "gspo_megatron.rollout.worker", "ShardTransferEngine")

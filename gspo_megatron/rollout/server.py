@@ -20,6 +20,7 @@ from gspo_megatron.plan.machine import alternates
 from gspo_megatron.rollout import identity, plugin
 from gspo_megatron.rollout.auth import read_key
 from gspo_megatron.rollout.processes import bind_forked_children, die_with_parent
+from gspo_megatron.watchdog import follow
 
 MODEL_NAME = "policy"
 GIB = 1 << 30
@@ -43,6 +44,7 @@ def main() -> None:
     refuse_used_port(arguments.host, arguments.port)
     os.environ[identity.RUN_VARIABLE] = identity.read_run_id(arguments.run_dir)
     os.environ[identity.TOKENIZER_VARIABLE] = identity.hash_vocabulary(recipe)
+    follow(arguments.run_dir, f"rollout-{arguments.index}")
     has_gpu = prepare_environment(arguments.index)
     serve(vllm_arguments(recipe, model, arguments.host, arguments.port, has_gpu), arguments.index)
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import queue
 import resource
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 from gspo_megatron.rollout.processes import die_with_parent
@@ -22,6 +25,11 @@ MAX_SENTENCE = 300
 """Characters of a reason; an error may quote the whole answer."""
 START_SECONDS = 120.0
 """Time a process has for its imports."""
+PATIENCE = 3
+"""A job may take so many times its limit by the clock, as long as it has not worked for as long as the limit: on a
+busy machine a process gets only a share of a core, and starting it anew would make the machine busier."""
+LOOK_SECONDS = 0.25
+"""How often its working time is looked at."""
 
 
 def _work(make: Callable[[], Function], connection: Connection, parent: int) -> None:
@@ -61,13 +69,22 @@ class _Worker:
             return fault
         try:
             self._connection.send(job)
-            if self._connection.poll(limit):
+            if self._answers_within(limit):
                 return self._connection.recv()
         except (EOFError, OSError):
             self.stop()
             return f"its {self._what}'s process died"
         self.stop()
         return f"its {self._what} took more than {limit:g} s"
+
+    def _answers_within(self, limit: float) -> bool:
+        """Whether there is a reply before the limit: of working time, or PATIENCE times that by the clock."""
+        assert self._process is not None and self._process.pid is not None
+        deadline, worked = time.monotonic() + PATIENCE * limit, working_seconds(self._process.pid)
+        while not self._connection.poll(min(LOOK_SECONDS, limit)):
+            if time.monotonic() > deadline or working_seconds(self._process.pid) - worked > limit:
+                return self._connection.poll()
+        return True
 
     def start(self) -> str:
         """Start the process if there is none; why that failed, or an empty text."""
@@ -97,6 +114,15 @@ class _Worker:
             self._process = None
 
 
+def working_seconds(pid: int) -> float:
+    """Processor time of a process and of its ended children; endless for one that is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return math.inf
+    return sum(int(field) for field in fields[11:15]) / os.sysconf("SC_CLK_TCK")
+
+
 class ProcessPool:
     """A few processes of one function; ask from any thread."""
 
@@ -105,7 +131,7 @@ class ProcessPool:
         Args:
             make: builds the function within each process; must be picklable.
             workers: processes.
-            limit: seconds that one job may take.
+            limit: seconds that one job may work.
             what: the function in one word, for sentences about it.
         """
         self._limit = limit

@@ -22,13 +22,14 @@ from typing import Any
 from gspo_megatron.cli import prepare_run
 from gspo_megatron.config import Recipe, RecipeError, load
 from gspo_megatron.config.loading import load_resolved
+from gspo_megatron.fence import FENCE
 from gspo_megatron.plan import hosts
 from gspo_megatron.plan.hosts import Host, Ports, Spread, Task
 from gspo_megatron.plan.limits import not_built
 from gspo_megatron.plan.plan import make_plan
 from gspo_megatron.types import Finding
 from launch.lib.preflight import judge
-from launch.lib.resume import FENCE, refuse_other_job, refuse_other_recipe
+from launch.lib.resume import refuse_other_job, refuse_other_recipe
 from launch.lib.text import fold
 
 REFUSED = 2

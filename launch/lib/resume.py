@@ -8,9 +8,8 @@ from typing import Any
 
 from gspo_megatron.config import Recipe
 from gspo_megatron.config.loading import load_resolved, refuse
+from gspo_megatron.fence import FENCE
 
-FENCE = "attempt"
-"""In the run directory: the newest attempt and its job. An older attempt must not publish a checkpoint any more."""
 MAY_CHANGE = (
     "run.directory",
     "placement.",

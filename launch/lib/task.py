@@ -15,6 +15,9 @@ from pathlib import Path
 
 def main() -> None:
     """Replace this process by the role."""
+    # Held back through the role's own start: it hears of the time limit when it has a handler. The line that this
+    # program prints tells the script that it may send.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     attempt, kind = Path(sys.argv[1]), sys.argv[2]
     node, local = os.environ["SLURMD_NODENAME"], int(os.environ["SLURM_LOCALID"])
     plan = json.loads((attempt / "plan.json").read_text())
@@ -29,8 +32,6 @@ def main() -> None:
     os.environ["GSPO_JOB_ADDRESSES"] = ",".join(sorted({address for _, address in plan["hosts"]}))
     # Otherwise vLLM asks the routing table, which names another network where there are several.
     os.environ["VLLM_HOST_IP"] = address
-    # Until the trainer has a handler, the warning of the time limit must not end it.
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     print(f"{mine[0]['name']} on {node} ({address}), process {os.getpid()}", flush=True)
     os.execv(sys.executable, [sys.executable, *mine[0]["arguments"]])
 

@@ -1,5 +1,6 @@
 # From the first start of a role to the verdict. Sourced; uses `plan`, `attempt`, `run_dir`, `step` (pid of each role's srun).
 
+task_says='^ *[0-9]*:\? *trainer-[0-9]* on .*, process ' # launch/lib/task.py, with --label's rank in front
 grace=${GSPO_GRACE:-240} # seconds that the trainers have for a checkpoint; the job hears of its end 300 s before it
 
 newest_checkpoint() { # number of the newest complete one's step, 0 without any
@@ -19,8 +20,10 @@ on_usr1() { # the time limit is near, or the user asks: the trainers save and en
     echo "gspo: asked to stop (USR1); the trainers have $grace s for a checkpoint"
 }
 
-pass_on() { # again and again, because a trainer that still starts does not hear it
-    if [ -n "$asked" ] && [ $(((SECONDS - asked) % 5)) = 0 ]; then kill -USR1 "${step[trainer]}" 2>/dev/null || true; fi
+pass_on() { # again and again, from when every rank holds the signal back until it can act on it; earlier it would end one
+    [ -n "$asked" ] && [ $(((SECONDS - asked) % 5)) = 0 ] || return 0
+    local ranks=$(($(wc -w <<<"${plan[trainer_hosts]//,/ }") * plan[trainer_each]))
+    [ "$(cat "$attempt"/trainer-*.log 2>/dev/null | grep -c "$task_says")" -lt "$ranks" ] || kill -USR1 "${step[trainer]}" 2>/dev/null || true
 }
 
 on_term() { # scancel, or a requeue by SLURM: it ends the roles itself
@@ -93,7 +96,7 @@ explain() { # KIND CODE: the end of the culprit's log, then one sentence
     if [ -f "$log" ]; then
         tail -n 15 "$log" | sed "s/^/  $kind${node:+ $node} | /"
         # Words of the role itself say more than its exit code; of a killed one there are none.
-        [[ $said == Exited* ]] && said=$(grep -v '^[0-9: ]*$' "$log" | tail -n1 | sed 's/^ *[0-9]*: //')
+        [[ $said == Exited* ]] && said=$(grep -vE '^[0-9: ]*$|^(slurmstepd|srun)' "$log" | tail -n1 | sed 's/^ *[0-9]*: //')
     fi
     echo "gspo: $kind failed${node:+ on $node}: $said (log: ${log:-$attempt})"
 }
@@ -107,21 +110,45 @@ node_is_lost() { # whether a node of the job no longer runs even `true`
         >"$attempt/srun-alive.txt" 2>&1
 }
 
+refuse_if_replaced() { # ends an attempt whose job runs elsewhere by now: this node was cut off
+    local newest job
+    read -r newest job <"$run_dir/attempt"
+    [ "$newest" -gt "${plan[number]}" ] || return 0
+    echo "gspo: attempt ${plan[number]} was replaced by attempt $newest; this one ends"
+    exit 1
+}
+
+await_slurm() { # returns once slurmctld answers: one that restarts says nothing about the nodes, and queues nothing
+    local since=$SECONDS said=''
+    # Before scontrol is asked, too: without a network it takes minutes to give up.
+    refuse_if_replaced
+    until scontrol show job -o "$SLURM_JOB_ID" >/dev/null 2>&1; do
+        refuse_if_replaced
+        [ -n "$said" ] || echo "gspo: slurmctld does not answer; waiting for it"
+        said=yes
+        if [ $((SECONDS - since)) -gt 900 ]; then
+            echo "gspo: it does not come back; to go on: $resume"
+            exit 1
+        fi
+        sleep 2
+    done
+    refuse_if_replaced
+}
+
 settle() { # the verdict: the DONE marker, never an exit code, says that the run is finished
     local now
+    end_roles
     now=$(newest_checkpoint)
     if [ -f "$run_dir/DONE" ]; then
-        end_roles
         echo "gspo: DONE; results are in $run_dir"
         exit 0
     fi
+    await_slurm
     # Without a newer checkpoint it would be queued again and again, and never get further.
     if [ "$first" = trainer ] && [ "$code" = 85 ] && [ "$now" -gt "$started_from" ]; then
-        end_roles
         echo "gspo: attempt ${plan[number]} stopped as asked; step $now is checkpointed"
         requeue
     fi
-    end_roles
     explain "$first" "$code" >"$attempt/failure.txt"
     local limit=${GSPO_MAX_RESTARTS:-3} so_far=0 why=''
     [ -f "$run_dir/logs/restarts" ] && so_far=$(wc -l <"$run_dir/logs/restarts")

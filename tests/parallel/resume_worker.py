@@ -24,8 +24,8 @@ import torch.distributed as dist
 import gspo_megatron.policy  # noqa: F401  the device layer must be in before megatron
 from gspo_megatron import loop, watchdog
 from gspo_megatron.batches import MiniBatch
-from gspo_megatron.checkpoint import FENCE
 from gspo_megatron.config import load
+from gspo_megatron.fence import FENCE
 from gspo_megatron.metrics import RunLog
 from gspo_megatron.policy import mesh
 from gspo_megatron.policy.checkpoint import MOMENTS, random_states, stepped

@@ -21,9 +21,9 @@ SMALL = (
 )  # fmt: skip
 
 
-def start(directory: Path, *more: str) -> subprocess.Popen[str]:
+def start(directory: Path, *more: str, module: str = "gspo_megatron.cli") -> subprocess.Popen[str]:
     overrides = [*SMALL, *more, f"run.directory={directory / 'run'}", f"cold_start.cache={directory / 'cold_start'}"]
-    command = [sys.executable, "-m", "gspo_megatron.cli", "train", "recipes/tiny_moe.yaml", *overrides]
+    command = [sys.executable, "-m", module, "train", "recipes/tiny_moe.yaml", *overrides]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,8 +54,9 @@ class Workplace:
         settings = {"GSPO_SITE": "/dev/null", "GSPO_VENV": sys.prefix, **environment}
         where = (f"run.directory={run_dir}", f"cold_start.cache={self.cold_start}")
         arguments = (f"--output={log}", *options, str(ROOT / SCRIPT), recipe, *overrides, *where)
-        self.jobs.append(Job(self.lab, self.lab.submit(*arguments, environment=settings, cwd=cwd), run_dir, log))
-        return self.jobs[-1]
+        job = Job(self.lab, self.lab.submit(*arguments, environment=settings, cwd=cwd), run_dir, log)
+        self.jobs.append(job)
+        return job
 
     def resume(self, job: Job, name: str) -> Job:
         """Submit what a job's log says that resumes it."""
@@ -61,9 +65,10 @@ class Workplace:
         assert program == "sbatch"
         log = self.directory / f"{name}.log"
         settings = {"GSPO_SITE": "/dev/null", "GSPO_VENV": sys.prefix}
-        again = self.lab.submit(f"--output={log}", *words, environment=settings, cwd=ROOT)
-        self.jobs.append(Job(self.lab, again, job.run_dir, log))
-        return self.jobs[-1]
+        number = self.lab.submit(f"--output={log}", *words, environment=settings, cwd=ROOT)
+        again = Job(self.lab, number, job.run_dir, log)
+        self.jobs.append(again)
+        return again
 
     def cancel_all(self) -> None:
         """End what a failed test left running."""
@@ -120,7 +125,51 @@ class Job:
                 raise LabError(f"job {self.id} ended before step {step}: {self.last_line()}")
             return marker.exists()
 
-        wait_for(reached, timeout, f"checkpoint of step {step}")
+        wait_for(reached, timeout, f"checkpoint of step {step}", pause=0.25)
+
+    def wait_for_words(self, words: str, timeout: float = START) -> None:
+        """Wait until its log holds some words."""
+        wait_for(lambda: words in self.text(), timeout, f"{words!r} (the job's last words: {self.last_line()})")
+
+    def checkpointed(self) -> int:
+        """The newest step whose checkpoint is complete; 0 without any."""
+        markers = (self.run_dir / "checkpoints").glob("step_*/COMPLETE")
+        return max((int(marker.parent.name.removeprefix("step_")) for marker in markers), default=0)
+
+    def rank(self, rank: int) -> int:
+        """Process id of a trainer rank, as this program sees it."""
+        command = f"-m gspo_megatron.loop --run-dir {self.run_dir} ".encode()
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                if command in path.read_bytes().replace(b"\0", b" ") and f"RANK={rank}".encode() in (
+                    path.with_name("environ").read_bytes().split(b"\0")
+                ):
+                    return int(path.parent.name)
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+        raise LabError(f"trainer-{rank} of job {self.id} does not run")
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Stop its two trainer ranks for a while, so that the run stays where it is."""
+        pids = [self.rank(rank) for rank in range(2)]
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
+    def set_limit(self, minutes: int) -> None:
+        """Change its time limit, counted from its start."""
+        self.lab.run("scontrol", "update", f"JobId={self.id}", f"TimeLimit={minutes}")
+
+    def minutes(self) -> int:
+        """Whole minutes that it has run."""
+        hours, minutes, _ = self.lab.job(self.id)["RunTime"].split(":")
+        return 60 * int(hours) + int(minutes)
 
     def wait_for_attempt(self, number: int, timeout: float = 600) -> None:
         """Wait until an attempt is planned. SLURM needs some 25 s to miss a node, and 6 to queue a job again."""
@@ -151,6 +200,21 @@ class Job:
                 lines = path.read_text(errors="replace").splitlines()[-25:]
                 texts.append("\n".join([f"--- {path}", *lines]))
         return "\n".join(texts)
+
+
+def check_done(job: Job, steps: int) -> None:
+    """It ended DONE, every step is there once, and every weight update passed the canary."""
+    assert job.finish(START) == "COMPLETED" and (job.run_dir / "DONE").exists(), job.last_line()
+    assert job.last_line() == f"gspo: DONE; results are in {job.run_dir}"
+    rows = job.rows()
+    assert [row["step"] for row in rows] == list(range(steps + 1)), "a step is lost or doubled"
+    trained = rows[1:]
+    assert [row["updates"] for row in trained] == [2 * row["step"] for row in trained]
+    assert [row["weight_version"] for row in trained] == [row["step"] - 1 for row in trained]
+    assert all(0 <= row["canary_largest"] < 1e-4 for row in trained), "each server was held against the trainer"
+    assert any(row["grad_norm"] > 0 for row in trained), "the weights must have changed"
+    indices = sorted(path.name.split("-")[0] for path in (job.run_dir / "samples").glob("*.sample"))
+    assert sorted(set(indices)) == [f"{index:08d}" for index in range(8 * steps)], "each prompt once, in order"
 
 
 def written(path: Path, names: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "gspo_megatron"
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"types", "config"}),
     frozenset({"weights"}),
-    frozenset({"plan", "metrics", "watchdog"}),
+    frozenset({"plan", "metrics", "watchdog", "fence"}),
     frozenset({"objective", "data", "rewards", "environments"}),
     frozenset({"policy", "rollout", "report"}),
     frozenset({"alarms", "batches", "debug", "trainer", "cold_start", "checkpoint", "convert", "start", "stopping"}),

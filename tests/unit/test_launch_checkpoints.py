@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from gspo_megatron.checkpoint import complete, is_whole, refuse_if_replaced
+from gspo_megatron.checkpoint import complete, is_whole
+from gspo_megatron.fence import refuse_if_replaced
 
 
 def make(directory: Path, name: str, marked: bool) -> Path:

@@ -11,12 +11,14 @@ ROOT = Path(__file__).resolve().parents[2]
 JOB = """
 set -euo pipefail
 run_dir=$1 attempt=$1/logs/attempt_1 hosts=(n1) SLURM_JOB_ID=7 GSPO_MAX_RESTARTS=1 resume="sbatch again"
-declare -A plan=([number]=1) step=()
+declare -A plan=([number]=1 [trainer_hosts]=n1,n2 [trainer_each]=1) step=()
 asked='' first='' code=0 started_from=0
+echo "${NEWEST:-1} 7" >$run_dir/attempt
 scontrol() {
+    if [ -n "${DOWN:-}" ] && [ ! -f $run_dir/up ]; then touch $run_dir/up; return 1; fi
     if [ "$1" = show ]; then echo "JobId=7 Requeue=${REQUEUE:-1} X="; else echo "scontrol $*"; exit 99; fi
 }
-timeout() { [ "${LOST:-}" = '' ]; }
+timeout() { [ -f $run_dir/up ] || [ "${DOWN:-}" = '' ] && [ "${LOST:-}" = '' ]; }
 checkpoint() { mkdir -p "$run_dir/checkpoints/step_$1" && touch "$run_dir/checkpoints/step_$1/COMPLETE"; }
 . launch/lib/watch.sh
 trap on_usr1 USR1
@@ -27,6 +29,10 @@ sleep 300 & step[controller]=$!
 ENDS = "\nwatch_roles\nsettle\n"
 REQUEUED = 99
 """Exit code that the stand-in for `scontrol requeue` ends the script with, as the real one does."""
+
+
+SAY_SO = "for rank in 0 1; do echo trainer-$rank on n$rank '(10.0.0.1), process 7' >$attempt/trainer-n$rank.log; done"
+"""What the tasks print when they hold the signal back; a shell ends here when it comes before its trap."""
 
 
 def run(tmp_path: Path, trainer: str, **settings: str) -> subprocess.CompletedProcess[str]:
@@ -60,15 +66,34 @@ def test_a_crash_is_restarted_as_often_as_it_may_and_only_after_a_newer_checkpoi
     assert said.stdout.splitlines()[-1].startswith("gspo: trainer failed on n1: Killed")
 
 
+def test_the_last_words_are_those_of_the_role_and_not_of_slurm(tmp_path: Path) -> None:
+    words = "'0: the reason' '0: ' 'slurmstepd-n1: error: *** STEP 7.3 ON n1 CANCELLED ***'"
+    ends = "echo 'srun: error: n1: task 0: Exited with exit code 1' >$attempt/srun-trainer.txt"
+    said = run(tmp_path, f"(printf '%s\\n' {words} >$attempt/trainer-n1.log; {ends}; exit 1)")
+    assert said.stdout.splitlines()[-1].startswith("gspo: trainer failed on n1: the reason (log: "), said
+
+
 def test_a_lost_node_is_a_reason_of_its_own(tmp_path: Path) -> None:
     said = run(tmp_path, "(exit 1)", LOST="yes")
     assert said.returncode == REQUEUED and "because a node is lost" in said.stdout
 
 
+def test_a_replaced_attempt_ends_and_leaves_the_job_alone(tmp_path: Path) -> None:
+    said = run(tmp_path, "(checkpoint 000003; exit 1)", NEWEST="2")
+    assert said.returncode == 1 and "scontrol" not in said.stdout, said
+    assert said.stdout.splitlines()[-1] == "gspo: attempt 1 was replaced by attempt 2; this one ends"
+    assert not (tmp_path / "logs" / "restarts").exists()
+
+
+def test_it_waits_for_a_slurmctld_that_does_not_answer(tmp_path: Path) -> None:
+    said = run(tmp_path, "(checkpoint 000003; exit 1)", DOWN="yes")
+    assert said.returncode == REQUEUED and "because a newer checkpoint exists" in said.stdout, said
+
+
 @pytest.mark.parametrize(("requeue", "code", "end"), [("1", REQUEUED, "scontrol requeue 7"), ("0", 85, "sbatch again")])
 def test_a_stop_as_asked_requeues_last_of_all(tmp_path: Path, requeue: str, code: int, end: str) -> None:
     # The script's own wait is ended early by the signal; the trainer answers a moment later.
-    trainer = "(trap 'checkpoint 000002; exit 85' USR1; kill -USR1 $$; while :; do sleep 0.1; done)"
+    trainer = f"(trap 'checkpoint 000002; exit 85' USR1; kill -USR1 $$; {SAY_SO}; while :; do sleep 0.1; done)"
     said = run(tmp_path, trainer, REQUEUE=requeue)
     assert said.returncode == code, said
     assert "asked to stop (USR1)" in said.stdout and "attempt 1 stopped as asked; step 2 is checkpointed" in said.stdout
@@ -76,7 +101,13 @@ def test_a_stop_as_asked_requeues_last_of_all(tmp_path: Path, requeue: str, code
     assert not (tmp_path / "logs" / "restarts").exists(), "what was asked for is no crash"
 
 
+def test_a_trainer_that_has_only_begun_to_start_is_not_ended_by_the_stop(tmp_path: Path) -> None:
+    trainer = f"(kill -USR1 $$; sleep 2; trap 'checkpoint 000002; exit 85' USR1; {SAY_SO}; while :; do sleep 0.1; done)"
+    said = run(tmp_path, trainer)
+    assert said.returncode == REQUEUED and "attempt 1 stopped as asked; step 2 is checkpointed" in said.stdout, said
+
+
 def test_a_stop_without_a_checkpoint_within_the_grace_is_a_failure(tmp_path: Path) -> None:
-    trainer = "(trap '' USR1; kill -USR1 $$; sleep 30)"
+    trainer = f"(trap '' USR1; kill -USR1 $$; {SAY_SO}; sleep 30)"
     said = run(tmp_path, trainer, GSPO_GRACE="2")
     assert said.returncode == 1 and "no checkpoint within 2 s" in said.stdout

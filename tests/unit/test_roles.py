@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -75,6 +76,35 @@ def test_trainers_that_were_asked_to_stop_have_not_failed(tmp_path: Path, capfd:
     stopped = python("import sys; sys.exit(85)")
     assert run_roles([Role("rollout-0", SLEEP), Role("trainer-0", stopped), Role("trainer-1", stopped)], tmp_path) == 85
     assert "failed" not in capfd.readouterr().err
+
+
+LISTENS = """
+import signal, sys, time
+open(sys.argv[1], "w").close()
+time.sleep(1)  # imports
+asked = []
+signal.signal(signal.SIGUSR1, lambda *_: asked.append(1))
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+while not asked:
+    time.sleep(0.01)
+sys.exit(85)
+"""
+
+
+def test_a_stop_that_is_asked_for_while_the_trainers_start_reaches_them(tmp_path: Path) -> None:
+    born = [tmp_path / f"trainer-{rank}" for rank in range(2)]
+    trainers = [Role(path.name, (sys.executable, "-c", LISTENS, str(path))) for path in born]
+    parent = os.getpid()
+
+    def ask() -> None:
+        while not all(path.exists() for path in born):
+            time.sleep(0.01)
+        os.kill(parent, signal.SIGUSR1)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert run_roles([Role("rollout-0", SLEEP), *trainers], tmp_path / "logs") == 85
+    asking.join()
 
 
 def test_a_lost_server_is_started_again_while_another_serves(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

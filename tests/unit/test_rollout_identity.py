@@ -73,7 +73,7 @@ def test_a_server_that_changed_hands_gets_neither_a_pause_nor_a_weight(tmp_path:
         own, kept, lost = identity(), FakeServer(), FakeServer()
         kept.identity = lost.identity = report(tmp_path, own)
         async with serving(kept, lost) as clients:
-            updater = WeightUpdater(Fleet(clients, own), WeightUpdateSection(), "127.0.0.1")
+            updater = WeightUpdater(Fleet(clients, own), WeightUpdateSection(), "127.0.0.1", sleeps=False)
             updater._store = NoStore()
             await updater._fleet.wait_healthy(5)
             lost.identity = report(tmp_path, own, run="run-2")

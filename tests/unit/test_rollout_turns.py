@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,14 +154,18 @@ def test_a_conversation_goes_on_where_a_checkpoint_caught_it(tmp_path: Path) -> 
             state = json.loads(json.dumps(await controller.state()))
             taking.cancel()
         fake = FakeServer()
-        fake.ids = lambda body: [8, STOP]
+        fake.ids = lambda body: [6, CALL] if body["request_id"].startswith("0-1-1") else [8, STOP]
         async with talking(tmp_path / "samples", fake, partner, settings=one_prompt(CALCULATOR)) as controller:
             await controller.restore(state)
             batch = await controller.rollout(1)
             ids = [controller._store.read(read_ref(row))[0].tolist() for row in batch["samples"]]
-        assert ids == [[1, 5, CALL, 35, 35, 8, STOP], [1, 5, CALL, 35, 35, 8, STOP], [1, 5, STOP]]
-        assert partner.heard == [(None, [5, CALL])]
-        assert [len(row["masked"]) for row in batch["samples"]] == [1, 1, 0]
+        assert ids == [
+            [1, 5, CALL, 35, 35, 8, STOP],
+            [1, 5, CALL, 35, 35, 6, CALL, 36, 36, 8, STOP],
+            [1, 5, STOP],
+        ]
+        assert partner.heard == [(None, [5, CALL]), (1, [6, CALL])]
+        assert [len(row["masked"]) for row in batch["samples"]] == [1, 2, 0]
         assert {body["request_id"][:3] for body in fake.bodies} == {"0-0", "0-1"}
 
     asyncio.run(run())
@@ -170,23 +175,25 @@ CLOSING = Thinking(budget=3, end_id=END, closing=(8, END))
 
 
 @pytest.mark.parametrize(
-    ("turns", "ids", "masked"),
+    ("budget", "turns", "ids", "masked"),
     [
-        ([[5, 5, 5, 5], [6, STOP]], [5, 5, 5, 8, END, 6, STOP], [(3, 5)]),
-        ([[5, END, 6, 6], [6, STOP]], [5, END, 6, 6, STOP], []),
-        ([[5, STOP]], [5, STOP], []),
-        ([[5, 5, 5], [6] * 20], [5, 5, 5, 8, END] + [6] * 7, [(3, 5)]),
+        (3, [[5, 5, 5, 5], [6, STOP]], [5, 5, 5, 8, END, 6, STOP], [(3, 5)]),
+        (3, [[5, END, 6, 6], [6, STOP]], [5, END, 6, 6, STOP], []),
+        (3, [[5, STOP]], [5, STOP], []),
+        (3, [[5, 5, 5], [6] * 20], [5, 5, 5, 8, END] + [6] * 7, [(3, 5)]),
+        (11, [[5] * 20], [5] * 11 + [8], [(11, 12)]),
     ],
-    ids=["thinks on", "is done by itself", "is short", "goes on to the limit"],
+    ids=["thinks on", "is done by itself", "is short", "goes on to the limit", "leaves room for one word"],
 )
 def test_thinking_is_closed_at_its_budget(
-    tmp_path: Path, turns: list[list[int]], ids: list[int], masked: list[Any]
+    tmp_path: Path, budget: int, turns: list[list[int]], ids: list[int], masked: list[Any]
 ) -> None:
     async def run() -> None:
         fake = FakeServer()
         fake.ids = follow(turns)
-        settings = one_prompt(thinking={"budget": 3})
-        async with talking(tmp_path, fake, thinking=CLOSING, settings=settings) as controller:
+        settings = one_prompt(thinking={"budget": budget})
+        thinking = replace(CLOSING, budget=budget)
+        async with talking(tmp_path, fake, thinking=thinking, settings=settings) as controller:
             batch = await controller.rollout(1)
             check_accounting(batch, controller, fake)
             ref = read_ref(batch["samples"][0])
@@ -197,7 +204,7 @@ def test_thinking_is_closed_at_its_budget(
         put_in = {place for start, end in masked for place in range(start, end)}
         assert [place for place, value in enumerate(logprobs) if value == 0] == sorted(put_in)
         assert batch["measures"]["thinking_closed"] == len(masked)
-        assert fake.bodies[0]["sampling_params"]["max_tokens"] == 3, "the budget ends the first request"
+        assert fake.bodies[0]["sampling_params"]["max_tokens"] == budget, "the budget ends the first request"
 
     asyncio.run(run())
 

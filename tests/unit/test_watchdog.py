@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from gspo_megatron import watchdog
+from gspo_megatron.fence import ATTEMPT_VARIABLE, FENCE
 from gspo_megatron.watchdog import Beat, Pulse, Watchdog, blame, follow
 
 NOW = 1000.0
@@ -75,6 +76,50 @@ def test_one_rank_that_gets_on_is_enough_and_a_standstill_ends_the_attempt(
     said = capfd.readouterr().err
     assert "trainer-1 is 1 stages behind, in start" in said
     assert all(f"stacks of {role}:" in said for role in ("trainer-0", "trainer-1", "controller"))
+
+
+CHILD = """
+import signal, sys, time
+from gspo_megatron.watchdog import answer_for_stacks
+def busy_in_c():
+    print("ready", flush=True)
+    signal.sigwait([signal.SIGTERM])
+if sys.argv[1] == "knows":
+    answer_for_stacks()
+busy_in_c()
+"""
+
+
+def test_children_that_know_how_write_their_stacks_and_others_live_on(capfd: pytest.CaptureFixture[str]) -> None:
+    children = {
+        kind: subprocess.Popen([sys.executable, "-c", CHILD, kind], stdout=subprocess.PIPE) for kind in ("knows", "not")
+    }
+    for child in children.values():
+        assert child.stdout is not None and child.stdout.readline() == b"ready\n"
+    watchdog.ask_children("rollout-0")
+    said = capfd.readouterr().err
+    assert f"stacks of rollout-0, process {children['knows'].pid} " in said and "in busy_in_c" in said
+    assert str(children["not"].pid) not in said
+    for child in children.values():
+        assert child.poll() is None
+        child.kill()
+        child.wait()
+
+
+def test_a_replaced_attempt_ends_within_an_interval(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(ATTEMPT_VARIABLE, "1")
+    (tmp_path / FENCE).write_text("1 77\n")
+    ended: list[int] = []
+    dog = Watchdog(tmp_path, 0, 1, Pulse(), 0.05, ended.append)
+    dog.start()
+    time.sleep(0.2)
+    assert dog.is_alive() and not ended
+    (tmp_path / FENCE).write_text("2 77\n")
+    dog.join(5.0)
+    assert ended == [watchdog.FAILED]
+    assert f"attempt 1 was replaced by attempt 2 of {tmp_path}; this one ends" in capfd.readouterr().err
 
 
 def test_it_imports_without_torch() -> None:

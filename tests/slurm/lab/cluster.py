@@ -10,7 +10,8 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,8 @@ class Lab:
         self.nodes = nodes
         # Outside /tmp, which the nodes do not share.
         self.home = Path(tempfile.mkdtemp(prefix="slurm-lab-", dir="/var/tmp"))
+        self.disk = self.home / "disk"
+        """A file system of its own that all nodes see, of 96 MB: a test may fill it."""
         self.environment = {
             "LAB_DIR": str(self.home),
             "LAB_NODES": str(nodes),
@@ -120,6 +123,8 @@ class Lab:
     def start(self, timeout: float = 120) -> None:
         """Bring the cluster up; returns when all nodes are idle."""
         self._write_configuration()
+        self.disk.mkdir()
+        subprocess.run(("mount", "-t", "tmpfs", "-o", "size=96m", "disk", str(self.disk)), check=True)
         log = (self.home / "log" / "cluster.out").open("wb")
         # The lab dies with this process, however that one ends.
         self._outer = subprocess.Popen(
@@ -145,6 +150,7 @@ class Lab:
             os.kill(self._init, signal.SIGKILL)
             self._outer.wait()
             self._outer = None
+        subprocess.run(("umount", "--lazy", str(self.disk)), check=False, capture_output=True)
         shutil.rmtree(self.home, ignore_errors=True)
 
     def run(
@@ -185,7 +191,7 @@ class Lab:
             found = self.job(job)
             return found if found["JobState"] in states else None
 
-        return wait_for(reached, timeout, f"job {job} in {'/'.join(states)}")
+        return wait_for(reached, timeout, f"job {job} in {'/'.join(states)}", pause=0.25)
 
     def on(self, node: str) -> tuple[str, ...]:
         """What to put before a command for `run`, to run it on a node beside whatever SLURM runs there."""
@@ -198,6 +204,28 @@ class Lab:
     def power_on(self, node: str) -> None:
         """Switch a node on again."""
         self.run(str(HERE / "cluster.sh"), "boot", node.removeprefix("node"))
+
+    @contextmanager
+    def cut_off(self, node: str) -> Iterator[None]:
+        """Pull a node's network cable; what runs there goes on, and it still sees the shared files."""
+        cable = ("ip", "link", "set", f"cable{node.removeprefix('node')}")
+        self.run(*cable, "down")
+        try:
+            yield
+        finally:
+            self.run(*cable, "up")
+
+    @contextmanager
+    def without_controller(self) -> Iterator[None]:
+        """Stop slurmctld, and start it again with the state that it kept."""
+        pid = (self.home / "run" / "slurmctld.pid").read_text().strip()
+        self.run("kill", pid)
+        try:
+            wait_for(lambda: self.run("kill", "-0", pid, check=False).returncode, 60, "end of slurmctld")
+            yield
+        finally:
+            self.run("nice", "-n", "-10", "slurmctld", "-i", "-f", self.environment["SLURM_CONF"])
+            wait_for(lambda: not self.run("scontrol", "ping", check=False).returncode, 60, "slurmctld again")
 
     def _node_init(self, node: str) -> int:
         return int((self.home / "run" / f"init-{node.removeprefix('node')}").read_text())
@@ -238,8 +266,8 @@ def enter(init: int) -> tuple[str, ...]:
     return ("nsenter", "-t", str(init), "-n", "-u", "-m", "-p")
 
 
-def wait_for[T](ask: Callable[[], T | None], timeout: float, what: str) -> T:
-    """Ask until the answer is true. Raises LabError after `timeout` seconds."""
+def wait_for[T](ask: Callable[[], T | None], timeout: float, what: str, pause: float = 0.05) -> T:
+    """Ask until the answer is true, every `pause` seconds. Raises LabError after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while True:
         answer = ask()
@@ -247,4 +275,4 @@ def wait_for[T](ask: Callable[[], T | None], timeout: float, what: str) -> T:
             return answer
         if time.monotonic() > deadline:
             raise LabError(f"after {timeout:g} s there is no {what}")
-        time.sleep(0.05)
+        time.sleep(pause)

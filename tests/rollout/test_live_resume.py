@@ -1,0 +1,108 @@
+"""A run with a real server is asked to stop and goes on: nothing of its state moves in between, no prompt is lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from gspo_megatron.checkpoint import complete
+from gspo_megatron.config import load_resolved
+from gspo_megatron.data.store import HEADER
+from gspo_megatron.data.stream import PromptStream
+from gspo_megatron.data.tokenizers import load_tokenizer
+from tests.rollout.saves_again import AGAIN, HERE
+from tests.rollout.test_lost_server import rows_of, wait_for
+from tests.rollout.test_main_job import assert_all_ended, start
+
+pytestmark = pytest.mark.timeout(900)
+STEPS, PROMPTS, ANSWERS = 5, 8, 4
+# One version behind: answers are under way when the run stops, and have to be carried over.
+SHAPE = (f"trainer.max_steps={STEPS}", "rollout.max_staleness=1", "checkpoint.every=1")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The run directory, and a copy of the checkpoint that the run went on from."""
+    directory = tmp_path_factory.mktemp("live_resume")
+    job = start(directory, *SHAPE)
+    try:
+        wait_for(job, "second step", lambda: len(rows_of(directory)) > 2, seconds=600)
+        job.send_signal(signal.SIGUSR1)
+        said, _ = job.communicate(timeout=300)
+    finally:
+        job.kill()
+    assert job.returncode == 85, said[-3000:]
+    assert_all_ended(directory)
+    run_dir = directory / "run"
+    kept = directory / "kept"
+    shutil.copytree(complete(run_dir / "checkpoints")[-1], kept)
+    job = start(directory, *SHAPE, module=HERE)
+    try:
+        said, _ = job.communicate(timeout=600)
+    finally:
+        job.kill()
+    assert job.returncode == 0, said[-3000:]
+    assert f"goes on after step {state_of(kept)['step']} (" in said
+    return run_dir, kept
+
+
+def state_of(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / "state.json").read_text())
+
+
+def test_what_was_restored_is_saved_again_with_the_same_bytes(run: tuple[Path, Path]) -> None:
+    run_dir, kept = run
+    (again,) = complete(run_dir / AGAIN)
+    files = sorted(path.name for path in kept.glob("rank_*"))
+    assert len(files) == 2 and files == sorted(path.name for path in again.glob("rank_*"))
+    for name in files:
+        assert (again / name).read_bytes() == (kept / name).read_bytes(), name
+        with safe_open(kept / name, framework="pt") as held:
+            kinds = {entry.split("/")[0] for entry in held.keys()}  # noqa: SIM118  no mapping
+        assert {"value", "exp_avg", "exp_avg_sq", "rng"} <= kinds
+    before, after = state_of(kept), state_of(again)
+    # The first `sync` makes it the version that the servers had.
+    assert after.pop("version") + 1 == before.pop("version") == before["step"]
+    assert before["controller"]["groups"] and before["controller"]["drafts"], "nothing was under way"
+    assert after == before, "prompt stream, accounting, answers under way, counters, layout, objective"
+
+
+def test_every_step_is_there_once_and_counts_on(run: tuple[Path, Path]) -> None:
+    run_dir, kept = run
+    rows = rows_of(run_dir.parent)
+    assert [row["step"] for row in rows] == list(range(STEPS + 1))
+    assert 2 <= state_of(kept)["step"] < STEPS
+    assert [row["updates"] for row in rows[1:]] == [4 * step for step in range(1, STEPS + 1)]
+    assert [row["weight_version"] for row in rows[1:]] == list(range(STEPS))
+    assert all(row["canary_largest"] < 1e-4 for row in rows[1:])
+    gone = sum(count for name, count in rows[-1].items() if name.startswith("dropped_tokens/"))
+    trained = sum(row["rollout_tokens"] for row in rows[1:])
+    assert rows[-1]["sampled_tokens"] == trained + rows[-1]["carried_tokens"] + gone
+
+
+def test_no_prompt_is_lost_doubled_or_out_of_order(run: tuple[Path, Path]) -> None:
+    run_dir, _ = run
+    state = state_of(run_dir / "checkpoints" / f"step_{STEPS:06d}")["controller"]
+    recipe = load_resolved(run_dir / "recipe.resolved.yaml")
+    stream = PromptStream(recipe, load_tokenizer(recipe.tokenizer, recipe.model.path))
+    wanted = [prompt.token_ids for prompt in stream.next(state["stream"]["index"])]
+    carried = [group["prompt"]["index"] for group in state["groups"]]
+    answered = Counter[int]()
+    for path in (run_dir / "samples").glob("*.sample"):
+        index, sample = (int(part) for part in path.name.split("-")[:2])
+        content = path.read_bytes()
+        length = HEADER.unpack_from(content)[2]
+        assert tuple(np.frombuffer(content, "<i4", length, HEADER.size)) == wanted[index], path.name
+        answered[index] |= 1 << sample
+    trained = [index for index, found in answered.items() if index not in carried]
+    assert all(answered[index] == (1 << ANSWERS) - 1 for index in trained)
+    assert state["accounting"]["taken"]["prompts"] == len(trained) == STEPS * PROMPTS
+    assert sorted(trained + carried) == list(range(len(wanted)))
