@@ -15,7 +15,7 @@ OWN_TARGET := tests/gpu tests/slurm
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint test-slurm parity long-context test-faults test-faults-policy fuzz test-gpu requirements clean
+.PHONY: help setup train test lint test-slurm parity long-context test-faults test-faults-policy fuzz test-gpu test-gpu-rollout requirements clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,8 +51,11 @@ long-context: setup ## answers of 100,352 tokens, sampled by vLLM and trained on
 fuzz: setup ## 10,000 random mutations of the recipes through `gspo plan` (make test has 1,000)
 	GSPO_FUZZ=10000 $(PYTEST) tests/unit/test_plan_fuzz.py $(ARGS)
 
-test-gpu: setup ## the tests that need an NVIDIA GPU
-	$(PYTEST) tests/gpu $(ARGS)
+test-gpu: setup ## the policy and the objective on an NVIDIA GPU
+	$(PYTEST) tests/gpu/test_objective_gpu.py tests/gpu/test_policy_gpu.py $(ARGS)
+
+test-gpu-rollout: setup ## trainer and vLLM taking turns on one NVIDIA GPU
+	$(PYTEST) tests/gpu/test_rollout_gpu.py $(ARGS)
 
 # uv is the one that the set-up uses.
 UV = $(or $(shell command -v uv),$(CURDIR)/.venv-tools/bin/uv)

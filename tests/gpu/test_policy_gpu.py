@@ -144,8 +144,8 @@ def test_offloading_frees_the_optimizer_and_changes_nothing(device: torch.device
                 parameters = sum(p.numel() for p in policy.chunks[0].parameters())
                 before = torch.cuda.memory_allocated()
                 policy.offload()
-                # Main weights, two moments and the gradient buffer, float32 each.
-                assert before - torch.cuda.memory_allocated() >= 0.95 * 16 * parameters
+                # Main weights, two moments and the gradient buffer, float32 each, and the weights.
+                assert before - torch.cuda.memory_allocated() >= 0.95 * 18 * parameters
                 policy.restore()
         return {name: tensor.clone() for name, tensor in policy.export()}
 

@@ -1,0 +1,108 @@
+"""Trainer and server taking turns on one GPU: memory that is given up and taken again, weights handed over by CUDA IPC.
+
+`make test-gpu-rollout`, for one GPU of the H100 or H200 class with vLLM's CUDA build.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from gspo_megatron.plan.machine import find_gpus
+from gspo_megatron.rollout.handover import device_name
+from gspo_megatron.rollout.link import ControllerLink
+from gspo_megatron.rollout.sender import WeightSender
+from gspo_megatron.weights.layout import Layout
+from tests.rollout.conftest import KEY, ControllerThread, Server, make_run_dir, running_servers
+from tests.rollout.tiny import ARCH, Oracle
+from tests.shards import cut_shards
+
+
+def has_vllm() -> bool:
+    """Whether vLLM's CUDA build is installed; the one for CPUs has another name."""
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU: sleeping servers and CUDA IPC are unseen"),
+    pytest.mark.skipif(not has_vllm(), reason="vLLM's CUDA build is not installed"),
+]
+ROOT = Path(__file__).parents[2]
+SHARE = 0.4
+"""Of the GPU, for the server."""
+GIB = 1 << 30
+LEFT = 7e9
+"""Bytes that the planner counts for a sleeping server and an idle trainer together."""
+
+
+def used() -> int:
+    """Bytes that all processes hold on the GPU."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that has a share of the GPU, and may sleep."""
+    run_dir = make_run_dir(tmp_path_factory.mktemp("shared"), gpu_memory_fraction=SHARE)
+    with running_servers(run_dir) as servers:
+        yield servers[0]
+
+
+def test_a_server_gives_its_memory_up_and_serves_handed_over_weights(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GSPO_JOB_KEY", KEY)
+    device = torch.device("cuda", 0)
+    total = torch.cuda.mem_get_info()[1]
+    controller = ControllerThread([server.url], tmp_path / "samples", overlaps=False, sleeps=True)
+    link = ControllerLink(controller.url, KEY)
+    try:
+        link.wait_ready(120)
+        assert used() < LEFT, "asleep from the start"
+        sender, layout = WeightSender(device, shares=True), Layout(1)
+        for version, oracle in enumerate((Oracle(0), Oracle(1))):
+            ticket = link.begin_update(version, ARCH, "float32", layout, [device_name(device)])
+            assert used() < 0.5 * SHARE * total, "weights are awake, KV is not"
+            shard = {name: value.to(device) for name, value in cut_shards(ARCH, layout, oracle.tensors)[0].items()}
+            checksums = sender.send(ticket, 0, shard)
+            report = link.finish_update(version, checksums, oracle.probes())
+            assert report["largest"] < 1e-3 and report["received_over_needed"] == 1.0
+            assert used() > 0.8 * SHARE * total, "KV is awake"
+            assert len(link.rollout(version)["samples"]) == 32
+            link.sleep()
+            assert used() < LEFT
+        sender.close()
+    finally:
+        link.close()
+        controller.stop()
+
+
+def test_a_run_on_one_shared_gpu(tmp_path: Path) -> None:
+    overrides = (
+        f"placement.gpu={find_gpus()[0]}", "placement.gpus_per_node=1", "model.dtype=bfloat16",
+        "weight_update.canary_bound=0.05", "rollout.gpu_memory_fraction=0.6", "cold_start.steps=3",
+        "cold_start.batch_size=8", "batch.prompts=8", "batch.answers=4", "trainer.max_steps=3", "data.held_out=32",
+        "evaluation.problems=16", "checkpoint.every=1", "checkpoint.export_every=2", f"run.directory={tmp_path}/run",
+        f"cold_start.cache={tmp_path}/cold_start",
+    )  # fmt: skip
+    command = [sys.executable, "-m", "gspo_megatron.cli", "train", "recipes/tiny_moe.yaml", *overrides]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=540)
+    assert said.returncode == 0, said.stdout[-2000:] + said.stderr[-2000:]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert all(row["received_over_needed"] == 1.0 for row in rows)
+    assert all(row["device_bytes_at_rest"] < LEFT for row in rows[1:])
+    assert (tmp_path / "run" / "checkpoints" / "hugging_face_000002" / "config.json").is_file()
