@@ -63,9 +63,9 @@ def built() -> dict[str, list[Shapes]]:
 
 @pytest.fixture(scope="module", params=list(CASES))
 def case(request: pytest.FixtureRequest, built: dict[str, list[Shapes]]) -> tuple[Recipe, Layout, list[Shapes]]:
-    recipe = recipe_of(request.param)
-    assert recipe.trainer.ranks == len(built[request.param])
-    return recipe, layout_of(recipe.trainer, recipe.trainer.ranks), built[request.param]
+    recipe, ranks = recipe_of(request.param), built[request.param]
+    assert recipe.trainer.ranks == len(ranks)
+    return recipe, layout_of(recipe.trainer, len(ranks)), ranks
 
 
 def table_of(recipe: Recipe, layout: Layout, rank: int) -> list[Parameter]:
