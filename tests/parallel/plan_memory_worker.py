@@ -64,8 +64,9 @@ def measure(overrides: list[str], device: torch.device) -> dict[str, int]:
             held[f"{side} optimizer"] += _bytes(parameter)
     if policy.recipe.model.dtype == "float32":  # norms keep a wider copy of anything narrower
         held["projection"] = _projection_bytes(policy)
-    if policy.recipe.trainer.offload_activations and policy.at.pipeline == 0:
-        held["offloaded"] = _offloaded_bytes(policy)
+    if policy.recipe.trainer.offload_activations:
+        offloaded = _offloaded_bytes(policy)  # on every rank; the last stage also moves its final norm's input
+        held["offloaded"] = offloaded if policy.at.pipeline == 0 else 0
     return {name.strip(): size for name, size in held.items() if size}
 
 
