@@ -97,6 +97,12 @@ class TrainerSection(Section):
     """
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: `selective` = core attention and experts, `full` = every layer."""
+    offload_activations: bool = False
+    """Keep the layer inputs of recompute=full in pinned host memory until their backward pass.
+
+    Source: ours. At 30B-A3B's width the two copies take an eighth of the time of a layer's matrix products, and 2 % of
+    the whole layer's at 100K tokens (55 GB/s, not measured).
+    """
     aux_loss_coefficient: float = Field(default=0.0, ge=0)
     """Router load-balancing loss; 0 in reinforcement learning."""
     micro_batch_tokens: int = Field(default=16384, gt=0)

@@ -49,13 +49,30 @@ class Shape:
         return copies * (spread if layout.expert > 1 else 1.0)
 
     @property
+    def groups(self) -> float:
+        """Key-value heads that the rank attends with: one at least, though several ranks then share it."""
+        return max(self.arch.num_key_value_heads / self.layout.tensor, 1.0)
+
+    @property
+    def projection_bytes(self) -> int:
+        """Queries, keys and values as they come from their projection.
+
+        With more tensor-parallel ranks than key-value heads Megatron gathers the heads of all ranks, and what each
+        picks are views: the whole product is kept.
+        """
+        arch = self.arch
+        heads = arch.num_attention_heads + 2 * arch.num_key_value_heads
+        ranks = 1 if self.layout.tensor > arch.num_key_value_heads else self.layout.tensor
+        return int(self.tokens * heads * arch.head_dim / ranks * self.element)
+
+    @property
     def attention_bytes(self) -> int:
         """Saved: norm and its input, queries, keys and values, the first two again after rotation, the output."""
-        arch, width = self.arch, self.arch.head_dim / self.layout.tensor
-        queries, groups = arch.num_attention_heads, arch.num_key_value_heads
-        heads = (queries + 2 * groups) + (queries + groups) + queries
-        normalisers = self.tokens * queries / self.layout.tensor * 4
-        return int(self.tokens * heads * width * self.element + normalisers) + 2 * self.input_bytes
+        queries = self.arch.num_attention_heads / self.layout.tensor
+        heads = (queries + self.groups) + queries
+        normalisers = self.tokens * queries * 4
+        rotated = int(self.tokens * heads * self.arch.head_dim * self.element + normalisers)
+        return self.projection_bytes + rotated + 2 * self.input_bytes
 
     def mixer_bytes(self, spread: float) -> int:
         """Saved: norm and its input, the rows that came in, gate and up, their product; scores of the router.
@@ -86,7 +103,7 @@ class Shape:
             wide = self.tokens * 2 * arch.intermediate_size / layout.tensor
         ring = 0.0
         if layout.context > 1:
-            ring = 4 * self.tokens * 2 * arch.num_key_value_heads * arch.head_dim / layout.tensor
+            ring = 4 * self.tokens * 2 * self.groups * arch.head_dim
         return int((wide + ring) * self.element)
 
     @property
@@ -111,6 +128,11 @@ def layers_in_flight(layout: Layout, batch: BatchPlan, stage: int, layers: int) 
         return min(batch.micro_batches_most, waiting + 1) * layers
     chunks = 2 * waiting + (layout.virtual - 1) * layout.pipeline + 1
     return min(batch.micro_batches_most * layout.virtual, chunks) * (layers // layout.virtual)
+
+
+def offloaded_bytes(shape: Shape, batch: BatchPlan, stage: int, layers: int) -> int:
+    """Layer inputs in pinned host memory, whose blocks torch rounds up to powers of two."""
+    return layers_in_flight(shape.layout, batch, stage, layers) * 2 ** (shape.input_bytes - 1).bit_length()
 
 
 def saved_bytes(shape: Shape, batch: BatchPlan, stage: int, layers: int) -> int:

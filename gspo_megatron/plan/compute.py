@@ -165,6 +165,9 @@ def trainer_times(
         attention = each * quadratic * passes[1] / (device.matmul * ATTENTION_SHARE)
         exchange, ring = _exchange_seconds(recipe, arch, layout, machine, each * arch.num_hidden_layers * passes[0])
         exchange += max(0.0, ring - attention)
+        if part == "training" and recipe.trainer.offload_activations:
+            inputs = each * arch.num_hidden_layers * arch.hidden_size * element_bytes(recipe)
+            exchange += 2 * inputs / HOST_LINK
         busy = products + attention + exchange
         waiting = busy * (IMBALANCE / (1 - batch.pipeline_bubble) - 1)
         found[part] = TrainerTime(products, attention, exchange, waiting)
@@ -187,8 +190,11 @@ def _exchange_seconds(
     element = element_bytes(recipe)
     state = arch.hidden_size * element
     gathered = 2 * state * (layout.tensor - 1) * token_layers / speed["tensor"]
+    if layout.tensor > arch.num_key_value_heads:  # every rank gathers the queries, keys and values of all
+        heads = (arch.num_attention_heads + 2 * arch.num_key_value_heads) * arch.head_dim
+        gathered += heads * element * (layout.tensor - 1) * token_layers / speed["tensor"]
     sent = 2 * state * arch.num_experts_per_tok * (1 - 1 / layout.expert) * token_layers / speed["expert"]
-    keys = 2 * arch.num_key_value_heads * arch.head_dim * element
+    keys = 2 * max(arch.num_key_value_heads, layout.tensor) * arch.head_dim * element
     ring = keys * (layout.context - 1) * token_layers / speed["context"]
     return gathered + sent, ring
 

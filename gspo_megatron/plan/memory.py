@@ -43,6 +43,8 @@ class StageMemory:
     """Counted from the weight table: bytes of weights, gradients, optimizer; dense and expert apart."""
     estimated: dict[str, int] = field(default_factory=dict)
     """Bytes of activations, head, process."""
+    offloaded: int = 0
+    """Bytes of activations that wait in host memory."""
 
     @property
     def static_bytes(self) -> int:
@@ -155,6 +157,8 @@ def stage_memory(recipe: Recipe, layout: Layout, batch: BatchPlan, machine: Mach
     found = []
     for stage, layers in enumerate(layout.stage_sizes(arch.num_hidden_layers)):
         chunks = held_by(arch, layout, stage)
+        shape = activations.Shape.of(recipe, arch, layout)
+        offloads = recipe.trainer.offload_activations
         found.append(
             StageMemory(
                 stage=stage,
@@ -163,6 +167,7 @@ def stage_memory(recipe: Recipe, layout: Layout, batch: BatchPlan, machine: Mach
                 expert_parameters=sum(sum(chunk.expert) for chunk in chunks),
                 exact=exact_bytes(chunks, layout, element_bytes(recipe), distributed, machine.is_cpu),
                 estimated=_estimate(recipe, arch, layout, batch, machine, stage, layers),
+                offloaded=activations.offloaded_bytes(shape, batch, stage, layers) if offloads else 0,
             )
         )
     return found
@@ -172,10 +177,9 @@ def _estimate(
     recipe: Recipe, arch: Architecture, layout: Layout, batch: BatchPlan, machine: Machine, stage: int, layers: int
 ) -> dict[str, int]:
     shape = activations.Shape.of(recipe, arch, layout)
-    moving = {
-        "saved activations": activations.saved_bytes(shape, batch, stage, layers),
-        "one layer at work": shape.peak_bytes,
-    }
+    moving = {"one layer at work": shape.peak_bytes}
+    if not recipe.trainer.offload_activations:
+        moving = {"saved activations": activations.saved_bytes(shape, batch, stage, layers), **moving}
     if stage == layout.pipeline - 1:
         moving["head"] = activations.head_bytes(shape, recipe.trainer.head_chunk_tokens)
     if machine.is_cpu:

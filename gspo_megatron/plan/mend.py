@@ -39,14 +39,18 @@ def spare_recompute(
     modes = ("none", "selective", "full")
     before = compute.trainer_times(recipe, arch, grid, cut, machine)["training"].seconds
     for mode in modes[: modes.index(recipe.trainer.recompute)]:
-        changed = apply(recipe, {"trainer.recompute": mode})
+        # Only the layer inputs of full recomputation can be offloaded.
+        change = {"trainer.recompute": mode, "trainer.offload_activations": False}
+        changed = apply(recipe, change)
         stages = stage_memory(changed, grid, cut, machine)
         if fits(stages, machine):
             after = compute.trainer_times(changed, arch, grid, cut, machine)["training"].seconds
             peak = max(stage.peak_bytes for stage in stages)
             told = f"{recipe.trainer.recompute} saves memory that is there: {mode} takes about {size(peak)} of "
             told += f"{size(machine.device.memory)} and trains {1 - after / before:.0%} faster"
-            yield Finding("memory-to-spare", "info", "trainer.recompute", told, f"try trainer.recompute={mode}")
+            fix = f"try trainer.recompute={mode}"
+            fix += " trainer.offload_activations=false" if recipe.trainer.offload_activations else ""
+            yield Finding("memory-to-spare", "info", "trainer.recompute", told, fix)
             return
 
 

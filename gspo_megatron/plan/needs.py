@@ -80,6 +80,8 @@ def host_bytes(
     found = {"copy for checkpoints": ranks * max(_sum(stage, "optimizer") for stage in stages)}
     if recipe.objective.kl != "none":
         found["reference weights"] = ranks * max(_sum(stage, "weights") for stage in stages)
+    if recipe.trainer.offload_activations:
+        found["offloaded activations"] = ranks * max(stage.offloaded for stage in stages)
     if machine.colocated:
         # Weights and states move out while the servers are awake; gradients are dropped.
         kept = max(sum(size for name, size in s.exact.items() if "gradients" not in name) for s in stages)

@@ -98,7 +98,7 @@ def _layouts(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[d
         if ends is None:
             continue
         stage = machine.ranks // pipeline
-        for tensor in _divisors(stage, min(machine.per_node, arch.num_key_value_heads)):
+        for tensor in _divisors(stage, machine.per_node):
             for context in _divisors(stage // tensor, MOST_CONTEXT):
                 if context > 1 and longest / context < LEAST_TOKENS:
                     continue
@@ -111,6 +111,7 @@ def _layouts(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[d
                     "trainer.last_stage_layers": ends[1],
                     "trainer.virtual_pipeline": None,
                     "trainer.expert_tensor_parallel": 1,
+                    "trainer.offload_activations": False,
                     "trainer.micro_batch_tokens": max(
                         recipe.trainer.micro_batch_tokens, batch.round_up(longest, multiple)
                     ),

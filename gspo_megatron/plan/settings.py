@@ -36,6 +36,7 @@ def findings(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[F
     yield from long_tail.findings(recipe)
     yield from _replay(recipe, spec, arch, machine)
     yield from _model_directory(recipe, arch)
+    yield from _offload(recipe, machine)
     yield from _small_print(recipe, arch, machine)
 
 
@@ -223,6 +224,23 @@ def _model_directory(recipe: Recipe, arch: Architecture) -> Iterator[Finding]:
                 f"says {theirs}",
                 "remove model.architecture, or name the right directory",
             )  # fmt: skip
+
+
+def _offload(recipe: Recipe, machine: Machine) -> Iterator[Finding]:
+    trainer, key = recipe.trainer, "trainer.offload_activations"
+    if not trainer.offload_activations:
+        return
+    if machine.is_cpu:
+        yield Finding(
+            "offload-needs", "error", key, "true, but there is no GPU: activations are in host memory already",
+            f"set {key}=false",
+        )  # fmt: skip
+    if trainer.recompute != "full":
+        yield Finding(
+            "offload-needs", "error", key,
+            f"true with trainer.recompute={trainer.recompute}: only the layer inputs of full recomputation are moved",
+            f"set trainer.recompute=full, or {key}=false",
+        )  # fmt: skip
 
 
 def _small_print(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[Finding]:

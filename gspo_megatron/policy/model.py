@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from gspo_megatron.config.model import Architecture
 from gspo_megatron.config.schema import Recipe, TrainerSection
+from gspo_megatron.policy.activations import offload_inputs
 from gspo_megatron.policy.specs import has_transformer_engine, reference_spec, transformer_engine_spec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -148,5 +149,7 @@ def build_chunks(recipe: Recipe, device: torch.device, dtype: torch.dtype | None
             rotary_base=int(arch.rope_theta),
             vp_stage=stage,
         ).to(device)
+        if recipe.trainer.offload_activations:
+            offload_inputs(chunk.decoder)
         chunks.append(chunk)
     return chunks

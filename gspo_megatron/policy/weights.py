@@ -24,7 +24,8 @@ from gspo_megatron.weights.table import Parameter, Piece, hf_shapes, local_param
 ReadPiece = Callable[[Piece], Tensor]
 Values = Callable[[torch.nn.Parameter], Tensor]
 INDEX_FILE = "model.safetensors.index.json"
-SHARD_BYTES = 4 * 2**30
+SHARD_BYTES = 2**30
+"""Of a file that is written, whose tensors lie in host memory until it is full."""
 READ_TYPES = ("F32", "BF16", "F16", "F64")
 """Types of a published tensor; anything narrower is a quantised file, whose scales would be dropped."""
 

@@ -128,6 +128,39 @@ def test_scoring_and_training_agree_bit_for_bit(device: torch.device, spec: str)
     assert torch.equal(seen[0], scored.logprobs)
 
 
+def test_layer_inputs_in_host_memory_free_the_device_and_change_nothing(device: torch.device, spec: str) -> None:
+    from gspo_megatron.data.packing import collate
+    from gspo_megatron.policy.policy import OptimizerSettings
+    from gspo_megatron.policy.weights import random_pieces
+
+    def step(offloads: bool) -> tuple[dict[str, torch.Tensor], int]:
+        asked = [
+            "model.dtype=bfloat16",
+            "trainer.recompute=full",
+            f"trainer.offload_activations={str(offloads).lower()}",
+        ]
+        policy = build([*long_model(), *asked], device, torch.bfloat16)
+        policy.load(random_pieces(policy.weights.arch, 1))
+        policy.start_optimizer(OptimizerSettings(1e-3, (0.9, 0.95), 1e-8, 0.0, 1.0))
+        batches = policy.place([collate(make_long_samples(policy.weights.arch.vocab_size))])
+        held = []
+
+        def loss(_: Any, now: Any, __: int) -> Any:
+            held.append(torch.cuda.memory_allocated())
+            return -now.logprobs.mean(), {}
+
+        before = torch.cuda.memory_allocated()
+        policy.train(batches, loss, 1e-3)
+        return {name: tensor.clone() for name, tensor in policy.export()}, held[0] - before
+
+    (plain, kept), (offloaded, left) = step(False), step(True)
+    assert all(torch.equal(tensor, offloaded[name]) for name, tensor in plain.items())
+    arch = load(Path("recipes/tiny_moe.yaml"), long_model()).model.architecture
+    assert arch is not None
+    # The last layer's input, and the states that the head reads, stay longest.
+    assert kept - left >= (arch.num_hidden_layers - 1) * sum(LENGTHS) * arch.hidden_size * 2
+
+
 def test_offloading_frees_the_optimizer_and_changes_nothing(device: torch.device, spec: str) -> None:
     from gspo_megatron.data.packing import collate
     from gspo_megatron.policy.policy import OptimizerSettings

@@ -48,7 +48,7 @@ KEYS = {
     "last": "last_stage_layers",
 }
 SPREAD = "spread"
-RECOMPUTED = {"recompute": "full", "selective": "selective"}
+WORDS = {"recompute": "recompute=full", "selective": "recompute=selective", "offload": "offload_activations=true"}
 DIMENSIONS = ("TP", "PP", "VPP", "CP", "EP", "ETP", "DP")
 
 
@@ -60,7 +60,8 @@ class Row:
     """World size."""
     layout: str
     """`TP2 PP2 first1 last3`; words without a number say how it computes: `recompute` = all layers again, `selective` =
-    attention and experts again, `spread` = optimizer states spread over the replicas."""
+    attention and experts again, `offload` = layer inputs in memory of the host, `spread` = optimizer states spread over
+    the replicas."""
     model: str = "moe"
     """A key of MODELS."""
     in_test: bool = False
@@ -86,9 +87,7 @@ class Row:
         """What the row changes in a recipe."""
         words = [re.fullmatch(r"([A-Za-z]+)(\d*)", word) for word in self.layout.split() if word != SPREAD]
         asked = [(word[1], word[2]) for word in words if word]
-        trainer = [
-            f"recompute={RECOMPUTED[key]}" if key in RECOMPUTED else f"{KEYS[key]}={size}" for key, size in asked
-        ]
+        trainer = [WORDS[key] if key in WORDS else f"{KEYS[key]}={size}" for key, size in asked]
         shape = [f"model.architecture.{key}={value}" for key, value in MODELS[self.model].items()]
         return [*shape, *(f"trainer.{value}" for value in trainer)]
 
@@ -134,6 +133,7 @@ ROWS = [
     Row(4, "PP2 VPP2 CP2 recompute"),
     Row(4, "TP2 PP2 EP2 recompute"),
     Row(4, "PP2 CP2 EP2 selective"),
+    Row(4, "PP2 VPP2 EP2 recompute offload"),
     Row(4, "TP2 EP2 spread", in_test=True),
     Row(4, "PP2 VPP2 EP2 spread"),
     Row(4, "CP2 EP4 spread"),

@@ -31,7 +31,7 @@ BOUNDS = {
     "float64": {"loss": 1e-12, "gradient": 1e-12, "norm": 1e-6, "sgd": 1e-12, "adam": 1e-12},
 }
 """Relative, but the loss in units of mean |s A|. Megatron adds the norm up in float32 always."""
-FORMS = {"float32": ("packed", "padded"), "float64": ("packed",)}
+FORMS = {"float32": ("packed", "padded"), "float64": ("packed", "padded")}
 TIE = 1e-5
 """Closer router logits could change their order with the layout's rounding: the batch keeps away from them."""
 

@@ -13,27 +13,32 @@ import pytest
 
 from gspo_megatron.config import Recipe, load
 from gspo_megatron.plan import flops, memory
-from gspo_megatron.weights.layout import layout_of
-from gspo_megatron.weights.table import count_parameters
+from gspo_megatron.weights.layout import Layout, layout_of
+from gspo_megatron.weights.table import Parameter, count_parameters, local_parameters
 
 ROOT = Path(__file__).parents[2]
 A3B, A22B = "recipes/qwen3_30b_a3b_gspo.yaml", "recipes/qwen3_235b_a22b_gspo.yaml"
+ENDS = {"first_stage_layers": 11, "last_stage_layers": 11}
 CASES = {
     "235B, TP2 PP8 CP8 EP16 on 128 ranks": (
         A22B,
-        [128, "tensor_parallel=2", "pipeline_parallel=8", "context_parallel=8", "expert_parallel=16"],
+        {"tensor_parallel": 2, "pipeline_parallel": 8, "context_parallel": 8, "expert_parallel": 16} | ENDS,
     ),
     "235B, TP4 PP8 CP8 EP32 on 256 ranks": (
         A22B,
-        [256, "tensor_parallel=4", "pipeline_parallel=8", "context_parallel=8", "expert_parallel=32"],
+        {"tensor_parallel": 4, "pipeline_parallel": 8, "context_parallel": 8, "expert_parallel": 32} | ENDS,
+    ),
+    "30B, TP2 PP2 CP2 EP8 on 16 ranks": (
+        A3B,
+        {"tensor_parallel": 2, "pipeline_parallel": 2, "context_parallel": 2, "expert_parallel": 8},
     ),
 }
+Shapes = dict[str, list[int]]
 
 
-def recipe_of(path: str, asked: list) -> Recipe:
-    ranks, *sizes = asked
-    uneven = ["first_stage_layers=11", "last_stage_layers=11"]
-    return load(Path(path), [f"trainer.ranks={ranks}", *(f"trainer.{value}" for value in [*sizes, *uneven])])
+def recipe_of(name: str) -> Recipe:
+    path, sizes = CASES[name]
+    return load(Path(path), [f"trainer.ranks={name.split()[-2]}", *(f"trainer.{k}={v}" for k, v in sizes.items())])
 
 
 @pytest.mark.parametrize(("path", "total", "active"), [(A3B, 30.53e9, 3.35e9), (A22B, 235.09e9, 22.2e9)])
@@ -45,34 +50,49 @@ def test_counts_of_the_published_models(path: str, total: float, active: float) 
 
 
 @pytest.fixture(scope="module")
-def built() -> dict:
-    """Megatron's shapes on the first and last rank of every stage."""
-    wanted = []
-    for path, asked in CASES.values():
-        recipe = recipe_of(path, asked)
-        world = asked[0]
-        stage = world // 8
-        ranks = [rank for start in range(0, world, stage) for rank in (start, start + stage - 1)]
-        wanted.append([recipe.model_dump_json(), ranks])
+def built() -> dict[str, list[Shapes]]:
+    """Megatron's parameters on every rank."""
     said = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.parallel.meta_worker"],
-        input=json.dumps(wanted), capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        input=json.dumps([recipe_of(name).model_dump_json() for name in CASES]),
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert said.returncode == 0, said.stderr[-3000:]
     return dict(zip(CASES, json.loads(said.stdout.splitlines()[-1]), strict=True))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_every_ranks_shards_are_the_planners(built: dict, name: str) -> None:
-    recipe = recipe_of(*CASES[name])
-    layout, arch = layout_of(recipe.trainer, CASES[name][1][0]), recipe.model.architecture
-    assert arch is not None
-    total = 0
-    for rank, shapes in built[name].items():
-        stage = layout.coordinates(int(rank)).pipeline
-        (planned,) = memory.held_by(arch, layout, stage)
-        for kind in ("dense", "expert"):
-            assert sorted(map(math.prod, shapes[kind])) == sorted(getattr(planned, kind)), f"rank {rank}, {kind}"
-        if int(rank) % (layout.world // layout.pipeline) == 0:
-            total += sum(planned.expert) * layout.expert * layout.expert_tensor
-    assert total == 94 * 128 * 3 * arch.hidden_size * arch.moe_intermediate_size
+@pytest.fixture(scope="module", params=list(CASES))
+def case(request: pytest.FixtureRequest, built: dict[str, list[Shapes]]) -> tuple[Recipe, Layout, list[Shapes]]:
+    recipe, ranks = recipe_of(request.param), built[request.param]
+    assert recipe.trainer.ranks == len(ranks)
+    return recipe, layout_of(recipe.trainer, len(ranks)), ranks
+
+
+def table_of(recipe: Recipe, layout: Layout, rank: int) -> list[Parameter]:
+    assert recipe.model.architecture is not None
+    return local_parameters(recipe.model.architecture, layout, layout.coordinates(rank))
+
+
+def test_every_ranks_shards_are_the_planners(case: tuple[Recipe, Layout, list[Shapes]]) -> None:
+    """The planner counts one rank of a stage, from the weight table: every rank must hold as much as megatron built."""
+    recipe, layout, ranks = case
+    assert recipe.model.architecture is not None
+    for rank, shapes in enumerate(ranks):
+        table = table_of(recipe, layout, rank)
+        assert {entry.name: list(entry.shape) for entry in table} == shapes, f"rank {rank}"
+        (planned,) = memory.held_by(recipe.model.architecture, layout, layout.coordinates(rank).pipeline)
+        for kind, expert in (("dense", False), ("expert", True)):
+            sizes = [math.prod(shapes[entry.name]) for entry in table if entry.expert is expert]
+            assert sorted(sizes) == sorted(getattr(planned, kind)), f"rank {rank}, {kind}"
+
+
+def test_shards_of_all_ranks_are_the_model(case: tuple[Recipe, Layout, list[Shapes]]) -> None:
+    """What megatron built on all ranks, each shard once however many ranks hold it, is the published count."""
+    recipe, layout, ranks = case
+    once = {
+        entry.pieces: math.prod(shapes[entry.name])
+        for rank, shapes in enumerate(ranks)
+        for entry in table_of(recipe, layout, rank)
+    }
+    assert recipe.model.architecture is not None
+    assert sum(once.values()) == count_parameters(recipe.model.architecture)

@@ -8,12 +8,17 @@ from pathlib import Path
 import pytest
 
 from gspo_megatron.config import load
+from gspo_megatron.plan.activations import Shape
+from gspo_megatron.plan.batch import plan_batch
 from gspo_megatron.plan.layout import layout_of
-from gspo_megatron.plan.memory import Held, element_bytes, exact_bytes
+from gspo_megatron.plan.machine import machine_of
+from gspo_megatron.plan.memory import Held, element_bytes, exact_bytes, stage_memory
 from gspo_megatron.weights.table import local_parameters
 from tests.parallel.world import run_world
 
 RECIPE = Path("recipes/tiny_moe.yaml")
+TOKENS = 64
+"""Of the worker's micro-batches."""
 TWO_RANKS = {
     "DP2": [],
     "TP2": ["trainer.tensor_parallel=2"],
@@ -24,6 +29,12 @@ TWO_RANKS = {
     "ETP2": ["trainer.expert_tensor_parallel=2"],
     "CP2": ["trainer.context_parallel=2"],
     "EP2 bfloat16": ["trainer.expert_parallel=2", "model.dtype=bfloat16"],
+    "PP2 offload": [
+        "trainer.pipeline_parallel=2",
+        "trainer.recompute=full",
+        "trainer.offload_activations=true",
+        "trainer.micro_batch_tokens=64",
+    ],
     "PP2 tied": ["trainer.pipeline_parallel=2", "model.architecture.tie_word_embeddings=true"],
 }
 FOUR_RANKS = {
@@ -33,6 +44,11 @@ FOUR_RANKS = {
         "trainer.virtual_pipeline=2",
         "trainer.context_parallel=2",
         "trainer.expert_parallel=2",
+    ],
+    "TP4 EP2, 2 KV heads": [
+        "trainer.tensor_parallel=4",
+        "trainer.expert_parallel=2",
+        "model.architecture.num_key_value_heads=2",
     ],
     "TP2 EP2 ETP2 bfloat16": [
         "trainer.tensor_parallel=2",
@@ -59,4 +75,10 @@ def planned(overrides: list[str], size: int, rank: int) -> dict[str, int]:
     assert arch is not None
     at = layout.coordinates(rank)
     chunks = [Held.of(local_parameters(arch, layout, at, chunk)) for chunk in range(layout.virtual)]
-    return exact_bytes(chunks, layout, element_bytes(recipe), distributed=False, on_cpu=True)
+    found = exact_bytes(chunks, layout, element_bytes(recipe), distributed=False, on_cpu=True)
+    if recipe.model.dtype == "float32":
+        found["projection"] = Shape(arch, layout, recipe.trainer.recompute, TOKENS, 4).projection_bytes
+    if recipe.trainer.offload_activations and at.pipeline == 0:
+        stages = stage_memory(recipe, layout, plan_batch(recipe, layout), machine_of(recipe, size))
+        found["offloaded"] = stages[0].offloaded
+    return found

@@ -131,6 +131,11 @@ def test_search_finds_layouts_for_235b_at_100k_in_five_seconds(nodes: int) -> No
     assert layouts[0].seconds <= layouts[-1].seconds
 
 
+def test_search_knows_more_tensor_parallel_ranks_than_key_value_heads() -> None:
+    _, layouts, _ = search(load(Path(A22B), ["placement.nodes=32"]))
+    assert {one.change["trainer.tensor_parallel"] for one in layouts} >= {4, 8}
+
+
 def test_what_search_proposes_is_planned_without_findings(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = load(Path(A3B), ["placement.nodes=2", "placement.gpu=h200"])
     _, layouts, servers = search(recipe)

@@ -13,6 +13,7 @@ from gspo_megatron.plan.activations import Shape, head_bytes, layers_in_flight
 from gspo_megatron.plan.batch import plan_batch
 from gspo_megatron.plan.layout import layout_of
 from gspo_megatron.plan.memory import Held, exact_bytes, held_by
+from gspo_megatron.plan.needs import host_bytes
 from gspo_megatron.plan.rollout import weight_bytes
 from gspo_megatron.weights.layout import Layout
 from gspo_megatron.weights.table import local_parameters
@@ -114,6 +115,34 @@ def test_the_head_never_holds_the_logits() -> None:
     shape = Shape.of(recipe, architecture(A3B), Layout(world=32))
     states = 2 * 131_072 * 2048 * 2
     assert head_bytes(shape, 1024) - states == 3 * 1024 * 151_936 * 4 + 151_936 * 2048 * 6
+
+
+def test_attention_above_the_key_value_heads_keeps_the_product_of_all_ranks() -> None:
+    """64 query and 4 key-value heads of 128 over 8 ranks: 72 heads are gathered, 8 + 1 rotated, 8 come out."""
+    recipe = load(A22B, ["trainer.micro_batch_tokens=131072", "trainer.context_parallel=1"])
+    eight, four = (Shape.of(recipe, architecture(A22B), Layout(world=128, tensor=tensor)) for tensor in (8, 4))
+    token = 131_072 * 128 * 2
+    assert (eight.projection_bytes, four.projection_bytes) == (72 * token, 72 * token // 4)
+    normalisers, states = 131_072 * 8 * 4, 2 * 131_072 * 4096 * 2 // 8
+    assert eight.attention_bytes == (72 + 8 + 1 + 8) * token + normalisers + states
+    assert four.attention_bytes == (18 + 16 + 1 + 16) * token + 2 * normalisers + 2 * states
+
+
+def test_offloaded_layer_inputs_leave_the_device_for_the_host() -> None:
+    overrides = ["placement.rollout_nodes=4", "placement.nodes=20"]
+    kept, moved = (make_plan(load(A22B, [*overrides, f"trainer.offload_activations={on}"])) for on in ("false", "true"))
+    assert kept.memory is not None and moved.memory is not None and moved.batch is not None
+    shape = Shape.of(moved.recipe, architecture(A22B), layout_of(moved.recipe.trainer, 128))
+    first = moved.memory[0]
+    in_flight = 8 * first.layers
+    assert shape.input_bytes == 13_056 * 4096 // 2 * 2, "104,448 tokens over CP 8, TP 2"
+    assert kept.memory[0].estimated["saved activations"] == in_flight * shape.input_bytes
+    assert "saved activations" not in first.estimated and first.offloaded == in_flight * 2**26
+    assert first.peak_bytes < kept.memory[0].peak_bytes - kept.memory[0].estimated["saved activations"]
+    host = host_bytes(moved.recipe, architecture(A22B), moved.machine, moved.batch, moved.memory)
+    assert host["offloaded activations"] == 8 * first.offloaded
+    assert moved.compute is not None and kept.compute is not None
+    assert moved.compute.seconds["training"] > kept.compute.seconds["training"]
 
 
 def test_server_weights_by_hand() -> None:

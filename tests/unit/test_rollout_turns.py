@@ -19,7 +19,8 @@ from gspo_megatron.data.store import read_ref
 from gspo_megatron.environments import Turn
 from gspo_megatron.rollout.asking import Calls
 from gspo_megatron.rollout.controller import Controller
-from gspo_megatron.rollout.drafts import Draft
+from gspo_megatron.rollout.drafts import Draft, Sampling
+from gspo_megatron.rollout.fleet import Fleet
 from gspo_megatron.rollout.turns import Thinking, Turns
 from gspo_megatron.rollout.workers import ProcessPool
 from gspo_megatron.types import Masked, Problem, Segment
@@ -172,6 +173,16 @@ def test_a_conversation_goes_on_where_a_checkpoint_caught_it(tmp_path: Path) -> 
 
 
 CLOSING = Thinking(budget=3, end_id=END, closing=(8, END))
+
+
+@pytest.mark.parametrize(("ids", "reason"), [([5, STOP], "stop"), ([5, 6, 8], "length")])
+def test_an_answer_that_had_ended_when_a_checkpoint_caught_it_is_not_sampled_on(ids: list[int], reason: str) -> None:
+    """It was still being scored: a request for 0 tokens would cost the server, and nothing may follow a stop token."""
+    turns = Turns(Fleet([]), lambda: 1, None, None, lambda *_: None)
+    draft = Draft(make_prompt(0), 0)
+    draft.extend(ids, [0.0] * len(ids), 1)
+    assert asyncio.run(asyncio.wait_for(turns.complete(draft, Sampling(1.0, 3, (STOP,), 0)), 5)) == reason
+    assert draft.token_ids.tolist() == ids and draft.parts == 0
 
 
 @pytest.mark.parametrize(
