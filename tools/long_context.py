@@ -58,7 +58,7 @@ def write_weights(recipe: Recipe, directory: Path) -> None:
     assert arch is not None
     read = random_pieces(arch, recipe.run.seed)
     tensors = {
-        name: read(Piece(name, (0, shape[0]), (0, shape[1]) if len(shape) > 1 else None, (0, shape[0])))
+        name: read(Piece(name, (0, shape[0]), (0, shape[-1]) if len(shape) > 1 else None, (0, shape[0])))
         for name, shape in hf_shapes(arch).items()
     }
     for name, tensor in tensors.items():
