@@ -83,7 +83,7 @@ def run(rope: str, overrides: Sequence[str], directory: Path) -> dict[str, Any]:
     began = time.monotonic()
     while job.poll() is None:
         peaks |= memory_of(directory)
-        time.sleep(0.5)
+        time.sleep(2.0)
     if job.returncode:
         raise SystemExit(f"the run with {rope} rotary embedding ended with code {job.returncode}")
     (row,) = read_rows(directory / "run")
