@@ -58,8 +58,8 @@ def write_weights(recipe: Recipe, directory: Path) -> None:
     assert arch is not None
     read = random_pieces(arch, recipe.run.seed)
     tensors = {
-        name: read(Piece(name, (0, shape[0]), (0, shape[-1]) if len(shape) > 1 else None, (0, shape[0])))
-        for name, shape in hf_shapes(arch).items()
+        name: read(Piece(name, (0, rows), (0, columns[0]) if columns else None, (0, rows)))
+        for name, (rows, *columns) in hf_shapes(arch).items()
     }
     for name, tensor in tensors.items():
         if name.endswith(("o_proj.weight", "down_proj.weight", "layernorm.weight")):
@@ -83,7 +83,7 @@ def run(rope: str, overrides: Sequence[str], directory: Path) -> dict[str, Any]:
     began = time.monotonic()
     while job.poll() is None:
         peaks |= memory_of(directory)
-        time.sleep(0.5)
+        time.sleep(2.0)
     if job.returncode:
         raise SystemExit(f"the run with {rope} rotary embedding ended with code {job.returncode}")
     (row,) = read_rows(directory / "run")

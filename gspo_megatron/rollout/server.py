@@ -143,13 +143,18 @@ def _device_arguments(recipe: Recipe, has_gpu: bool) -> list[str]:
 
 def fork_workers() -> None:
     """Let vLLM's CPU platform fork its processes instead of importing everything again in each: 17 s instead of 45."""
+    from vllm.config import VllmConfig
     from vllm.platforms.cpu import CpuPlatform
 
     original = CpuPlatform.check_and_update_config.__func__
 
-    def check_and_update_config(cls: type[CpuPlatform], vllm_config: object) -> None:
+    def check_and_update_config(cls: type[CpuPlatform], vllm_config: VllmConfig) -> None:
         original(cls, vllm_config)
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+        # vLLM puts even a lone worker in a process of its own, to set its threads, which are set here already; the
+        # engine's then spins while the worker computes.
+        if vllm_config.parallel_config.world_size == 1:
+            vllm_config.parallel_config.distributed_executor_backend = "uni"
 
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)  # type: ignore[assignment]
 

@@ -12,7 +12,7 @@ from tests.rollout.conftest import Server, answers
 
 def test_kill_9_of_the_api_process_leaves_no_process(server: Server) -> None:
     children = psutil.Process(server.process.pid).children(recursive=True)
-    assert len(children) >= 2, "vLLM runs its engine and its worker in processes of their own"
+    assert children, "vLLM runs its engine in a process of its own"
     server.process.send_signal(signal.SIGKILL)
     server.process.wait()
     _, alive = psutil.wait_procs([child for child in children if runs(child)], timeout=5)

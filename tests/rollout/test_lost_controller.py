@@ -7,11 +7,15 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
 from gspo_megatron.rollout.controller import TALLY
 from tests.rollout.test_lost_server import ANSWERS, PROMPTS, rows_of, wait_for
 from tests.rollout.test_main_job import assert_all_ended, processes_of, start
 
 STEPS = 5
+PATIENCE = 240.0
+"""Seconds for each of the two attempts."""
 # One step off, so that groups are under way at every checkpoint; answers longer than a step takes to train.
 SETTINGS = (
     "checkpoint.every=1",
@@ -36,11 +40,12 @@ def answer_lengths(directory: Path) -> dict[tuple[int, int], int]:
     return lengths
 
 
+@pytest.mark.timeout(2 * PATIENCE + 60)
 def test_a_killed_controller_loses_no_prompt_and_no_count(tmp_path: Path) -> None:
     job = start(tmp_path, *SETTINGS)
     checkpoints = tmp_path / "run" / "checkpoints"
     try:
-        wait_for(job, "checkpoint", lambda: (checkpoints / "step_000002" / "COMPLETE").is_file())
+        wait_for(job, "checkpoint", lambda: (checkpoints / "step_000002" / "COMPLETE").is_file(), PATIENCE)
         [victim] = [pid for pid, text in processes_of(tmp_path).items() if "rollout.controller" in text]
         os.kill(victim, signal.SIGKILL)
         said, _ = job.communicate(timeout=60)
@@ -54,7 +59,10 @@ def test_a_killed_controller_loses_no_prompt_and_no_count(tmp_path: Path) -> Non
     assert state["groups"] and unsaved > 0, "nothing was under way when the controller died"
 
     again = start(tmp_path, *SETTINGS)
-    said, _ = again.communicate(timeout=240)
+    try:
+        said, _ = again.communicate(timeout=PATIENCE)
+    finally:
+        again.terminate()
     assert again.returncode == 0, said[-3000:]
     assert f"goes on after step {int(newest.parent.name.split('_')[1])}" in said
     assert (tmp_path / "run" / "DONE").is_file()
