@@ -46,7 +46,7 @@ def evaluate(node: ast.AST) -> int | float:
     """The value of a syntax tree of arithmetic. Raises ValueError for anything else in it."""
     if isinstance(node, ast.Expression):
         return evaluate(node.body)
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and not isinstance(node.value, bool):
         return node.value
     if isinstance(node, ast.BinOp) and type(node.op) in BINARY:
         return BINARY[type(node.op)](evaluate(node.left), evaluate(node.right))

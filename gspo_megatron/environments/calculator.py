@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import selectors
 import subprocess
 import sys
@@ -83,7 +84,7 @@ def run_program(command: Sequence[str], given: bytes, seconds: float, most: int)
             with selectors.DefaultSelector() as waiting:
                 waiting.register(process.stdout, selectors.EVENT_READ)
                 while waiting.select(max(0.0, deadline - time.monotonic())):
-                    part = process.stdout.read1(most + 1)
+                    part = os.read(process.stdout.fileno(), most + 1)
                     said += part
                     if not part or len(said) > most:
                         break
