@@ -27,5 +27,5 @@ def test_sampler_and_trainer_agree(rows: dict[str, dict[str, Any]], rope: str) -
 
 def test_memory_of_every_process_is_told(rows: dict[str, dict[str, Any]]) -> None:
     for row in rows.values():
-        assert len(row["peak_mib"]["trainer"]) == 2 and len(row["peak_mib"]["server"]) >= 3
+        assert len(row["peak_mib"]["trainer"]) == 2 and len(row["peak_mib"]["server"]) >= 2
         assert min(row["peak_mib"]["trainer"]) > 100

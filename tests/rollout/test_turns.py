@@ -17,8 +17,8 @@ from tests.rollout.test_weight_update import update
 from tests.rollout.tiny import STOP, make_recipe
 
 CODEC = Characters()
-CALLS = tuple(CODEC.encode_text("=ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
-"""Random weights write one of them every few tokens."""
+CALLS = tuple(CODEC.encode_text("=ABCDEFGHIJ"))
+"""Random weights write one of them in nine tokens."""
 
 
 def recipe_with(environment: EnvironmentSection | None = None, **rollout: Any) -> Recipe:
@@ -54,8 +54,9 @@ def test_the_calculator_answers_between_turns(start_controller, oracles) -> None
         for span in ref.masked:
             assert [token in CALLS for token in answer[turn : span.start]] == [False] * (span.start - turn - 1) + [True]
             call = CODEC.decode(answer[turn : span.start])
-            reply = SECTION.reply.replace("{result}", calculate(call.removesuffix("=")))
-            assert CODEC.decode(answer[span.start : span.end]) == reply[: 20 - span.start]
+            if not ref.sample_index:  # one in four: each is a process
+                reply = SECTION.reply.replace("{result}", calculate(call.removesuffix("=")))
+                assert CODEC.decode(answer[span.start : span.end]) == reply[: 20 - span.start]
             turn = span.end
         replies += len(ref.masked)
         # What is left is no call, or one that nobody had an answer to: the fourth, or one without room.
@@ -77,7 +78,8 @@ def test_thinking_that_is_closed_goes_on_as_the_policy_would(start_controller, o
     for ref in batch["samples"]:
         token_ids, start, _ = controller.store.read(ref)
         answer = token_ids[start:].tolist()
-        thinks_on = len(answer) >= 5 and 10 not in answer[:5] and STOP not in answer[:5]
+        # A prompt that holds the end of thinking leaves nothing to close.
+        thinks_on = len(answer) >= 5 and 10 not in token_ids[: start + 5] and STOP not in answer[:5]
         assert [(span.start, span.end, span.why) for span in ref.masked] == [(5, 8, "closing")] * thinks_on
         assert not thinks_on or answer[5:8] == [20, 21, 10]
         closed += thinks_on
