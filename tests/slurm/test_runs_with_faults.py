@@ -85,8 +85,7 @@ def check_stacks(job: Job) -> None:
     assert "stacks of trainer-0:" in said["trainer"] and "loop.py" in said["trainer"]
     assert "stacks of controller:" in said["controller"]
     assert "stacks of rollout-0:" in said["rollout"]
-    for process in ("VLLM::EngineCore", "VLLM::Worker"):
-        assert f" {process}, " in said["rollout"], process
+    assert " VLLM::EngineCore, " in said["rollout"], "the engine answers for itself"
 
 
 def cut_a_node_off(place: Workplace) -> None:
