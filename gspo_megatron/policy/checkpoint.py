@@ -84,7 +84,7 @@ def optimizer_steps(policy: Policy) -> int:
     for run in stepped(policy):
         state = run.optimizer.state.get(run.main, {})
         groups = [group["step"] for group in run.optimizer.param_groups if "step" in group]
-        return int(state["step"]) if "step" in state else int(max(groups, default=0))
+        return int(policy.read(state["step"])) if "step" in state else int(max(groups, default=0))
     return 0
 
 

@@ -31,7 +31,6 @@ from tests.parallel.policy_batch import (
     make_samples,
     share_slots,
 )
-from tests.parallel.world import share_groups
 
 SHARD_BYTES = 150_000
 NO_CLIPPING = 0.0
@@ -52,7 +51,6 @@ def main() -> None:
     directory = Path(sys.argv[1])
     weights.SHARD_BYTES = SHARD_BYTES
     device = mesh.start_world()
-    share_groups()
     results = []
     for case in json.loads((directory / "cases.json").read_text()):
         with faults.planted(case["fault"]):

@@ -157,7 +157,7 @@ def describe(trainer: Trainer) -> dict:
     for run in stepped(trainer.policy):
         state = run.optimizer.state[run.main]
         for kind, tensor in {"value": run.main, "step": state["step"], **{k: state[k] for k in MOMENTS}}.items():
-            found[f"{kind}/{run.entry.name}"] = digest(tensor)
+            found[f"{kind}/{run.entry.name}"] = digest(trainer.policy.read(tensor.detach()))
     found |= {f"rng/{name}": digest(state) for name, state in random_states().items()}
     return found | {"stream": getattr(trainer.link, "position", None)}
 

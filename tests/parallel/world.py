@@ -45,7 +45,7 @@ def share_groups() -> None:
     """Let every process group of the same ranks be one, for as long as the process lives.
 
     Building one layout after another leaks some fifty threads each otherwise: megatron drops its groups without
-    destroying them.
+    destroying them, and every gloo thread wakes up a hundred times a second.
     """
     import torch.distributed as dist
 
@@ -60,6 +60,7 @@ def share_groups() -> None:
 
     def destroy_process_group(group: Any = None) -> None:
         if group is None:
+            kept.clear()
             destroy()
 
     dist.new_group, dist.destroy_process_group = new_group, destroy_process_group
@@ -72,6 +73,7 @@ def _run_ranks(worker: str, size: int, directory: Path, timeout: float) -> None:
     import gspo_megatron.policy.policy  # noqa: F401  imported once, for all ranks
 
     torch.set_num_threads(1)
+    share_groups()
     ranks = {_fork_rank(worker, rank, directory): rank for rank in range(size)}
     codes: dict[int, int] = {}
     end = time.monotonic() + timeout
