@@ -25,8 +25,11 @@ from tests.rollout.test_main_job import assert_all_ended, start
 
 pytestmark = pytest.mark.timeout(900)
 STEPS, PROMPTS, ANSWERS = 5, 8, 4
-# One version behind: answers are under way when the run stops, and have to be carried over.
-SHAPE = (f"trainer.max_steps={STEPS}", "rollout.max_staleness=1", "checkpoint.every=1")
+# One version behind, and slow: answers are under way when the run stops, and have to be carried over.
+SHAPE = (
+    f"trainer.max_steps={STEPS}", "checkpoint.every=1",
+    "rollout.max_staleness=1", "rollout.max_concurrency=2", "rollout.stream_interval=2",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
