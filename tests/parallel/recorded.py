@@ -34,7 +34,8 @@ class RecordedLink:
         refs = [record(self.store, prompt, sample) for prompt in indices for sample in range(self.answers)]
         tokens = sum(ref.answer_length for ref in refs)
         accounting = {"sampled_tokens": tokens, "carried": {"tokens": 0}, "dropped": {}}
-        told = {"seconds": 0.0, "staleness": {}, "measures": {"answer_length": tokens / len(refs)}, "accounting": accounting}
+        measures = {"answer_length": tokens / len(refs)}
+        told = {"seconds": 0.0, "staleness": {}, "measures": measures, "accounting": accounting}
         return {"samples": refs, "tokens": tokens, **told}
 
     def evaluate(self, problems: int, answers: int, temperature: float, on_progress: Any) -> dict[str, Any]:
