@@ -105,8 +105,14 @@ class _Worker:
         self.stop()
         return f"the {self._what} could not be started; its log says why"
 
+    def kill(self) -> None:
+        """End the process, from any thread; the one that waits for it finds its pipe broken and closes it."""
+        process = self._process
+        if process is not None:
+            process.kill()
+
     def stop(self) -> None:
-        """End the process, whatever it is doing."""
+        """End the process and its pipe; only while no other thread waits for it."""
         if self._process is not None:
             self._process.kill()
             self._process.join()
@@ -169,7 +175,7 @@ class ProcessPool:
         """End all processes."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers:
-            worker.stop()
+            worker.kill()
         self._threads.shutdown()
-        for worker in self._workers:  # one that was being started meanwhile
+        for worker in self._workers:
             worker.stop()

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 
 import pytest
 
@@ -85,6 +86,32 @@ def test_output_memory_and_words_are_bounded(
     assert printed == 0.0 and grown == "MemoryError: "
     assert quoted == ("ValueError: " + "x" * 1_000_000)[:300]
     assert capfd.readouterr() == ("", ""), "a gigabyte in the controller's log"
+
+
+@pytest.mark.parametrize("waits_for", ["a start", "an answer"])
+def test_a_pool_that_is_closed_while_a_thread_waits_closes_each_pipe_once(
+    start: Callable[..., ScoringPool], waits_for: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[int] = []
+    close = Connection.close
+
+    def note(connection: Connection) -> None:
+        closed.append(id(connection))
+        time.sleep(0.2)  # long enough for another thread to come by
+        close(connection)
+
+    pool = start(make, 1, 60.0)
+    if waits_for == "an answer":
+        assert pool.submit(PROBLEM, "3", "stop").result(60) == 1.0
+        pool.submit(PROBLEM, "hang", "stop")
+    else:
+        pool.start()
+    while not multiprocessing.active_children():
+        time.sleep(0.01)
+    time.sleep(0.3)
+    monkeypatch.setattr(Connection, "close", note)
+    pool.close()
+    assert len(closed) == len(set(closed)) == 1
 
 
 def test_a_scorer_that_cannot_start_is_a_sentence(start: Callable[..., ScoringPool]) -> None:
