@@ -120,8 +120,6 @@ refuse_if_replaced() { # ends an attempt whose job runs elsewhere by now: this n
 
 await_slurm() { # returns once slurmctld answers: one that restarts says nothing about the nodes, and queues nothing
     local since=$SECONDS said=''
-    # Before scontrol is asked, too: without a network it takes minutes to give up.
-    refuse_if_replaced
     until scontrol show job -o "$SLURM_JOB_ID" >/dev/null 2>&1; do
         refuse_if_replaced
         [ -n "$said" ] || echo "gspo: slurmctld does not answer; waiting for it"
@@ -139,6 +137,8 @@ settle() { # the verdict: the DONE marker, never an exit code, says that the run
     local now
     end_roles
     now=$(newest_checkpoint)
+    # Where the network is gone the roles take a minute to end: the attempt that runs elsewhere may be done meanwhile.
+    refuse_if_replaced
     if [ -f "$run_dir/DONE" ]; then
         echo "gspo: DONE; results are in $run_dir"
         exit 0

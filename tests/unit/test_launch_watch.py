@@ -78,8 +78,9 @@ def test_a_lost_node_is_a_reason_of_its_own(tmp_path: Path) -> None:
     assert said.returncode == REQUEUED and "because a node is lost" in said.stdout
 
 
-def test_a_replaced_attempt_ends_and_leaves_the_job_alone(tmp_path: Path) -> None:
-    said = run(tmp_path, "(checkpoint 000003; exit 1)", NEWEST="2")
+@pytest.mark.parametrize("meanwhile", ["checkpoint 000003", "touch $run_dir/DONE"])
+def test_a_replaced_attempt_ends_and_leaves_the_job_alone(tmp_path: Path, meanwhile: str) -> None:
+    said = run(tmp_path, f"({meanwhile}; exit 1)", NEWEST="2")
     assert said.returncode == 1 and "scontrol" not in said.stdout, said
     assert said.stdout.splitlines()[-1] == "gspo: attempt 1 was replaced by attempt 2; this one ends"
     assert not (tmp_path / "logs" / "restarts").exists()
