@@ -33,6 +33,8 @@ LARGEST, MEAN = 1e-4, 1e-6
 """Bounds of |sampler - trainer| of a token and of its signed mean, nats; the clip band is 3e-4."""
 SHARPNESS = 3.0
 """Weight of the query norms: of 100,000 keys a query then looks at about a dozen, so that each one's place counts."""
+ROUTED = slice(1, 9)
+"""Places of the state that the routers look at."""
 ROLES = {"server": "rollout.server", "controller": "rollout.controller", "trainer": "gspo_megatron.loop"}
 """What the command line of each role holds."""
 KEPT = {
@@ -52,8 +54,13 @@ KEPT = {
 
 
 def write_weights(recipe: Recipe, directory: Path) -> None:
-    """Random weights, but for one place of every state that is 1, which no layer reads or writes and which keeps the
-    stop token's logit far down: sampled answers go on to their limit."""
+    """Random weights, but for a few places of every state that no layer writes.
+
+    One is 1, is read by the head alone and keeps the stop token's logit far down: sampled answers go on to their limit.
+    The others are what a token's embedding has there, and all that the routers look at: every token has its experts,
+    by a margin. Of 400,000 choices by the whole state some are closer than the rounding of either engine; where the two
+    choose differently, a token differs by tenths of a nat, and says nothing about its length.
+    """
     arch = recipe.model.architecture
     assert arch is not None
     read = random_pieces(arch, recipe.run.seed)
@@ -62,8 +69,12 @@ def write_weights(recipe: Recipe, directory: Path) -> None:
         for name, (rows, *columns) in hf_shapes(arch).items()
     }
     for name, tensor in tensors.items():
-        if name.endswith(("o_proj.weight", "down_proj.weight", "layernorm.weight")):
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensor[: ROUTED.stop] = 0.0
+        elif name.endswith("layernorm.weight"):
             tensor[0] = 0.0
+        elif name.endswith("mlp.gate.weight"):
+            tensor[:, ROUTED.stop :] = 0.0
         elif name.endswith("q_norm.weight"):
             tensor *= SHARPNESS
     tensors["model.embed_tokens.weight"][:, 0] = 1.0

@@ -10,7 +10,8 @@ import pytest
 from tools.long_context import ROPES, faults, run
 
 TOKENS = 2000
-SHORT = (f"rollout.max_answer_tokens={TOKENS}", "trainer.ranks=2", "trainer.context_parallel=2")
+# A sum of one digit: a text as short as this need not hold two certain ones side by side.
+SHORT = (f"rollout.max_answer_tokens={TOKENS}", "trainer.ranks=2", "trainer.context_parallel=2", "run.seed=2")
 
 
 @pytest.fixture(scope="module")
