@@ -96,7 +96,7 @@ explain() { # KIND CODE: the end of the culprit's log, then one sentence
     if [ -f "$log" ]; then
         tail -n 15 "$log" | sed "s/^/  $kind${node:+ $node} | /"
         # Words of the role itself say more than its exit code; of a killed one there are none.
-        [[ $said == Exited* ]] && said=$(grep -vE '^[0-9: ]*$|^(slurmstepd|srun)' "$log" | tail -n1 | sed 's/^ *[0-9]*: //')
+        [[ $said == Exited* ]] && said=$(grep -vE '^[0-9: ]*$|^ *([0-9]+: )?(slurmstepd|srun)' "$log" | tail -n1 | sed 's/^ *[0-9]*: //')
     fi
     echo "gspo: $kind failed${node:+ on $node}: $said (log: ${log:-$attempt})"
 }

@@ -58,13 +58,13 @@ class Workplace:
         self.jobs.append(job)
         return job
 
-    def resume(self, job: Job, name: str) -> Job:
+    def resume(self, job: Job, name: str, **environment: str) -> Job:
         """Submit what a job's log says that resumes it."""
         (line,) = [line for line in job.text().splitlines() if line.startswith("resume ")][-1:]
         _, program, *words = shlex.split(line)
         assert program == "sbatch"
         log = self.directory / f"{name}.log"
-        settings = {"GSPO_SITE": "/dev/null", "GSPO_VENV": sys.prefix}
+        settings = {"GSPO_SITE": "/dev/null", "GSPO_VENV": sys.prefix, **environment}
         number = self.lab.submit(f"--output={log}", *words, environment=settings, cwd=ROOT)
         again = Job(self.lab, number, job.run_dir, log)
         self.jobs.append(again)

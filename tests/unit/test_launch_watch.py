@@ -67,7 +67,7 @@ def test_a_crash_is_restarted_as_often_as_it_may_and_only_after_a_newer_checkpoi
 
 
 def test_the_last_words_are_those_of_the_role_and_not_of_slurm(tmp_path: Path) -> None:
-    words = "'0: the reason' '0: ' 'slurmstepd-n1: error: *** STEP 7.3 ON n1 CANCELLED ***'"
+    words = "'0: the reason' '0: ' '0: slurmstepd-n1: error: *** STEP 7.3 ON n1 CANCELLED ***'"
     ends = "echo 'srun: error: n1: task 0: Exited with exit code 1' >$attempt/srun-trainer.txt"
     said = run(tmp_path, f"(printf '%s\\n' {words} >$attempt/trainer-n1.log; {ends}; exit 1)")
     assert said.stdout.splitlines()[-1].startswith("gspo: trainer failed on n1: the reason (log: "), said
