@@ -27,6 +27,8 @@ pass_on() { # again and again, from when every rank holds the signal back until 
 }
 
 on_term() { # scancel, or a requeue by SLURM: it ends the roles itself
+    # SLURM asks more than once, and everything that this script has started: what counts the checkpoints, too.
+    trap '' TERM
     echo "gspo: SLURM ends this attempt (scancel, a lost node, or its limit); $(newest_checkpoint) is the newest complete checkpoint"
     exit 143
 }
