@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -41,9 +43,28 @@ def prepare_weights(trainer: Trainer) -> None:
             safetensors_pieces(recipe.model.path, arch) if recipe.model.path else random_pieces(arch, recipe.run.seed)
         )
         fine_tune(trainer, recipe.cold_start)
-        policy.save(cached)
+        run = hashlib.sha256(str(trainer.log.run_dir.absolute()).encode()).hexdigest()[:8]
+        own = cached.with_name(f"{cached.name}.{run}")
+        policy.save(own)
+        if dist.get_rank() == 0:
+            publish(own, cached)
+        dist.barrier()
     policy.load(safetensors_pieces(cached, arch))
     trainer.log.say(f"cold start: {cached}{' (cached)' if have[0] else ''}")
+
+
+def publish(own: Path, cached: Path) -> None:
+    """Move a run's own weights to the cache; of runs that made them at the same time, all go on with the first one's.
+
+    Raises:
+        OSError: something else is in the way.
+    """
+    try:
+        own.rename(cached)  # never over a directory that holds something
+    except OSError:
+        if not (cached / "config.json").is_file():
+            raise
+        shutil.rmtree(own)
 
 
 def check_band(trainer: Trainer, accuracy: float) -> None:
