@@ -36,11 +36,12 @@ def scenarios(workplace: Workplace) -> Iterator[dict[str, Future[None]]]:
 
 
 def run_lane(place: Workplace, lane: tuple[Callable[[Workplace], None], ...], ends: dict[str, Future[None]]) -> None:
+    earlier = len(place.jobs)
     for scenario in lane:
         try:
             scenario(place)
         except BaseException as error:
-            for job in place.jobs:
+            for job in place.jobs[earlier:]:
                 error.add_note(job.everything())
             ends[scenario.__name__].set_exception(error)
         else:
