@@ -55,7 +55,6 @@ class Trainer:
         self.sender = WeightSender(policy.device, shares=not recipe.placement.rollout_nodes)
         self.routers = RouterInstruments(policy)
         self.reference: ReferenceWeights | None = None
-        self.answer_limit = recipe.rollout.max_answer_tokens
         self.version = -1
         self.updates = 0
         self.skipped = 0
@@ -119,7 +118,6 @@ class Trainer:
         with self.log.time("rollout"), self.log.progress("rollout", total) as bar:
             answer = self.on_first_rank(lambda link: link.rollout(step, on_progress=lambda p: bar.update(p["done"])))
         refs, counts = answer["samples"], answer["accounting"]
-        self.answer_limit = self.recipe.rollout.answer_limit(step)
         self.log.add({"rollout_tokens": answer["tokens"], **answer["measures"]})
         self.log.add({f"staleness_{name}": value for name, value in answer["staleness"].items()})
         self.log.add({"sampled_tokens": counts["sampled_tokens"], "carried_tokens": counts["carried"]["tokens"]})
@@ -179,7 +177,9 @@ class Trainer:
         self.log.add(group_metrics(rewards, groups))
         lengths = torch.tensor([ref.answer_length for ref in refs])
         truncated = torch.tensor([ref.stop_reason == "length" for ref in refs])
-        shaped = shape_rewards(spec, rewards, lengths, truncated, self.answer_limit).rewards
+        longest = self.recipe.rollout.max_answer_tokens
+        limits = torch.tensor([longest if ref.limit is None else ref.limit for ref in refs])
+        shaped = shape_rewards(spec, rewards, lengths, truncated, limits).rewards
         if spec.kl != "none" and spec.kl_in == "reward":
             charged = divergence(spec, minibatches, self.policy.sum_over_context)
             charges = torch.tensor([charged.get((r.prompt_index, r.sample_index), 0.0) for r in refs]).double()

@@ -109,6 +109,8 @@ class Answer:
     """[rows, layers, k] expert of each token of prompt and answer, -1 = not recorded; the last rows may be missing."""
     masked: tuple[Masked, ...] = ()
     """In order; versions of masked tokens are those of the token before."""
+    limit: int | None = None
+    """Most tokens that it might get, of the step that began it; None = `rollout.max_answer_tokens`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +135,8 @@ class SampleRef:
     """Weight versions of the answer's tokens."""
     masked: tuple[Masked, ...] = ()
     """Answer tokens that were not sampled."""
+    limit: int | None = None
+    """Most tokens that the answer might get; None = `rollout.max_answer_tokens`."""
 
     @property
     def trained_length(self) -> int:

@@ -59,6 +59,7 @@ class SampleStore:
             stop_reason=answer.stop_reason,
             segments=answer.segments,
             masked=answer.masked,
+            limit=answer.limit,
         )
 
     def beside(self, name: str) -> SampleStore:

@@ -24,21 +24,24 @@ class ShapedRewards:
     """[N] bool: answers that are trained on; the others still count in their group's mean."""
 
 
-def soft_overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
-    """[N] float64 in [-1, 0]: 0 up to max_length - buffer, then linearly down to -1 at max_length (DAPO).
+def soft_overlong_penalty(lengths: Tensor, limits: Tensor, buffer: int) -> Tensor:
+    """[N] float64 in [-1, 0]: 0 up to limit - buffer, then linearly down to -1 at the limit (DAPO).
 
     Args:
         lengths: [N] answer tokens.
-        max_length: answer limit, tokens.
+        limits: [N] most tokens that each answer might get.
         buffer: tokens over which the penalty grows.
+
+    Raises:
+        ValueError: the buffer is longer than an answer might get.
     """
-    if not 0 < buffer <= max_length:
-        raise ValueError(f"overlong_buffer={buffer} must lie in 1..{max_length}, the answer limit; change it")
-    return ((max_length - buffer - lengths.double()) / buffer).clamp(-1.0, 0.0)
+    if len(limits) and not 0 < buffer <= (shortest := int(limits.min())):
+        raise ValueError(f"overlong_buffer={buffer} must lie in 1..{shortest}, the answer limit; change it")
+    return ((limits - buffer - lengths.double()) / buffer).clamp(-1.0, 0.0)
 
 
 def shape_rewards(
-    spec: ObjectiveSpec, rewards: Tensor, lengths: Tensor, truncated: Tensor, max_length: int
+    spec: ObjectiveSpec, rewards: Tensor, lengths: Tensor, truncated: Tensor, limits: Tensor
 ) -> ShapedRewards:
     """Apply the spec's length rule.
 
@@ -47,13 +50,13 @@ def shape_rewards(
         rewards: [N] scores.
         lengths: [N] answer tokens.
         truncated: [N] bool: cut at the limit.
-        max_length: answer limit, tokens.
+        limits: [N] most tokens that each answer might get.
     """
     everything = torch.ones_like(truncated, dtype=torch.bool)
     if spec.overlong == "soft":
         if spec.overlong_buffer is None:
             raise ValueError("overlong=soft has no overlong_buffer; set it, e.g. to a fifth of the answer limit")
-        penalty = soft_overlong_penalty(lengths, max_length, spec.overlong_buffer)
+        penalty = soft_overlong_penalty(lengths, limits, spec.overlong_buffer)
         return ShapedRewards(rewards + penalty.to(rewards.dtype), everything)
     if spec.overlong == "zero":
         return ShapedRewards(torch.where(truncated, 0.0, rewards), everything)

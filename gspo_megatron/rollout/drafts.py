@@ -128,6 +128,7 @@ class Draft:
             segments=tuple(self.segments),
             stop_reason=stop_reason,
             masked=tuple(self.masked),
+            limit=self.limit,
         )
 
     def _cover(self, span: Segment) -> None:

@@ -62,7 +62,7 @@ def test_length_rules() -> None:
     spec = ObjectiveSpec.preset("dapo")
 
     def shaped(**axes: Any) -> tuple[list[float], list[bool]]:
-        result = shape_rewards(spec.replace(**axes), rewards, lengths, truncated, max_length=100)
+        result = shape_rewards(spec.replace(**axes), rewards, lengths, truncated, torch.tensor([100, 100, 100]))
         return result.rewards.tolist(), result.trained.tolist()
 
     assert shaped() == ([1, 1, 0], [True, True, True])
@@ -74,10 +74,10 @@ def test_length_rules() -> None:
 
 def test_a_soft_penalty_needs_a_buffer_within_the_limit() -> None:
     with pytest.raises(ValueError, match=r"overlong_buffer=200 must lie in 1\.\.100"):
-        soft_overlong_penalty(torch.tensor([1]), 100, 200)
+        soft_overlong_penalty(torch.tensor([1, 1]), torch.tensor([300, 100]), 200)
     with pytest.raises(ValueError, match="overlong=soft has no overlong_buffer"):
         spec = ObjectiveSpec.preset("gspo").replace(overlong="soft")
-        shape_rewards(spec, torch.ones(1), torch.ones(1), torch.zeros(1, dtype=torch.bool), 10)
+        shape_rewards(spec, torch.ones(1), torch.ones(1), torch.zeros(1, dtype=torch.bool), torch.tensor([10]))
 
 
 def test_dynamic_sampling_keeps_groups_that_differ() -> None:

@@ -170,7 +170,8 @@ def test_generalized_advantages_step_over_untrained_tokens(decay: float, column:
 
 def test_soft_overlong_penalty() -> None:
     lengths = torch.tensor([int(n) for n in FIXTURES["overlong"]])
-    assert soft_overlong_penalty(lengths, 20_480, 4_096).tolist() == list(FIXTURES["overlong"].values())
+    penalties = soft_overlong_penalty(lengths, torch.full_like(lengths, 20_480), 4_096)
+    assert penalties.tolist() == list(FIXTURES["overlong"].values())
 
 
 @pytest.mark.parametrize("row", FIXTURES["token_table"], ids=lambda row: f"{row['r']}{'+' if row['A'] > 0 else '-'}")

@@ -249,6 +249,7 @@ def test_every_answer_has_the_limit_of_the_step_that_began_it(tmp_path: Path) ->
             second = await controller.rollout(2)
             assert (await controller.evaluate(1, 1, 0.0))["mean_length"] == 12, "evaluations compare over the steps"
         assert {row["answer_length"] for row in first["samples"]} == {4}
+        assert all(row["limit"] == row["answer_length"] for row in [*first["samples"], *second["samples"]])
         lengths = {row["prompt_index"]: row["answer_length"] for row in second["samples"]}
         assert lengths.pop(2) == 4 and set(lengths.values()) == {6}, "prompt 2 was begun in the first stage"
         assert (first["measures"]["answer_limit"], second["measures"]["answer_limit"]) == (4, 6)

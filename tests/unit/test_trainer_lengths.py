@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -51,7 +51,7 @@ def make_trainer(**objective: Any) -> Trainer:
     trainer = Trainer.__new__(Trainer)
     trainer.recipe = type(recipe()).model_validate(values)
     trainer.spec = trainer.recipe.objective.spec(LIMIT)
-    trainer.log, trainer.answer_limit, trainer.reference = Log(), LIMIT, None  # type: ignore[assignment]
+    trainer.log, trainer.reference = Log(), None  # type: ignore[assignment]
     return trainer
 
 
@@ -75,7 +75,7 @@ def advantages(*rewards: float) -> list[float]:
     [
         ({}, LIMIT, [1, 1, 1, 0]),
         ({"overlong": "soft", "overlong_buffer": BUFFER}, LIMIT, [1, 0.5, 0, 0]),
-        # In a stage of at most 8 tokens the penalty begins at 4; what was begun before it is beyond all of it.
+        # In a stage of at most 8 tokens the penalty begins at 4; what is longer than its limit has all of it.
         ({"overlong": "soft", "overlong_buffer": BUFFER}, 8, [1, 0, 0, -0.25]),
         ({"overlong": "zero"}, LIMIT, [1, 1, 0, 0]),
     ],
@@ -83,9 +83,14 @@ def advantages(*rewards: float) -> list[float]:
 def test_the_length_rule_shapes_what_advantages_are_taken_of(
     objective: dict[str, Any], limit: int, rewards: list[float]
 ) -> None:
-    trainer = make_trainer(**objective)
-    trainer.answer_limit = limit
-    assert weigh(trainer) == pytest.approx(advantages(*rewards))
+    refs = [replace(ref, limit=limit) for ref in REFS]
+    assert weigh(make_trainer(**objective), refs) == pytest.approx(advantages(*rewards))
+
+
+def test_an_answer_that_was_carried_into_a_longer_stage_keeps_its_own_limit() -> None:
+    trainer = make_trainer(overlong="soft", overlong_buffer=BUFFER)
+    refs = [answer(0, 6, limit=8), answer(1, 6), answer(2, 10), answer(3, 10, limit=LIMIT)]
+    assert weigh(trainer, refs) == pytest.approx(advantages(0.5, 1, 0.5, 0.5))
 
 
 def test_a_filtered_answer_counts_in_its_group_and_is_not_trained_on() -> None:
