@@ -7,6 +7,7 @@ import time
 
 import psutil
 
+from tests.processes import runs
 from tests.rollout.conftest import Server, answers
 
 
@@ -15,17 +16,9 @@ def test_kill_9_of_the_api_process_leaves_no_process(server: Server) -> None:
     assert children, "vLLM runs its engine in a process of its own"
     server.process.send_signal(signal.SIGKILL)
     server.process.wait()
-    _, alive = psutil.wait_procs([child for child in children if runs(child)], timeout=5)
+    _, alive = psutil.wait_procs([child for child in children if runs(child.pid)], timeout=5)
     deadline = time.monotonic() + 5
-    while any(runs(child) for child in alive) and time.monotonic() < deadline:
+    while any(runs(child.pid) for child in alive) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert [child.cmdline() for child in alive if runs(child)] == []
+    assert [child.cmdline() for child in alive if runs(child.pid)] == []
     assert not answers(server.url)
-
-
-def runs(process: psutil.Process) -> bool:
-    """Whether it is neither gone nor dead and waiting for a parent to notice."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

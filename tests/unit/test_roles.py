@@ -14,6 +14,7 @@ import pytest
 
 from gspo_megatron.config import load
 from gspo_megatron.roles import Role, plan_roles, run_roles
+from tests.processes import runs
 
 SLEEP = (sys.executable, "-c", "import time; time.sleep(60)")
 
@@ -22,18 +23,10 @@ def python(code: str) -> tuple[str, ...]:
     return (sys.executable, "-c", code)
 
 
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-
-
 def assert_ends(pid: int) -> None:
     """A process that was sent SIGKILL needs a moment on a busy machine."""
     deadline = time.monotonic() + 10
-    while is_alive(pid):
+    while runs(pid):
         assert time.monotonic() < deadline, f"process {pid} lives on"
         time.sleep(0.05)
 

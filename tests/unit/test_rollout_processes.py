@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from gspo_megatron.rollout.auth import KeyGuard, has_key, key_header, read_key
+from tests.processes import runs
 
 FAMILY = """
 import os, time
@@ -26,14 +27,6 @@ if child == 0:
         print(os.getpid(), flush=True)
 time.sleep(600)
 """
-
-
-def runs(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
 
 
 def test_a_killed_process_takes_its_descendants_along() -> None:
