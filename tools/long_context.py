@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -31,8 +32,8 @@ YARN = "{rope_type: yarn, factor: 4.0, original_max_position_embeddings: 32768}"
 ROPES = {"native": [], "yarn": [f"model.architecture.rope_scaling={YARN}"]}
 LARGEST, MEAN = 1e-4, 1e-6
 """Bounds of |sampler - trainer| of a token and of its signed mean, nats; the clip band is 3e-4."""
-SHARPNESS = 3.0
-"""Weight of the query norms: of 100,000 keys a query then looks at about a dozen, so that each one's place counts."""
+SHARPNESS = 2.0
+"""Standard deviation of the attention scores: a query looks at exp(-4) of its keys, so that each one's place counts."""
 ROUTED = slice(1, 9)
 """Places of the state that the routers look at."""
 ROLES = {"server": "rollout.server", "controller": "rollout.controller", "trainer": "gspo_megatron.loop"}
@@ -63,6 +64,8 @@ def write_weights(recipe: Recipe, directory: Path) -> None:
     """
     arch = recipe.model.architecture
     assert arch is not None
+    scaling = arch.rope_scaling or {"factor": 1.0}
+    attention_factor = 1.0 + 0.1 * math.log(scaling["factor"])  # YaRN's, on queries and keys alike
     read = random_pieces(arch, recipe.run.seed)
     tensors = {
         name: read(Piece(name, (0, rows), (0, columns[0]) if columns else None, (0, rows)))
@@ -76,7 +79,7 @@ def write_weights(recipe: Recipe, directory: Path) -> None:
         elif name.endswith("mlp.gate.weight"):
             tensor[:, ROUTED.stop :] = 0.0
         elif name.endswith("q_norm.weight"):
-            tensor *= SHARPNESS
+            tensor *= SHARPNESS / attention_factor**2
     tensors["model.embed_tokens.weight"][:, 0] = 1.0
     head = tensors["lm_head.weight"]
     head[:, 0] = 0.0
