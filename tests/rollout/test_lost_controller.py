@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,12 +41,24 @@ def answer_lengths(directory: Path) -> dict[tuple[int, int], int]:
     return lengths
 
 
+def newest_state(directory: Path) -> dict[str, Any]:
+    """The controller's state in the newest complete checkpoint."""
+    *_, newest = sorted((directory / "run" / "checkpoints").glob("step_*/COMPLETE"))
+    return json.loads(newest.with_name("state.json").read_text())["controller"]
+
+
+def unsaved_tokens(directory: Path) -> int:
+    """Tokens that came after the newest checkpoint."""
+    return received(directory) - newest_state(directory)["accounting"]["sampled_tokens"]
+
+
 @pytest.mark.timeout(2 * PATIENCE + 60)
 def test_a_killed_controller_loses_no_prompt_and_no_count(tmp_path: Path) -> None:
     job = start(tmp_path, *SETTINGS)
     checkpoints = tmp_path / "run" / "checkpoints"
     try:
         wait_for(job, "checkpoint", lambda: (checkpoints / "step_000002" / "COMPLETE").is_file(), PATIENCE)
+        wait_for(job, "tokens of the next step", lambda: unsaved_tokens(tmp_path) > 0, PATIENCE)
         [victim] = [pid for pid, text in processes_of(tmp_path).items() if "rollout.controller" in text]
         os.kill(victim, signal.SIGKILL)
         said, _ = job.communicate(timeout=60)
@@ -53,10 +66,9 @@ def test_a_killed_controller_loses_no_prompt_and_no_count(tmp_path: Path) -> Non
         job.terminate()
     assert job.returncode == 1 and "controller failed: killed by SIGKILL" in said
     assert_all_ended(tmp_path)
-    newest = sorted(checkpoints.glob("step_*/state.json"))[-1]
-    state = json.loads(newest.read_text())["controller"]
-    unsaved = received(tmp_path) - state["accounting"]["sampled_tokens"]
-    assert state["groups"] and unsaved > 0, "nothing was under way when the controller died"
+    newest = sorted(checkpoints.glob("step_*/COMPLETE"))[-1]
+    unsaved = unsaved_tokens(tmp_path)
+    assert newest_state(tmp_path)["groups"] and unsaved > 0, "nothing was under way when the controller died"
 
     again = start(tmp_path, *SETTINGS)
     try:
