@@ -41,15 +41,18 @@ def answer_lengths(directory: Path) -> dict[tuple[int, int], int]:
     return lengths
 
 
-def newest_state(directory: Path) -> dict[str, Any]:
-    """The controller's state in the newest complete checkpoint."""
-    *_, newest = sorted((directory / "run" / "checkpoints").glob("step_*/COMPLETE"))
-    return json.loads(newest.with_name("state.json").read_text())["controller"]
+def newest_checkpoint(directory: Path) -> Path:
+    """The newest that is complete."""
+    return max((directory / "run" / "checkpoints").glob("step_*/COMPLETE")).parent
+
+
+def controller_state(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / "state.json").read_text())["controller"]
 
 
 def unsaved_tokens(directory: Path) -> int:
     """Tokens that came after the newest checkpoint."""
-    return received(directory) - newest_state(directory)["accounting"]["sampled_tokens"]
+    return received(directory) - controller_state(newest_checkpoint(directory))["accounting"]["sampled_tokens"]
 
 
 @pytest.mark.timeout(2 * PATIENCE + 60)
@@ -66,9 +69,9 @@ def test_a_killed_controller_loses_no_prompt_and_no_count(tmp_path: Path) -> Non
         job.terminate()
     assert job.returncode == 1 and "controller failed: killed by SIGKILL" in said
     assert_all_ended(tmp_path)
-    newest = sorted(checkpoints.glob("step_*/COMPLETE"))[-1]
+    newest = newest_checkpoint(tmp_path)
     unsaved = unsaved_tokens(tmp_path)
-    assert newest_state(tmp_path)["groups"] and unsaved > 0, "nothing was under way when the controller died"
+    assert controller_state(newest)["groups"] and unsaved > 0, "nothing was under way when the controller died"
 
     again = start(tmp_path, *SETTINGS)
     try:
@@ -76,7 +79,7 @@ def test_a_killed_controller_loses_no_prompt_and_no_count(tmp_path: Path) -> Non
     finally:
         again.terminate()
     assert again.returncode == 0, said[-3000:]
-    assert f"goes on after step {int(newest.parent.name.split('_')[1])}" in said
+    assert f"goes on after step {int(newest.name.split('_')[1])}" in said
     assert (tmp_path / "run" / "DONE").is_file()
 
     rows = rows_of(tmp_path)
@@ -86,7 +89,7 @@ def test_a_killed_controller_loses_no_prompt_and_no_count(tmp_path: Path) -> Non
     assert dropped.pop("dropped_tokens/attempt-lost") == unsaved
     assert rows[-1]["sampled_tokens"] == trained + unsaved + rows[-1]["carried_tokens"] + sum(dropped.values())
 
-    end = json.loads((checkpoints / f"step_{STEPS:06d}" / "state.json").read_text())["controller"]
+    end = controller_state(checkpoints / f"step_{STEPS:06d}")
     under_way = {group["prompt"]["index"] for group in end["groups"]}
     given = set(range(end["stream"]["index"])) - under_way
     assert not dropped and end["accounting"]["taken"]["prompts"] == PROMPTS * STEPS == len(given)

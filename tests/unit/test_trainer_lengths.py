@@ -51,7 +51,8 @@ def make_trainer(**objective: Any) -> Trainer:
     trainer = Trainer.__new__(Trainer)
     trainer.recipe = type(recipe()).model_validate(values)
     trainer.spec = trainer.recipe.objective.spec(LIMIT)
-    trainer.log, trainer.reference = Log(), None  # type: ignore[assignment]
+    trainer.log = Log()  # type: ignore[assignment]  # stands for a RunLog, which writes into a run directory
+    trainer.reference = None
     return trainer
 
 
