@@ -64,8 +64,8 @@ def write_weights(recipe: Recipe, directory: Path) -> None:
     """
     arch = recipe.model.architecture
     assert arch is not None
-    scaling = arch.rope_scaling or {"factor": 1.0}
-    attention_factor = 1.0 + 0.1 * math.log(scaling["factor"])  # YaRN's, on queries and keys alike
+    factor = float((arch.rope_scaling or {}).get("factor", 1))
+    attention_factor = 1.0 + 0.1 * math.log(factor)  # YaRN's, on queries and keys alike
     read = random_pieces(arch, recipe.run.seed)
     tensors = {
         name: read(Piece(name, (0, rows), (0, columns[0]) if columns else None, (0, rows)))

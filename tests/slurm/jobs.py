@@ -202,11 +202,15 @@ class Job:
         return "\n".join(texts)
 
 
-def check_done(job: Job, steps: int) -> None:
-    """It ended DONE, every step is there once, and every weight update passed the canary."""
+def check_done(job: Job, steps: int, afterwards: str | None = None) -> None:
+    """It ended DONE, every step is there once, and every weight update passed the canary.
+
+    `afterwards`: words of the lines that may come after DONE, as from a replaced attempt whose network is back late.
+    """
     assert job.finish(START) == "COMPLETED" and (job.run_dir / "DONE").exists(), job.last_line()
-    # An attempt that was replaced may be the last to speak: its network comes back when it does.
-    words = [line for line in job.text().splitlines() if "was replaced by attempt" not in line]
+    words = job.text().splitlines()
+    while afterwards and afterwards in words[-1]:
+        words.pop()
     assert words[-1] == f"gspo: DONE; results are in {job.run_dir}"
     rows = job.rows()
     assert [row["step"] for row in rows] == list(range(steps + 1)), "a step is lost or doubled"

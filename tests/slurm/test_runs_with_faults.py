@@ -101,10 +101,11 @@ def cut_a_node_off(place: Workplace) -> None:
             job.wait_for_attempt(2)
             before = job.checkpointed()
         assert job.plan(2)["hosts"][0][0] != node
-        job.wait_for_words("gspo: attempt 1 was replaced by attempt 2; this one ends")
+        replaced = "attempt 1 was replaced by attempt 2"
+        job.wait_for_words(f"gspo: {replaced}; this one ends")
     (log,) = job.attempt(1).glob("trainer-*.log")
-    assert f"attempt 1 was replaced by attempt 2 of {job.run_dir}" in log.read_text()
-    check_done(job, STEPS)
+    assert f"{replaced} of {job.run_dir}" in log.read_text()
+    check_done(job, STEPS, afterwards=replaced)
     said = job.text()
     assert f"gspo: goes on after step {before}\n" in said
     assert lab.job(job.id)["Restarts"] == "1" and not (job.run_dir / "logs" / "restarts").exists(), "a second restart"
