@@ -21,7 +21,7 @@ from types import FrameType
 
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.plan.hosts import Host, Ports, Spread, tasks
-from gspo_megatron.plan.machine import find_gpus, machine_of
+from gspo_megatron.plan.machine import find_gpus
 from gspo_megatron.types import STOPPED
 
 LOOPBACK = "127.0.0.1"
@@ -29,8 +29,6 @@ STOP = signal.SIGUSR1
 """Asks a run to save itself and to stop."""
 GRACE = 5.0
 """Seconds between SIGTERM and SIGKILL."""
-SERVER_RESTARTS = 3
-"""Times that each of several servers may be lost in one run; a single server takes the run with it."""
 SETTLE = 0.5
 """Seconds to wait after the first end: a killed role takes others with it; one ended by a signal is the cause."""
 
@@ -65,8 +63,6 @@ def plan_roles(recipe: Recipe, run_dir: Path, ranks: int) -> list[Role]:
     ports, here = Ports(free[0], free[1], tuple(free[2:])), Host("localhost", LOOPBACK)
     over = Spread((here,), ranks, (here,), recipe.rollout.servers, find_gpus()[1] or 0)
     key = {"GSPO_JOB_KEY": secrets.token_hex(16)}
-    # A server cannot start on a GPU that the trainer is using.
-    restarts = 0 if machine_of(recipe).colocated else SERVER_RESTARTS
     # Servers may have an environment of their own, as on a cluster (launch/local.sh).
     programs = {"rollout": os.environ.get("GSPO_ROLLOUT_PYTHON", sys.executable)}
     return [
@@ -75,7 +71,7 @@ def plan_roles(recipe: Recipe, run_dir: Path, ranks: int) -> list[Role]:
             (programs.get(task.kind, sys.executable), *task.arguments),
             {**key, **task.environment},
             owns_terminal=task.name == "trainer-0",
-            restarts=restarts if task.kind == "rollout" else 0,
+            restarts=task.restarts,
         )
         for task in tasks(recipe, over, ports, run_dir)
     ]

@@ -22,6 +22,8 @@ class PlacementSection(Section):
     """GPUs of one node, or trainer ranks of one where there is none; null = 8, or 2 ranks."""
     rollout_nodes: int = Field(default=0, ge=0)
     """Nodes that only run servers; 0 = colocated: servers share the trainer's GPUs and sleep while it trains."""
+    server_nodes: int | None = Field(default=None, gt=0)
+    """Nodes that one server spans; null = as few as have its GPUs (1 where there are none)."""
     host_memory_gib: float | None = Field(default=None, gt=0)
     """Memory of one node, GiB; null = 1,500, what 8-GPU servers have at least, or this machine's."""
     walltime_hours: float | None = Field(default=None, gt=0)

@@ -130,6 +130,8 @@ class RolloutSection(Section):
     """Tensor-parallel size of one server."""
     pipeline_parallel: int = Field(default=1, gt=0)
     """Pipeline-parallel size of one server; it uses tensor_parallel * pipeline_parallel GPUs."""
+    expert_parallel: bool = False
+    """Whole experts on each tensor-parallel rank of a server, instead of a slice of every expert."""
     decode_context_parallel: int = Field(default=1, gt=0)
     """Ranks of one server's tensor-parallel group that share the KV of a sequence while decoding."""
     prefix_caching: bool = True

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.plan.machine import machine_of
 from gspo_megatron.types import Finding
 
 Kind = Literal["rollout", "controller", "trainer"]
 CPU_RANKS = 2
 """Trainer ranks of a node without GPUs, unless `trainer.ranks` says otherwise."""
+SERVER_RESTARTS = 3
+"""Times that each of several servers may be lost in one attempt; a single server takes the attempt with it."""
 PORT_STRIDE = 16
 """Ports of one job: rendezvous, controller, and the servers of one host."""
 FIRST_PORT, PORT_JOBS = 20000, 750
@@ -63,11 +66,17 @@ class Task:
     """Added to the environment."""
     ports: tuple[int, ...]
     """Ports of its host on which it listens."""
+    part: int = 0
+    """Which node's part of a server that spans nodes; the first answers requests."""
+    restarts: int = 0
+    """Times it is started again when it is lost while others of its kind run."""
 
     @property
     def name(self) -> str:
-        """`trainer-0`, `rollout-1`, `controller`."""
-        return self.kind if self.kind == "controller" else f"{self.kind}-{self.index}"
+        """`trainer-0`, `rollout-1`, `controller`; `rollout-1.1` is the second node's part of a server."""
+        if self.kind == "controller":
+            return self.kind
+        return f"{self.kind}-{self.index}" + (f".{self.part}" if self.part else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +93,8 @@ class Spread:
     """Servers of each."""
     gpus: int
     """GPUs of a host; 0 = none."""
+    server_nodes: int = 1
+    """Hosts that one server spans; then it has them for itself."""
 
     @property
     def world(self) -> int:
@@ -94,6 +105,12 @@ class Spread:
     def colocated(self) -> bool:
         """Whether servers and trainer share hosts."""
         return self.servers[0] in self.trainers
+
+    def server_places(self) -> list[tuple[tuple[Host, ...], int]]:
+        """Of each server: the hosts that it spans, and which one it is on them."""
+        span = self.server_nodes
+        groups = [self.servers[first : first + span] for first in range(0, len(self.servers), span)]
+        return [(group, local) for group in groups for local in range(self.servers_each)]
 
     def of(self, kind: Kind) -> tuple[tuple[Host, ...], int]:
         """Hosts of a kind of role and how many of it each has."""
@@ -107,8 +124,9 @@ def spread(recipe: Recipe, hosts: Sequence[Host], gpus: int) -> Spread:
     apart = recipe.placement.rollout_nodes
     trainers, servers = tuple(hosts[: len(hosts) - apart]), tuple(hosts[len(hosts) - apart :])
     ranks = (recipe.trainer.ranks or 0) // len(trainers) or gpus or CPU_RANKS
-    where = (servers if apart else trainers)[: recipe.rollout.servers]
-    return Spread(trainers, ranks, where, recipe.rollout.servers // len(where), gpus)
+    span = server_nodes(recipe, gpus)
+    where = (servers if apart else trainers)[: recipe.rollout.servers * span]
+    return Spread(trainers, ranks, where, recipe.rollout.servers * span // len(where), gpus, span)
 
 
 def findings(recipe: Recipe, hosts: int, gpus: int) -> Iterator[Finding]:
@@ -135,7 +153,8 @@ def findings(recipe: Recipe, hosts: int, gpus: int) -> Iterator[Finding]:
             "set trainer.ranks=null (one rank a GPU) or take more nodes",
         )  # fmt: skip
     yield from _server_findings(recipe, serving, gpus, apart > 0)
-    each = max(1, recipe.rollout.servers // serving) * server_gpus(recipe)
+    span = server_nodes(recipe, gpus)
+    each = max(1, recipe.rollout.servers * span // serving) * server_gpus(recipe) // span
     if gpus and not apart and ranks is not None and ranks // training < each <= gpus:
         yield _error(
             "server-without-trainer-rank", "trainer.ranks",
@@ -150,22 +169,44 @@ def server_gpus(recipe: Recipe) -> int:
     return recipe.rollout.tensor_parallel * recipe.rollout.pipeline_parallel
 
 
+def server_nodes(recipe: Recipe, gpus: int) -> int:
+    """Nodes of so many GPUs that one server spans: what the recipe says, or as few as have its GPUs."""
+    return recipe.placement.server_nodes or (-(-server_gpus(recipe) // gpus) if gpus else 1)
+
+
 def _server_findings(recipe: Recipe, nodes: int, gpus: int, apart: bool) -> Iterator[Finding]:
-    servers, size = recipe.rollout.servers, server_gpus(recipe)
-    if servers % nodes and (servers > nodes or apart):
+    servers, size, span = recipe.rollout.servers, server_gpus(recipe), server_nodes(recipe, gpus)
+    if size % span:
         yield _error(
-            "servers-uneven-on-nodes", "rollout.servers", f"{servers} servers do not divide over {nodes} nodes",
-            f"choose a multiple of {nodes}" + (", or another placement.rollout_nodes" if apart else ""),
+            "server-uneven-on-nodes", "placement.server_nodes",
+            f"the {size} ranks of a server do not divide over {span} nodes"
+            + (f" of {gpus} GPUs" if gpus and not recipe.placement.server_nodes else ""),
+            "choose rollout.tensor_parallel * rollout.pipeline_parallel as a multiple of it",
         )  # fmt: skip
         return
-    each = max(1, servers // nodes)
-    if gpus and each * size > gpus:
+    parts = servers * span
+    if parts % nodes and (parts > nodes or apart):
+        each = f" of {span} nodes each" if span > 1 else ""
+        yield _error(
+            "servers-uneven-on-nodes", "rollout.servers", f"{servers} servers{each} do not divide over {nodes} nodes",
+            (f"choose a multiple of {nodes}" if span == 1 else f"choose {max(1, nodes // span)}")
+            + (", or another placement.rollout_nodes" if apart else ""),
+        )  # fmt: skip
+        return
+    each = max(1, parts // nodes)
+    if span > 1 and each > 1:
+        yield _error(
+            "servers-share-spanned-nodes", "rollout.servers",
+            f"{servers} servers of {span} nodes each need {parts} nodes, {nodes} are there",
+            "take more nodes, or fewer or smaller servers: one that spans nodes has them for itself",
+        )  # fmt: skip
+    elif gpus and each * size // span > gpus:
         yield _error(
             "servers-exceed-gpus", "rollout.servers",
-            f"{each} servers of {size} GPUs on one node need {each * size}, it has {gpus}",
-            f"take at most {gpus // size * nodes} servers, or smaller ones; no server spans nodes",
+            f"{each} servers of {size // span} GPUs on one node need {each * size // span}, it has {gpus}",
+            f"take at most {gpus * span // size * nodes // span} servers, or smaller ones",
         )  # fmt: skip
-    if each > PORT_STRIDE - 2:
+    elif each > PORT_STRIDE - 2:
         yield _error(
             "servers-exceed-ports", "rollout.servers",
             f"{each} servers on one node, where {PORT_STRIDE - 2} have ports", "take fewer, larger servers",
@@ -180,12 +221,19 @@ def tasks(recipe: Recipe, over: Spread, ports: Ports, run_dir: Path) -> list[Tas
     """Every process of the run, servers first: they take longest to start."""
     where = ("--run-dir", str(run_dir))
     first = over.trainers[0]
-    servers = [(host, local) for host in over.servers for local in range(over.servers_each)]
-    urls = ",".join(f"http://{host.address}:{ports.servers[local]}" for host, local in servers)
+    places = over.server_places()
+    urls = ",".join(f"http://{group[0].address}:{ports.servers[local]}" for group, local in places)
     listen = ("--host", first.address, "--port", str(ports.controller))
     controller = ("-m", "gspo_megatron.rollout.controller", *where, *listen, "--servers", urls)
+    # A server cannot start on a GPU that the trainer is using, nor a part without the other parts of its server.
+    lone = len(places) == 1 or over.server_nodes > 1 or machine_of(recipe).colocated
+    restarts = 0 if lone else SERVER_RESTARTS
     return [
-        *(_server(recipe, over, ports, where, index, *place) for index, place in enumerate(servers)),
+        *(
+            replace(_server(recipe, over, ports, where, index, part, *place), restarts=restarts)
+            for index, place in enumerate(places)
+            for part in range(over.server_nodes)
+        ),
         Task("controller", 0, first, 0, controller, {}, (ports.controller,)),
         *(
             _trainer(over, ports, where, host, number * over.ranks + local, local)
@@ -196,15 +244,22 @@ def tasks(recipe: Recipe, over: Spread, ports: Ports, run_dir: Path) -> list[Tas
 
 
 def _server(
-    recipe: Recipe, over: Spread, ports: Ports, where: tuple[str, ...], index: int, host: Host, local: int
-) -> Task:
-    size, port = server_gpus(recipe), ports.servers[local]
+    recipe: Recipe, over: Spread, ports: Ports, where: tuple[str, ...], index: int, part: int,
+    group: Sequence[Host], local: int,
+) -> Task:  # fmt: skip
+    """One part of a server: all of it, unless it spans nodes."""
+    size, host, port = server_gpus(recipe) // over.server_nodes, group[part], ports.servers[local]
     devices = ",".join(str(device) for device in range(local * size, (local + 1) * size))
-    arguments = ("--index", str(index), "--host", host.address, "--port", str(port))
+    arguments = ["--index", str(index), "--host", host.address, "--port", str(port)]
+    listens = [] if part else [port]
+    if over.server_nodes > 1:
+        # It has its nodes for itself, so the next server's port is free on them.
+        meeting = ports.servers[local + 1]
+        arguments += ["--part", str(part), "--of", str(over.server_nodes), "--meet", f"{group[0].address}:{meeting}"]
+        listens += [] if part else [meeting]
     environment = {"CUDA_VISIBLE_DEVICES": devices} if over.gpus else {}
-    return Task(
-        "rollout", index, host, local, ("-m", "gspo_megatron.rollout.server", *where, *arguments), environment, (port,)
-    )
+    command = ("-m", "gspo_megatron.rollout.server", *where, *arguments)
+    return Task("rollout", index, host, local, command, environment, tuple(listens), part)
 
 
 def _trainer(over: Spread, ports: Ports, where: tuple[str, ...], host: Host, rank: int, local: int) -> Task:

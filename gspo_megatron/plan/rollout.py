@@ -156,6 +156,11 @@ def findings(recipe: Recipe, arch: Architecture, machine: Machine, plan: Rollout
     """Servers that cannot be cut, that do not fit, or that leave GPUs idle."""
     yield from _cuts(recipe, arch)
     if machine.is_cpu:
+        if recipe.rollout.expert_parallel:
+            yield Finding(
+                "server-cut", "error", "rollout.expert_parallel",
+                "vllm 0.32's CPU kernel crashes on a token whose expert is on another rank", "set it to false",
+            )  # fmt: skip
         return
     rollout = recipe.rollout
     wanted, there = plan.servers * plan.devices_per_server, machine.rollout_devices
@@ -180,8 +185,19 @@ def findings(recipe: Recipe, arch: Architecture, machine: Machine, plan: Rollout
 def _cuts(recipe: Recipe, arch: Architecture) -> Iterator[Finding]:
     """What vLLM's tensor parallelism must divide."""
     tensor, groups = recipe.rollout.tensor_parallel, arch.num_key_value_heads
+    if recipe.rollout.expert_parallel and not arch.num_experts:
+        yield Finding(
+            "server-cut", "error", "rollout.expert_parallel", "the model is dense: it has no experts to spread",
+            "set it to false",
+        )  # fmt: skip
+        return
     width = arch.moe_intermediate_size if arch.num_experts else arch.intermediate_size
-    for whole, what in ((arch.num_attention_heads, "query heads"), (width, "columns of the feed-forward layer")):
+    spread = (
+        (arch.num_experts, "experts")
+        if recipe.rollout.expert_parallel
+        else (width, "columns of the feed-forward layer")
+    )
+    for whole, what in ((arch.num_attention_heads, "query heads"), spread):
         if whole % tensor:
             yield Finding(
                 "server-cut", "error", "rollout.tensor_parallel", f"{whole} {what} do not divide by {tensor}",

@@ -1,6 +1,9 @@
 """Role entry of one vLLM server: `python -m gspo_megatron.rollout.server --run-dir DIR --index K --host H --port P`.
 
 The weights come with the first live update: the server starts from DIR/model/config.json and random values.
+
+A server that spans N nodes is N such processes, with `--part 0..N-1 --of N --meet ADDRESS:PORT`: the first answers
+requests and schedules, the others hold their share of its workers. They start together and end together.
 """
 
 from __future__ import annotations
@@ -41,12 +44,14 @@ def main() -> None:
     if not (model / "config.json").is_file():
         missing = model / "config.json"
         raise SystemExit(f"rollout server {arguments.index}: {missing} does not exist; write the model there first")
-    refuse_used_port(arguments.host, arguments.port)
+    if arguments.part == 0:
+        refuse_used_port(arguments.host, arguments.port)
     os.environ[identity.RUN_VARIABLE] = identity.read_run_id(arguments.run_dir)
     os.environ[identity.TOKENIZER_VARIABLE] = identity.hash_vocabulary(recipe)
-    follow(arguments.run_dir, f"rollout-{arguments.index}")
+    follow(arguments.run_dir, f"rollout-{arguments.index}" + (f".{arguments.part}" if arguments.part else ""))
     has_gpu = prepare_environment(arguments.index)
-    serve(vllm_arguments(recipe, model, arguments.host, arguments.port, has_gpu), arguments.index)
+    whole = vllm_arguments(recipe, model, arguments.host, arguments.port, has_gpu)
+    serve([*whole, *part_arguments(arguments.part, arguments.of, arguments.meet)], arguments.index)
 
 
 def _read_arguments() -> argparse.Namespace:
@@ -55,6 +60,9 @@ def _read_arguments() -> argparse.Namespace:
     parser.add_argument("--index", type=int, required=True, help="which server of the run this is, from 0")
     parser.add_argument("--host", required=True, help="address to listen on; one of the job's own")
     parser.add_argument("--port", type=int, required=True, help="port to listen on")
+    parser.add_argument("--part", type=int, default=0, help="which node's part of the server this is, from 0")
+    parser.add_argument("--of", type=int, default=1, help="nodes that the server spans")
+    parser.add_argument("--meet", default="", help="ADDRESS:PORT on the first node, where the parts find each other")
     return parser.parse_args()
 
 
@@ -116,6 +124,7 @@ def vllm_arguments(recipe: Recipe, model: Path, host: str, port: int, has_gpu: b
         "--generation-config=vllm",
         "--logprobs-mode=processed_logprobs",
         f"--{'' if rollout.prefix_caching else 'no-'}enable-prefix-caching",
+        *(["--enable-expert-parallel"] if rollout.expert_parallel else []),
         "--enable-scale-out",
         "--disable-uvicorn-access-log",
         # Development mode would log a growing stack for every request that a dead engine leaves: 300 MB for 500.
@@ -125,6 +134,16 @@ def vllm_arguments(recipe: Recipe, model: Path, host: str, port: int, has_gpu: b
         f"--weight-transfer-config={json.dumps({'backend': plugin.BACKEND})}",
         *_device_arguments(recipe, has_gpu),
     ]
+
+
+def part_arguments(part: int, nodes: int, meeting: str) -> list[str]:
+    """What vLLM's command line says more where a server spans nodes; every part gets the rest alike."""
+    if nodes == 1:
+        return []
+    address, _, port = meeting.rpartition(":")
+    places = [f"--nnodes={nodes}", f"--node-rank={part}", f"--master-addr={address}", f"--master-port={port}"]
+    # By default vLLM would ask for Ray where it does not see enough GPUs on this node.
+    return [*places, "--distributed-executor-backend=mp", *(["--headless"] if part else [])]
 
 
 def _device_arguments(recipe: Recipe, has_gpu: bool) -> list[str]:
@@ -177,7 +196,7 @@ def make_stage_inputs() -> None:
 
 
 def serve(arguments: list[str], index: int) -> None:
-    """Run vLLM's own API server in this process."""
+    """Run vLLM's own API server in this process, or the workers of a part that answers no requests."""
     import uvloop
     from vllm.entrypoints.launchers.api_server.entry import run_server
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
@@ -192,6 +211,13 @@ def serve(arguments: list[str], index: int) -> None:
     parsed: argparse.Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)  # type: ignore[assignment]
     validate_parsed_serve_args(parsed)
     try:
+        if parsed.headless:
+            from vllm.entrypoints.cli.serve import run_headless
+
+            parsed.api_server_count = 0
+            # It returns when a worker has died, without a word.
+            run_headless(parsed)
+            raise RuntimeError("a worker of this node's part died")
         uvloop.run(run_server(parsed))
     except KeyboardInterrupt:
         sys.exit(0)

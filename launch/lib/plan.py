@@ -147,15 +147,16 @@ def describe(recipe: Recipe, over: Spread, ports: Ports) -> list[str]:
     }
     each = f"{over.gpus} GPUs each" if over.gpus else "no GPU"
     placement = "colocated: servers share the trainer's nodes" if over.colocated else "disaggregated"
-    servers, size = len(over.servers) * over.servers_each, recipe.rollout.tensor_parallel
+    servers, stages = len(over.server_places()), recipe.rollout.pipeline_parallel
+    size = f"tensor-parallel size {recipe.rollout.tensor_parallel}" + (f" with {stages} stages" if stages > 1 else "")
+    spread = f"each over {over.server_nodes} nodes" if over.server_nodes > 1 else f"{over.servers_each} a node"
     return [
         f"run         {recipe.run.name} in {recipe.run.directory}",
         f"nodes       {len(nodes)} with {each}, {placement}",
         f"trainer     {over.world} ranks, {over.ranks} a node, on {fold(over.trainers)}; "
         + " ".join(f"{name} {value}" for name, value in sizes.items()),
         f"controller  on {over.trainers[0].name}",
-        f"rollout     {servers} server{'s' * (servers > 1)} of tensor-parallel size {size}, "
-        f"{over.servers_each} a node, on {fold(over.servers)}",
+        f"rollout     {servers} server{'s' * (servers > 1)} of {size}, {spread}, on {fold(over.servers)}",
         f"ports       rendezvous {ports.rendezvous}, controller {ports.controller}, servers from {ports.servers[0]}",
     ]
 
@@ -233,6 +234,7 @@ def write_plan(attempt: Path, facts: dict[str, Any]) -> None:
             "arguments": task.arguments,
             "environment": task.environment,
             "ports": task.ports,
+            "restarts": task.restarts,
         }
         for task in tasks
     ]

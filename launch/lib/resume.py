@@ -17,6 +17,7 @@ MAY_CHANGE = (
     "rollout.servers",
     "rollout.tensor_parallel",
     "rollout.pipeline_parallel",
+    "rollout.expert_parallel",
     "rollout.decode_context_parallel",
     "rollout.prefix_caching",
     "rollout.expected_answer_tokens",

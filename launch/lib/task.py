@@ -2,6 +2,9 @@
 
 Reads its line of the attempt's plan by node and local number, because SLURM orders nodes as it likes. The job's key
 comes from a file that only the user can read, so that it is in no command line and in no record of SLURM's.
+
+One of several servers is started again when it is lost, as on one machine (`gspo_megatron/roles.py`): its neighbours
+serve its requests meanwhile, and with the next weights it serves again. Everything else that ends ends the attempt.
 """
 
 from __future__ import annotations
@@ -9,12 +12,21 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import subprocess
 import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, NoReturn
+
+LOOK_SECONDS = 0.5
+"""How often a server is looked at."""
 
 
 def main() -> None:
-    """Replace this process by the role."""
+    """Replace this process by the role, or run it."""
     # Held back through the role's own start: it hears of the time limit when it has a handler. The line that this
     # program prints tells the script that it may send.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
@@ -33,7 +45,45 @@ def main() -> None:
     # Otherwise vLLM asks the routing table, which names another network where there are several.
     os.environ["VLLM_HOST_IP"] = address
     print(f"{mine[0]['name']} on {node} ({address}), process {os.getpid()}", flush=True)
-    os.execv(sys.executable, [sys.executable, *mine[0]["arguments"]])
+    command = [sys.executable, *mine[0]["arguments"]]
+    if mine[0]["restarts"]:
+        keep(command, mine[0], address)
+    os.execv(sys.executable, command)
+
+
+def keep(command: Sequence[str], task: dict[str, Any], address: str) -> NoReturn:
+    """Run a server; end as it ends once it was asked to, has never served, or was lost once too often."""
+    child = subprocess.Popen(command)
+    asked: list[int] = []
+
+    def pass_on(number: int, _: object) -> None:
+        asked.append(number)
+        child.send_signal(number)
+
+    signal.signal(signal.SIGTERM, pass_on)
+    left, served = task["restarts"], False
+    while True:
+        while child.poll() is None:
+            served = served or listens(address, task["ports"][0])
+            time.sleep(LOOK_SECONDS)
+        if asked or not served or not left:
+            break
+        left -= 1
+        print(f"gspo: {task['name']} ended and is started again; {left} more times", flush=True)
+        child, served = subprocess.Popen(command), False
+    if child.returncode < 0:
+        # srun then says the same of this process.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), -child.returncode)
+    sys.exit(child.returncode)
+
+
+def listens(address: str, port: int) -> bool:
+    """Whether something takes connections there."""
+    with suppress(OSError):
+        socket.create_connection((address, port), timeout=1).close()
+        return True
+    return False
 
 
 if __name__ == "__main__":

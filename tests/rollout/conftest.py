@@ -20,7 +20,7 @@ import httpx
 import pytest
 from aiohttp import web
 
-from gspo_megatron.config.loading import save_resolved
+from gspo_megatron.config.loading import load_resolved, save_resolved
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.data.store import SampleStore
 from gspo_megatron.rollout.asking import Calls
@@ -54,6 +54,8 @@ class Server:
     url: str
     process: subprocess.Popen[bytes]
     log: Path
+    parts: tuple[subprocess.Popen[bytes], ...] = ()
+    """Where it spans nodes: the processes of the others."""
 
     def ask(self, method: str, path: str, key: str = KEY) -> httpx.Response:
         return httpx.request(method, self.url + path, headers=key_header(key), timeout=30)
@@ -65,19 +67,20 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def server_command(run_dir: Path, port: int) -> list[str]:
+def server_command(run_dir: Path, port: int, *more: str) -> list[str]:
     where = ["--run-dir", str(run_dir), "--index", "0", "--host", "127.0.0.1", "--port", str(port)]
-    return [sys.executable, "-m", "gspo_megatron.rollout.server", *where]
+    return [sys.executable, "-m", "gspo_megatron.rollout.server", *where, *more]
 
 
-def make_run_dir(directory: Path, **rollout: int) -> Path:
+def make_run_dir(directory: Path, server_nodes: int | None = None, **rollout: int) -> Path:
     """A run directory that a server can start from, with some keys of `rollout` changed."""
     directory.mkdir(parents=True, exist_ok=True)
     recipe = make_recipe()
-    save_resolved(
-        recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update=rollout)}),
-        directory / "recipe.resolved.yaml",
-    )
+    sections = {
+        "rollout": recipe.rollout.model_copy(update=rollout),
+        "placement": recipe.placement.model_copy(update={"server_nodes": server_nodes}),
+    }
+    save_resolved(recipe.model_copy(update=sections), directory / "recipe.resolved.yaml")
     write_config(directory / "model")
     return directory
 
@@ -85,20 +88,10 @@ def make_run_dir(directory: Path, **rollout: int) -> Path:
 @contextmanager
 def running_servers(*run_dirs: Path) -> Iterator[list[Server]]:
     """One healthy server for each run directory; they start side by side."""
-    environment = {**os.environ, KEY_VARIABLE: KEY}
     started, servers = time.monotonic(), []
     try:
         for run_dir in run_dirs:
-            port, log = free_port(), run_dir / "server.log"
-            with log.open("wb") as output:
-                process = subprocess.Popen(
-                    server_command(run_dir, port),
-                    env=environment,
-                    stdout=output,
-                    stderr=output,
-                    start_new_session=True,
-                )
-            servers.append(Server(f"http://127.0.0.1:{port}", process, log))
+            servers.append(start_server(run_dir))
         for server in servers:
             while not answers(server.url):
                 assert server.process.poll() is None, server.log.read_text()[-2000:]
@@ -106,10 +99,31 @@ def running_servers(*run_dirs: Path) -> Iterator[list[Server]]:
                 time.sleep(0.2)
         yield servers
     finally:
-        for server in servers:
-            if server.process.poll() is None:
-                server.process.send_signal(signal.SIGKILL)
-            server.process.wait()
+        for process in [process for server in servers for process in (server.process, *server.parts)]:
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+            process.wait()
+
+
+def start_server(run_dir: Path) -> Server:
+    """Start one server; the parts of one that spans nodes run side by side here."""
+    nodes = load_resolved(run_dir / "recipe.resolved.yaml").placement.server_nodes or 1
+    environment = {**os.environ, KEY_VARIABLE: KEY, "VLLM_HOST_IP": "127.0.0.1"}
+    port, meeting, log = free_port(), free_port(), run_dir / "server.log"
+    processes = []
+    with log.open("wb") as output:
+        for part in range(nodes):
+            place = ("--part", str(part), "--of", str(nodes), "--meet", f"127.0.0.1:{meeting}") if nodes > 1 else ()
+            processes.append(
+                subprocess.Popen(
+                    server_command(run_dir, port, *place),
+                    env=environment,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                )
+            )
+    return Server(f"http://127.0.0.1:{port}", processes[0], log, tuple(processes[1:]))
 
 
 @pytest.fixture(scope="package")

@@ -1,4 +1,4 @@
-"""One update from each of several trainer layouts to servers of several layouts at once: nine pairs on real servers."""
+"""One update from each of several trainer layouts to servers of several layouts at once: twelve pairs, real servers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 
+import psutil
 import pytest
 
 from gspo_megatron.rollout.handover import device_name
@@ -26,9 +27,13 @@ TRAINERS = [
 
 @pytest.fixture(scope="module")
 def sharded_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
-    """TP2 and PP2, beside the TP1 server that all tests share."""
+    """TP2, PP2, and TP2 over two nodes, beside the TP1 server that all tests share."""
     root = tmp_path_factory.mktemp("sharded")
-    run_dirs = [make_run_dir(root / "tp2", tensor_parallel=2), make_run_dir(root / "pp2", pipeline_parallel=2)]
+    run_dirs = [
+        make_run_dir(root / "tp2", tensor_parallel=2),
+        make_run_dir(root / "pp2", pipeline_parallel=2),
+        make_run_dir(root / "nodes", tensor_parallel=2, server_nodes=2),
+    ]
     with running_servers(*run_dirs) as servers:
         yield servers
 
@@ -38,7 +43,7 @@ def test_every_trainer_layout_reaches_every_server_layout(start_controller, shar
     for version, trainer in enumerate(TRAINERS):
         oracle, other = oracles[version % 2], oracles[1 - version % 2]
         report = update(link, version, oracle, TrainerRanks(trainer.world), trainer)
-        assert len(report["servers"]) == 3, link.status()["servers"]
+        assert len(report["servers"]) == 4, link.status()["servers"]
         assert max(server["largest"] for server in report["servers"].values()) < 1e-4
         assert report["received_over_needed"] == 1.0
         # Prompts go round the servers, so that every one of them has sampled.
@@ -55,7 +60,7 @@ def test_the_same_by_hand_over_while_trainer_and_servers_take_turns(
     for version, trainer in enumerate(TRAINERS):
         oracle, other = oracles[version % 2], oracles[1 - version % 2]
         report = update(link, version, oracle, TrainerRanks(trainer.world), trainer, shares=True)
-        assert len(report["servers"]) == 3, link.status()["servers"]
+        assert len(report["servers"]) == 4, link.status()["servers"]
         assert max(server["largest"] for server in report["servers"].values()) < 1e-4
         assert report["received_over_needed"] == 1.0
         batch = link.rollout(version)
@@ -80,7 +85,7 @@ def test_a_server_killed_in_the_middle_never_serves_and_the_others_go_on(
     with pytest.raises(TransferError, match="the weight update broke between the trainer and the servers"):
         ranks.send(ticket, cut_shards(ARCH, TRAINERS[0], new.tensors))
     report = update(link, 1, new, ranks, TRAINERS[0])
-    assert len(report["servers"]) == 2 and killed.url not in report["servers"]
+    assert len(report["servers"]) == 3 and killed.url not in report["servers"]
     assert "gone" in link.status()["servers"][killed.url]
     batch = link.rollout(1)
     assert differences(new, controller.store, batch["samples"]).max() < 1e-4
@@ -90,7 +95,7 @@ def test_a_server_killed_in_the_middle_never_serves_and_the_others_go_on(
 def test_by_hand_over_a_killed_server_takes_nothing_from_the_others(
     start_controller, sharded_servers, oracles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Comes last here: it ends the other server of this file."""
+    """Comes late here: it ends another server of this file."""
     monkeypatch.setenv("GSPO_JOB_KEY", KEY)
     killed = sharded_servers[1]
     controller, link = start_controller(killed, overlaps=False, sleeps=True)
@@ -105,3 +110,13 @@ def test_by_hand_over_a_killed_server_takes_nothing_from_the_others(
     assert len(report["servers"]) == 1 and killed.url not in report["servers"]
     batch = link.rollout(1)
     assert differences(new, controller.store, batch["samples"]).max() < 1e-4
+
+
+def test_a_part_of_a_server_that_loses_its_worker_ends_with_its_sentence(sharded_servers) -> None:
+    """Comes last here. Nobody but the launcher can tell the first node's part, which waits for that worker."""
+    server = sharded_servers[2]
+    (part,) = server.parts
+    (worker,) = [child for child in psutil.Process(part.pid).children() if "Worker" in child.name()]
+    worker.kill()
+    assert part.wait(60) == 1
+    assert "rollout server 0 died: RuntimeError: a worker of this node's part died" in server.log.read_text()

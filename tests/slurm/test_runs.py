@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.jobs import ROOT, SMALL, START, Job, Workplace, check_done, written
-from tests.slurm.lab.cluster import Lab
+from tests.slurm.lab.cluster import Lab, wait_for
 
 pytestmark = pytest.mark.timeout(1800)
 ASK = """
@@ -38,20 +38,21 @@ def places(job: Job, number: int, kind: str) -> list[str]:
 
 def test_two_trainer_and_two_rollout_nodes_stopped_in_between(workplace: Workplace) -> None:
     lab = workplace.lab
-    shape = ("placement.rollout_nodes=2", "rollout.servers=2", "trainer.ranks=4", "trainer.max_steps=20")
+    shape = ("placement.rollout_nodes=2", "rollout.servers=2", "trainer.ranks=4", "trainer.max_steps=40")
     job = workplace.submit("two_and_two", *SMALL, *shape, options=["--nodes=4", "--nodelist=node[1-4]"])
     job.wait_for_step(1)
     check_printed_lines(lab, job)
+    lose_a_server(job)
     lab.run("scancel", "--batch", "--signal=USR1", str(job.id))
     job.wait_for_attempt(2)
     job.wait_for_step(max(job.steps()) + 1)
     # Some steps are left, so that the roles are there to be asked.
     check_control_plane(lab, job, 2)
-    check_done(job, steps=20)
+    check_done(job, steps=40)
     said = job.text()
     assert "asked to stop (USR1)" in said and "gspo: attempt 1 stopped as asked; step" in said
     assert "gspo: goes on after step" in said
-    assert lab.job(job.id)["Restarts"] == "1"
+    assert lab.job(job.id)["Restarts"] == "1", "neither for the lost server"
     assert "SLURM ends this attempt" not in said, "it was asked to"
     for number in (1, 2):
         assert job.plan(number)["job"] == str(job.id)
@@ -61,6 +62,18 @@ def test_two_trainer_and_two_rollout_nodes_stopped_in_between(workplace: Workpla
     assert (job.run_dir / "logs" / "latest").resolve() == job.attempt(2).resolve()
     again = workplace.submit("two_and_two", *SMALL, *shape, options=["--nodes=4"])
     assert again.finish(START) == "COMPLETED" and "holds a finished run (DONE)" in again.text()
+
+
+def lose_a_server(job: Job) -> None:
+    """Its neighbour serves meanwhile, and with the first weights after its return it serves again."""
+    job.kill("rollout", "node4")
+    (controller,) = job.attempt(1).glob("controller-*.log")
+    wait_for(lambda: "server http://10.77.0.14" in controller.read_text(), START, "server that is taken out")
+    before = max(job.steps())
+    wait_for(lambda: "is back" in controller.read_text(), START, "server that is back")
+    (log,) = job.attempt(1).glob("rollout-node4.log")
+    assert "gspo: rollout-1 ended and is started again; 2 more times" in log.read_text()
+    assert max(job.steps()) > before, "the run must not have waited for it"
 
 
 def check_printed_lines(lab: Lab, job: Job) -> None:
@@ -140,6 +153,18 @@ def test_power_off_of_a_trainer_node_goes_on_with_spare_nodes(workplace: Workpla
     finally:
         lab.power_on(lost)
         lab.run("scontrol", "update", f"nodename={lost}", "state=resume", check=False)
+
+
+def test_a_server_over_two_nodes_ends_the_attempt_when_a_part_of_it_is_lost(workplace: Workplace) -> None:
+    shape = ("placement.rollout_nodes=2", "placement.server_nodes=2", "rollout.tensor_parallel=2")
+    options = ["--nodes=3", "--nodelist=node[4-6]"]
+    job = workplace.submit("spanned", *SMALL, *shape, "trainer.max_steps=40", options=options, GSPO_MAX_RESTARTS="0")
+    job.wait_for_step(2)
+    assert places(job, 1, "rollout") == ["rollout-0 on node5 (10.77.0.15)", "rollout-0.1 on node6 (10.77.0.16)"]
+    assert all(0 <= row["canary_largest"] < 1e-4 for row in job.rows()[1:]), "it samples with the trainer's weights"
+    job.kill("rollout", "node6")
+    assert job.finish(START) == "FAILED"
+    assert job.last_line().startswith("gspo: rollout failed on node6: Killed"), job.last_line()
 
 
 def test_container_path_and_a_heterogeneous_job(workplace: Workplace) -> None:

@@ -56,6 +56,16 @@ def test_without_a_number_of_nodes_it_draws_what_sbatch_would_start() -> None:
     assert "nodes       {} with {} GPUs each".format(*header) in said.stderr
 
 
+def test_the_235b_on_h100_as_its_recipe_says_has_servers_of_two_nodes() -> None:
+    overrides = ("placement.gpu=h100", "rollout.pipeline_parallel=2", "rollout.servers=8")
+    said = run("--dry-run", "--nodes=16", "recipes/qwen3_235b_a22b_gspo.yaml", *overrides)
+    assert said.returncode == 0, said.stderr
+    assert (
+        "rollout     8 servers of tensor-parallel size 8 with 2 stages, each over 2 nodes, on node[01-16]"
+        in said.stderr
+    )
+
+
 @pytest.mark.parametrize("drawing", [True, False])
 def test_what_the_loop_cannot_run_is_refused_in_a_job_and_said_in_a_drawing(
     drawing: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

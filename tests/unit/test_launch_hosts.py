@@ -32,6 +32,7 @@ def test_disaggregated_ranks_fill_nodes_in_order_and_servers_take_the_last() -> 
     servers = [task for task in table if task.kind == "rollout"]
     assert [task.host.name for task in servers] == ["node4", "node4", "node5", "node5"]
     assert [task.environment["CUDA_VISIBLE_DEVICES"] for task in servers] == ["0,1,2,3", "4,5,6,7"] * 2
+    assert {task.restarts for task in servers} == {3} and not any(task.restarts for task in table[len(servers) :])
     # 20000 + 16 * 7 = 20112 is the rendezvous; then the controller; then the servers of a host.
     assert [task.ports for task in servers] == [(20114,), (20115,)] * 2
     controller = next(task for task in table if task.kind == "controller")
@@ -44,6 +45,37 @@ def test_colocated_servers_share_the_first_trainer_nodes() -> None:
     over = spread(recipe("rollout.servers=2"), nodes(4), gpus=8)
     assert over.colocated and [host.name for host in over.servers] == ["node1", "node2"] and over.servers_each == 1
     assert over.world == 32
+
+
+def test_a_server_larger_than_a_node_spans_nodes_and_has_them_for_itself() -> None:
+    wanted = recipe(
+        "placement.rollout_nodes=4",
+        "rollout.servers=2",
+        "rollout.tensor_parallel=8",
+        "rollout.pipeline_parallel=2",
+    )
+    assert not list(findings(wanted, 5, 8))
+    over = spread(wanted, nodes(5), gpus=8)
+    assert (over.servers_each, over.server_nodes) == (1, 2)
+    table = tasks(wanted, over, Ports.of_job(7), RUN)
+    parts = [task for task in table if task.kind == "rollout"]
+    assert [task.name for task in parts] == ["rollout-0", "rollout-0.1", "rollout-1", "rollout-1.1"]
+    assert [task.host.name for task in parts] == ["node2", "node3", "node4", "node5"]
+    assert {task.environment["CUDA_VISIBLE_DEVICES"] for task in parts} == {"0,1,2,3,4,5,6,7"}
+    assert not any(task.restarts for task in parts), "a part cannot come back alone"
+    # Only the first part of each listens: for requests, and where its parts meet.
+    assert [task.ports for task in parts] == [(20114, 20115), ()] * 2
+    assert parts[3].arguments[-6:] == ("--part", "1", "--of", "2", "--meet", "10.0.0.4:20115")
+    controller = next(task for task in table if task.kind == "controller")
+    assert controller.arguments[-1] == "http://10.0.0.2:20114,http://10.0.0.4:20114"
+
+
+def test_without_gpus_a_server_spans_nodes_if_the_recipe_says_so() -> None:
+    wanted = recipe("rollout.servers=1", "placement.server_nodes=2")
+    assert not list(findings(wanted, 2, 0))
+    over = spread(wanted, nodes(2), gpus=0)
+    assert over.colocated and [host.name for host in over.servers] == ["node1", "node2"]
+    assert "CUDA_VISIBLE_DEVICES" not in tasks(wanted, over, Ports.of_job(1), RUN)[1].environment
 
 
 def test_without_gpus_there_are_two_ranks_a_node_or_as_many_as_the_recipe_says() -> None:
@@ -72,8 +104,11 @@ def test_ports_of_jobs_that_run_together_are_apart_and_below_the_ephemeral_range
         (("rollout.servers=3",), 2, 8, "servers-uneven-on-nodes"),
         (("placement.rollout_nodes=2",), 4, 8, "servers-uneven-on-nodes"),
         (("rollout.servers=3", "rollout.tensor_parallel=4"), 1, 8, "servers-exceed-gpus"),
-        (("rollout.tensor_parallel=16",), 2, 8, "servers-exceed-gpus"),
-        (("rollout.tensor_parallel=4", "rollout.pipeline_parallel=4"), 2, 8, "servers-exceed-gpus"),
+        (("rollout.tensor_parallel=16", "placement.server_nodes=1"), 2, 8, "servers-exceed-gpus"),
+        (("rollout.tensor_parallel=16",), 1, 8, "servers-share-spanned-nodes"),
+        (("rollout.tensor_parallel=16", "rollout.servers=2"), 2, 8, "servers-share-spanned-nodes"),
+        (("rollout.tensor_parallel=16", "placement.rollout_nodes=3"), 4, 8, "servers-uneven-on-nodes"),
+        (("placement.server_nodes=3",), 3, 8, "server-uneven-on-nodes"),
         (("trainer.ranks=4", "rollout.tensor_parallel=4"), 2, 8, "server-without-trainer-rank"),
         (("rollout.servers=15", "rollout.tensor_parallel=1"), 1, 0, "servers-exceed-ports"),
     ],
