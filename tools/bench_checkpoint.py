@@ -1,4 +1,4 @@
-"""How long training stands still for a checkpoint: `PYTHONPATH=. python tools/bench_checkpoint.py [--json]`.
+"""How long training stands still for a checkpoint: `python tools/bench_checkpoint.py [--json]`.
 
 One process, no GPU needed. Beside each other in one run: a copy of the same bytes in memory (the least that any
 asynchronous save can take), ours asynchronous, ours synchronous, and `torch.distributed.checkpoint.async_save`. Each is

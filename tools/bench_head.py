@@ -1,6 +1,6 @@
 """The log-prob head: operations, memory and error beside a reference that holds the logits in float64.
 
-    python tools/bench_head.py [--json FILE]
+    python tools/bench_head.py [--json]
 
 On a machine with no GPU hidden size and vocabulary are scaled down, and the result says so; one more case has the whole
 vocabulary, because the workspace grows with chunk * vocabulary and with nothing else. Each case is a process of its
@@ -188,9 +188,9 @@ def broken_bounds(result: dict[str, Any]) -> list[str]:
 
 
 def main() -> int:
-    """Every case in a process of its own; a table, and JSON where asked."""
+    """Every case in a process of its own; a table, or JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--json", action="store_true", help="one object instead of a table")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.case:
@@ -204,11 +204,11 @@ def main() -> int:
             print(said.stderr[-3000:], file=sys.stderr)
             return 1
         results.append(json.loads(said.stdout.splitlines()[-1]))
-        print(describe(results[-1]), flush=True)
+        if not chosen.json:
+            print(describe(results[-1]), flush=True)
     if chosen.json:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "host, 1 thread"
-        chosen.json.parent.mkdir(parents=True, exist_ok=True)
-        chosen.json.write_text(json.dumps({"device": device, "cases": results}, indent=1) + "\n")
+        print(json.dumps({"device": device, "cases": results}, indent=1))
     return int(any(broken_bounds(result) for result in results))
 
 

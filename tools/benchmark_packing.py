@@ -1,4 +1,4 @@
-"""How evenly `pack` spreads long-tailed lengths: `PYTHONPATH=. python tools/benchmark_packing.py`.
+"""How evenly `pack` spreads long-tailed lengths: `python tools/benchmark_packing.py`.
 
 8 data-parallel ranks, at most 131,072 tokens a bin, costs of Qwen3-30B-A3B, 10 seeds. Lengths: `math` is lognormal
 with median 9K and sigma 1.0, `agent` with median 24K and sigma 0.75, both cut at 100K. W is the time of the slowest

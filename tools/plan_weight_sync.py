@@ -1,4 +1,4 @@
-"""What a weight update of Qwen3-235B-A22B moves: `PYTHONPATH=. python tools/plan_weight_sync.py [--json]`.
+"""What a weight update of Qwen3-235B-A22B moves: `python tools/plan_weight_sync.py [--json]`.
 
 Plans the update from 256 and 128 trainer ranks to 64 rollout ranks in four layouts, in bfloat16, and sets the bytes
 beside what all-gather + broadcast would move. Needs no GPU: it is arithmetic.
@@ -76,7 +76,7 @@ def held_values(arch: Architecture, trainer: Layout) -> int:
 def main() -> None:
     """Print one row, or one JSON object, for every pair of layouts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--json", action="store_true", help="one object instead of a table")
     arch = load(RECIPE).model.architecture
     assert arch is not None
     as_json = parser.parse_args().json

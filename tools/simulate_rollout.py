@@ -1,9 +1,9 @@
 """What the long-tail policies are worth, on the real controller code in simulated time.
 
-    python tools/simulate_rollout.py [--json FILE] [--published] [--fit]
+    python tools/simulate_rollout.py [--json] [--fit]
 
-Without options: the policies on two length distributions beside the bound that no schedule can beat.
-`--published`: speed-ups that others measured, predicted; `--fit` finds the two constants of that anew.
+Two tables: speed-ups that others measured, two fitted and four predicted; and the policies on two length distributions
+beside the bound that no schedule can beat. `--fit` finds the two constants of the first anew.
 """
 
 from __future__ import annotations
@@ -153,21 +153,26 @@ def fit() -> dict[str, float]:
 
 
 def main() -> None:
-    """Print the table that was asked for; write it as JSON too."""
+    """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="also write the rows there")
-    parser.add_argument("--published", action="store_true", help="predict speed-ups that others measured")
-    parser.add_argument("--fit", action="store_true", help="find the constants of --published")
+    parser.add_argument("--json", action="store_true", help="one object instead of tables")
+    parser.add_argument("--fit", action="store_true", help="find the constants of the first table")
     arguments = parser.parse_args()
     if arguments.fit:
         print(fit())
         return
-    rows = []
-    for row in predict_published(MEDIAN, SIGMA, tuple(ASYNCHRONOUS)) if arguments.published else compare_policies():
-        rows.append(row)
-        print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+    tables = {"published": predict_published(MEDIAN, SIGMA, tuple(ASYNCHRONOUS)), "policies": compare_policies()}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in tables}
+    for name, rows in tables.items():
+        for row in rows:
+            found[name].append(row)
+            if not arguments.json:
+                print(
+                    "  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()),
+                    flush=True,
+                )
     if arguments.json:
-        arguments.json.write_text(json.dumps({"system": _system(), "rows": rows}, indent=1) + "\n")
+        print(json.dumps({"system": _system(), **found}, indent=1))
 
 
 def _system() -> dict[str, Any]:
