@@ -1,6 +1,6 @@
 """What the long-tail policies are worth, on the real controller code in simulated time.
 
-    python tools/simulate_rollout.py [--json] [--fit]
+    python tools/simulate_rollout.py [--json | --fit]
 
 Two tables: speed-ups that others measured, two fitted and four predicted; and the policies on two length distributions
 beside the bound that no schedule can beat. `--fit` finds the two constants of the first anew.
@@ -155,8 +155,9 @@ def fit() -> dict[str, float]:
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="one object instead of tables")
-    parser.add_argument("--fit", action="store_true", help="find the constants of the first table")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="one object instead of tables")
+    output.add_argument("--fit", action="store_true", help="find the constants of the first table")
     arguments = parser.parse_args()
     if arguments.fit:
         print(fit())

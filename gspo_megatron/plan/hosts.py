@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.plan.fit import SERVERS_PER_HOST, server_gpus, server_nodes
 from gspo_megatron.plan.machine import machine_of
-from gspo_megatron.types import Finding
 
 Kind = Literal["rollout", "controller", "trainer"]
 CPU_RANKS = 2
 """Trainer ranks of a node without GPUs, unless `trainer.ranks` says otherwise."""
 SERVER_RESTARTS = 3
 """Times that each of several servers may be lost in one attempt; a single server takes the attempt with it."""
-PORT_STRIDE = 16
+PORT_STRIDE = SERVERS_PER_HOST + 2
 """Ports of one job: rendezvous, controller, and the servers of one host."""
 FIRST_PORT, PORT_JOBS = 20000, 750
 """Ports lie in 20000-31999: below what Linux hands out to outgoing connections (32768 and up)."""
@@ -120,101 +120,13 @@ class Spread:
 
 
 def spread(recipe: Recipe, hosts: Sequence[Host], gpus: int) -> Spread:
-    """Trainer hosts first, rollout hosts after them. Only for a recipe without `findings`."""
+    """Trainer hosts first, rollout hosts after them. Only for a recipe without `fit.findings`."""
     apart = recipe.placement.rollout_nodes
     trainers, servers = tuple(hosts[: len(hosts) - apart]), tuple(hosts[len(hosts) - apart :])
     ranks = (recipe.trainer.ranks or 0) // len(trainers) or gpus or CPU_RANKS
     span = server_nodes(recipe, gpus)
     where = (servers if apart else trainers)[: recipe.rollout.servers * span]
     return Spread(trainers, ranks, where, recipe.rollout.servers * span // len(where), gpus, span)
-
-
-def findings(recipe: Recipe, hosts: int, gpus: int) -> Iterator[Finding]:
-    """Why a recipe does not fit on so many hosts with so many GPUs each."""
-    apart = recipe.placement.rollout_nodes
-    if apart >= hosts:
-        yield _error(
-            "no-trainer-nodes", "placement.rollout_nodes",
-            f"{apart} of {hosts} nodes run servers: none is left to train",
-            f"ask for more nodes (--nodes={apart + 1} or more), or set it below {hosts}; 0 = on the trainer's nodes",
-        )  # fmt: skip
-        return
-    training, serving = hosts - apart, apart or hosts
-    ranks = recipe.trainer.ranks
-    if ranks is not None and ranks % training:
-        yield _error(
-            "ranks-uneven-on-nodes", "trainer.ranks",
-            f"{ranks} ranks do not divide over {training} trainer nodes", f"choose a multiple of {training}, or null",
-        )  # fmt: skip
-    elif ranks is not None and gpus and ranks // training > gpus:
-        yield _error(
-            "more-ranks-than-gpus", "trainer.ranks",
-            f"{ranks} ranks on {training} trainer nodes are {ranks // training} a node, which has {gpus} GPUs",
-            "set trainer.ranks=null (one rank a GPU) or take more nodes",
-        )  # fmt: skip
-    yield from _server_findings(recipe, serving, gpus, apart > 0)
-    span = server_nodes(recipe, gpus)
-    each = max(1, recipe.rollout.servers * span // serving) * server_gpus(recipe) // span
-    if gpus and not apart and ranks is not None and ranks // training < each <= gpus:
-        yield _error(
-            "server-without-trainer-rank", "trainer.ranks",
-            f"{ranks // training} ranks a node leave {each - ranks // training} GPUs of its servers without one, which "
-            "could hand over their weights",
-            "set trainer.ranks=null (one rank a GPU), or placement.rollout_nodes to nodes that only run servers",
-        )  # fmt: skip
-
-
-def server_gpus(recipe: Recipe) -> int:
-    """GPUs of one server."""
-    return recipe.rollout.tensor_parallel * recipe.rollout.pipeline_parallel
-
-
-def server_nodes(recipe: Recipe, gpus: int) -> int:
-    """Nodes of so many GPUs that one server spans: what the recipe says, or as few as have its GPUs."""
-    return recipe.placement.server_nodes or (-(-server_gpus(recipe) // gpus) if gpus else 1)
-
-
-def _server_findings(recipe: Recipe, nodes: int, gpus: int, apart: bool) -> Iterator[Finding]:
-    servers, size, span = recipe.rollout.servers, server_gpus(recipe), server_nodes(recipe, gpus)
-    if size % span:
-        yield _error(
-            "server-uneven-on-nodes", "placement.server_nodes",
-            f"the {size} ranks of a server do not divide over {span} nodes"
-            + (f" of {gpus} GPUs" if gpus and not recipe.placement.server_nodes else ""),
-            "choose rollout.tensor_parallel * rollout.pipeline_parallel as a multiple of it",
-        )  # fmt: skip
-        return
-    parts = servers * span
-    if parts % nodes and (parts > nodes or apart):
-        each = f" of {span} nodes each" if span > 1 else ""
-        yield _error(
-            "servers-uneven-on-nodes", "rollout.servers", f"{servers} servers{each} do not divide over {nodes} nodes",
-            (f"choose a multiple of {nodes}" if span == 1 else f"choose {max(1, nodes // span)}")
-            + (", or another placement.rollout_nodes" if apart else ""),
-        )  # fmt: skip
-        return
-    each = max(1, parts // nodes)
-    if span > 1 and each > 1:
-        yield _error(
-            "servers-share-spanned-nodes", "rollout.servers",
-            f"{servers} servers of {span} nodes each need {parts} nodes, {nodes} are there",
-            "take more nodes, or fewer or smaller servers: one that spans nodes has them for itself",
-        )  # fmt: skip
-    elif gpus and each * size // span > gpus:
-        yield _error(
-            "servers-exceed-gpus", "rollout.servers",
-            f"{each} servers of {size // span} GPUs on one node need {each * size // span}, it has {gpus}",
-            f"take at most {gpus * span // size * nodes // span} servers, or smaller ones",
-        )  # fmt: skip
-    elif each > PORT_STRIDE - 2:
-        yield _error(
-            "servers-exceed-ports", "rollout.servers",
-            f"{each} servers on one node, where {PORT_STRIDE - 2} have ports", "take fewer, larger servers",
-        )  # fmt: skip
-
-
-def _error(code: str, key: str, message: str, fix: str) -> Finding:
-    return Finding(code, "error", key, message, fix)
 
 
 def tasks(recipe: Recipe, over: Spread, ports: Ports, run_dir: Path) -> list[Task]:

@@ -11,6 +11,7 @@ from gspo_megatron.config.model import Architecture
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.plan import flops
 from gspo_megatron.plan.batch import PROMPT_SHARE, BatchPlan
+from gspo_megatron.plan.fit import server_nodes, span_findings
 from gspo_megatron.plan.machine import GIB, Machine
 from gspo_megatron.types import Finding
 from gspo_megatron.weights.table import hf_shapes
@@ -162,22 +163,28 @@ def findings(recipe: Recipe, arch: Architecture, machine: Machine, plan: Rollout
                 "vllm 0.32's CPU kernel crashes on a token whose expert is on another rank", "set it to false",
             )  # fmt: skip
         return
-    rollout = recipe.rollout
-    wanted, there = plan.servers * plan.devices_per_server, machine.rollout_devices
-    if wanted != there:
+    nodes, span = machine.rollout_nodes or machine.nodes, server_nodes(recipe, machine.per_node)
+    misfits = list(span_findings(recipe, nodes, machine.per_node, machine.rollout_nodes > 0))
+    yield from misfits
+    # One that spans nodes has them for itself.
+    devices = span * machine.per_node if span > 1 else plan.devices_per_server
+    wanted, there = plan.servers * devices, machine.rollout_devices
+    if wanted != there and not misfits:
         where = f"{machine.rollout_nodes} rollout node(s)" if machine.rollout_nodes else f"{machine.nodes} node(s)"
         yield Finding(
             "servers-exceed-gpus" if wanted > there else "idle-rollout-gpus",
             "error" if wanted > there else "warning",
             "rollout.servers",
-            f"{plan.servers} servers x {plan.devices_per_server} GPUs = {wanted}, but {where} have {there}",
-            f"set rollout.servers={max(1, there // plan.devices_per_server)}",
+            f"{plan.servers} servers x {devices} GPUs = {wanted}, but {where} have {there}",
+            f"set rollout.servers={max(1, there // devices)}",
         )
-    if machine.per_node % rollout.tensor_parallel:
+    tensor, room = recipe.rollout.tensor_parallel, plan.devices_per_server // span if span > 1 else machine.per_node
+    if room % tensor:
         yield Finding(
             "server-crosses-nodes", "warning", "rollout.tensor_parallel",
-            f"{rollout.tensor_parallel} GPUs exchange activations in every layer, but a node has {machine.per_node}",
-            f"set it to a divisor of {machine.per_node}",
+            f"{tensor} GPUs exchange activations in every layer, but a server has {room} of a node's "
+            f"{machine.per_node}",
+            f"set it to a divisor of {room}",
         )  # fmt: skip
     yield from _room(recipe, machine, plan)
 

@@ -6,6 +6,7 @@ servers listen on the loopback interface only, and no list is needed.
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
@@ -15,11 +16,11 @@ KEY_VARIABLE = "GSPO_JOB_KEY"
 ADDRESSES_VARIABLE = "GSPO_JOB_ADDRESSES"
 OPEN_PATH = "/health"
 REFUSAL = "this request does not carry the job key, or comes from a host that is not of the job"
-REFUSAL_BODY = b'{"error": "%s"}' % REFUSAL.encode()
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 def read_key() -> str:
@@ -49,7 +50,7 @@ def is_of_job(address: str | None) -> bool:
 class KeyGuard:
     """ASGI middleware for vLLM's server, whose own key leaves the control plane open."""
 
-    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+    def __init__(self, app: App) -> None:
         self.app = app
         self.key = read_key()
 
@@ -61,8 +62,13 @@ class KeyGuard:
         if scope["type"] == "http" and is_of_job((scope.get("client") or [None])[0]) and has_key(headers, self.key):
             await self.app(scope, receive, send)
         elif scope["type"] == "http":
-            json = [(b"content-type", b"application/json")]
-            await send({"type": "http.response.start", "status": 401, "headers": json})
-            await send({"type": "http.response.body", "body": REFUSAL_BODY})
+            await refuse(send, 401, REFUSAL)
         else:
             await send({"type": "websocket.close", "code": 1008})
+
+
+async def refuse(send: Send, status: int, sentence: str) -> None:
+    """Answer a request with one sentence."""
+    kind = [(b"content-type", b"application/json")]
+    await send({"type": "http.response.start", "status": status, "headers": kind})
+    await send({"type": "http.response.body", "body": json.dumps({"error": sentence}).encode()})

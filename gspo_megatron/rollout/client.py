@@ -17,9 +17,9 @@ import aiohttp
 
 from gspo_megatron.rollout.control import CONTROL_SECONDS, ServerControl, ServerError
 from gspo_megatron.rollout.drafts import Draft, Sampling, request_body
+from gspo_megatron.rollout.weight_guard import GENERATE
 from gspo_megatron.types import Segment, StopReason
 
-GENERATE = "/inference/v1/generate"
 DATA, DONE = b"data: ", b"data: [DONE]"
 GENERATED_TOKENS = re.compile(rb"^vllm:generation_tokens_total\{[^}]*\} ([0-9.e+]+)", re.MULTILINE)
 STALL_SECONDS = 300.0

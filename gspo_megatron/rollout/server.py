@@ -3,7 +3,7 @@
 The weights come with the first live update: the server starts from DIR/model/config.json and random values.
 
 A server that spans N nodes is N such processes, with `--part 0..N-1 --of N --meet ADDRESS:PORT`: the first answers
-requests and schedules, the others hold their share of its workers. They start together and end together.
+requests and schedules, the others hold their share of its workers. Whoever starts them ends all when one ends.
 """
 
 from __future__ import annotations
@@ -129,6 +129,8 @@ def vllm_arguments(recipe: Recipe, model: Path, host: str, port: int, has_gpu: b
         "--disable-uvicorn-access-log",
         # Development mode would log a growing stack for every request that a dead engine leaves: 300 MB for 500.
         "--no-log-error-stack",
+        # The last is asked first.
+        "--middleware=gspo_megatron.rollout.weight_guard.WeightGuard",
         "--middleware=gspo_megatron.rollout.auth.KeyGuard",
         "--worker-extension-cls=gspo_megatron.rollout.worker.WorkerExtension",
         f"--weight-transfer-config={json.dumps({'backend': plugin.BACKEND})}",

@@ -119,8 +119,10 @@ class WeightUpdater:
         layouts = await self._each(self._fleet.live, lambda server: server.layout())
         if devices:
             terms = {**terms, "proxies": await self._proxies(layouts, devices)}
+        # A process that was started since the last update, noticed or not, is no member of that one's group.
+        fresh = await self._each(list(layouts), lambda server: server.is_fresh())
         members = list(layouts)
-        if members != self._members or terms != self._terms:
+        if any(fresh.values()) or members != self._members or terms != self._terms:
             self._members, self._terms, self._group = members, terms, self._group + 1
         settings = self._settings
         ticket = {

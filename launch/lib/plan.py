@@ -23,7 +23,7 @@ from gspo_megatron.cli import prepare_run
 from gspo_megatron.config import Recipe, RecipeError, load
 from gspo_megatron.config.loading import load_resolved
 from gspo_megatron.fence import FENCE
-from gspo_megatron.plan import hosts
+from gspo_megatron.plan import fit, hosts
 from gspo_megatron.plan.hosts import Host, Ports, Spread, Task
 from gspo_megatron.plan.limits import not_built
 from gspo_megatron.plan.plan import make_plan
@@ -85,7 +85,7 @@ def load_for_job(path: Path, overrides: Sequence[str], job: str, names: Sequence
     sections = {"placement": recipe.placement.model_copy(update=facts), "run": recipe.run.model_copy(update=run)}
     recipe = recipe.model_copy(update=sections)
     # What does not fit the nodes makes the plan's own findings noise.
-    refuse_errors(list(hosts.findings(recipe, len(names), gpus)))
+    refuse_errors(list(fit.findings(recipe, len(names), gpus)))
     return recipe
 
 

@@ -3,21 +3,24 @@
 Reads its line of the attempt's plan by node and local number, because SLURM orders nodes as it likes. The job's key
 comes from a file that only the user can read, so that it is in no command line and in no record of SLURM's.
 
-One of several servers is started again when it is lost, as on one machine (`gspo_megatron/roles.py`): its neighbours
-serve its requests meanwhile, and with the next weights it serves again. Everything else that ends ends the attempt.
+Servers are run, not become: vLLM ends with code 0 when its engine has died, which would be no fault to srun. One of
+several that is lost is started again, as on one machine (`gspo_megatron/roles.py`): its neighbours serve its requests
+meanwhile, and with the next weights it serves again. Every other end ends the attempt.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Sequence
 from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -46,13 +49,13 @@ def main() -> None:
     os.environ["VLLM_HOST_IP"] = address
     print(f"{mine[0]['name']} on {node} ({address}), process {os.getpid()}", flush=True)
     command = [sys.executable, *mine[0]["arguments"]]
-    if mine[0]["restarts"]:
+    if kind == "rollout":
         keep(command, mine[0], address)
     os.execv(sys.executable, command)
 
 
 def keep(command: Sequence[str], task: dict[str, Any], address: str) -> NoReturn:
-    """Run a server; end as it ends once it was asked to, has never served, or was lost once too often."""
+    """Run a server; end badly once it was lost too often, or has ended without ever having served."""
     child = subprocess.Popen(command)
     asked: list[int] = []
 
@@ -64,25 +67,39 @@ def keep(command: Sequence[str], task: dict[str, Any], address: str) -> NoReturn
     left, served = task["restarts"], False
     while True:
         while child.poll() is None:
-            served = served or listens(address, task["ports"][0])
+            served = served or (left > 0 and serves(address, task["ports"][0]))
             time.sleep(LOOK_SECONDS)
+            if asked:
+                # It may have come while there was nobody to pass it on to.
+                child.terminate()
         if asked or not served or not left:
             break
         left -= 1
         print(f"gspo: {task['name']} ended and is started again; {left} more times", flush=True)
         child, served = subprocess.Popen(command), False
-    if child.returncode < 0:
-        # srun then says the same of this process.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.kill(os.getpid(), -child.returncode)
-    sys.exit(child.returncode)
+    end_as(child.returncode, task["name"], bool(asked))
 
 
-def listens(address: str, port: int) -> bool:
-    """Whether something takes connections there."""
-    with suppress(OSError):
-        socket.create_connection((address, port), timeout=1).close()
-        return True
+def end_as(code: int, name: str, asked: bool) -> NoReturn:
+    """End as a server has ended, so that srun says of this process what happened to that one."""
+    if code < 0:
+        faulthandler.disable()  # the stack would be this program's
+        with suppress(OSError):  # SIGKILL has no handler
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    if not code and not asked:
+        print(f"{name} ended without being asked to; its engine's last words are above", flush=True)
+        code = 1
+    sys.exit(code)
+
+
+def serves(address: str, port: int) -> bool:
+    """Whether a server answers its health check there."""
+    host = f"[{address}]" if ":" in address else address
+    # A proxy of the site is for what is outside.
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with suppress(OSError, HTTPException):
+        return direct.open(f"http://{host}:{port}/health", timeout=1).status == 200
     return False
 
 

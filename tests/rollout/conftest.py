@@ -94,7 +94,8 @@ def running_servers(*run_dirs: Path) -> Iterator[list[Server]]:
             servers.append(start_server(run_dir))
         for server in servers:
             while not answers(server.url):
-                assert server.process.poll() is None, server.log.read_text()[-2000:]
+                ended = [process for process in (server.process, *server.parts) if process.poll() is not None]
+                assert not ended, server.log.read_text()[-2000:]
                 assert time.monotonic() - started < 240, server.log.read_text()[-2000:]
                 time.sleep(0.2)
         yield servers

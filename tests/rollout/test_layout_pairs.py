@@ -12,6 +12,7 @@ import pytest
 from gspo_megatron.rollout.handover import device_name
 from gspo_megatron.rollout.link import ControllerError
 from gspo_megatron.rollout.transfer import TransferError
+from gspo_megatron.rollout.weight_guard import GENERATE
 from gspo_megatron.weights.layout import Layout
 from tests.rollout.conftest import KEY, Server, make_run_dir, running_servers
 from tests.rollout.test_weight_update import differences, update
@@ -40,6 +41,9 @@ def sharded_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[S
 
 def test_every_trainer_layout_reaches_every_server_layout(start_controller, sharded_servers, oracles) -> None:
     controller, link = start_controller(*sharded_servers)
+    for server in sharded_servers:
+        refused = server.ask("POST", GENERATE)
+        assert refused.status_code == 409 and "has no weights" in refused.json()["error"]
     for version, trainer in enumerate(TRAINERS):
         oracle, other = oracles[version % 2], oracles[1 - version % 2]
         report = update(link, version, oracle, TrainerRanks(trainer.world), trainer)

@@ -186,11 +186,19 @@ class Job:
 
     def kill(self, kind: str, node: str) -> None:
         """SIGKILL to the first process of a role on a node, as if the kernel wanted its memory back."""
-        module = {"trainer": "gspo_megatron.loop", "rollout": "gspo_megatron.rollout.server"}[kind]
+        self.lab.run(*self.lab.on(node), "kill", "-KILL", self._process(kind, node))
+
+    def kill_engine(self, node: str) -> None:
+        """The same to the process in which the server of a node runs its engine."""
         on = self.lab.on(node)
+        found = self.lab.run(*on, "pgrep", "-P", self._process("rollout", node), "-f", "VLLM::EngineCore").stdout
+        self.lab.run(*on, "kill", "-KILL", found.strip())
+
+    def _process(self, kind: str, node: str) -> str:
+        module = {"trainer": "gspo_megatron.loop", "rollout": "gspo_megatron.rollout.server"}[kind]
         # `srun` runs on a node too, and has the same words in its command line.
-        found = self.lab.run(*on, "pgrep", "-f", f"^[^ ]*python[^ ]* -m {module} --run-dir {self.run_dir}").stdout
-        self.lab.run(*on, "kill", "-KILL", found.split()[0])
+        pattern = f"^[^ ]*python[^ ]* -m {module} --run-dir {self.run_dir}"
+        return self.lab.run(*self.lab.on(node), "pgrep", "-f", pattern).stdout.split()[0]
 
     def everything(self) -> str:
         """Its own words and the ends of all its roles' logs."""

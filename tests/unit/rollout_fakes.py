@@ -77,6 +77,8 @@ class FakeServer:
                 self.missed_aborts = max(0, self.missed_aborts - 1)
         if path == "/finish_weight_update":
             self.version = (await request.json())["weight_version"]
+        if path == "/weight_info":
+            return web.json_response({"weight_version": self.version})
         if path == "/collective_rpc":
             return web.json_response({"results": [self._worker((await request.json())["method"])]})
         return web.json_response({"is_paused": self.paused} if path == "/is_paused" else {})

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from gspo_megatron.config import Recipe, load
-from gspo_megatron.plan.hosts import Host, Ports, findings, spread, tasks
+from gspo_megatron.plan.fit import findings
+from gspo_megatron.plan.hosts import Host, Ports, spread, tasks
 
 RECIPE = Path(__file__).parent / "golden" / "moe.yaml"
 RUN = Path("runs/x")
@@ -105,8 +106,9 @@ def test_ports_of_jobs_that_run_together_are_apart_and_below_the_ephemeral_range
         (("placement.rollout_nodes=2",), 4, 8, "servers-uneven-on-nodes"),
         (("rollout.servers=3", "rollout.tensor_parallel=4"), 1, 8, "servers-exceed-gpus"),
         (("rollout.tensor_parallel=16", "placement.server_nodes=1"), 2, 8, "servers-exceed-gpus"),
-        (("rollout.tensor_parallel=16",), 1, 8, "servers-share-spanned-nodes"),
-        (("rollout.tensor_parallel=16", "rollout.servers=2"), 2, 8, "servers-share-spanned-nodes"),
+        (("rollout.tensor_parallel=16", "placement.server_nodes=2"), 4, 4, "servers-exceed-gpus"),
+        (("rollout.tensor_parallel=16",), 1, 8, "servers-uneven-on-nodes"),
+        (("rollout.tensor_parallel=16", "rollout.servers=2"), 2, 8, "servers-uneven-on-nodes"),
         (("rollout.tensor_parallel=16", "placement.rollout_nodes=3"), 4, 8, "servers-uneven-on-nodes"),
         (("placement.server_nodes=3",), 3, 8, "server-uneven-on-nodes"),
         (("trainer.ranks=4", "rollout.tensor_parallel=4"), 2, 8, "server-without-trainer-rank"),

@@ -51,6 +51,7 @@ def test_steps_come_in_order_and_the_report_is_complete() -> None:
             "/pause",
             "/is_paused",
             "/collective_rpc",
+            "/weight_info",
             "/collective_rpc",
             "/init_weight_transfer_engine",
             "/start_weight_update",
@@ -136,6 +137,10 @@ def test_a_server_that_fails_anywhere_is_out_and_the_other_serves(path: str) -> 
             await updater.finish(1, [CHECKSUM], PROBES)
             second_group = (await updater.begin(2, TERMS))["group"]
             assert first_group == second_group, "an unchanged set of servers keeps its connections"
+            await updater.finish(2, [CHECKSUM], PROBES)
+            good.version = "default"
+            third_group = (await updater.begin(3, TERMS))["group"]
+            assert third_group != second_group, "one that was started again is no member of the old group"
         after = bad.calls.index(path) + 1
         assert "/resume" not in bad.calls[after:] and bad.calls.count("/init_weight_transfer_engine") <= 1
 
