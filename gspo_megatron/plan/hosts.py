@@ -148,7 +148,7 @@ def tasks(recipe: Recipe, over: Spread, ports: Ports, run_dir: Path) -> list[Tas
         ),
         Task("controller", 0, first, 0, controller, {}, (ports.controller,)),
         *(
-            _trainer(over, ports, where, host, number * over.ranks + local, local)
+            _trainer(recipe, over, ports, where, host, number * over.ranks + local, local)
             for number, host in enumerate(over.trainers)
             for local in range(over.ranks)
         ),
@@ -174,7 +174,9 @@ def _server(
     return Task("rollout", index, host, local, command, environment, tuple(listens), part)
 
 
-def _trainer(over: Spread, ports: Ports, where: tuple[str, ...], host: Host, rank: int, local: int) -> Task:
+def _trainer(
+    recipe: Recipe, over: Spread, ports: Ports, where: tuple[str, ...], host: Host, rank: int, local: int
+) -> Task:
     meeting = over.trainers[0].address
     environment = {
         "RANK": str(rank),
@@ -186,6 +188,9 @@ def _trainer(over: Spread, ports: Ports, where: tuple[str, ...], host: Host, ran
         # Megatron overlaps computing and communication by the order of launches, which one hardware queue keeps.
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     }
+    if over.gpus and recipe.model.dtype == "float32":
+        # Transformer Engine would multiply in TF32.
+        environment["NVIDIA_TF32_OVERRIDE"] = "0"
     controller = f"http://{meeting}:{ports.controller}"
     arguments = ("-m", "gspo_megatron.loop", *where, "--controller", controller)
     return Task("trainer", rank, host, local, arguments, environment, (ports.rendezvous,) if rank == 0 else ())

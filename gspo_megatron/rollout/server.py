@@ -49,7 +49,7 @@ def main() -> None:
     os.environ[identity.RUN_VARIABLE] = identity.read_run_id(arguments.run_dir)
     os.environ[identity.TOKENIZER_VARIABLE] = identity.hash_vocabulary(recipe)
     follow(arguments.run_dir, f"rollout-{arguments.index}" + (f".{arguments.part}" if arguments.part else ""))
-    has_gpu = prepare_environment(arguments.index)
+    has_gpu = prepare_environment(arguments.index, recipe.model.dtype)
     whole = vllm_arguments(recipe, model, arguments.host, arguments.port, has_gpu)
     serve([*whole, *part_arguments(arguments.part, arguments.of, arguments.meet)], arguments.index)
 
@@ -77,7 +77,7 @@ def refuse_used_port(host: str, port: int) -> None:
             raise SystemExit(f"cannot listen on {host}:{port}: {reason}; choose a free port of this host") from None
 
 
-def prepare_environment(index: int) -> bool:
+def prepare_environment(index: int, dtype: str) -> bool:
     """What vLLM and its libraries read from the environment; must run before vllm is imported.
 
     Returns:
@@ -92,6 +92,9 @@ def prepare_environment(index: int) -> bool:
     import torch
 
     if torch.cuda.is_available():
+        if dtype == "float32":
+            # Triton's products of float32 are TF32 otherwise, three digits instead of seven.
+            os.environ["TRITON_F32_DEFAULT"] = "ieee"
         return True
     # Whole GiB only, and it would override the byte-exact argument.
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
@@ -123,6 +126,8 @@ def vllm_arguments(recipe: Recipe, model: Path, host: str, port: int, has_gpu: b
         # A model directory's generation_config would silently become the sampler.
         "--generation-config=vllm",
         "--logprobs-mode=processed_logprobs",
+        # The trainer's logits are float32; by default vLLM rounds its own to the model's type.
+        f"--hf-overrides={json.dumps({'head_dtype': 'float32'})}",
         f"--{'' if rollout.prefix_caching else 'no-'}enable-prefix-caching",
         *(["--enable-expert-parallel"] if rollout.expert_parallel else []),
         "--enable-scale-out",

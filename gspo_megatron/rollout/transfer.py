@@ -121,6 +121,9 @@ class Wire:
             options = ProcessGroupNCCL.Options()
             options._timeout = timeout
             self._group = ProcessGroupNCCL(store, rank, world, options)
+            if world > 1:
+                # By itself it connects at the first transfer, and waits for ranks that have none.
+                self._group.eager_connect_single_device(device)
         else:
             self._group = ProcessGroupGloo(store, rank, world, timeout)
         self._group.set_timeout(timedelta(seconds=ticket.timeout))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +20,37 @@ pytestmark = [
 ]
 LENGTHS = (512, 384, 511, 257)
 PLAIN = "trainer.distributed_optimizer=false"
-needs_engine = pytest.mark.skipif(
-    importlib.util.find_spec("transformer_engine_torch") is None, reason="Transformer Engine is not installed"
-)
-SPECS = ["reference", pytest.param("transformer_engine", marks=needs_engine)]
+ATOMICS = 1e-6
+"""Plain torch adds a token's experts up by atomics on a GPU: more than two of them, in any order."""
 
 
 @pytest.fixture(scope="module")
 def device() -> Iterator[torch.device]:
-    """A world of one rank."""
+    """A world of one rank, whose float32 is float32 and whose attention gives the same gradient twice."""
     from megatron.core import parallel_state
 
     from gspo_megatron.policy import mesh
 
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     os.environ.update(place, MASTER_PORT=str(free_ports(1)[0]))
+    os.environ.update(NVIDIA_TF32_OVERRIDE="0", NVTE_ALLOW_NONDETERMINISTIC_ALGO="0")
     yield mesh.start_world()
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
 
 
-@pytest.fixture(params=SPECS)
+@pytest.fixture(params=["reference", "transformer_engine"])
 def spec(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which layer spec the policy is built from."""
     if request.param == "reference":
         for module in ("model", "specs"):
             monkeypatch.setattr(f"gspo_megatron.policy.{module}.has_transformer_engine", lambda: False)
+        return request.param
+    # Asked only now: its extension can be found once megatron has imported it.
+    from gspo_megatron.policy.specs import has_transformer_engine
+
+    if not has_transformer_engine():
+        pytest.skip("Transformer Engine is not installed")
     return request.param
 
 
@@ -67,6 +72,8 @@ def test_reference_spec_equals_the_oracle_in_float32(
 
     for module in ("model", "specs"):
         monkeypatch.setattr(f"gspo_megatron.policy.{module}.has_transformer_engine", lambda: False)
+    # Megatron's router multiplies by Transformer Engine wherever that is installed, whatever the layers are made of.
+    monkeypatch.setattr("megatron.core.transformer.moe.moe_utils.te_general_gemm", None)
     write_oracle(model, tmp_path)
     row = Row(1, "", model)
     case = {
@@ -78,34 +85,49 @@ def test_reference_spec_equals_the_oracle_in_float32(
         "fault": None,
     }
     monkeypatch.setattr("gspo_megatron.policy.weights.SHARD_BYTES", 150_000)
-    assert broken_bounds(run_case(case, "float32", tmp_path, device)) == []
+    result = run_case(case, "float32", tmp_path, device)
+    for form in case["forms"]["float32"]:
+        assert result[form]["shift"] <= ATOMICS
+        result[form]["shift"] = 0.0
+    assert broken_bounds(result) == []
 
 
 def test_bfloat16_logprobs_are_near_the_float64_oracle(device: torch.device, spec: str) -> None:
-    """The oracle holds the same rounded weights; what is left is the arithmetic in between."""
-    from gspo_megatron.data.packing import collate
-    from gspo_megatron.policy.weights import random_pieces
-    from tests.parallel.hf_model import build_oracle, read_whole, token_logprobs
-
-    overrides = [*long_model(), "model.dtype=bfloat16"]
-    policy = build(overrides, device, torch.bfloat16)
-    arch = policy.weights.arch
-    read = random_pieces(arch, 1)
-    policy.load(read)
-    samples = make_long_samples(arch.vocab_size)
-    (batch,) = policy.place([collate(samples)])
-    (scored,) = policy.score([batch])
-    found = scored.logprobs.float().cpu().double()
-    rounded = {name: tensor.bfloat16().float() for name, tensor in read_whole(read, arch).items()}
-    oracle = build_oracle(arch, rounded)
-    with torch.no_grad():
-        wanted = token_logprobs(oracle, [torch.as_tensor(sample.token_ids).long() for sample in samples])
-    starts = batch.cu_seqlens.tolist()
-    off = [found[start : start + len(logp)] - logp for start, logp in zip(starts[:-1], wanted, strict=True)]
+    """The oracle holds the same rounded weights; what is left is the arithmetic in between, for the oracle's experts:
+    where two experts are a tie to bfloat16, one that is chosen otherwise moves a token by some hundredths."""
+    off = distances_from_oracle(device, [8 * length for length in LENGTHS])
     every = torch.cat(off)
     assert every.abs().max() <= 2e-2
     assert every.abs().mean() <= 2e-3
     assert max(abs(float(part.mean())) for part in off) <= 1e-4
+
+
+def distances_from_oracle(device: torch.device, lengths: Sequence[int]) -> list[torch.Tensor]:
+    """[length - 1] of each sequence: log-probs in bfloat16, packed, less the oracle's, whose experts it takes."""
+    from gspo_megatron.data.packing import collate
+    from gspo_megatron.policy.weights import random_pieces
+    from tests.parallel.hf_model import build_oracle, chosen_experts, read_whole, token_logprobs
+
+    longest = f"model.architecture.max_position_embeddings={max(lengths)}"
+    policy = build([*long_model(), longest, "model.dtype=bfloat16"], device, torch.bfloat16)
+    arch = policy.weights.arch
+    read = random_pieces(arch, 1)
+    policy.load(read)
+    rounded = {name: tensor.bfloat16().float() for name, tensor in read_whole(read, arch).items()}
+    oracle, samples = build_oracle(arch, rounded), make_long_samples(arch.vocab_size, lengths)
+    with torch.no_grad(), chosen_experts(oracle) as experts:
+        wanted = token_logprobs(oracle, [torch.as_tensor(sample.token_ids).long() for sample in samples])
+    layers = arch.num_hidden_layers
+    routed = [
+        replace(sample, routes=torch.stack(experts[place : place + layers], dim=1).to(torch.int16).numpy())
+        for place, sample in zip(range(0, len(experts), layers), samples, strict=True)
+    ]
+    (batch,) = policy.place([collate(routed)])
+    routes = policy.routing.reported([batch], arch.num_experts_per_tok)
+    (scored,) = policy.score([batch], routes=routes)
+    found = scored.logprobs.float().cpu().double()
+    starts = batch.cu_seqlens.tolist()
+    return [found[start : start + len(logp)] - logp for start, logp in zip(starts[:-1], wanted, strict=True)]
 
 
 def test_scoring_and_training_agree_bit_for_bit(device: torch.device, spec: str) -> None:
@@ -195,15 +217,15 @@ def long_model() -> list[str]:
     return [f"model.architecture.{key}={value}" for key, value in shape.items()]
 
 
-def make_long_samples(vocab_size: int) -> list[Any]:
-    """Ragged sequences of some hundred tokens, all trained but the first."""
+def make_long_samples(vocab_size: int, lengths: Sequence[int] = LENGTHS) -> list[Any]:
+    """Ragged sequences, all trained but the first token."""
     import numpy as np
 
     from gspo_megatron.types import Sample, SampleRef
 
     generator = np.random.default_rng(0)
     samples = []
-    for index, length in enumerate(LENGTHS):
+    for index, length in enumerate(lengths):
         mask = np.arange(length) > 0
         ref = SampleRef("", index, 0, 1, length - 1, 0.0, "stop", ())
         tokens = generator.integers(0, vocab_size, length).astype(np.int32)

@@ -6,7 +6,8 @@ in Megatron.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -85,3 +86,15 @@ def token_logprobs(model: torch.nn.Module, sequences: Sequence[torch.Tensor]) ->
             logits = model(sequence[None]).logits[0]
             found.append(logits.log_softmax(-1)[:-1].gather(1, sequence[1:, None])[:, 0])
     return found
+
+
+@contextmanager
+def chosen_experts(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Within it, every router of the model adds the experts [L, k] that it chooses: layer by layer of each sequence."""
+    chosen: list[torch.Tensor] = []
+    hooks = [
+        layer.mlp.gate.register_forward_hook(lambda _, __, said: chosen.append(said[2])) for layer in model.model.layers
+    ]
+    yield chosen
+    for hook in hooks:
+        hook.remove()
