@@ -49,7 +49,7 @@ long-context: setup ## answers of 100,352 tokens, sampled by vLLM and trained on
 	$(BIN)/python tools/long_context.py $(ARGS)
 
 fuzz: setup ## 10,000 random mutations of the recipes through `gspo plan` (make test has 1,000)
-	GSPO_FUZZ=10000 $(PYTEST) tests/unit/test_plan_fuzz.py $(ARGS)
+	GSPO_FUZZ=10000 $(PYTEST) tests/unit/plan/test_fuzz.py $(ARGS)
 
 test-gpu: setup ## the policy and the objective on an NVIDIA GPU
 	$(PYTEST) tests/gpu/test_objective_gpu.py tests/gpu/test_policy_gpu.py $(ARGS)

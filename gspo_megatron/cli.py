@@ -11,11 +11,11 @@ from datetime import datetime
 from pathlib import Path
 
 from gspo_megatron import __version__
+from gspo_megatron.cluster.supervisor import plan_roles, run_roles
 from gspo_megatron.config import Recipe, RecipeError, load, save_resolved
 from gspo_megatron.plan import check
 from gspo_megatron.plan import command as plan_command
-from gspo_megatron.plan.limits import not_built
-from gspo_megatron.roles import plan_roles, run_roles
+from gspo_megatron.plan.rules.not_built import not_built
 
 REFUSED = 2
 
@@ -94,7 +94,7 @@ def convert(source: Path, out: Path, recipe: Path | None, overrides: Sequence[st
 
 def debug(bundle: Path) -> int:
     """Compute the loss of a kept update again and say what stands out."""
-    from gspo_megatron.debug import replay_bundle
+    from gspo_megatron.trainer.failure_replay import replay_bundle
 
     try:
         print(replay_bundle(bundle))
@@ -110,7 +110,7 @@ def report(run_dir: Path) -> int:
         print(f"{run_dir} holds no metrics.jsonl; give the directory that `gspo train` printed", file=sys.stderr)
         return REFUSED
     from gspo_megatron.report.page import write_report
-    from gspo_megatron.report.plot import write_plot
+    from gspo_megatron.report.plots import write_plot
 
     write_plot(run_dir)
     print(write_report(run_dir))

@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gspo_megatron.checkpoint import RECIPE, STATE
 from gspo_megatron.config import Recipe, load_resolved, save_resolved
-from gspo_megatron.policy.checkpoint import VALUE, rank_file
-from gspo_megatron.policy.resume import SavedPolicy
+from gspo_megatron.models.hf_table import Piece, hf_shapes, local_parameters
+from gspo_megatron.parallel import Layout, layout_of
+from gspo_megatron.policy.restore import SavedPolicy
+from gspo_megatron.policy.snapshot import VALUE, rank_file
 from gspo_megatron.policy.weights import ReadPiece, safetensors_pieces, save_hf
-from gspo_megatron.weights.layout import Layout, layout_of
-from gspo_megatron.weights.table import Piece, hf_shapes, local_parameters
+from gspo_megatron.trainer.checkpoint import RECIPE, STATE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -90,7 +90,7 @@ class Masked:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Response:
     """One sampled answer, complete or partial."""
 
     prompt_index: int

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A run of a recipe on this machine, all roles of it: launch/local.sh [RECIPE] [key=value ...]; `make train` calls it.
-# The roles, their order and their commands are those of a job (gspo_megatron/plan/hosts.py).
+# The roles, their order and their commands are those of a job (gspo_megatron/cluster/hosts.py).
 set -euo pipefail
 home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launch/lib/site.sh

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from gspo_megatron.config.model import Architecture
-from gspo_megatron.rollout.checksum import MASK
-from gspo_megatron.rollout.sender import WeightSender, first_cause
-from gspo_megatron.rollout.transfer import TransferError
-from gspo_megatron.weights.layout import Layout
-from gspo_megatron.weights.table import hf_shapes, local_parameters
+from gspo_megatron.config.model_section import Architecture
+from gspo_megatron.models.hf_table import hf_shapes, local_parameters
+from gspo_megatron.parallel import Layout
+from gspo_megatron.transport.weights.checksum import MASK
+from gspo_megatron.transport.weights.sender import WeightSender, first_cause
+from gspo_megatron.transport.weights.wire import TransferError
 
 CPU = torch.device("cpu")
 ARCH = Architecture(

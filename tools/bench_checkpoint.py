@@ -23,14 +23,14 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 import gspo_megatron.policy  # noqa: F401  the device layer must be in before megatron
-from gspo_megatron.checkpoint import CheckpointWriter
+from gspo_megatron.cluster.supervisor import free_ports
 from gspo_megatron.config import load
-from gspo_megatron.metrics import RunLog
 from gspo_megatron.policy import mesh
-from gspo_megatron.policy.checkpoint import MOMENTS, stepped
 from gspo_megatron.policy.policy import OptimizerSettings, Policy
+from gspo_megatron.policy.snapshot import MOMENTS, stepped
 from gspo_megatron.policy.weights import random_pieces
-from gspo_megatron.roles import free_ports
+from gspo_megatron.run_log import RunLog
+from gspo_megatron.trainer.checkpoint import CheckpointWriter
 
 MODEL = (
     "num_hidden_layers=8", "hidden_size=256", "moe_intermediate_size=512", "num_experts=16", "vocab_size=4096",

@@ -22,9 +22,9 @@ from typing import Any
 import gspo_megatron.policy  # noqa: F401  the device layer must be in before megatron
 from gspo_megatron.config import Recipe, load
 from gspo_megatron.data.tokenizers import load_tokenizer
-from gspo_megatron.metrics import read_rows
+from gspo_megatron.models.hf_table import Piece, hf_shapes
 from gspo_megatron.policy.weights import random_pieces, save_hf
-from gspo_megatron.weights.table import Piece, hf_shapes
+from gspo_megatron.run_log import read_rows
 
 RECIPE = Path(__file__).with_suffix(".yaml")
 RESULT = Path(__file__).parent / "results" / "long_context.json"
@@ -36,7 +36,7 @@ SHARPNESS = 2.0
 """Standard deviation of the attention scores: a query looks at exp(-4) of its keys, so that each one's place counts."""
 ROUTED = slice(1, 9)
 """Places of the state that the routers look at."""
-ROLES = {"server": "rollout.server", "controller": "rollout.controller", "trainer": "gspo_megatron.loop"}
+ROLES = {"server": "rollout.server", "controller": "rollout.controller", "trainer": "gspo_megatron.trainer.loop"}
 """What the command line of each role holds."""
 KEPT = {
     "answer_length": "answer_tokens",

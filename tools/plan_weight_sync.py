@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from gspo_megatron.config import load
-from gspo_megatron.config.model import Architecture
-from gspo_megatron.weights.layout import Layout
-from gspo_megatron.weights.server_layout import ServerLayout, needed_values
-from gspo_megatron.weights.table import count_parameters, local_parameters
-from gspo_megatron.weights.transfer_plan import TransferPlan
+from gspo_megatron.config.model_section import Architecture
+from gspo_megatron.models.hf_table import count_parameters, local_parameters
+from gspo_megatron.models.vllm_layout import ServerLayout, needed_values
+from gspo_megatron.parallel import Layout
+from gspo_megatron.transport.weights.plan import TransferPlan
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "qwen3_235b_a22b_gspo.yaml"
 ITEM_BYTES, BUCKET_BYTES = 2, 64 << 20

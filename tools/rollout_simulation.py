@@ -1,5 +1,6 @@
-"""Rollout in simulated time: `Pool`, `Dispatcher`, `Fleet` and `Draft` are the real ones, engines and trainer only cost
-seconds, under an event loop whose clock jumps to the next event.
+"""Rollout in simulated time: `Pool`, `Scheduler`, `Fleet` and `Generation` are the real ones.
+
+Engines and trainer only cost seconds, under an event loop whose clock jumps to the next event.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gspo_megatron.config.schema import Recipe
-from gspo_megatron.rollout.dispatch import Dispatcher
-from gspo_megatron.rollout.drafts import Draft, Sampling
-from gspo_megatron.rollout.fleet import Fleet
-from gspo_megatron.rollout.groups import Tally
-from gspo_megatron.rollout.pool import Pool
+from gspo_megatron.controller.generation import Generation, Sampling
+from gspo_megatron.controller.group_buffer import Pool
+from gspo_megatron.controller.groups import Tally
+from gspo_megatron.controller.scheduler import Scheduler
+from gspo_megatron.controller.servers import Fleet
 from gspo_megatron.types import Problem, Prompt, SampleRef, StopReason
 from tools.simulated_engine import PROMPT_TOKENS, EngineModel, Lengths, SimulatedServer
 
@@ -114,18 +115,20 @@ async def _run(scenario: Scenario, recipe: Recipe, pool_class: type[Pool]) -> Ou
         ids = (0,) * PROMPT_TOKENS
         return [Prompt(index, Problem(str(index), "", {}), ids) for index in range(drawn - count, drawn)]
 
-    async def judge(draft: Draft, reason: StopReason) -> SampleRef:
-        segments = tuple(draft.segments)
-        return SampleRef("", draft.prompt.index, draft.sample_index, 1, len(draft), 0.0, reason, segments)
+    async def judge(generation: Generation, reason: StopReason) -> SampleRef:
+        segments = tuple(generation.segments)
+        return SampleRef(
+            "", generation.prompt.index, generation.sample_index, 1, len(generation), 0.0, reason, segments
+        )
 
     def current() -> int | None:
         return version[0]
 
-    dispatcher = Dispatcher(Fleet(servers), current)  # type: ignore[arg-type]
+    scheduler = Scheduler(Fleet(servers), current)  # type: ignore[arg-type]
     sampling = Sampling(1.0, scenario.lengths.limit, (0,), 0)
     chosen = Recipe.model_validate(values)
     pool = pool_class(
-        chosen, dispatcher, draw, judge, lambda ref: None, sampling, current, scenario.overlaps, Unwritten()
+        chosen, scheduler, draw, judge, lambda ref: None, sampling, current, scenario.overlaps, Unwritten()
     )
     loop = asyncio.get_running_loop()
     marks, lags, started, before = [], [], 0.0, pool.accounting.report(())
@@ -147,7 +150,7 @@ async def _run(scenario: Scenario, recipe: Recipe, pool_class: type[Pool]) -> Ou
         version[0] = step + 1
         for server in servers:
             server.resume()
-        dispatcher.proceed()
+        scheduler.proceed()
     seconds = loop.time() - started
     after = pool.accounting.report(())
     dropped = sum(c["tokens"] for c in after["dropped"].values()) - sum(c["tokens"] for c in before["dropped"].values())

@@ -21,8 +21,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from gspo_megatron.config import load
-from gspo_megatron.rollout.groups import Group
-from gspo_megatron.rollout.pool import Pool
+from gspo_megatron.controller.group_buffer import Pool
+from gspo_megatron.controller.groups import Group
 from tools.rollout_simulation import Scenario, simulate, work_conserving_seconds
 from tools.simulated_engine import EngineModel, Lengths
 

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
-from gspo_megatron.rollout.dispatch import with_reserve
-from gspo_megatron.rollout.drafts import Draft, Sampling
+from gspo_megatron.controller.generation import Generation, Sampling
+from gspo_megatron.controller.scheduler import with_reserve
 from gspo_megatron.types import StopReason
 
 REVIEW_TOKENS = 256
@@ -75,7 +75,7 @@ def _normal(text: str) -> float:
 
 @dataclass(slots=True, eq=False)
 class _Running:
-    draft: Draft
+    generation: Generation
     since: float
     """The engine's clock when it joined, in tokens an answer; the part up to the last update is in the draft."""
     done: asyncio.Future[StopReason]
@@ -83,14 +83,14 @@ class _Running:
 
 @dataclass(slots=True, eq=False)
 class SimulatedServer:
-    """One engine; has what `Fleet` and `Dispatcher` ask of a server."""
+    """One engine; has what `Fleet` and `Scheduler` ask of a server."""
 
     model: EngineModel
     lengths: Lengths
     url: str
     fault: str = ""
-    drafts: set[Draft] = field(default_factory=set)
-    _running: dict[Draft, _Running] = field(default_factory=dict)
+    generations: set[Generation] = field(default_factory=set)
+    _running: dict[Generation, _Running] = field(default_factory=dict)
     _waiting: list[_Running] = field(default_factory=list)
     _ends: list[tuple[float, int, _Running]] = field(default_factory=list)
     _clock: float = 0.0
@@ -107,19 +107,21 @@ class SimulatedServer:
         """Answers that may be sent to it: the next one is there when one ends."""
         return with_reserve(self.model.slots)
 
-    async def generate(self, draft: Draft, sampling: Sampling, version: Callable[[], int | None]) -> StopReason:
+    async def generate(
+        self, generation: Generation, sampling: Sampling, version: Callable[[], int | None]
+    ) -> StopReason:
         """Sample the rest of an answer."""
         self._advance()
         self._version = version
-        running = _Running(draft, 0.0, asyncio.get_running_loop().create_future())
-        draft.parts += 1
-        self.drafts.add(draft)
+        running = _Running(generation, 0.0, asyncio.get_running_loop().create_future())
+        generation.parts += 1
+        self.generations.add(generation)
         self._waiting.append(running)
         self._schedule()
         try:
             return await running.done
         finally:
-            self.drafts.discard(draft)
+            self.generations.discard(generation)
 
     async def interrupt(self) -> None:
         """End everything where it is."""
@@ -148,8 +150,8 @@ class SimulatedServer:
         self._stalled_until = asyncio.get_running_loop().time() + self._kv / self.model.prefill_rate
         self._schedule()
 
-    def _length(self, draft: Draft) -> int:
-        return self.lengths.of(draft.prompt.index, draft.sample_index)
+    def _length(self, generation: Generation) -> int:
+        return self.lengths.of(generation.prompt.index, generation.sample_index)
 
     def _advance(self) -> None:
         """Bring the engine's clock to the loop's."""
@@ -162,37 +164,37 @@ class SimulatedServer:
         self._seen = now
         while self._ends and self._ends[0][0] <= self._clock + 1e-6:
             running = heapq.heappop(self._ends)[2]
-            if self._running.pop(running.draft, None) is not None:
-                self._kv -= PROMPT_TOKENS + self._length(running.draft)
-                self._take(running, self._length(running.draft) - len(running.draft))
+            if self._running.pop(running.generation, None) is not None:
+                self._kv -= PROMPT_TOKENS + self._length(running.generation)
+                self._take(running, self._length(running.generation) - len(running.generation))
                 running.done.set_result("stop")
 
     def _flush(self) -> None:
         """Hand over what was sampled so far."""
         for running in self._running.values():
-            tokens = int(self._clock - running.since) - len(running.draft)
-            self._take(running, max(0, min(tokens, self._length(running.draft) - 1 - len(running.draft))))
+            tokens = int(self._clock - running.since) - len(running.generation)
+            self._take(running, max(0, min(tokens, self._length(running.generation) - 1 - len(running.generation))))
 
     def _take(self, running: _Running, tokens: int) -> None:
         version = self._version()
         assert version is not None
         blank = bytes(4 * tokens)
-        running.draft.extend(array("i", blank), array("f", blank), version)
+        running.generation.extend(array("i", blank), array("f", blank), version)
 
     def _schedule(self) -> None:
         """Let answers in that fit, and wake up at the next end or when the speed has changed."""
         now = asyncio.get_running_loop().time()
         while self._waiting and len(self._running) < self.model.slots:
             running = self._waiting[0]
-            tokens = PROMPT_TOKENS + len(running.draft)
+            tokens = PROMPT_TOKENS + len(running.generation)
             if self._running and self._kv + tokens > 0.9 * self.model.kv_tokens:
                 break
             self._waiting.pop(0)
-            running.since = self._clock - len(running.draft)
-            self._running[running.draft] = running
+            running.since = self._clock - len(running.generation)
+            self._running[running.generation] = running
             self._kv += tokens
             self._stalled_until = max(self._stalled_until, now) + tokens / self.model.prefill_rate
-            heapq.heappush(self._ends, (running.since + self._length(running.draft), id(running), running))
+            heapq.heappush(self._ends, (running.since + self._length(running.generation), id(running), running))
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

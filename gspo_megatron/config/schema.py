@@ -9,11 +9,11 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from gspo_megatron.config.base import Section
-from gspo_megatron.config.long_tail import EnvironmentSection, LengthStage, RepetitionHalt, ThinkingBudget
-from gspo_megatron.config.model import ModelSection
-from gspo_megatron.config.objective import ObjectiveSection
-from gspo_megatron.config.placement import PlacementSection
-from gspo_megatron.config.task import ColdStartSection, DataSection, RewardSection, TokenizerSection
+from gspo_megatron.config.long_responses import EnvironmentSection, LengthStage, RepetitionHalt, ThinkingBudget
+from gspo_megatron.config.model_section import ModelSection
+from gspo_megatron.config.objective_spec import ObjectiveSection
+from gspo_megatron.config.placement_section import PlacementSection
+from gspo_megatron.config.task_sections import ColdStartSection, DataSection, RewardSection, TokenizerSection
 
 
 class RunSection(Section):

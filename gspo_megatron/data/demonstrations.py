@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from gspo_megatron.config.loading import refuse
-from gspo_megatron.config.task import ColdStartSection
+from gspo_megatron.config.task_sections import ColdStartSection
 from gspo_megatron.data.tokenizers import Tokenizer
 from gspo_megatron.types import Problem, Sample, SampleRef
 
@@ -75,7 +75,7 @@ def build_demonstrations(problems: Iterable[Problem], section: ColdStartSection,
     rows = []
     for index, problem in enumerate(problems):
         prompt = tokenizer.encode_prompt(problem.question)
-        answer = tokenizer.encode_answer(demonstrate(problem, section))
+        answer = tokenizer.encode_response(demonstrate(problem, section))
         ids = np.array([*prompt, *answer], dtype=np.int32)
         ref = SampleRef("", index, 0, len(prompt), len(answer), reward=1.0, stop_reason="stop", segments=())
         rows.append(Sample(ids, np.arange(len(ids)) >= len(prompt), np.zeros(len(ids), dtype=np.float32), 1.0, ref))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gspo_megatron.config.loading import refuse
-from gspo_megatron.config.task import DataSection
+from gspo_megatron.config.task_sections import DataSection
 from gspo_megatron.data.mixture import Mixture, keep_within
 from gspo_megatron.types import Problem
 

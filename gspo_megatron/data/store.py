@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from gspo_megatron.types import Answer, Masked, Prompt, SampleRef, Segment
+from gspo_megatron.types import Masked, Prompt, Response, SampleRef, Segment
 
 MAGIC = b"GSPO"
 FORMAT_VERSION = 1
@@ -35,7 +35,7 @@ class SampleStore:
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
 
-    def write(self, prompt: Prompt, answer: Answer, reward: float) -> SampleRef:
+    def write(self, prompt: Prompt, answer: Response, reward: float) -> SampleRef:
         """Store one finished answer; the file appears under its name only when it is complete."""
         first, last = (answer.segments[0].version, answer.segments[-1].version) if answer.segments else (0, 0)
         name = f"{answer.prompt_index:08d}-{answer.sample_index:04d}-v{first}-{last}.sample"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gspo_megatron.config.loading import refuse
-from gspo_megatron.config.task import TokenizerSection
+from gspo_megatron.config.task_sections import TokenizerSection
 
 
 class Tokenizer(Protocol):
@@ -29,7 +29,7 @@ class Tokenizer(Protocol):
         """Ids of the question in its template, up to where the answer begins."""
         ...
 
-    def encode_answer(self, text: str) -> list[int]:
+    def encode_response(self, text: str) -> list[int]:
         """Ids of a whole answer, stop id appended."""
         ...
 
@@ -58,7 +58,7 @@ class SentencePieceTokenizer:
         """`<q>` question `<a>`. Raises ValueError on a character that the vocabulary lacks."""
         return [self._question, *self.encode_text(question), self._answer]
 
-    def encode_answer(self, text: str) -> list[int]:
+    def encode_response(self, text: str) -> list[int]:
         """Text, then `</s>`. Raises ValueError on a character that the vocabulary lacks."""
         return [*self.encode_text(text), *self.stop_ids]
 
@@ -117,7 +117,7 @@ class HuggingFaceTokenizer:
         )
         return [int(i) for i in ids]
 
-    def encode_answer(self, text: str) -> list[int]:
+    def encode_response(self, text: str) -> list[int]:
         """Text as it is, then the stop id."""
         return [*self.encode_text(text), self.stop_ids[0]]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo_megatron.config.loading import refuse
-from gspo_megatron.config.long_tail import EnvironmentSection
+from gspo_megatron.config.long_responses import EnvironmentSection
 from gspo_megatron.environments.environment import TokenCodec, Turn
 from gspo_megatron.types import Problem
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gspo_megatron.config.loading import refuse
-from gspo_megatron.config.long_tail import EnvironmentSection
+from gspo_megatron.config.long_responses import EnvironmentSection
 from gspo_megatron.environments.calculator import Calculator
 from gspo_megatron.environments.environment import Environment, Step, TokenCodec, Turn
 from gspo_megatron.types import Problem

@@ -3,7 +3,7 @@
 Pure torch: no process groups, no configuration look-ups, no host synchronisation.
 """
 
-from gspo_megatron.config.objective import ObjectiveSpec
+from gspo_megatron.config.objective_spec import ObjectiveSpec
 from gspo_megatron.objective.advantages import generalized_advantages, group_advantages
 from gspo_megatron.objective.inputs import BatchTotals, LossInputs, LossOutput, check_values
 from gspo_megatron.objective.kl import kl_in_reward

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gspo_megatron.config.objective import ObjectiveSpec
+from gspo_megatron.config.objective_spec import ObjectiveSpec
 from gspo_megatron.objective.packed import Packed
 
 

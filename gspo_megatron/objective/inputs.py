@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gspo_megatron.config.objective import ObjectiveSpec
+from gspo_megatron.config.objective_spec import ObjectiveSpec
 
 
 @dataclass(frozen=True, slots=True)

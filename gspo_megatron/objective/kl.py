@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gspo_megatron.config.objective import ObjectiveSpec
+from gspo_megatron.config.objective_spec import ObjectiveSpec
 from gspo_megatron.objective.packed import Packed, SumOverContext, identity
 
 Estimator = Literal["k1", "k2", "k3", "k3_unbiased"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gspo_megatron.config.objective import ObjectiveSpec
+from gspo_megatron.config.objective_spec import ObjectiveSpec
 from gspo_megatron.objective.advantages import equal_groups, number_groups
 
 

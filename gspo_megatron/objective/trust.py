@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from gspo_megatron.config.objective import ObjectiveSpec
+from gspo_megatron.config.objective_spec import ObjectiveSpec
 from gspo_megatron.config.plugins import load_object
 
 

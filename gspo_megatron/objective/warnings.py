@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from gspo_megatron.config.objective import ObjectiveSpec
+from gspo_megatron.config.objective_spec import ObjectiveSpec
 from gspo_megatron.types import Finding
 
 MOSTLY_CLIPPED = 0.45

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from gspo_megatron.cluster.machines import DEVICES
 from gspo_megatron.config.loading import RecipeError, load
-from gspo_megatron.plan.machine import DEVICES
-from gspo_megatron.plan.plan import Plan, make_plan, tell_not_built, with_placement
+from gspo_megatron.plan.run_plan import Plan, make_plan, tell_not_built, with_placement
 
 REFUSED = 2
 
@@ -89,11 +89,11 @@ def _run(namespace: argparse.Namespace) -> int:
 
 def _print(plan: Plan, namespace: argparse.Namespace) -> None:
     if namespace.json:
-        from gspo_megatron.plan.document import to_json
+        from gspo_megatron.plan.as_json import to_json
 
         print(json.dumps(to_json(plan, namespace.ranks), indent=1))
     else:
-        from gspo_megatron.plan.text import print_plan
+        from gspo_megatron.plan.as_text import print_plan
 
         print_plan(plan, namespace.ranks)
 

@@ -7,15 +7,16 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gspo_megatron.config.model import Architecture
+from gspo_megatron.cluster.machines import Machine, machine_of
+from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe
-from gspo_megatron.plan import batch, compute, flops, layout, memory, needs
-from gspo_megatron.plan.batch import BatchPlan
-from gspo_megatron.plan.machine import Machine, machine_of
-from gspo_megatron.plan.mend import apply
-from gspo_megatron.plan.rollout import RolloutPlan, plan_rollout
-from gspo_megatron.plan.rollout import findings as rollout_findings
-from gspo_megatron.weights.layout import Layout
+from gspo_megatron.parallel import Layout
+from gspo_megatron.plan.estimate import batch, flops, memory, step_time
+from gspo_megatron.plan.estimate.batch import BatchPlan
+from gspo_megatron.plan.estimate.rollout import RolloutPlan, plan_rollout
+from gspo_megatron.plan.estimate.rollout import findings as rollout_findings
+from gspo_megatron.plan.rules import layout, resources
+from gspo_megatron.plan.suggest import apply
 
 SHOWN = 8
 """Layouts and servers that are listed."""
@@ -138,7 +139,7 @@ def _judge(recipe: Recipe, arch: Architecture, machine: Machine, change: dict[st
     for mode in ("none", "selective", "full"):
         tried = apply(changed, {"trainer.recompute": mode})
         stages = memory.stage_memory(tried, grid, cut, machine)
-        if needs.fits(stages, machine):
+        if resources.fits(stages, machine):
             time = _total(tried, arch, grid, cut, machine)
             peak = max(stage.peak_bytes for stage in stages)
             return Candidate({**change, "trainer.recompute": mode}, time.seconds, peak, time.words())
@@ -151,8 +152,8 @@ def _least_bytes(arch: Architecture, grid: Layout) -> int:
     return 6 * experts // (grid.expert * grid.expert_tensor * grid.pipeline)
 
 
-def _total(recipe: Recipe, arch: Architecture, grid: Layout, cut: BatchPlan, machine: Machine) -> compute.TrainerTime:
-    scoring, training = compute.trainer_times(recipe, arch, grid, cut, machine).values()
+def _total(recipe: Recipe, arch: Architecture, grid: Layout, cut: BatchPlan, machine: Machine) -> step_time.TrainerTime:
+    scoring, training = step_time.trainer_times(recipe, arch, grid, cut, machine).values()
     return scoring + training
 
 

@@ -6,6 +6,6 @@ Importing any part of it on a machine with no GPU puts the device layer in first
 import torch
 
 if not torch.cuda.is_available():
-    from gspo_megatron.policy import device
+    from gspo_megatron.policy import cpu_shims
 
-    device.install()
+    cpu_shims.install()

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from gspo_megatron.weights.layout import Layout
+from gspo_megatron.parallel import Layout
 
 COLLECTIVE_TIMEOUT = timedelta(days=1)
 """Ranks wait in a collective while rank 0 waits for answers, for hours if need be; the watchdog ends what is stuck."""

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from gspo_megatron.data.packing import PackedBatch
+from gspo_megatron.parallel import Coordinates, Layout
 from gspo_megatron.policy.attention import PackedBatchParams, plan_buckets, zigzag_indices
-from gspo_megatron.weights.layout import Coordinates, Layout
 
 ROPE_LENGTH_STEP = 1024
 """Rotary tables are cached by length; rounding up to this keeps each new longest sequence from making one."""

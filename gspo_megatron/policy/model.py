@@ -9,9 +9,9 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from gspo_megatron.config.model import Architecture
+from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe, TrainerSection
-from gspo_megatron.policy.activations import offload_inputs
+from gspo_megatron.policy.offload import offload_inputs
 from gspo_megatron.policy.specs import has_transformer_engine, reference_spec, transformer_engine_spec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -84,10 +84,10 @@ def _pipeline_settings(trainer: TrainerSection) -> dict[str, Any]:
 
 def _expert_settings(arch: Architecture, trainer: TrainerSection, dtype: torch.dtype, engine: bool) -> dict[str, Any]:
     # Megatron refuses variable_seq_lengths with its default dispatcher, in a dense model too.
-    dispatcher = {"moe_token_dispatcher_type": "alltoall"}
+    scheduler = {"moe_token_dispatcher_type": "alltoall"}
     if not arch.num_experts:
-        return dispatcher
-    return dispatcher | {
+        return scheduler
+    return scheduler | {
         "num_moe_experts": arch.num_experts,
         "moe_ffn_hidden_size": arch.moe_intermediate_size,
         "moe_router_topk": arch.num_experts_per_tok,

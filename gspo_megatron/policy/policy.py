@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.data.packing import PackedBatch
+from gspo_megatron.parallel import layout_of
 from gspo_megatron.policy import mesh
 from gspo_megatron.policy.head import chosen_logprobs
 from gspo_megatron.policy.microbatch import MicroBatch, place
@@ -26,7 +27,6 @@ from gspo_megatron.policy.offload import Residence
 from gspo_megatron.policy.optimizer import OptimizerSettings, make_optimizer
 from gspo_megatron.policy.replay import Routes, Routing
 from gspo_megatron.policy.weights import ReadPiece, ShardedWeights, save_hf
-from gspo_megatron.weights.layout import layout_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gspo_megatron.config.model import Architecture
-from gspo_megatron.weights.layout import Layout
-from gspo_megatron.weights.manifest import TensorMeta
-from gspo_megatron.weights.table import Parameter, Piece, hf_shapes, local_parameters
+from gspo_megatron.config.model_section import Architecture
+from gspo_megatron.models.hf_table import Parameter, Piece, hf_shapes, local_parameters
+from gspo_megatron.models.manifest import TensorMeta
+from gspo_megatron.parallel import Layout
 
 ReadPiece = Callable[[Piece], Tensor]
 Values = Callable[[torch.nn.Parameter], Tensor]

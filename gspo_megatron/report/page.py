@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gspo_megatron.metrics import EXAMPLES_FILE, read_rows
-from gspo_megatron.report.plot import PLOT_FILE, write_expert_plot
+from gspo_megatron.report.plots import PLOT_FILE, write_expert_plot
+from gspo_megatron.run_log import EXAMPLES_FILE, read_rows
 
 PAGE_FILE = "report.html"
 COLUMNS = {

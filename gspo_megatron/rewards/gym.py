@@ -6,7 +6,7 @@ import json
 from functools import lru_cache
 from typing import Any
 
-from gspo_megatron.config.task import DataSection
+from gspo_megatron.config.task_sections import DataSection
 from gspo_megatron.types import Problem
 
 

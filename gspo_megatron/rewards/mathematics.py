@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 
-from gspo_megatron.config.task import DataSection
+from gspo_megatron.config.task_sections import DataSection
 from gspo_megatron.types import Problem
 
 TAIL_CHARACTERS = 10_000

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gspo_megatron.config.schema import Recipe
-from gspo_megatron.config.task import DataSection, RewardSection
+from gspo_megatron.config.task_sections import DataSection, RewardSection
 from gspo_megatron.rewards import gym, mathematics
 from gspo_megatron.types import Problem, StopReason
 

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from gspo_megatron.cli import prepare_run
+from gspo_megatron.cluster import hosts, placement
+from gspo_megatron.cluster.attempts import ATTEMPT_FILE
+from gspo_megatron.cluster.hosts import Host, Ports, Spread, Task
 from gspo_megatron.config import Recipe, RecipeError, load
 from gspo_megatron.config.loading import load_resolved
-from gspo_megatron.fence import FENCE
-from gspo_megatron.plan import fit, hosts
-from gspo_megatron.plan.hosts import Host, Ports, Spread, Task
-from gspo_megatron.plan.limits import not_built
-from gspo_megatron.plan.plan import make_plan
+from gspo_megatron.plan.rules.not_built import not_built
+from gspo_megatron.plan.run_plan import make_plan
 from gspo_megatron.types import Finding
 from launch.lib.preflight import judge
 from launch.lib.resume import refuse_other_job, refuse_other_recipe
@@ -85,7 +85,7 @@ def load_for_job(path: Path, overrides: Sequence[str], job: str, names: Sequence
     sections = {"placement": recipe.placement.model_copy(update=facts), "run": recipe.run.model_copy(update=run)}
     recipe = recipe.model_copy(update=sections)
     # What does not fit the nodes makes the plan's own findings noise.
-    refuse_errors(list(fit.findings(recipe, len(names), gpus)))
+    refuse_errors(list(placement.findings(recipe, len(names), gpus)))
     return recipe
 
 
@@ -192,7 +192,7 @@ def open_attempt(recipe: Recipe, names: Sequence[str], gpus: int, job: str, runn
     for key in logs.glob("attempt_*/key"):
         key.unlink()
     write_plan(attempt, {"job": job, "attempt": number, "gpus": gpus, "hosts": [[name, name] for name in names]})
-    replace_text(run_dir / FENCE, f"{number} {job}\n")
+    replace_text(run_dir / ATTEMPT_FILE, f"{number} {job}\n")
     latest = logs / ".latest"
     latest.unlink(missing_ok=True)
     latest.symlink_to(attempt.name)

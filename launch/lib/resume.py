@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gspo_megatron.cluster.attempts import ATTEMPT_FILE
 from gspo_megatron.config import Recipe
 from gspo_megatron.config.loading import load_resolved, refuse
-from gspo_megatron.fence import FENCE
 
 MAY_CHANGE = (
     "run.directory",
@@ -37,9 +37,9 @@ MUST_STAY = ("trainer.aux_loss_coefficient",)
 
 def refuse_other_job(run_dir: Path, job: str, running: Sequence[str]) -> None:
     """Two jobs must not write one run."""
-    if not (run_dir / FENCE).is_file():
+    if not (run_dir / ATTEMPT_FILE).is_file():
         return
-    _, holder = (run_dir / FENCE).read_text().split()
+    _, holder = (run_dir / ATTEMPT_FILE).read_text().split()
     if holder != job and holder in running:
         raise refuse(
             "run-in-use", "run.directory",

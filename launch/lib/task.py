@@ -4,8 +4,8 @@ Reads its line of the attempt's plan by node and local number, because SLURM ord
 comes from a file that only the user can read, so that it is in no command line and in no record of SLURM's.
 
 Servers are run, not become: vLLM ends with code 0 when its engine has died, which would be no fault to srun. One of
-several that is lost is started again, as on one machine (`gspo_megatron/roles.py`): its neighbours serve its requests
-meanwhile, and with the next weights it serves again. Every other end ends the attempt.
+several that is lost is started again, as on one machine (`gspo_megatron/cluster/supervisor.py`): its neighbours serve
+its requests meanwhile, and with the next weights it serves again. Every other end ends the attempt.
 """
 
 from __future__ import annotations

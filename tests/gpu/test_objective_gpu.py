@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gspo_megatron.objective import BatchTotals, LossInputs, policy_loss
-from tests.unit.objective_cases import PRESET_NAMES, preset
+from tests.unit.objective.cases import PRESET_NAMES, preset
 
 pytestmark = [
     pytest.mark.gpu,

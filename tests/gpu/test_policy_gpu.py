@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from gspo_megatron.cluster.supervisor import free_ports
 from gspo_megatron.config import load
-from gspo_megatron.roles import free_ports
 
 pytestmark = [
     pytest.mark.gpu,

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from gspo_megatron.plan.machine import find_gpus
-from gspo_megatron.rollout.handover import device_name
-from gspo_megatron.rollout.link import ControllerLink
-from gspo_megatron.rollout.sender import WeightSender
-from gspo_megatron.weights.layout import Layout
+from gspo_megatron.cluster.machines import find_gpus
+from gspo_megatron.parallel import Layout
+from gspo_megatron.transport.controller_client import ControllerClient
+from gspo_megatron.transport.weights.ipc import device_name
+from gspo_megatron.transport.weights.sender import WeightSender
 from tests.rollout.conftest import KEY, ControllerThread, Server, make_run_dir, running_servers
 from tests.rollout.tiny import ARCH, Oracle
 from tests.shards import cut_shards
@@ -69,25 +69,25 @@ def test_a_server_gives_its_memory_up_and_serves_handed_over_weights(
     device = torch.device("cuda", 0)
     total = torch.cuda.mem_get_info()[1]
     controller = ControllerThread([server.url], tmp_path / "samples", overlaps=False, sleeps=True)
-    link = ControllerLink(controller.url, KEY)
+    controller = ControllerClient(controller.url, KEY)
     try:
-        link.wait_ready(120)
+        controller.wait_ready(120)
         assert used() < LEFT, "asleep from the start"
         sender, layout = WeightSender(device, shares=True), Layout(1)
         for version, oracle in enumerate((Oracle(0), Oracle(1))):
-            ticket = link.begin_update(version, ARCH, "float32", layout, [device_name(device)])
+            ticket = controller.begin_update(version, ARCH, "float32", layout, [device_name(device)])
             assert used() < 0.5 * SHARE * total, "weights are awake, KV is not"
             shard = {name: value.to(device) for name, value in cut_shards(ARCH, layout, oracle.tensors)[0].items()}
             checksums = sender.send(ticket, 0, shard)
-            report = link.finish_update(version, checksums, oracle.probes())
+            report = controller.finish_update(version, checksums, oracle.probes())
             assert report["largest"] < 1e-3 and report["received_over_needed"] == 1.0
             assert used() > 0.8 * SHARE * total, "KV is awake"
-            assert len(link.rollout(version)["samples"]) == 32
-            link.sleep()
+            assert len(controller.rollout(version)["samples"]) == 32
+            controller.sleep()
             assert used() < LEFT
         sender.close()
     finally:
-        link.close()
+        controller.close()
         controller.stop()
 
 

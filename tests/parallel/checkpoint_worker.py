@@ -16,13 +16,13 @@ from torch import Tensor
 import gspo_megatron.policy  # noqa: F401  the device layer must be in before megatron
 from gspo_megatron.config import load
 from gspo_megatron.data.packing import collate
+from gspo_megatron.parallel import Layout
 from gspo_megatron.policy import mesh
-from gspo_megatron.policy.checkpoint import MOMENTS, Snapshot, optimizer_steps, rank_file, stepped
 from gspo_megatron.policy.microbatch import MicroBatch, pad_multiple
 from gspo_megatron.policy.policy import OptimizerSettings, Policy, Scored
-from gspo_megatron.policy.resume import SavedPolicy, restore
+from gspo_megatron.policy.restore import SavedPolicy, restore
+from gspo_megatron.policy.snapshot import MOMENTS, Snapshot, optimizer_steps, rank_file, stepped
 from gspo_megatron.policy.weights import random_pieces
-from gspo_megatron.weights.layout import Layout
 from tests.parallel.policy_batch import SLOTS, make_samples
 
 SETTINGS = OptimizerSettings(1e-3, (0.9, 0.95), 1e-8, 0.01, 1.0)

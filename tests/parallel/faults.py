@@ -103,7 +103,7 @@ def rope_from_rank_zero(original: Any) -> Any:
 
 def flat_qkv(_: Any) -> Any:
     """All queries, then all keys, then all values."""
-    from gspo_megatron.weights.table import Parameter, Piece
+    from gspo_megatron.models.hf_table import Parameter, Piece
 
     def table(arch: Any, ours: str, theirs: str, index: int, count: int) -> Parameter:
         pieces, row = [], 0
@@ -243,10 +243,10 @@ FAULTS: dict[str, tuple[tuple[str, ...], Callable[[], AbstractContextManager[Non
         ("CP2 EP4",),
         lambda: replaced("gspo_megatron.policy.policy", "finalize_model_grads", scaled_experts),
     ),
-    "q, k, v packed flat": (("TP2 EP2 ETP2",), lambda: replaced("gspo_megatron.weights.table", "_qkv", flat_qkv)),
+    "q, k, v packed flat": (("TP2 EP2 ETP2",), lambda: replaced("gspo_megatron.models.hf_table", "_qkv", flat_qkv)),
     "gate and up swapped": (
         ("TP2 EP2 ETP2",),
-        lambda: replaced("gspo_megatron.weights.table", "_mlp", swapped_gate_and_up),
+        lambda: replaced("gspo_megatron.models.hf_table", "_mlp", swapped_gate_and_up),
     ),
     "softmax before top-k, not renormalised": (
         ("CP2 EP4",),

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from gspo_megatron.config.model import Architecture
-from gspo_megatron.weights.table import Piece, hf_shapes
+from gspo_megatron.config.model_section import Architecture
+from gspo_megatron.models.hf_table import Piece, hf_shapes
 from tests.parallel.keep_double import KeepDouble
 
 

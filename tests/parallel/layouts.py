@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 
 from gspo_megatron.config.schema import Recipe
-from gspo_megatron.weights.layout import layout_of
+from gspo_megatron.parallel import layout_of
 
 SHAPE = {
     "vocab_size": 96,

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from gspo_megatron.config import load
-from gspo_megatron.config.model import Architecture
+from gspo_megatron.config.model_section import Architecture
+from gspo_megatron.models.hf_table import Piece, local_parameters
+from gspo_megatron.parallel import Layout
 from gspo_megatron.policy import weights
-from gspo_megatron.weights.layout import Layout
-from gspo_megatron.weights.table import Piece, local_parameters
 
 OVERRIDES = [
     f"model.architecture.{value}"

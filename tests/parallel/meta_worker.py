@@ -13,10 +13,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import gspo_megatron.policy  # noqa: F401  the device layer must be in before megatron
 from gspo_megatron.config import Recipe
+from gspo_megatron.parallel import layout_of
 from gspo_megatron.policy import mesh
 from gspo_megatron.policy.model import build_chunks
 from gspo_megatron.policy.weights import ShardedWeights
-from gspo_megatron.weights.layout import layout_of
 
 Shapes = dict[str, list[int]]
 

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gspo_megatron.objective import ObjectiveSpec, group_advantages, policy_loss
-from tests.reference import Answer
-from tests.unit.objective_cases import (
+from tests.reference import Response
+from tests.unit.objective.cases import (
     FIXTURES,
     PRESET_NAMES,
     as_answers,
@@ -38,7 +38,7 @@ class Case:
     """One batch under one objective."""
 
     spec: ObjectiveSpec
-    answers: Sequence[Answer]
+    answers: Sequence[Response]
     token_advantages: bool = False
 
 

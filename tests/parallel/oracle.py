@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gspo_megatron.config import load
-from gspo_megatron.config.model import Architecture
+from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.policy import weights
 from tests import reference
 from tests.parallel.hf_model import build_oracle, gradients, read_whole, token_logprobs
@@ -75,7 +75,7 @@ def gspo_loss(hf: torch.nn.Module, arch: Architecture) -> tuple[Tensor, float, l
     for index, ((length, trained), sample, logp) in enumerate(zip(SEQUENCES, samples, logprobs, strict=True)):
         now = logp[length - 1 - trained :]
         advantage = torch.full((trained,), sample.advantage, dtype=torch.float64)
-        answers.append(reference.Answer(now, now.detach() - old_logprobs(trained, index), advantage))
+        answers.append(reference.Response(now, now.detach() - old_logprobs(trained, index), advantage))
     counted = [answer for answer in answers if answer.length]
     scale = sum(abs(float(reference.sequence_ratio(a).detach() * a.advantage[0])) for a in counted) / len(counted)
     return -reference.gspo(answers, CLIP_LOW, CLIP_HIGH), scale, [answer.old for answer in answers]

@@ -18,8 +18,8 @@ from torch.autograd.graph import saved_tensors_hooks
 import gspo_megatron.policy  # noqa: F401  the device layer must be in before megatron
 from gspo_megatron.config import load
 from gspo_megatron.data.packing import collate
-from gspo_megatron.plan.memory import has_expert_buffers
-from gspo_megatron.policy import activations, mesh
+from gspo_megatron.plan.estimate.memory import has_expert_buffers
+from gspo_megatron.policy import mesh, offload
 from gspo_megatron.policy.policy import OptimizerSettings, Policy
 from gspo_megatron.types import Sample, SampleRef
 
@@ -89,7 +89,7 @@ def _projection_bytes(policy: Policy) -> int:
 def _offloaded_bytes(policy: Policy) -> int:
     """The most that lay in host memory at one time during a step of MICRO_BATCHES full micro-batches."""
     now = most = 0
-    original = activations.to_host
+    original = offload.to_host
 
     def count(tensor: torch.Tensor) -> Any:
         nonlocal now, most
@@ -104,12 +104,12 @@ def _offloaded_bytes(policy: Policy) -> int:
         nonlocal now
         now -= size
 
-    activations.to_host = count
+    offload.to_host = count
     ref = SampleRef("", 0, 0, 1, TOKENS - 1, 0.0, "stop", ())
     words, trained = np.ones(TOKENS, np.int32), np.arange(TOKENS) > 0
     batches = [collate([Sample(words, trained, np.zeros(TOKENS, np.float32), 1.0, ref)], TOKENS)] * MICRO_BATCHES
     policy.train(policy.place(batches), lambda _, scored, __: (scored.logprobs.sum(), {}), 0.0)
-    activations.to_host = original
+    offload.to_host = original
     return most
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from gspo_megatron.config.model import Architecture
+from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.types import Sample, SampleRef
 
 SEED = 3

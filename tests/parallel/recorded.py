@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from gspo_megatron.data.store import SampleStore
-from gspo_megatron.types import Answer, Problem, Prompt, SampleRef, Segment
+from gspo_megatron.types import Problem, Prompt, Response, SampleRef, Segment
 
 VOCABULARY = 96
 PROMPT_LENGTH = 6
 
 
 class RecordedLink:
-    """Stands where `ControllerLink` is expected, on rank 0."""
+    """Stands where `ControllerClient` is expected, on rank 0."""
 
     def __init__(self, store: SampleStore, prompts: int, answers: int) -> None:
         self.store, self.prompts, self.answers = store, prompts, answers
@@ -73,6 +73,6 @@ def record(store: SampleStore, prompt: int, sample: int) -> SampleRef:
     ids = generator.integers(0, VOCABULARY, PROMPT_LENGTH + length).astype(np.int32)
     logprobs = generator.normal(-4.5, 0.1, length).astype(np.float32)
     reward = float(generator.integers(0, 2))
-    answer = Answer(prompt, sample, ids[PROMPT_LENGTH:], logprobs, (Segment(0, 0, length),), "stop")
+    answer = Response(prompt, sample, ids[PROMPT_LENGTH:], logprobs, (Segment(0, 0, length),), "stop")
     asked = Prompt(prompt, Problem(str(prompt), "", {}), tuple(ids[:PROMPT_LENGTH].tolist()))
     return store.write(asked, answer, reward)

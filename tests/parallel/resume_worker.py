@@ -22,16 +22,17 @@ import torch
 import torch.distributed as dist
 
 import gspo_megatron.policy  # noqa: F401  the device layer must be in before megatron
-from gspo_megatron import loop, watchdog
-from gspo_megatron.batches import MiniBatch
+from gspo_megatron.cluster import watchdog
+from gspo_megatron.cluster.attempts import ATTEMPT_FILE
+from gspo_megatron.cluster.supervisor import free_ports
 from gspo_megatron.config import load
-from gspo_megatron.fence import FENCE
-from gspo_megatron.metrics import RunLog
 from gspo_megatron.policy import mesh
-from gspo_megatron.policy.checkpoint import MOMENTS, random_states, stepped
 from gspo_megatron.policy.policy import Policy
-from gspo_megatron.roles import free_ports
-from gspo_megatron.trainer import Trainer
+from gspo_megatron.policy.snapshot import MOMENTS, random_states, stepped
+from gspo_megatron.run_log import RunLog
+from gspo_megatron.trainer import loop
+from gspo_megatron.trainer.batches import MiniBatch
+from gspo_megatron.trainer.step import Trainer
 from gspo_megatron.types import STOPPED
 from tests.parallel.recorded import NoServers, RecordedLink
 
@@ -50,7 +51,7 @@ def run_until_done(run_dir: Path, case: dict) -> list[dict]:
     """Attempts in order: what interrupted each, how long it ran, how its ranks ended."""
     run_dir.mkdir()
     if "newest_attempt" in case:
-        (run_dir / FENCE).write_text(f"{case['newest_attempt']} 4242\n")
+        (run_dir / ATTEMPT_FILE).write_text(f"{case['newest_attempt']} 4242\n")
     moments = list(case["interruptions"])
     history = []
     while not (run_dir / "DONE").exists():
@@ -114,8 +115,8 @@ def train(run_dir: Path, case: dict) -> int:
     log = RunLog(run_dir, owns_terminal=first)
     policy = Policy(recipe, device)
     trainer = Trainer(recipe, run_dir, policy, None, log)
-    link = RecordedLink(trainer.store, recipe.batch.prompts, recipe.batch.answers) if first else None
-    trainer.link, trainer.sender = link, NoServers()  # type: ignore[assignment]
+    controller = RecordedLink(trainer.store, recipe.batch.prompts, recipe.batch.answers) if first else None
+    trainer.controller, trainer.sender = controller, NoServers()  # type: ignore[assignment]
     if "watchdog" in case:
         watchdog.SHORTEST = watchdog.FIRST = case["watchdog"]
         watchdog.Watchdog(run_dir, dist.get_rank(), dist.get_world_size(), log.pulse, interval=0.1).start()
@@ -159,7 +160,7 @@ def describe(trainer: Trainer) -> dict:
         for kind, tensor in {"value": run.main, "step": state["step"], **{k: state[k] for k in MOMENTS}}.items():
             found[f"{kind}/{run.entry.name}"] = digest(trainer.policy.read(tensor.detach()))
     found |= {f"rng/{name}": digest(state) for name, state in random_states().items()}
-    return found | {"stream": getattr(trainer.link, "position", None)}
+    return found | {"stream": getattr(trainer.controller, "position", None)}
 
 
 def digest(tensor: torch.Tensor) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gspo_megatron.metrics import read_rows
+from gspo_megatron.run_log import read_rows
 from tests.parallel.world import run_world
 
 STEPS = 3

@@ -18,7 +18,7 @@ import torch
 
 from tests import reference
 from tests.parallel.objective_world import LAYOUTS, cases
-from tests.unit.objective_cases import FIXTURES, Layout, as_rows, assert_same, engine
+from tests.unit.objective.cases import FIXTURES, Layout, as_rows, assert_same, engine
 
 ROOT = Path(__file__).parents[2]
 CASES = cases()

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from gspo_megatron.cluster.machines import machine_of
 from gspo_megatron.config import load
-from gspo_megatron.plan.activations import Shape
-from gspo_megatron.plan.batch import plan_batch
-from gspo_megatron.plan.layout import layout_of
-from gspo_megatron.plan.machine import machine_of
-from gspo_megatron.plan.memory import Held, element_bytes, exact_bytes, stage_memory
-from gspo_megatron.weights.table import local_parameters
+from gspo_megatron.models.hf_table import local_parameters
+from gspo_megatron.plan.estimate.activations import Shape
+from gspo_megatron.plan.estimate.batch import plan_batch
+from gspo_megatron.plan.estimate.memory import Held, element_bytes, exact_bytes, stage_memory
+from gspo_megatron.plan.rules.layout import layout_of
 from tests.parallel.world import run_world
 
 RECIPE = Path("recipes/tiny_moe.yaml")

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from gspo_megatron.config import load
-from gspo_megatron.config.model import Architecture
+from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.data.packing import padded_length
-from gspo_megatron.plan.flops import route_bytes
+from gspo_megatron.plan.estimate.flops import route_bytes
 from gspo_megatron.policy.weights import random_pieces
 from tests.parallel.hf_model import KeepDouble, build_oracle, gradients, read_whole
 from tests.parallel.policy_batch import SEQUENCES, SLOTS, make_samples, reported_routes

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gspo_megatron.metrics import read_rows
-from gspo_megatron.trainer import SAMPLE_DIRECTORY
+from gspo_megatron.run_log import read_rows
+from gspo_megatron.trainer.step import SAMPLE_DIRECTORY
 from tests.parallel.world import run_world
 
 RANKS, STEPS = 2, 8

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gspo_megatron.debug import replay_bundle
+from gspo_megatron.trainer.failure_replay import replay_bundle
 from tests.parallel.test_resume import LAYOUTS, OVERRIDES, RANKS, STEPS, rows_of
 from tests.parallel.world import run_world
 

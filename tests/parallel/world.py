@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from gspo_megatron.roles import free_ports
+from gspo_megatron.cluster.supervisor import free_ports
 
 ROOT = Path(__file__).parents[2]
 GRACE = 10.0

@@ -22,17 +22,17 @@ from aiohttp import web
 
 from gspo_megatron.config.loading import load_resolved, save_resolved
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.controller.api import Service
+from gspo_megatron.controller.controller import Controller
+from gspo_megatron.controller.environment_pool import Calls
+from gspo_megatron.controller.multi_turn import Thinking
+from gspo_megatron.controller.scoring import ScoringPool
+from gspo_megatron.controller.server_client import ServerClient
+from gspo_megatron.controller.servers import Fleet
 from gspo_megatron.data.store import SampleStore
-from gspo_megatron.rollout.asking import Calls
-from gspo_megatron.rollout.auth import KEY_VARIABLE, key_header
-from gspo_megatron.rollout.client import ServerClient
-from gspo_megatron.rollout.controller import Controller
-from gspo_megatron.rollout.fleet import Fleet
-from gspo_megatron.rollout.identity import Identity
-from gspo_megatron.rollout.link import ControllerLink
-from gspo_megatron.rollout.scoring import ScoringPool
-from gspo_megatron.rollout.service import Service
-from gspo_megatron.rollout.turns import Thinking
+from gspo_megatron.transport.auth import KEY_VARIABLE, key_header
+from gspo_megatron.transport.controller_client import ControllerClient
+from gspo_megatron.transport.identity import Identity
 from tests.rollout.scorer import make_scorer
 from tests.rollout.tiny import KEY, VOCAB, CountingPrompts, NumberTokenizer, Oracle, make_recipe, write_config
 
@@ -69,7 +69,7 @@ def free_port() -> int:
 
 def server_command(run_dir: Path, port: int, *more: str) -> list[str]:
     where = ["--run-dir", str(run_dir), "--index", "0", "--host", "127.0.0.1", "--port", str(port)]
-    return [sys.executable, "-m", "gspo_megatron.rollout.server", *where, *more]
+    return [sys.executable, "-m", "gspo_megatron.inference.server", *where, *more]
 
 
 def make_run_dir(directory: Path, server_nodes: int | None = None, **rollout: int) -> Path:
@@ -190,7 +190,7 @@ class ControllerThread:
         self._loop.close()
 
 
-Starter = Callable[..., tuple[ControllerThread, ControllerLink]]
+Starter = Callable[..., tuple[ControllerThread, ControllerClient]]
 
 
 @pytest.fixture
@@ -198,14 +198,14 @@ def start_controller(server: Server, tmp_path: Path) -> Iterator[Starter]:
     """Starts a controller that is ready; it knows nothing of what earlier ones did to the servers."""
     with ExitStack() as stack:
 
-        def start(*others: Server, **how: Any) -> tuple[ControllerThread, ControllerLink]:
+        def start(*others: Server, **how: Any) -> tuple[ControllerThread, ControllerClient]:
             urls = [server.url, *(other.url for other in others)]
             controller = ControllerThread(urls, tmp_path / "samples", **how)
             stack.callback(controller.stop)
-            link = ControllerLink(controller.url, KEY)
-            stack.callback(link.close)
-            link.wait_ready(60)
-            return controller, link
+            controller = ControllerClient(controller.url, KEY)
+            stack.callback(controller.close)
+            controller.wait_ready(60)
+            return controller, controller
 
         yield start
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gspo_megatron.config.long_tail import EnvironmentSection
+from gspo_megatron.config.long_responses import EnvironmentSection
 from gspo_megatron.environments import Step, make_step
 
 SECTION = EnvironmentSection(name="calculator", call_start="", call_end="=", reply="[{result}]")

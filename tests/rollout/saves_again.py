@@ -10,17 +10,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from gspo_megatron import cli, roles
+from gspo_megatron import cli
+from gspo_megatron.cluster import supervisor
 from gspo_megatron.config.schema import Recipe
 
 AGAIN = "again"
 """Directory of the run directory with the second save."""
-LOOP, HERE = "gspo_megatron.loop", "tests.rollout.saves_again"
+LOOP, HERE = "gspo_megatron.trainer.loop", "tests.rollout.saves_again"
 
 
-def plan_roles(recipe: Recipe, run_dir: Path, ranks: int) -> list[roles.Role]:
+def plan_roles(recipe: Recipe, run_dir: Path, ranks: int) -> list[supervisor.Role]:
     """The roles of the run, trainers started through this file."""
-    planned = roles.plan_roles(recipe, run_dir, ranks)
+    planned = supervisor.plan_roles(recipe, run_dir, ranks)
     return [replace(role, command=tuple(HERE if word == LOOP else word for word in role.command)) for role in planned]
 
 
@@ -28,9 +29,9 @@ def become_trainer() -> None:
     """Run the loop with a `load` that saves; never returns."""
     import torch
 
-    from gspo_megatron import loop, start
-    from gspo_megatron.checkpoint import CheckpointWriter
-    from gspo_megatron.trainer import Trainer
+    from gspo_megatron.trainer import loop, start
+    from gspo_megatron.trainer.checkpoint import CheckpointWriter
+    from gspo_megatron.trainer.step import Trainer
 
     load = start.load
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gspo_megatron.rollout.scoring import Scorer
+from gspo_megatron.controller.scoring import Scorer
 from gspo_megatron.types import Problem
 
 

@@ -6,8 +6,8 @@ import asyncio
 
 import httpx
 
-from gspo_megatron.rollout.auth import key_header
-from gspo_megatron.rollout.client import ServerClient
+from gspo_megatron.controller.server_client import ServerClient
+from gspo_megatron.transport.auth import key_header
 from tests.rollout.test_weight_update import update
 from tests.rollout.tiny import KEY, STOP, VOCAB, CountingPrompts
 

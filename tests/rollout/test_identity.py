@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gspo_megatron.rollout.identity import Identity, identity_of, read_run_id
-from gspo_megatron.rollout.link import ControllerError
+from gspo_megatron.transport.controller_client import ControllerError
+from gspo_megatron.transport.identity import Identity, identity_of, read_run_id
 from tests.rollout.conftest import Server
 from tests.rollout.test_weight_update import update
 from tests.rollout.tiny import make_recipe

@@ -52,13 +52,17 @@ def test_an_interrupted_answer_is_what_it_would_have_been(start_controller, orac
     controller, link = start_controller(recipe=stale_recipe(), overlaps=False, slots=SLOTS)
     update(link, 0, oracles[0])
     link.rollout(0)
-    drafts = [draft for group in controller.controller.pool.groups for draft in group.drafts]
-    cut = {(draft.prompt.index, draft.sample_index) for draft in drafts if draft.parts == 1 and 0 < len(draft) < 20}
+    generations = [generation for group in controller.controller.pool.groups for generation in group.generations]
+    cut = {
+        (generation.prompt.index, generation.sample_index)
+        for generation in generations
+        if generation.parts == 1 and 0 < len(generation) < 20
+    }
     refs = [ref for ref in link.rollout(1)["samples"] if (ref.prompt_index, ref.sample_index) in cut]
-    continued = [ref for ref in refs if drafts_of(drafts, ref).parts == 2]
+    continued = [ref for ref in refs if generations_of(generations, ref).parts == 2]
     assert continued, "no answer was interrupted half-way"
     check_segments(controller, continued, oracles)
 
 
-def drafts_of(drafts, ref):
-    return next(d for d in drafts if (d.prompt.index, d.sample_index) == (ref.prompt_index, ref.sample_index))
+def generations_of(generations, ref):
+    return next(d for d in generations if (d.prompt.index, d.sample_index) == (ref.prompt_index, ref.sample_index))

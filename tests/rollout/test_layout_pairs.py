@@ -9,11 +9,11 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from gspo_megatron.rollout.handover import device_name
-from gspo_megatron.rollout.link import ControllerError
-from gspo_megatron.rollout.transfer import TransferError
-from gspo_megatron.rollout.weight_guard import GENERATE
-from gspo_megatron.weights.layout import Layout
+from gspo_megatron.parallel import Layout
+from gspo_megatron.transport.controller_client import ControllerError
+from gspo_megatron.transport.server_paths import GENERATE
+from gspo_megatron.transport.weights.ipc import device_name
+from gspo_megatron.transport.weights.wire import TransferError
 from tests.rollout.conftest import KEY, Server, make_run_dir, running_servers
 from tests.rollout.test_weight_update import differences, update
 from tests.rollout.tiny import ARCH

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gspo_megatron.rollout.controller import TALLY
+from gspo_megatron.controller.controller import TALLY
 from tests.rollout.test_lost_server import ANSWERS, PROMPTS, rows_of, wait_for
 from tests.rollout.test_main_job import assert_all_ended, processes_of, start
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gspo_megatron.rollout.auth import KEY_VARIABLE
+from gspo_megatron.transport.auth import KEY_VARIABLE
 from tests.rollout.conftest import Server, free_port, server_command
 from tests.rollout.tiny import KEY
 

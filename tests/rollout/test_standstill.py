@@ -12,14 +12,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from gspo_megatron import watchdog
-from gspo_megatron.watchdog import INTERVAL, Pulse, Watchdog
+from gspo_megatron.cluster import watchdog
+from gspo_megatron.cluster.watchdog import INTERVAL, Pulse, Watchdog
 from tests.rollout.conftest import Server
 
 RANK = """
 import sys
 from pathlib import Path
-from gspo_megatron.watchdog import Pulse, Watchdog
+from gspo_megatron.cluster.watchdog import Pulse, Watchdog
 Watchdog(Path(sys.argv[1]), 1, 2, Pulse(), interval=0.1).run()
 """
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from gspo_megatron.config.loading import parse
-from gspo_megatron.config.model import Architecture
+from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.types import Problem, Prompt
 

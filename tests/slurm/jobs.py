@@ -138,7 +138,7 @@ class Job:
 
     def rank(self, rank: int) -> int:
         """Process id of a trainer rank, as this program sees it."""
-        command = f"-m gspo_megatron.loop --run-dir {self.run_dir} ".encode()
+        command = f"-m gspo_megatron.trainer.loop --run-dir {self.run_dir} ".encode()
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             try:
                 if command in path.read_bytes().replace(b"\0", b" ") and f"RANK={rank}".encode() in (
@@ -195,7 +195,7 @@ class Job:
         self.lab.run(*on, "kill", "-KILL", found.strip())
 
     def _process(self, kind: str, node: str) -> str:
-        module = {"trainer": "gspo_megatron.loop", "rollout": "gspo_megatron.rollout.server"}[kind]
+        module = {"trainer": "gspo_megatron.trainer.loop", "rollout": "gspo_megatron.inference.server"}[kind]
         # `srun` runs on a node too, and has the same words in its command line.
         pattern = f"^[^ ]*python[^ ]* -m {module} --run-dir {self.run_dir}"
         return self.lab.run(*self.lab.on(node), "pgrep", "-f", pattern).stdout.split()[0]

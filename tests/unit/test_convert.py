@@ -10,8 +10,8 @@ import torch
 
 from gspo_megatron.cli import main
 from gspo_megatron.config import load
+from gspo_megatron.models.hf_table import Piece, hf_shapes
 from gspo_megatron.policy import weights
-from gspo_megatron.weights.table import Piece, hf_shapes
 
 LAYOUTS = [
     ["trainer.ranks=4", "trainer.tensor_parallel=2", "trainer.pipeline_parallel=2", "trainer.expert_parallel=2"],

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -20,18 +21,23 @@ PACKAGE = ROOT / "gspo_megatron"
 # From the bottom up. A part may import those of earlier rows and, unless its row is mutually blind, of its own row.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"types", "config"}),
-    frozenset({"weights"}),
-    frozenset({"plan", "metrics", "watchdog", "fence"}),
+    frozenset({"models", "parallel"}),
+    frozenset({"cluster", "plan", "run_log"}),
     frozenset({"objective", "data", "rewards", "environments"}),
-    frozenset({"policy", "rollout", "report"}),
-    frozenset({"alarms", "batches", "debug", "trainer", "cold_start", "checkpoint", "convert", "start", "stopping"}),
-    frozenset({"loop", "roles"}),
+    frozenset({"transport", "report"}),
+    frozenset({"policy"}),
+    frozenset({"trainer", "controller", "inference"}),
+    frozenset({"convert"}),
     frozenset({"cli"}),
 )
-MUTUALLY_BLIND = (3, 4)
+MUTUALLY_BLIND = (3, 4, 6)
 # Which part alone may import an engine.
-OWNERS = {"vllm": "rollout", "megatron": "policy", "transformer_engine": "policy", "apex": "policy"}
-WITHOUT_TORCH = ("recipes", "launch", "gspo_megatron/config", "gspo_megatron/weights", "gspo_megatron/plan")
+OWNERS = {"vllm": "inference", "megatron": "policy", "transformer_engine": "policy", "apex": "policy"}
+WITHOUT_TORCH = (
+    "recipes", "launch", "gspo_megatron/config", "gspo_megatron/models", "gspo_megatron/cluster", "gspo_megatron/plan",
+)  # fmt: skip
+# Names that may stand in several folders of the package.
+LIKE_NAMED = {"__init__"}
 MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 70
 
@@ -41,7 +47,7 @@ def sources(*folders: str) -> list[Path]:
 
 
 def part_of(path: Path) -> str:
-    """`objective` for gspo_megatron/objective/loss.py, `loop` for gspo_megatron/loop.py."""
+    """`objective` for gspo_megatron/objective/loss.py, `loop` for gspo_megatron/trainer/loop.py."""
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
@@ -82,9 +88,11 @@ def test_every_part_of_the_package_has_a_place_in_the_order() -> None:
 
 
 def test_the_order_is_the_designs() -> None:
-    assert may_import("objective", "types") and may_import("loop", "rollout") and may_import("config", "types")
-    assert not may_import("weights", "plan") and not may_import("policy", "loop")
-    assert not may_import("policy", "rollout") and not may_import("data", "rewards")
+    assert may_import("objective", "types") and may_import("trainer", "transport") and may_import("config", "types")
+    assert not may_import("models", "plan") and not may_import("policy", "trainer")
+    roles = ("trainer", "controller", "inference")
+    assert not any(may_import(one, other) for one in roles for other in roles if one != other)
+    assert not may_import("data", "rewards") and not may_import("transport", "policy")
     everything = [part for row in LAYERS for part in row]
     assert len(everything) == len(set(everything))
 
@@ -100,6 +108,41 @@ def test_imports_run_one_way() -> None:
             if not may_import(part_of(path), names[1]):
                 wrong.append(f"{path.relative_to(ROOT)}:{line}: {part_of(path)} may not import {names[1]}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_import_runs_in_a_circle() -> None:
+    files = {dotted(path): path for path in sources("gspo_megatron")}
+    graph = {name: {target for target in (known(module, files) for _, module in imports_of(path)) if target}
+             for name, path in files.items()}  # fmt: skip
+    for name in graph:
+        graph[name].discard(name)
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        raise AssertionError(" -> ".join(error.args[1])) from None
+
+
+def dotted(path: Path) -> str:
+    """`gspo_megatron.config` for gspo_megatron/config/__init__.py."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def known(module: str, files: Mapping[str, Path]) -> str | None:
+    """The file that an imported name is in."""
+    while module and module not in files:
+        module = module.rpartition(".")[0]
+    return module or None
+
+
+def test_no_file_name_stands_twice() -> None:
+    places: dict[str, list[str]] = {}
+    for path in sources("gspo_megatron"):
+        families = path.parent.parent == PACKAGE / "models"
+        if path.stem not in LIKE_NAMED and not families:
+            places.setdefault(path.stem, []).append(str(path.relative_to(PACKAGE)))
+    twice = [found for found in places.values() if len(found) > 1]
+    assert not twice, "a name means one file: " + "; ".join(" and ".join(found) for found in twice)
 
 
 def test_each_engine_has_one_owner() -> None:

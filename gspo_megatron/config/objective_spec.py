@@ -1,0 +1,87 @@
+"""The objective of a run: a preset, and the axes that the recipe moves.
+
+Imports without torch, so that a plan can name the algorithm before anything is queued.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from pydantic import model_validator
+
+from gspo_megatron.config.axes import Axes
+from gspo_megatron.config.objective_text import one_sentence
+from gspo_megatron.config.plugins import load_object
+from gspo_megatron.config.presets import PRESETS
+
+
+class ObjectiveSpec(Axes):
+    """A point in the table of axes: what `policy_loss` computes."""
+
+    name: str = "gspo"
+    """The preset it started from."""
+
+    @classmethod
+    def preset(cls, name: str) -> ObjectiveSpec:
+        """A row of `PRESETS`, or `file.py:NAME` / `package.module:NAME` of an ObjectiveSpec of your own."""
+        if ":" in name:
+            found = load_object(name)
+            if not isinstance(found, cls):
+                raise ValueError(f"{name} is a {type(found).__name__}, not an ObjectiveSpec; name one")
+            return found
+        if name not in PRESETS:
+            close = difflib.get_close_matches(name, PRESETS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(PRESETS)} or file.py:NAME"
+            raise ValueError(f"preset={name} is not known; {hint}")
+        return cls(name=name, **PRESETS[name])
+
+    def replace(self, **changes: Any) -> ObjectiveSpec:
+        """The same point with some axes moved; checked like a recipe."""
+        return type(self).model_validate({**self.model_dump(), **changes})
+
+    @property
+    def per_sequence(self) -> bool:
+        """Whether the ratio is one number a sequence."""
+        return self.ratio_level != "token"
+
+    def describe(self, sequences: int | None = None, updates: int | None = None) -> str:
+        """The objective in one sentence.
+
+        Args:
+            sequences: sequences of one mini-batch over all ranks.
+            updates: optimizer steps a rollout batch.
+        """
+        return one_sentence(self.name, self, sequences, updates)
+
+
+class ObjectiveSection(Axes):
+    """`objective`: a preset, and every axis of it that this recipe moves; an axis left out or null is the preset's."""
+
+    preset: str = "gspo"
+    """gspo, gspo_token, grpo, grpo_replay, dr_grpo, dapo, cispo, sapo, gmpo, luspo, rloo, minirl, or `file.py:NAME`.
+
+    Source: the algorithm this repository is for.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def axes_come_from_the_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        axes = ObjectiveSpec.preset(str(values.get("preset") or "gspo")).model_dump(exclude={"name"})
+        moved = {key: value for key, value in values.items() if value is not None}
+        if isinstance(moved.get("options"), dict):
+            moved["options"] = {**axes["options"], **moved["options"]}
+        return {**axes, **moved}
+
+    def spec(self, max_answer_tokens: int | None = None) -> ObjectiveSpec:
+        """The point this section names.
+
+        Args:
+            max_answer_tokens: `rollout.max_answer_tokens`: what `aggregation=constant` divides by when nothing is set.
+        """
+        axes = self.model_dump(exclude={"preset"})
+        if self.aggregation == "constant" and self.aggregation_length is None:
+            axes["aggregation_length"] = max_answer_tokens
+        return ObjectiveSpec(name=ObjectiveSpec.preset(self.preset).name, **axes)

@@ -1,0 +1,1 @@
+"""The controller process: prompts in; scored, stored, versioned groups of responses out."""

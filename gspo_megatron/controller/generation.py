@@ -1,0 +1,169 @@
+"""Answers under way: what was received of them so far, and how one is continued."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from gspo_megatron.config.long_responses import RepetitionHalt
+from gspo_megatron.types import Masked, Prompt, Response, Segment, StopReason
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How answers are drawn."""
+
+    temperature: float
+    """0 = greedy."""
+    max_tokens: int
+    """Longest answer, stop token included."""
+    stop_ids: tuple[int, ...]
+    """Token ids that end an answer."""
+    seed: int
+    """The run's seed; every part of every answer derives its own from it."""
+    halt: RepetitionHalt | None = None
+    """When an answer counts as repeating itself; None = never."""
+
+
+def answer_seed(seed: int, prompt_index: int, sample_index: int, part: int) -> int:
+    """Seed of one part of one answer: a continued answer must not replay the random stream of its first part."""
+    text = f"{seed}/{prompt_index}/{sample_index}/{part}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) >> 1
+
+
+@dataclass(slots=True, eq=False)
+class Generation:
+    """One answer under way. Continued by as many requests as it takes: a lost server or an interruption costs none."""
+
+    prompt: Prompt
+    sample_index: int
+    token_ids: array[int] = field(default_factory=lambda: array("i"))
+    """What there is so far; 100,000 tokens are 0.8 MB with their log-probs."""
+    logprobs: array[float] = field(default_factory=lambda: array("f"))
+    """One a token; empty for greedy answers, whose log-probs nobody reads."""
+    segments: list[Segment] = field(default_factory=list)
+    """Cover the tokens in order."""
+    parts: int = 0
+    """Requests sent so far."""
+    born: int | None = None
+    """Version of the weights when the first request was sent."""
+    lost: int = 0
+    """Tokens that were sampled and could not be kept."""
+    received: Callable[[int], None] = lambda tokens: None
+    """Told how many tokens have come, whenever some have."""
+    masked: list[Masked] = field(default_factory=list)
+    """Tokens that were put in and not sampled, in order."""
+    state: Any = None
+    """The environment's, behind the last observation; JSON-able."""
+    limit: int | None = None
+    """Longest that this answer may get, of the step it was begun for; None = the sampling's own limit."""
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def sampled(self) -> int:
+        """Tokens that a server sampled."""
+        return len(self) - sum(span.end - span.start for span in self.masked)
+
+    @property
+    def calls(self) -> int:
+        """Times that an environment answered."""
+        return sum(span.why == "observation" for span in self.masked)
+
+    @property
+    def turn_start(self) -> int:
+        """First token of the present turn: behind the last observation."""
+        return next((span.end for span in reversed(self.masked) if span.why == "observation"), 0)
+
+    @property
+    def last_sampled(self) -> int | None:
+        """The last token, if it was sampled."""
+        put_in = self.masked and self.masked[-1].end == len(self)
+        return None if put_in or not self.token_ids else self.token_ids[-1]
+
+    @property
+    def request_ids(self) -> list[int]:
+        """Ids that a continuing request starts from."""
+        return [*self.prompt.token_ids, *self.token_ids]
+
+    def extend(self, token_ids: Sequence[int], logprobs: Sequence[float], version: int) -> None:
+        """Take in tokens that were sampled under one version of the weights."""
+        start = len(self)
+        self.token_ids.extend(token_ids)
+        self.logprobs.extend(logprobs)
+        self._cover(Segment(version, start, len(self)))
+
+    def put_in(self, token_ids: Sequence[int], why: Literal["observation", "closing"]) -> None:
+        """Append tokens that nobody sampled; they follow a sampled one, whose version they share."""
+        start, version = len(self), self.segments[-1].version
+        self.extend(token_ids, [0.0] * len(token_ids), version)
+        self.masked.append(Masked(start, len(self), why))
+
+    def relabel(self, start: int, spans: Sequence[Segment]) -> None:
+        """Replace the versions of the tokens from `start` on; spans count from there."""
+        self._cut_segments(start)
+        for span in spans:
+            self._cover(Segment(span.version, start + span.start, start + span.end))
+
+    def cut(self, length: int) -> None:
+        """Forget the tokens from `length` on."""
+        self.lost += len(self) - length
+        del self.token_ids[length:]
+        del self.logprobs[length:]
+        self._cut_segments(length)
+
+    def answer(self, stop_reason: StopReason) -> Response:
+        """As the sample store takes it."""
+        return Response(
+            prompt_index=self.prompt.index,
+            sample_index=self.sample_index,
+            token_ids=np.array(self.token_ids, np.int32),
+            logprobs=np.array(self.logprobs, np.float32),
+            segments=tuple(self.segments),
+            stop_reason=stop_reason,
+            masked=tuple(self.masked),
+            limit=self.limit,
+        )
+
+    def _cover(self, span: Segment) -> None:
+        if span.start == span.end:
+            return
+        if self.segments and self.segments[-1].version == span.version:
+            self.segments[-1] = replace(self.segments[-1], end=span.end)
+        else:
+            self.segments.append(span)
+
+    def _cut_segments(self, length: int) -> None:
+        kept = [replace(span, end=min(span.end, length)) for span in self.segments if span.start < length]
+        self.segments[:] = kept
+
+
+def request_body(generation: Generation, sampling: Sampling, left: int) -> dict[str, Any]:
+    """What asks a server for the rest of an answer, of at most `left` tokens."""
+    greedy = sampling.temperature == 0
+    place = (generation.prompt.index, generation.sample_index, generation.parts)
+    parameters: dict[str, Any] = {
+        "n": 1,
+        "temperature": sampling.temperature,
+        "top_p": 1.0,
+        "top_k": 0,
+        "max_tokens": left,
+        "stop_token_ids": list(sampling.stop_ids),
+        # Only the ids above stop: a model's own end-of-text id may differ from the tokenizer's.
+        "ignore_eos": True,
+        "detokenize": False,
+        "seed": answer_seed(sampling.seed, *place),
+    }
+    if not greedy:
+        parameters["logprobs"] = 0
+    if sampling.halt is not None:
+        halt = {"max_pattern_size": sampling.halt.longest_pattern, "min_count": sampling.halt.times}
+        parameters["repetition_detection"] = halt
+    name = "-".join(map(str, (*place, "greedy" if greedy else "sampled")))
+    return {"request_id": name, "token_ids": generation.request_ids, "sampling_params": parameters, "stream": True}

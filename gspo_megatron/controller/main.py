@@ -1,0 +1,105 @@
+"""Role entry of the controller.
+
+python -m gspo_megatron.controller.main --run-dir DIR --host HOST --port PORT --servers URL,URL
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import logging
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+from aiohttp import web
+
+from gspo_megatron.cluster.child_processes import die_with_parent
+from gspo_megatron.cluster.machines import machine_of, takes_turns
+from gspo_megatron.cluster.watchdog import follow
+from gspo_megatron.config.loading import RecipeError, load_resolved
+from gspo_megatron.config.schema import Recipe
+from gspo_megatron.controller.api import Service
+from gspo_megatron.controller.controller import Controller
+from gspo_megatron.controller.environment_pool import make_calls
+from gspo_megatron.controller.multi_turn import make_thinking
+from gspo_megatron.controller.scheduler import with_reserve
+from gspo_megatron.controller.scoring import Scorer, ScoringPool
+from gspo_megatron.controller.server_client import ServerClient
+from gspo_megatron.controller.servers import Fleet
+from gspo_megatron.data.store import SampleStore
+from gspo_megatron.transport.auth import read_key
+from gspo_megatron.transport.identity import identity_of
+
+SCORING_SECONDS = 10.0
+"""Time limit of one answer's scorer."""
+MAX_SCORING_PROCESSES = 8
+SAMPLES = "samples"
+"""Directory of the sample store within the run directory."""
+
+
+def build(recipe: Recipe, run_dir: Path, host: str, urls: list[str], key: str) -> Controller:
+    """A controller of real parts. Needs a running event loop."""
+    from gspo_megatron.data.stream import PromptStream
+    from gspo_megatron.data.tokenizers import load_tokenizer
+    from gspo_megatron.rewards import make_scorer
+
+    assert recipe.model.architecture is not None
+    rollout = recipe.rollout
+    context = rollout.max_prompt_tokens + rollout.max_answer_tokens
+    tokenizer = load_tokenizer(recipe.tokenizer, recipe.model.path)
+    make: Callable[[], Scorer] = functools.partial(make_scorer, recipe)
+    vocab = recipe.model.architecture.vocab_size
+    # Before the connections: a broken prompt file ends the controller with its sentence as the last line.
+    stream = PromptStream(recipe, tokenizer)
+    servers = [ServerClient(url, key, vocab, context, with_reserve(rollout.max_concurrency)) for url in urls]
+    processes = min(MAX_SCORING_PROCESSES, os.cpu_count() or 1)
+    return Controller(
+        recipe,
+        Fleet(servers, identity_of(recipe, run_dir)),
+        stream,
+        tokenizer,
+        ScoringPool(make, processes, SCORING_SECONDS),
+        SampleStore(run_dir / SAMPLES),
+        host,
+        overlaps=not machine_of(recipe).colocated,
+        sleeps=takes_turns(recipe),
+        thinking=make_thinking(rollout.thinking, tokenizer),
+        calls=make_calls(recipe, tokenizer, processes),
+    )
+
+
+def main() -> None:
+    """Serve until the parent ends or SIGTERM comes."""
+    die_with_parent()
+    parser = argparse.ArgumentParser(prog="python -m gspo_megatron.controller.main", description=__doc__)
+    parser.add_argument("--run-dir", type=Path, required=True, help="holds recipe.resolved.yaml; samples go there")
+    parser.add_argument("--host", required=True, help="this controller's address as trainer and servers reach it")
+    parser.add_argument("--port", type=int, required=True, help="port to listen on")
+    parser.add_argument("--servers", required=True, help="addresses of the vLLM servers, comma-separated")
+    arguments = parser.parse_args()
+    # Every answer in flight holds a connection; the usual soft limit is 1024.
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    key = read_key()
+    follow(arguments.run_dir, "controller")
+
+    async def application() -> web.Application:
+        recipe = load_resolved(arguments.run_dir / "recipe.resolved.yaml")
+        controller = build(recipe, arguments.run_dir, arguments.host, arguments.servers.split(","), key)
+        return Service(controller, key).application()
+
+    try:
+        web.run_app(
+            application(), host=arguments.host, port=arguments.port, access_log=None, print=None, shutdown_timeout=1.0
+        )
+    except RecipeError as error:
+        raise SystemExit(f"controller: {error}") from None
+    except OSError as error:
+        raise SystemExit(f"controller: cannot listen on {arguments.host}:{arguments.port}: {error.strerror}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""An answer beyond one stretch of sampling: turns with an environment, and thinking that is closed by force.
+
+What is put in between is appended as ids and masked; the next request starts from all that is there. Everything is
+decided from the draft alone, so that an answer goes on the same wherever it was interrupted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from gspo_megatron.config.loading import refuse
+from gspo_megatron.config.long_responses import ThinkingBudget
+from gspo_megatron.controller.environment_pool import Calls
+from gspo_megatron.controller.generation import Generation, Sampling
+from gspo_megatron.controller.scheduler import TRAINING, Scheduler
+from gspo_megatron.controller.servers import Fleet
+from gspo_megatron.data.tokenizers import Tokenizer
+from gspo_megatron.types import StopReason
+
+
+@dataclass(frozen=True, slots=True)
+class Thinking:
+    """A limit of thinking, in ids."""
+
+    budget: int
+    """Tokens of a turn after which it is closed."""
+    end_id: int
+    """What closes it; a turn that has it, or a prompt, is not thinking."""
+    closing: tuple[int, ...]
+    """What is put in behind the budget; holds `end_id`."""
+
+    def left(self, generation: Generation) -> int | None:
+        """Tokens that a draft may still think; None when it does not think any more."""
+        start = generation.turn_start
+        if self.end_id in generation.token_ids[start:] or (not start and self.end_id in generation.prompt.token_ids):
+            return None
+        return max(0, self.budget - (len(generation) - start))
+
+
+def make_thinking(section: ThinkingBudget | None, tokenizer: Tokenizer) -> Thinking | None:
+    """The limit of a recipe, if it has one. Raises RecipeError where its words do not end the thinking."""
+    if section is None:
+        return None
+    try:
+        end, closing = tokenizer.encode_text(section.end), tokenizer.encode_text(section.closing)
+    except ValueError as error:
+        raise refuse("closing-not-writable", "rollout.thinking.closing", str(error), "choose other words") from None
+    if len(end) != 1:
+        raise refuse(
+            "thinking-end-not-a-token", "rollout.thinking.end", f"{section.end!r} is {len(end)} tokens", "name one"
+        )
+    if end[0] not in closing:
+        raise refuse(
+            "closing-without-end", "rollout.thinking.closing", f"{section.closing!r} does not hold {section.end!r}",
+            "add it: the answer would count as thinking for ever",
+        )  # fmt: skip
+    return Thinking(section.budget, end[0], tuple(closing))
+
+
+class Turns(Scheduler):
+    """A dispatcher whose answers may have several turns."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        version: Callable[[], int | None],
+        thinking: Thinking | None,
+        calls: Calls | None,
+        on_fault: Callable[[Generation, str], None],
+    ) -> None:
+        """
+        Args:
+            fleet: as `Scheduler`.
+            version: as `Scheduler`.
+            thinking: how long a turn may think; None = to its end.
+            calls: the environment; None = an answer has one turn.
+            on_fault: told why the environment has nothing to say.
+        """
+        super().__init__(fleet, version)
+        self._thinking, self._calls, self._on_fault = thinking, calls, on_fault
+
+    async def complete(self, generation: Generation, sampling: Sampling, kind: int = TRAINING) -> StopReason:
+        """As `Scheduler.complete`, through all turns; an answer with a call too many, or without a reply, is cut."""
+        limit = sampling.max_tokens if generation.limit is None else generation.limit
+        stretch = replace(sampling, stop_ids=(*sampling.stop_ids, *(self._calls.ids if self._calls else ())))
+        with self.staying(generation.prompt.index):
+            while generation.last_sampled not in sampling.stop_ids:
+                if len(generation) >= limit:
+                    return "length"
+                if self._calls is not None and generation.last_sampled in self._calls.ids:
+                    if generation.calls == self._calls.most or not await self._observe(self._calls, generation, limit):
+                        return "length"
+                    continue
+                left = self._thinking.left(generation) if self._thinking is not None else None
+                if self._thinking is not None and left == 0:
+                    generation.put_in(self._thinking.closing[: limit - len(generation)], "closing")
+                    continue
+                until = limit if left is None else min(limit, len(generation) + left)
+                reason = await super().complete(generation, replace(stretch, max_tokens=until), kind)
+                called = self._calls is not None and reason == "stop" and generation.last_sampled in self._calls.ids
+                if not called and not (reason == "length" and until < limit):
+                    return reason
+        return "stop"
+
+    async def _observe(self, calls: Calls, generation: Generation, limit: int) -> bool:
+        """Put in what the environment says to the last turn, as far as there is room; whether it said something."""
+        said = await calls.ask(generation)
+        if isinstance(said, str):
+            self._on_fault(generation, said)
+            return False
+        generation.state = said.state
+        generation.put_in(said.token_ids[: limit - len(generation)], "observation")
+        return True

@@ -1,0 +1,185 @@
+"""Which draft goes to which server, and when: no server has room while a draft waits, none holds more than it may."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from gspo_megatron.controller.generation import Generation, Sampling
+from gspo_megatron.controller.server_admin import ServerError
+from gspo_megatron.controller.server_client import ServerClient
+from gspo_megatron.controller.servers import Fleet, Refused
+from gspo_megatron.types import StopReason
+
+URGENT, TRAINING = 0, 1
+"""Evaluations go before training samples, whose turn is held back meanwhile."""
+REFRESH_SECONDS = 5.0
+"""Age at which a server's count of KV tokens is taken anew; between, only what is sent there is added."""
+SPREAD = 8
+"""Answers that a server may hold beyond the emptiest one before a prompt's further answers leave its prefix cache."""
+
+
+def with_reserve(concurrency: int) -> int:
+    """Answers to send to a server that decodes so many at a time: the next is there when one ends.
+
+    Few, because what waits there waits in the order of its arrival, and here the oldest goes first.
+    """
+    return concurrency + max(2, concurrency // 16)
+
+
+@dataclass(order=True, slots=True)
+class _Turn:
+    """A draft that waits for a server."""
+
+    urgency: tuple[int, int, int]
+    """Kind, version it was born under, order of arrival."""
+    generation: Generation = field(compare=False)
+    server: asyncio.Future[ServerClient | None] = field(compare=False)
+    """None: the draft was interrupted before its turn came."""
+
+
+class Scheduler:
+    """Brings drafts to their end on a fleet of servers."""
+
+    def __init__(self, fleet: Fleet, version: Callable[[], int | None]) -> None:
+        """
+        Args:
+            fleet: the servers.
+            version: weights that all of them hold; None while those change, and then nothing is sent.
+        """
+        self._fleet, self._version = fleet, version
+        self._turns: list[_Turn] = []
+        self._arrivals = itertools.count()
+        self._held: dict[ServerClient, set[Generation]] = {server: set() for server in fleet.servers}
+        self._homes: dict[int, ServerClient] = {}
+        self._of_prompt: Counter[int] = Counter()
+        self._loads: dict[ServerClient, tuple[float, int]] = {}
+        self._training_waits = False
+        self._interrupted = False
+
+    async def complete(self, generation: Generation, sampling: Sampling, kind: int = TRAINING) -> StopReason:
+        """Sample an answer to its end, on as many servers as it takes.
+
+        Returns:
+            Why it ended; `abort` when it was interrupted: the draft keeps what it has.
+
+        Raises:
+            Refused: no server is left, or none may see this prompt.
+        """
+        index = generation.prompt.index
+        with self.staying(index):
+            while (server := await self._turn(generation, kind)) is not None:
+                try:
+                    if self._version() is not None:
+                        generation.born = self._version() if generation.born is None else generation.born
+                        return await server.generate(generation, sampling, self._version)
+                except ServerError as error:
+                    self._fleet.drop(server, str(error))
+                except ValueError as error:
+                    raise Refused(f"prompt {index}: {error}") from None
+                finally:
+                    self._held[server].discard(generation)
+                    self.proceed()
+        return "abort"
+
+    @contextmanager
+    def staying(self, index: int) -> Iterator[None]:
+        """Keep the server that holds a prompt's KV the first choice for it."""
+        self._of_prompt[index] += 1
+        try:
+            yield
+        finally:
+            self._of_prompt[index] -= 1
+            if not self._of_prompt[index]:
+                del self._of_prompt[index]
+                self._homes.pop(index, None)
+
+    def proceed(self) -> None:
+        """Send what can be sent; to be called when servers, versions or `hold` have changed."""
+        if not self._fleet.live:
+            for turn in self._turns:
+                if not turn.server.done():
+                    turn.server.set_exception(Refused(f"no server is left: {'; '.join(self._fleet.faults().values())}"))
+            self._turns.clear()
+        while self._turns and self._version() is not None:
+            turn = self._turns[0]
+            if turn.server.done():  # its task was cancelled
+                heapq.heappop(self._turns)
+                continue
+            if self._training_waits and turn.urgency[0] == TRAINING:
+                return
+            server = self._choose(turn.generation)
+            if server is None:
+                return
+            heapq.heappop(self._turns)
+            self._held[server].add(turn.generation)
+            counted, load = self._loads.get(server, (-math.inf, 0))
+            self._loads[server] = (counted, load + _tokens(turn.generation))
+            turn.server.set_result(server)
+
+    def hold(self, training_waits: bool) -> None:
+        """Keep training samples waiting, or let them go on."""
+        self._training_waits = training_waits
+        self.proceed()
+
+    def resume(self) -> None:
+        """Let training samples begin again after `interrupt`."""
+        self._interrupted = False
+
+    async def interrupt(self) -> None:
+        """End every training sample where it is, and every one to come: `complete` returns `abort` until `resume`."""
+        self._interrupted = True
+        for turn in self._turns:
+            if not turn.server.done():
+                turn.server.set_result(None)
+        self._turns.clear()
+        await asyncio.gather(*(self._interrupt(server) for server in self._fleet.live))
+
+    async def _interrupt(self, server: ServerClient) -> None:
+        if not self._held[server]:
+            return
+        try:
+            await server.interrupt()
+        except ServerError as error:
+            self._fleet.drop(server, str(error))
+
+    def _turn(self, generation: Generation, kind: int) -> asyncio.Future[ServerClient | None]:
+        born = 1 << 62 if generation.born is None else generation.born
+        turn = _Turn((kind, born, next(self._arrivals)), generation, asyncio.get_running_loop().create_future())
+        if self._interrupted and kind == TRAINING:
+            turn.server.set_result(None)
+        else:
+            heapq.heappush(self._turns, turn)
+            self.proceed()
+        return turn.server
+
+    def _choose(self, generation: Generation) -> ServerClient | None:
+        """The server with room and the least KV in use; the one that holds the prompt already, if it is not far off."""
+        open_ = [server for server in self._fleet.live if len(self._held[server]) < server.slots]
+        if not open_:
+            return None
+        index = generation.prompt.index
+        home = self._homes.get(index)
+        if home in open_ and len(self._held[home]) <= min(len(self._held[server]) for server in open_) + SPREAD:
+            return home
+        self._homes[index] = min(open_, key=self._load)
+        return self._homes[index]
+
+    def _load(self, server: ServerClient) -> int:
+        now = asyncio.get_running_loop().time()
+        counted, load = self._loads.get(server, (-math.inf, 0))
+        if now - counted > REFRESH_SECONDS:
+            load = sum(map(_tokens, self._held[server]))
+            self._loads[server] = (now, load)
+        return load
+
+
+def _tokens(generation: Generation) -> int:
+    """Tokens of KV that a draft takes up."""
+    return len(generation.prompt.token_ids) + len(generation)

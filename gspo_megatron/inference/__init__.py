@@ -1,0 +1,1 @@
+"""What runs inside a vLLM server; the only package that imports vllm."""

@@ -1,0 +1,233 @@
+"""The server side of a weight update, in vLLM's worker processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from vllm.config import ModelConfig
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import make_online_process_loader
+
+from gspo_megatron.inference import vllm_plugin
+from gspo_megatron.models.vllm_layout import ServerLayout, ServerParameter, server_parameters
+from gspo_megatron.transport import identity
+from gspo_megatron.transport.weights.checksum import Checksum, add_parameter
+from gspo_megatron.transport.weights.ipc import device_name, open_inbox
+from gspo_megatron.transport.weights.wire import Inbox, Ticket, receive
+
+# A worker that vLLM spawns imports this module as its extension. In an environment that has this package on its path
+# but not installed, the entry point does not exist, and this is where the engine gets known.
+vllm_plugin.register()
+
+
+@dataclass
+class JoinInfo(WeightTransferInitInfo):
+    """Body of `/init_weight_transfer_engine`."""
+
+    ticket: dict[str, Any]
+    """The fields of a `Ticket`."""
+    first_worker: int
+    """Number of this server's worker 0 among the workers of all servers."""
+
+
+@dataclass
+class ReceiveInfo(WeightTransferUpdateInfo):
+    """Body of `/update_weights`: the ticket has said it all."""
+
+
+class ShardTransferEngine(WeightTransferEngine[JoinInfo, ReceiveInfo]):
+    """Receives this worker's own slices from the trainer ranks and hands them to vLLM one whole parameter at a time.
+
+    Parameters are assembled in the layout in which vLLM creates them, and its layer-by-layer reload turns them into
+    what the device computes with: kernels may repack a weight after loading (on CPU they always do), so that the live
+    parameter is no place to write slices to.
+    """
+
+    init_info_cls = JoinInfo
+    update_info_cls = ReceiveInfo
+    supports_draft_weight_update = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.inbox: Inbox | None = None
+        self.report: dict[str, Any] = {}
+        self._apart = False
+
+    @property
+    def layout(self) -> ServerLayout:
+        """The layout of this server."""
+        parallel = self.parallel_config
+        return ServerLayout(
+            parallel.tensor_parallel_size,
+            parallel.pipeline_parallel_size,
+            parallel.data_parallel_size,
+            parallel.enable_expert_parallel,
+        )
+
+    @property
+    def rank(self) -> int:
+        """This worker's number within the server."""
+        return self.parallel_config.data_parallel_index * self.parallel_config.world_size + self.parallel_config.rank
+
+    def init_transfer_engine(self, init_info: JoinInfo) -> None:
+        """Join the transfer; vLLM keeps this call waiting until all have."""
+        ticket = Ticket(**init_info.ticket)
+        if self.inbox is None or self.inbox.name != ticket.group:
+            self.shutdown()
+            self.inbox = open_inbox(ticket, self.device, init_info.first_worker + self.rank)
+
+    def start_weight_update(self) -> None:
+        """Take the parameters apart; from here to a complete finish this model cannot serve."""
+        self.report = {}
+        if self._apart:
+            # An update broke on its way. Its half-filled layers must not count towards this one.
+            finalize_layerwise_reload(self.model, self.model_config)
+        initialize_layerwise_reload(self.model)
+        self._apart = True
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """As the base class, without its device synchronization, which knows no CPU."""
+        self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: ReceiveInfo) -> None:
+        """Receive all parameters; what goes wrong stands in the report.
+
+        It is not raised: vLLM gives up a call to all workers at the first one that fails and takes the answers of the
+        others for those to its next call (vllm 0.32).
+        """
+        try:
+            self.report = self._receive()
+        except RuntimeError as error:
+            self.shutdown()
+            self.report = {"fault": str(error).splitlines()[0]}
+
+    def _receive(self) -> dict[str, Any]:
+        """Receive, count each parameter into the checksum before anything packs it, and load it; the report."""
+        inbox = self.inbox
+        if inbox is None:
+            raise RuntimeError("this server has not joined the transfer; call /init_weight_transfer_engine first")
+        started = time.perf_counter()
+        plan = inbox.plan
+        expected = server_parameters(plan.arch, self.layout, self.rank)
+        checksum = Checksum(plan.arch, inbox.dtype, self.device)
+        refuse_other_model(self.model, expected, inbox.dtype, self.layout)
+        for parameter, values in receive(inbox, expected):
+            add_parameter(checksum, parameter, values)
+            load_whole(self.model, parameter.name, values)
+        return {
+            "checksum": str(checksum.values()[0]),
+            "tensors": len(expected),
+            "seconds": time.perf_counter() - started,
+            "received_bytes": plan.item_bytes * sum(m.size for messages in inbox.rounds.values() for m in messages),
+            "needed_bytes": plan.item_bytes * sum(piece.size for p in expected for piece in p.pieces),
+        }
+
+    def finish_weight_update(self) -> None:
+        """Put the parameters together again, in the layout that this device computes with."""
+        if "checksum" not in self.report:
+            raise RuntimeError("the update is not complete; send all weights again before it is finished")
+        finalize_layerwise_reload(self.model, self.model_config)
+        self._apart = False
+        if self.device.type == "cpu":
+            pack_experts(self.model)
+
+    def shutdown(self) -> None:
+        """Leave the transfer."""
+        if self.inbox is not None:
+            self.inbox.close()
+        self.inbox = None
+
+
+def refuse_other_model(
+    model: torch.nn.Module, expected: list[ServerParameter], dtype: torch.dtype, layout: ServerLayout
+) -> None:
+    """Hold what the plan will bring against the parameters of this worker. Raises RuntimeError with one sentence."""
+    found = {name: (tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
+    for parameter in expected:
+        has = found.pop(parameter.name, None)
+        if has != (parameter.shape, dtype):
+            raise RuntimeError(
+                f"parameter {parameter.name} would come as {dtype} {parameter.shape}, and this server has "
+                f"{'none' if has is None else f'{has[1]} {has[0]}'}; trainer and server must run the same model"
+            )
+    # vLLM makes these on every stage, or twice, and uses them where they are listed.
+    unused = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    left = found.keys() - (unused if layout.pipeline > 1 else {"lm_head.weight"})
+    if left:
+        raise RuntimeError(f"the update brings no weights for {', '.join(sorted(left)[:3])}; they would stay old")
+
+
+def load_whole(model: torch.nn.Module, name: str, values: torch.Tensor) -> None:
+    """Give vLLM's reload one parameter as this rank holds it; it processes a layer when it has all of them."""
+    module, _, attribute = name.rpartition(".")
+    layer = model.get_submodule(module)
+    parameter = getattr(layer, attribute)
+    # vLLM's own loader would cut its share out of the whole tensor of a checkpoint.
+    parameter.weight_loader = copy_whole
+    parameter.weight_loader = make_online_process_loader(layer, attribute)
+    parameter.weight_loader(parameter, values)
+
+
+def copy_whole(param: torch.Tensor, loaded_weight: torch.Tensor) -> None:
+    """A weight loader, with the argument names that vLLM's reload looks for."""
+    param.data.copy_(loaded_weight)
+
+
+def pack_experts(model: torch.nn.Module) -> None:
+    """Bring experts into the layout of vLLM's CPU kernel, which its reload path leaves out (vllm 0.32)."""
+    for layer in model.modules():
+        if isinstance(layer, RoutedExperts):
+            kernel = layer.quant_method.moe_kernel
+            assert kernel is not None, "vLLM builds it at the first load"
+            kernel.fused_experts.process_weights_after_loading(layer)
+
+
+class WorkerExtension:
+    """Methods that vLLM mixes into its worker class, for `/collective_rpc`."""
+
+    weight_transfer_engine: ShardTransferEngine
+    model_config: ModelConfig
+    _weight_update_active: bool
+
+    def identity(self) -> dict[str, Any]:
+        """What `Identity.fault_of` reads; of the model that is loaded, not of the one that was asked for."""
+        return {
+            "run": os.environ.get(identity.RUN_VARIABLE, ""),
+            "tokenizer": os.environ.get(identity.TOKENIZER_VARIABLE, ""),
+            "config": json.loads(self.model_config.hf_text_config.to_json_string(use_diff=False)),
+            "dtype": str(self.model_config.dtype).removeprefix("torch."),
+            "context": self.model_config.max_model_len,
+        }
+
+    def weight_layout(self) -> dict[str, Any]:
+        """Fields of this server's `ServerLayout`."""
+        return asdict(self.weight_transfer_engine.layout)
+
+    def device_name(self) -> str:
+        """See `handover.device_name`."""
+        return device_name(self.weight_transfer_engine.device)
+
+    def forget_update(self) -> None:
+        """Let a new update start even if the last one was never finished: its controller refused it, or is gone."""
+        self._weight_update_active = False
+
+    def leave_transfer(self) -> None:
+        """Close this worker's end of the wire, so that a trainer that sends to it does not wait for the time limit."""
+        self.weight_transfer_engine.shutdown()
+
+    def weight_report(self) -> dict[str, Any]:
+        """Of the last reception: checksum (decimal text), tensors, seconds, bytes received and needed; or `fault`."""
+        return self.weight_transfer_engine.report

@@ -1,0 +1,1 @@
+"""What a model family is: names, shapes, layouts. Imports no torch."""

@@ -1,0 +1,1 @@
+"""Estimates of a run: parameters, FLOPs, memory, time, servers, batch."""

@@ -1,0 +1,158 @@
+"""The algebra of a rollout batch, in numbers and in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from gspo_megatron.config.schema import Recipe
+from gspo_megatron.parallel import Layout
+from gspo_megatron.plan.units import many
+from gspo_megatron.types import Finding
+
+PROMPT_SHARE = 0.25
+"""Mean prompt length as a share of its limit; prompts are short beside answers, so little depends on it."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """What one rollout batch is cut into. Everything is counted over all ranks unless a name says otherwise."""
+
+    prompts: int
+    """Prompts a rollout batch."""
+    answers: int
+    """Answers a prompt."""
+    sequences: int
+    """Sequences a rollout batch."""
+    updates: int
+    """Optimizer steps a rollout batch."""
+    sequences_per_update: int
+    """Sequences of one mini-batch."""
+    data_ranks: int
+    """Data-parallel ranks that share a mini-batch."""
+    sequences_per_rank: int
+    """Sequences of one mini-batch on the fullest data-parallel rank."""
+    longest_tokens: int
+    """Longest sequence: prompt and answer at their limits, padded for context and tensor parallelism."""
+    expected_tokens: float
+    """Mean sequence."""
+    micro_batch_tokens: int
+    """Most tokens of one micro-batch of a data-parallel rank."""
+    micro_batches_most: int
+    """Micro-batches of an update when every sequence is as long as allowed."""
+    micro_batches_expected: int
+    """Micro-batches of an update at the mean length."""
+    context_ranks: int
+    """Ranks that share the tokens of one micro-batch."""
+    pipeline_bubble: float
+    """Share of the time that a pipeline stage waits at the expected number of micro-batches."""
+
+    @property
+    def expected_tokens_per_batch(self) -> float:
+        """Tokens of one rollout batch at the mean length."""
+        return self.sequences * self.expected_tokens
+
+    def words(self) -> list[str]:
+        """The algebra as sentences."""
+        each, held = self.micro_batch_tokens // self.context_ranks, self.micro_batch_tokens // self.longest_tokens
+        groups = self.prompts // self.updates
+        return [
+            f"{many(self.prompts, 'prompt')} x {many(self.answers, 'answer')} = {self.sequences} sequences a batch",
+            f"{many(self.updates, 'optimizer step')} a rollout batch, each on {many(groups, 'whole group')} = "
+            f"{many(self.sequences_per_update, 'sequence')}: the mini-batch, over all ranks",
+            f"a mini-batch is spread over {many(self.data_ranks, 'data-parallel rank')}: at most "
+            f"{many(self.sequences_per_rank, 'sequence')} each",
+            f"a micro-batch holds {self.micro_batch_tokens:,} tokens of one data-parallel rank, {each:,} on each of "
+            f"{many(self.context_ranks, 'context-parallel rank')}: {many(held, 'sequence')} of "
+            f"{self.longest_tokens:,} tokens",
+            f"so an update is {many(self.micro_batches_expected, 'micro-batch')} a rank at the mean length of "
+            f"{self.expected_tokens:,.0f} tokens, {self.micro_batches_most} if every answer is cut at the limit",
+        ]
+
+
+def pad_multiple(layout: Layout) -> int:
+    """Each sequence is padded to a multiple of this: 2*CP chunks, each of which divides over TP."""
+    return (2 * layout.context if layout.context > 1 else 1) * layout.tensor
+
+
+def plan_batch(recipe: Recipe, layout: Layout) -> BatchPlan:
+    """The numbers of one rollout batch."""
+    batch, rollout, capacity = recipe.batch, recipe.rollout, recipe.trainer.micro_batch_tokens
+    multiple = pad_multiple(layout)
+    longest = round_up(rollout.max_prompt_tokens + rollout.max_answer_tokens, multiple)
+    answer = min(rollout.expected_answer_tokens or rollout.max_answer_tokens / 2, rollout.max_answer_tokens)
+    expected = min(float(longest), rollout.max_prompt_tokens * PROMPT_SHARE + answer + (multiple - 1) / 2)
+    sequences = batch.prompts * batch.answers
+    per_update = sequences // batch.updates
+    per_rank = -(-per_update // layout.data)
+    most = -(-per_rank // max(1, capacity // longest))
+    likely = min(most, max(1, round(-(-per_rank * expected // capacity))))
+    waiting = layout.pipeline - 1
+    return BatchPlan(
+        prompts=batch.prompts,
+        answers=batch.answers,
+        sequences=sequences,
+        updates=batch.updates,
+        sequences_per_update=per_update,
+        data_ranks=layout.data,
+        sequences_per_rank=per_rank,
+        longest_tokens=longest,
+        expected_tokens=expected,
+        micro_batch_tokens=capacity,
+        micro_batches_most=most,
+        micro_batches_expected=likely,
+        context_ranks=layout.context,
+        pipeline_bubble=waiting / (layout.virtual * likely + waiting),
+    )
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-value // multiple) * multiple
+
+
+def findings(recipe: Recipe, layout: Layout, plan: BatchPlan) -> Iterator[Finding]:
+    """Sequences that do not fit a micro-batch, ranks and stages without work."""
+    rollout = recipe.rollout
+    if plan.longest_tokens > plan.micro_batch_tokens:
+        yield Finding(
+            "sequence-exceeds-micro-batch", "error", "trainer.micro_batch_tokens",
+            f"{plan.micro_batch_tokens} tokens do not hold one sequence of {rollout.max_prompt_tokens} + "
+            f"{rollout.max_answer_tokens} tokens, {plan.longest_tokens} padded to {pad_multiple(layout)}",
+            f"set it to at least {plan.longest_tokens}",
+        )  # fmt: skip
+        return
+    if plan.sequences_per_update < layout.data:
+        yield Finding(
+            "data-ranks-without-work", "warning", "batch.prompts",
+            f"a mini-batch of {plan.sequences_per_update} sequences leaves "
+            f"{layout.data - plan.sequences_per_update} of "
+            f"{layout.data} data-parallel ranks without one",
+            "take more prompts or answers, fewer updates, or more of TP, PP and CP",
+        )  # fmt: skip
+    yield from _pipeline(recipe, layout, plan)
+
+
+def _pipeline(recipe: Recipe, layout: Layout, plan: BatchPlan) -> Iterator[Finding]:
+    stages, slots = layout.pipeline, plan.micro_batches_expected
+    if layout.virtual > 1 and plan.micro_batches_most < stages:
+        yield Finding(
+            "micro-batches-below-pipeline", "error", "trainer.virtual_pipeline",
+            f"an update is at most {plan.micro_batches_most} micro-batch(es) a rank; the interleaved schedule wants at "
+            f"least PP = {stages}",
+            "remove virtual_pipeline, lower micro_batch_tokens, or take more sequences an update",
+        )  # fmt: skip
+    elif layout.virtual > 1 and slots % stages:
+        yield Finding(
+            "micro-batches-beside-pipeline", "info", "trainer.virtual_pipeline",
+            f"about {slots} micro-batches a rank; the interleaved schedule wants a multiple of PP = {stages}, so empty "
+            f"ones fill up to {round_up(slots, stages)}",
+            "choose micro_batch_tokens so that the number comes near a multiple",
+        )  # fmt: skip
+    if plan.pipeline_bubble > 0.5:
+        yield Finding(
+            "pipeline-bubble", "warning", "trainer.pipeline_parallel",
+            f"about {slots} micro-batch(es) for {stages} stages: each stage waits {plan.pipeline_bubble:.0%} of the "
+            "time",
+            "take fewer stages, more sequences an update, or a lower micro_batch_tokens",
+        )  # fmt: skip

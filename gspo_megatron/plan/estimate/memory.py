@@ -1,0 +1,190 @@
+"""What lies in the memory of a trainer process: counted where it can be counted, estimated where it cannot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+from gspo_megatron.cluster.machines import Machine
+from gspo_megatron.config.model_section import Architecture
+from gspo_megatron.config.schema import Recipe
+from gspo_megatron.models.hf_table import Parameter, local_parameters
+from gspo_megatron.parallel import Coordinates, Layout
+from gspo_megatron.plan.estimate import activations, flops
+from gspo_megatron.plan.estimate.batch import BatchPlan
+
+GRADIENT_BYTES = 4
+"""DDP's gradient buffer is float32 whatever the weights are."""
+ADAM_BYTES = 8
+"""Two float32 averages of a parameter."""
+PROCESS_BYTES = {"one": 1_000_000_000, "many": 4_000_000_000, "cpu": 600_000_000}
+"""CUDA context and libraries; with NCCL's buffers for some ten communicators; a torch process where there is no GPU."""
+SLEEPING_SERVER_BYTES = 3_000_000_000
+"""What a sleeping vLLM process leaves on a GPU: context, graphs, NCCL."""
+ALLOCATOR_SHARE = 0.05
+"""Slack of the caching allocator over the parts that come and go."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageMemory:
+    """One rank of a pipeline stage while it trains. Every rank of the stage holds as much, up to rounding."""
+
+    stage: int
+    """From 0."""
+    layers: int
+    """Layers of the stage."""
+    dense_parameters: int
+    """Parameters of the rank outside the experts."""
+    expert_parameters: int
+    """Parameters of the rank's experts."""
+    exact: dict[str, int]
+    """Counted from the weight table: bytes of weights, gradients, optimizer; dense and expert apart."""
+    estimated: dict[str, int] = field(default_factory=dict)
+    """Bytes of activations, head, process."""
+    offloaded: int = 0
+    """Bytes of activations that wait in host memory."""
+
+    @property
+    def static_bytes(self) -> int:
+        """Bytes that are there between steps."""
+        return sum(self.exact.values())
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes at the fullest moment of a step."""
+        return self.static_bytes + sum(self.estimated.values())
+
+    @property
+    def largest(self) -> tuple[str, int]:
+        """Name and bytes of the largest term."""
+        return max({**self.exact, **self.estimated}.items(), key=lambda item: item[1])
+
+
+def element_bytes(recipe: Recipe) -> int:
+    """Bytes of a weight."""
+    return 4 if recipe.model.dtype == "float32" else 2
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Elements of the tensors of one model chunk on one rank, in the order of the model."""
+
+    dense: tuple[int, ...]
+    """Everything outside the experts."""
+    expert: tuple[int, ...]
+    """The rank's experts."""
+
+    @classmethod
+    def of(cls, parameters: Sequence[Parameter]) -> Held:
+        """Sizes of a list of the weight table."""
+        return cls(
+            tuple(math.prod(p.shape) for p in parameters if not p.expert),
+            tuple(math.prod(p.shape) for p in parameters if p.expert),
+        )
+
+
+def held_by(arch: Architecture, layout: Layout, stage: int) -> tuple[Held, ...]:
+    """What the first rank of a stage holds, one entry a model chunk."""
+    # Middle stages have equal layers; layers are all alike.
+    stage = 1 if 0 < stage < layout.pipeline - 1 else stage
+    return _held_by(flops.as_key(arch), replace(layout, world=0, context=1), stage)  # pyright: ignore[reportArgumentType]  a frozen model is hashable
+
+
+@lru_cache(maxsize=4096)
+def _held_by(key: str, layout: Layout, stage: int) -> tuple[Held, ...]:
+    arch = Architecture.model_validate_json(key)
+    at = Coordinates(tensor=0, context=0, data=0, pipeline=stage, expert_tensor=0, expert=0, expert_data=0)
+    return tuple(Held.of(local_parameters(arch, layout, at, chunk)) for chunk in range(layout.virtual))
+
+
+def exact_bytes(
+    chunks: Sequence[Held], layout: Layout, element: int, distributed: bool, on_cpu: bool
+) -> dict[str, int]:
+    """Bytes of weights, gradients and optimizer of one rank, dense and expert parameters apart.
+
+    Args:
+        chunks: what the rank holds; each model chunk has buffers of its own.
+        element: bytes of a weight.
+        distributed: whether megatron's distributed optimizer spreads the states over the replicas.
+        on_cpu: torch's Adam keeps a float32 step counter for each tensor; the fused ones keep one for all.
+    """
+    states = ADAM_BYTES + (0 if element == 4 else 4)  # a float32 model is its own main copy
+    found: dict[str, int] = {}
+    for kind, replicas, sizes in _buffers(chunks, layout):
+        shards = replicas if distributed else 1
+        elements = sum(_buffer_elements(chunk, shards) if distributed else sum(chunk) for chunk in sizes)
+        found[f"{kind} weights".strip()] = elements * element
+        found[f"{kind} gradients".strip()] = elements * GRADIENT_BYTES
+        found[f"{kind} optimizer".strip()] = elements // shards * states + (4 * sum(map(len, sizes)) if on_cpu else 0)
+    return found
+
+
+def _buffers(chunks: Sequence[Held], layout: Layout) -> Iterator[tuple[str, int, list[tuple[int, ...]]]]:
+    """Kind, replicas and the sizes in each chunk of the buffers that megatron makes.
+
+    Experts have buffers of their own unless their replicas are those of the dense parameters: then one kind, unnamed.
+    """
+    if not has_expert_buffers(layout):
+        yield "", layout.data * layout.context, [chunk.dense + chunk.expert for chunk in chunks]
+        return
+    yield "dense", layout.data * layout.context, [chunk.dense for chunk in chunks]
+    experts = [chunk.expert for chunk in chunks if chunk.expert]
+    if experts:
+        yield "expert", layout.expert_data, experts
+
+
+def has_expert_buffers(layout: Layout) -> bool:
+    """Whether megatron keeps experts apart from the dense parameters."""
+    return layout.expert > 1 or layout.expert_tensor != layout.tensor
+
+
+def _buffer_elements(sizes: Sequence[int], shards: int) -> int:
+    """Elements of megatron's buffer: parameters from last to first, each start on 64, the end on lcm(shards, 128)."""
+    end = 0
+    for size in reversed(sizes):
+        end = -(-end // 64) * 64 + size
+    multiple = math.lcm(shards, 128)
+    return -(-end // multiple) * multiple
+
+
+def stage_memory(recipe: Recipe, layout: Layout, batch: BatchPlan, machine: Machine) -> list[StageMemory]:
+    """The memory of every pipeline stage."""
+    arch = recipe.model.architecture
+    assert arch is not None
+    distributed = recipe.trainer.distributed_optimizer and not machine.is_cpu
+    found = []
+    for stage, layers in enumerate(layout.stage_sizes(arch.num_hidden_layers)):
+        chunks = held_by(arch, layout, stage)
+        shape = activations.Shape.of(recipe, arch, layout)
+        offloads = recipe.trainer.offload_activations
+        found.append(
+            StageMemory(
+                stage=stage,
+                layers=layers,
+                dense_parameters=sum(sum(chunk.dense) for chunk in chunks),
+                expert_parameters=sum(sum(chunk.expert) for chunk in chunks),
+                exact=exact_bytes(chunks, layout, element_bytes(recipe), distributed, machine.is_cpu),
+                estimated=_estimate(recipe, arch, layout, batch, machine, stage, layers),
+                offloaded=activations.offloaded_bytes(shape, batch, stage, layers) if offloads else 0,
+            )
+        )
+    return found
+
+
+def _estimate(
+    recipe: Recipe, arch: Architecture, layout: Layout, batch: BatchPlan, machine: Machine, stage: int, layers: int
+) -> dict[str, int]:
+    shape = activations.Shape.of(recipe, arch, layout)
+    moving = {"one layer at work": shape.peak_bytes}
+    if not recipe.trainer.offload_activations:
+        moving = {"saved activations": activations.saved_bytes(shape, batch, stage, layers), **moving}
+    if stage == layout.pipeline - 1:
+        moving["head"] = activations.head_bytes(shape, recipe.trainer.head_chunk_tokens)
+    if machine.is_cpu:
+        return {**moving, "process": PROCESS_BYTES["cpu"]}
+    fixed = {"process and NCCL": PROCESS_BYTES["one" if machine.ranks == 1 else "many"]}
+    if machine.colocated:
+        fixed["sleeping server"] = SLEEPING_SERVER_BYTES
+    return {**moving, "allocator slack": int(ALLOCATOR_SHARE * sum(moving.values())), **fixed}

@@ -1,0 +1,257 @@
+"""The vLLM servers: what lies in their memory, how many answers fit, how fast they decode."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from gspo_megatron.cluster.machines import GIB, Machine
+from gspo_megatron.cluster.placement import server_nodes, span_findings
+from gspo_megatron.config.model_section import Architecture
+from gspo_megatron.config.schema import Recipe
+from gspo_megatron.models.hf_table import hf_shapes
+from gspo_megatron.plan.estimate import flops
+from gspo_megatron.plan.estimate.batch import PROMPT_SHARE, BatchPlan
+from gspo_megatron.types import Finding
+
+BANDWIDTH_SHARE = 0.6
+"""Of the memory bandwidth, while decoding."""
+COMPUTE_SHARE = 0.3
+"""Of the peak, while decoding in large batches."""
+STEP_SECONDS = 3e-3
+"""Least time of one decoding step: launches, sampling, the server's own loop."""
+EXCHANGE_SECONDS = 15e-6
+"""One all-reduce of a decoding step; two a layer with tensor parallelism."""
+SERVER_BYTES = 4_000_000_000
+"""Of one GPU: context, graphs, NCCL and the largest prefill of a server, outside weights and KV."""
+CPU_SERVER_BYTES = 1_700_000_000
+"""Of one server where there is no GPU, outside weights and KV."""
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutPlan:
+    """The servers of a run."""
+
+    servers: int
+    """vLLM servers."""
+    devices_per_server: int
+    """GPUs of one server."""
+    weight_bytes: int
+    """Weights on one GPU, replicated parts included."""
+    kv_bytes_per_token: int
+    """Keys and values of one token, over all layers and GPUs, without replication."""
+    kv_bytes_per_token_per_device: int
+    """The same as one GPU holds it."""
+    kv_room: int
+    """Bytes for KV on one GPU."""
+    answer_bytes: int
+    """KV of one answer at the limit with its prompt, whole."""
+    answers_at_limit: int
+    """Answers of full length that one server holds at one time."""
+    answers_at_mean: int
+    """Answers of mean length, half grown, that one server holds at one time."""
+    concurrency: int
+    """Answers that one server decodes at a time: what fits, what the recipe allows, what there is to do."""
+    tokens_per_second: float
+    """Answer tokens of one server at that concurrency."""
+    seconds: float
+    """Estimated time of one rollout batch."""
+    tail_seconds: float
+    """The part of it in which only the longest answers still decode."""
+
+
+def weight_bytes(arch: Architecture, tensor: int, pipeline: int, element: int) -> int:
+    """Weights on one GPU of a server: norms and router are on all, key-value heads at least one each."""
+    copied, grouped, cut = _kinds(flops.as_key(arch))  # pyright: ignore[reportArgumentType]  a frozen model is hashable
+    whole = copied + -(-grouped // min(tensor, arch.num_key_value_heads)) + -(-cut // tensor)
+    return -(-whole // pipeline) * element
+
+
+@lru_cache(maxsize=32)
+def _kinds(key: str) -> tuple[int, int, int]:
+    """Parameters that every GPU holds, those that follow the key-value heads, and those that are simply cut."""
+    copied = grouped = cut = 0
+    for name, shape in hf_shapes(Architecture.model_validate_json(key)).items():
+        if len(shape) == 1 or name.endswith("mlp.gate.weight"):
+            copied += math.prod(shape)
+        elif name.endswith(("k_proj.weight", "v_proj.weight")):
+            grouped += math.prod(shape)
+        else:
+            cut += math.prod(shape)
+    return copied, grouped, cut
+
+
+def plan_rollout(recipe: Recipe, arch: Architecture, batch: BatchPlan, machine: Machine) -> RolloutPlan:
+    """Memory and speed of the servers."""
+    rollout = recipe.rollout
+    element = 4 if recipe.model.dtype == "float32" else 2
+    devices = rollout.tensor_parallel * rollout.pipeline_parallel
+    weights = weight_bytes(arch, rollout.tensor_parallel, rollout.pipeline_parallel, element)
+    per_token = flops.kv_bytes(arch, element)
+    shards = min(rollout.tensor_parallel, arch.num_key_value_heads) * rollout.decode_context_parallel
+    per_device = -(-per_token // (shards * rollout.pipeline_parallel))
+    if machine.is_cpu:
+        room = int(rollout.kv_cache_gib * GIB) // devices
+    else:
+        room = max(0, int(machine.device.memory * rollout.gpu_memory_fraction) - weights - SERVER_BYTES)
+    longest = rollout.max_prompt_tokens + rollout.max_answer_tokens
+    answer = min(rollout.expected_answer_tokens or rollout.max_answer_tokens / 2, rollout.max_answer_tokens)
+    # A server in its stride holds answers of every age: half grown on average.
+    context = rollout.max_prompt_tokens * PROMPT_SHARE + answer / 2
+    held = int(room / (per_device * context))
+    todo = -(-batch.sequences // rollout.servers)
+    concurrency = max(1, min(held, rollout.max_concurrency, todo))
+    step = decode_seconds(recipe, arch, machine, concurrency, context)
+    volume = todo * answer / concurrency * step
+    # The last answers run to the limit in a batch that has nearly emptied.
+    beyond = max(0.0, rollout.max_answer_tokens - answer)
+    tail = beyond * decode_seconds(recipe, arch, machine, max(1, concurrency // 16), rollout.max_answer_tokens * 0.8)
+    return RolloutPlan(
+        servers=rollout.servers,
+        devices_per_server=devices,
+        weight_bytes=weights,
+        kv_bytes_per_token=per_token,
+        kv_bytes_per_token_per_device=per_device,
+        kv_room=room,
+        answer_bytes=per_token * longest,
+        answers_at_limit=room // (per_device * longest),
+        answers_at_mean=held,
+        concurrency=concurrency,
+        tokens_per_second=concurrency / step,
+        seconds=volume + _prefill_seconds(recipe, arch, machine, todo) + tail,
+        tail_seconds=tail,
+    )
+
+
+def decode_seconds(recipe: Recipe, arch: Architecture, machine: Machine, batch: int, context: float) -> float:
+    """One decoding step of a server: weights touched and KV read, or arithmetic, whichever takes longer."""
+    rollout, device = recipe.rollout, machine.device
+    tensor, stages = rollout.tensor_parallel, rollout.pipeline_parallel
+    element = 4 if recipe.model.dtype == "float32" else 2
+    # Stages work on a share of the batch each, so each share meets the weights of its own.
+    met = 1.0
+    if arch.num_experts:
+        met = 1 - (1 - arch.num_experts_per_tok / arch.num_experts) ** max(1, batch // stages)
+    chosen = arch.num_hidden_layers * arch.num_experts_per_tok * flops.expert_parameters(arch)
+    experts = arch.num_hidden_layers * arch.num_experts * flops.expert_parameters(arch)
+    weights = (flops.active_parameters(arch) - chosen + experts * met) * element
+    moved = weights + batch * context * flops.kv_bytes(arch, element) / stages
+    done = batch * (flops.linear_flops(arch) + 2 * flops.quadratic_flops(arch) * context) / stages
+    busy = max(moved / (device.bandwidth * BANDWIDTH_SHARE), done / (device.matmul * COMPUTE_SHARE)) / tensor
+    exchange = 2 * arch.num_hidden_layers * EXCHANGE_SECONDS if tensor > 1 and not machine.is_cpu else 0.0
+    return busy + STEP_SECONDS * stages + exchange
+
+
+def _prefill_seconds(recipe: Recipe, arch: Architecture, machine: Machine, sequences: int) -> float:
+    """Prompts of a server's share, each once when prefixes are cached."""
+    rollout = recipe.rollout
+    prompts = sequences / (recipe.batch.answers if rollout.prefix_caching else 1)
+    length = rollout.max_prompt_tokens * PROMPT_SHARE
+    devices = rollout.tensor_parallel * rollout.pipeline_parallel
+    return prompts * length * flops.forward_flops(arch, length) / (machine.device.matmul * COMPUTE_SHARE * devices)
+
+
+def findings(recipe: Recipe, arch: Architecture, machine: Machine, plan: RolloutPlan) -> Iterator[Finding]:
+    """Servers that cannot be cut, that do not fit, or that leave GPUs idle."""
+    yield from _cuts(recipe, arch)
+    if machine.is_cpu:
+        if recipe.rollout.expert_parallel:
+            yield Finding(
+                "server-cut", "error", "rollout.expert_parallel",
+                "vllm 0.32's CPU kernel crashes on a token whose expert is on another rank", "set it to false",
+            )  # fmt: skip
+        return
+    nodes, span = machine.rollout_nodes or machine.nodes, server_nodes(recipe, machine.per_node)
+    misfits = list(span_findings(recipe, nodes, machine.per_node, machine.rollout_nodes > 0))
+    yield from misfits
+    # One that spans nodes has them for itself.
+    devices = span * machine.per_node if span > 1 else plan.devices_per_server
+    wanted, there = plan.servers * devices, machine.rollout_devices
+    if wanted != there and not misfits:
+        where = f"{machine.rollout_nodes} rollout node(s)" if machine.rollout_nodes else f"{machine.nodes} node(s)"
+        yield Finding(
+            "servers-exceed-gpus" if wanted > there else "idle-rollout-gpus",
+            "error" if wanted > there else "warning",
+            "rollout.servers",
+            f"{plan.servers} servers x {devices} GPUs = {wanted}, but {where} have {there}",
+            f"set rollout.servers={max(1, there // devices)}",
+        )
+    tensor, room = recipe.rollout.tensor_parallel, plan.devices_per_server // span if span > 1 else machine.per_node
+    if room % tensor:
+        yield Finding(
+            "server-crosses-nodes", "warning", "rollout.tensor_parallel",
+            f"{tensor} GPUs exchange activations in every layer, but a server has {room} of a node's "
+            f"{machine.per_node}",
+            f"set it to a divisor of {room}",
+        )  # fmt: skip
+    yield from _room(recipe, machine, plan)
+
+
+def _cuts(recipe: Recipe, arch: Architecture) -> Iterator[Finding]:
+    """What vLLM's tensor parallelism must divide."""
+    tensor, groups = recipe.rollout.tensor_parallel, arch.num_key_value_heads
+    if recipe.rollout.expert_parallel and not arch.num_experts:
+        yield Finding(
+            "server-cut", "error", "rollout.expert_parallel", "the model is dense: it has no experts to spread",
+            "set it to false",
+        )  # fmt: skip
+        return
+    width = arch.moe_intermediate_size if arch.num_experts else arch.intermediate_size
+    spread = (
+        (arch.num_experts, "experts")
+        if recipe.rollout.expert_parallel
+        else (width, "columns of the feed-forward layer")
+    )
+    for whole, what in ((arch.num_attention_heads, "query heads"), spread):
+        if whole % tensor:
+            yield Finding(
+                "server-cut", "error", "rollout.tensor_parallel", f"{whole} {what} do not divide by {tensor}",
+                "choose a divisor",
+            )  # fmt: skip
+    if groups % tensor and tensor % groups:
+        yield Finding(
+            "server-cut", "error", "rollout.tensor_parallel",
+            f"{groups} key-value heads can be neither cut into {tensor} nor copied evenly",
+            f"choose a divisor or multiple of {groups}",
+        )  # fmt: skip
+    if recipe.rollout.pipeline_parallel > arch.num_hidden_layers:
+        yield Finding(
+            "server-cut", "error", "rollout.pipeline_parallel",
+            f"{recipe.rollout.pipeline_parallel} stages for {arch.num_hidden_layers} layers", "take fewer",
+        )  # fmt: skip
+    if tensor % recipe.rollout.decode_context_parallel:
+        yield Finding(
+            "server-cut", "error", "rollout.decode_context_parallel",
+            f"{recipe.rollout.decode_context_parallel} does not divide tensor_parallel={tensor}, whose ranks it "
+            "regroups",
+            "choose a divisor",
+        )  # fmt: skip
+
+
+def _room(recipe: Recipe, machine: Machine, plan: RolloutPlan) -> Iterator[Finding]:
+    rollout = recipe.rollout
+    if plan.kv_room == 0:
+        allowed = machine.device.memory * rollout.gpu_memory_fraction
+        yield Finding(
+            "server-does-not-fit", "error", "rollout.tensor_parallel",
+            f"{plan.weight_bytes / 1e9:.1f} GB of weights and {SERVER_BYTES / 1e9:.0f} GB of its own do not fit the "
+            f"{allowed / 1e9:.1f} GB that gpu_memory_fraction={rollout.gpu_memory_fraction:g} allows a server",
+            "raise rollout.tensor_parallel or gpu_memory_fraction",
+        )  # fmt: skip
+    elif plan.answers_at_limit == 0:
+        yield Finding(
+            "answer-exceeds-kv", "error", "rollout.max_answer_tokens",
+            f"the KV of one answer of {rollout.max_answer_tokens} tokens takes {plan.answer_bytes / 1e9:.1f} GB; a "
+            f"server of {plan.devices_per_server} GPU(s) has {plan.kv_room * plan.devices_per_server / 1e9:.1f} GB "
+            "left for KV",
+            "raise rollout.tensor_parallel or gpu_memory_fraction, or shorten the answers",
+        )  # fmt: skip
+    elif plan.answers_at_mean < rollout.max_concurrency // 4 and plan.answers_at_mean < recipe.batch.prompts:
+        yield Finding(
+            "kv-limits-concurrency", "info", "rollout.max_concurrency",
+            f"a server holds about {plan.answers_at_mean} answers of mean length, of "
+            f"max_concurrency={rollout.max_concurrency}",
+            "more GPUs for rollout, or servers of more GPUs, decode more at a time",
+        )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Findings: what is wrong with a recipe, or worth a second look."""

@@ -1,0 +1,211 @@
+"""The layout of the trainer: which rank holds what, and the rules a layout must obey to be built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from gspo_megatron.cluster.machines import Machine
+from gspo_megatron.config.model_section import Architecture
+from gspo_megatron.config.schema import TrainerSection
+from gspo_megatron.parallel import Coordinates, Layout, layout_of
+from gspo_megatron.types import Finding
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """How the ranks of one group lie on the nodes."""
+
+    name: str
+    """`tensor`, `context`, `expert`, ..."""
+    size: int
+    """Ranks of the group."""
+    reach: int
+    """Consecutive ranks from its first to its last member."""
+    inside_node: bool
+    """Whether every group of this kind stays within one node."""
+
+
+def spans(layout: Layout, per_node: int) -> list[Span]:
+    """Every kind of group with where it lies; ranks fill node after node."""
+    inner, experts = layout.tensor * layout.context, layout.expert * layout.expert_tensor
+    stage = layout.world // layout.pipeline
+    reaches = [
+        ("tensor", layout.tensor, layout.tensor),
+        ("context", layout.context, inner if layout.context > 1 else 1),
+        ("data", layout.data, stage if layout.data > 1 else 1),
+        ("expert_tensor", layout.expert_tensor, layout.expert_tensor),
+        ("expert", layout.expert, experts if layout.expert > 1 else 1),
+        ("expert_data", layout.expert_data, stage if layout.expert_data > 1 else 1),
+        ("pipeline", layout.pipeline, layout.world if layout.pipeline > 1 else 1),
+    ]
+    # Aligned blocks stay inside when they divide the node.
+    return [Span(name, size, reach, reach == 1 or per_node % reach == 0) for name, size, reach in reaches]
+
+
+def rank_table(layout: Layout) -> list[Coordinates]:
+    """The coordinates of every rank."""
+    return [layout.coordinates(rank) for rank in range(layout.world)]
+
+
+def findings(trainer: TrainerSection, arch: Architecture, machine: Machine) -> Iterator[Finding]:
+    """Everything that keeps the layout from being built, and what is built but slow."""
+    errors = [*_grid(trainer, machine.ranks), *_model_cuts(trainer, arch), *_pipeline(trainer, arch)]
+    yield from errors
+    if not errors:
+        yield from _nodes(layout_of(trainer, machine.ranks), machine)
+
+
+def _error(code: str, key: str, message: str, fix: str) -> Finding:
+    return Finding(code, "error", f"trainer.{key}", message, fix)
+
+
+def _grid(trainer: TrainerSection, ranks: int) -> Iterator[Finding]:
+    """The two products that a world must be a multiple of."""
+    tensor, pipeline, context = trainer.tensor_parallel, trainer.pipeline_parallel, trainer.context_parallel
+    inner = tensor * pipeline * context
+    if ranks % inner:
+        yield _error(
+            "world-not-divisible", _largest(trainer, ("tensor_parallel", "pipeline_parallel", "context_parallel")),
+            f"{ranks} ranks are not a multiple of TP {tensor} * PP {pipeline} * CP {context} = {inner}",
+            f"choose sizes whose product divides {ranks}, or {_next_multiple(ranks, inner)} ranks",
+        )  # fmt: skip
+        return
+    expert, expert_tensor = trainer.expert_parallel, trainer.expert_tensor_parallel
+    outer = expert * expert_tensor * pipeline
+    if ranks % outer:
+        yield _error(
+            "experts-not-divisible", _largest(trainer, ("expert_parallel", "expert_tensor_parallel")),
+            f"{ranks} ranks are not a multiple of EP {expert} * ETP {expert_tensor} * PP {pipeline} = {outer}",
+            f"choose EP * ETP as a divisor of {ranks // pipeline}, the ranks of one stage",
+        )  # fmt: skip
+        return
+    data, group = ranks // inner, max(1, expert * expert_tensor // (tensor * context))
+    if data % group:
+        yield _error(
+            "expert-group-splits-data", "expert_parallel",
+            f"EP * ETP = {expert * expert_tensor} ranks span {group} data-parallel ranks of {data}, which leaves a "
+            "rest: micro-batches cannot be balanced over them",
+            f"choose EP * ETP as a multiple of TP * CP = {tensor * context} that divides {ranks // pipeline}",
+        )  # fmt: skip
+
+
+def _largest(trainer: TrainerSection, keys: tuple[str, ...]) -> str:
+    return max(keys, key=lambda key: getattr(trainer, key))
+
+
+def _next_multiple(value: int, of: int) -> int:
+    return -(-value // of) * of
+
+
+def _model_cuts(trainer: TrainerSection, arch: Architecture) -> Iterator[Finding]:
+    """What a tensor- or expert-parallel size must divide."""
+    cuts = [
+        ("heads-not-divisible", "tensor_parallel", arch.num_attention_heads, "query heads"),
+        ("vocabulary-not-divisible", "tensor_parallel", arch.vocab_size, "rows of the vocabulary"),
+    ]
+    if arch.num_experts:
+        cuts.append(("experts-per-rank", "expert_parallel", arch.num_experts, "experts"))
+        cuts.append(("expert-width", "expert_tensor_parallel", arch.moe_intermediate_size, "columns of one expert"))
+    else:
+        cuts.append(("dense-width", "tensor_parallel", arch.intermediate_size, "columns of the feed-forward layer"))
+    for code, key, whole, what in cuts:
+        size = getattr(trainer, key)
+        if whole % size:
+            options = ", ".join(str(n) for n in range(1, min(whole, 129)) if whole % n == 0)
+            yield _error(code, key, f"{whole} {what} do not divide by {key}={size}", f"choose one of {options}")
+    tensor, groups = trainer.tensor_parallel, arch.num_key_value_heads
+    if groups % tensor and tensor % groups:
+        yield _error(
+            "kv-groups-not-divisible", "tensor_parallel",
+            f"{groups} key-value heads are neither a multiple nor a divisor of tensor_parallel={tensor}",
+            f"choose a divisor or a multiple of {groups} that divides {arch.num_attention_heads} query heads",
+        )  # fmt: skip
+    if not arch.num_experts:
+        for key in ("expert_parallel", "expert_tensor_parallel"):
+            if getattr(trainer, key) > 1:
+                yield _error(
+                    "experts-of-a-dense-model", key,
+                    f"{getattr(trainer, key)} ranks share experts, but the model has none", f"set {key}=1",
+                )  # fmt: skip
+
+
+def _pipeline(trainer: TrainerSection, arch: Architecture) -> Iterator[Finding]:
+    """Stages and chunks of layers."""
+    stages, layers = trainer.pipeline_parallel, arch.num_hidden_layers
+    uneven = [key for key in ("first_stage_layers", "last_stage_layers") if getattr(trainer, key) is not None]
+    if stages == 1:
+        for key in [*uneven, *(["virtual_pipeline"] if trainer.virtual_pipeline else [])]:
+            yield _error(
+                "pipeline-key-without-stages", key,
+                f"{getattr(trainer, key)} with pipeline_parallel=1, where it "
+                "means nothing",
+                f"remove {key}, or set pipeline_parallel above 1",
+            )  # fmt: skip
+        return
+    if stages > layers:
+        yield _error(
+            "layers-not-divisible", "pipeline_parallel", f"{stages} stages for {layers} layers leave stages empty",
+            f"set it to at most {layers}",
+        )  # fmt: skip
+        return
+    try:
+        Layout(
+            stages, pipeline=stages, virtual=trainer.virtual_pipeline or 1,
+            first_stage_layers=trainer.first_stage_layers, last_stage_layers=trainer.last_stage_layers,
+        ).stage_sizes(layers)  # fmt: skip
+    except ValueError as refusal:
+        message, _, fix = str(refusal).partition("; ")
+        if "virtual_pipeline" in message:
+            yield _error("chunks-not-divisible", "virtual_pipeline", message, fix)
+        else:
+            yield _error(
+                "layers-not-divisible", uneven[0] if uneven else "pipeline_parallel", message, _suggest(stages, layers)
+            )
+
+
+def _suggest(stages: int, layers: int) -> str:
+    ends = even_ends(stages, layers)
+    if ends is None:
+        return f"choose pipeline_parallel as a divisor of {layers}"
+    return f"set first_stage_layers={ends[0]} and last_stage_layers={ends[1]}"
+
+
+def even_ends(stages: int, layers: int) -> tuple[int | None, int | None] | None:
+    """Layers of the first and last stage that leave even stages between them; (None, None) when all are even.
+
+    Ends lighter than the middle come first, because they hold embedding and head. None: there is no such cut.
+    """
+    if layers % stages == 0:
+        return None, None
+    even = -(-layers // stages)
+    for middle in (even, even + 1, even - 1):
+        ends = layers - middle * (stages - 2)
+        if stages > 1 and 2 <= ends <= 2 * middle + 2:
+            return ends - ends // 2, ends // 2
+    return None
+
+
+def _nodes(layout: Layout, machine: Machine) -> Iterator[Finding]:
+    """Groups that talk in every layer and leave the node."""
+    if machine.is_cpu:
+        return
+    per_node = machine.per_node
+    for span in spans(layout, per_node):
+        if span.inside_node or span.name not in ("tensor", "expert_tensor", "expert"):
+            continue
+        key = f"trainer.{span.name}_parallel"
+        if span.name == "expert":
+            yield Finding(
+                "experts-cross-nodes", "info", key,
+                f"EP {span.size} spans {span.reach} ranks, {per_node} are in a node: tokens reach their experts over "
+                f"the network, {machine.device.network / 1e9:.0f} GB/s a GPU instead of "
+                f"{machine.device.node_link / 1e9:.0f}",
+                f"EP * ETP of at most {per_node} stays inside, at more weights a GPU",
+            )  # fmt: skip
+        else:
+            yield Finding(
+                "tensor-crosses-nodes", "warning", key,
+                f"{span.size} ranks exchange activations in every layer, but a node has {per_node} GPUs",
+                f"set it to a divisor of {per_node}",
+            )  # fmt: skip

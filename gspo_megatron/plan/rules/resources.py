@@ -1,0 +1,182 @@
+"""Whether a run fits: device memory, host memory, time limit, disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from gspo_megatron.cluster.machines import Machine
+from gspo_megatron.config.model_section import Architecture
+from gspo_megatron.config.schema import Recipe
+from gspo_megatron.plan.estimate import flops
+from gspo_megatron.plan.estimate.batch import BatchPlan
+from gspo_megatron.plan.estimate.memory import PROCESS_BYTES, StageMemory, element_bytes
+from gspo_megatron.plan.estimate.rollout import CPU_SERVER_BYTES, RolloutPlan
+from gspo_megatron.plan.estimate.step_time import ComputePlan
+from gspo_megatron.types import Finding
+
+TIGHT = 0.94
+"""Share of the memory above which an estimate is worth a warning."""
+TRUSTED = 1.15
+"""An estimate this far above the memory is taken for a fact; below, for a risk."""
+START_UP_SECONDS = 900
+"""Loading weights, starting servers, capturing graphs."""
+STATE_BYTES = 14
+"""Of one parameter in a checkpoint that resumes: bfloat16 weight, float32 main copy and two averages."""
+
+
+def fits(stages: list[StageMemory], machine: Machine) -> bool:
+    """Whether training fits with room for the error of what is only estimated."""
+    fullest = max(stage.static_bytes + TRUSTED * (stage.peak_bytes - stage.static_bytes) for stage in stages)
+    return fullest <= machine.device.memory
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """One state of a GPU, or of a CPU machine, and what lies in its memory then."""
+
+    name: str
+    """`training`, `sampling`, `weight update`."""
+    bytes: int
+    """Total."""
+    largest: str
+    """Its largest term."""
+    key: str
+    """The recipe key that moves it most."""
+
+
+def moments(recipe: Recipe, machine: Machine, stages: list[StageMemory], rollout: RolloutPlan | None) -> list[Moment]:
+    """The fullest states of a trainer GPU, or the one state of a CPU machine."""
+    fullest = max(stages, key=lambda stage: stage.peak_bytes)
+    name, size = fullest.largest
+    said = f"{name}, {size / 1e9:.1f} GB on stage {fullest.stage}"
+    if machine.is_cpu:
+        trainers = sum(stage.peak_bytes for stage in stages) * machine.ranks // len(stages)
+        servers = 0
+        if rollout is not None:
+            each = (rollout.weight_bytes + rollout.kv_room) * rollout.devices_per_server + CPU_SERVER_BYTES
+            servers = rollout.servers * each
+        key = "rollout.kv_cache_gib" if servers > trainers else "trainer.micro_batch_tokens"
+        return [Moment("all processes", trainers + servers, said, key)]
+    found = [Moment("training", fullest.peak_bytes, said, "trainer.micro_batch_tokens")]
+    if machine.colocated and rollout is not None:
+        left = PROCESS_BYTES["one" if machine.ranks == 1 else "many"]
+        awake = int(machine.device.memory * recipe.rollout.gpu_memory_fraction)
+        weights = max(sum(size for name, size in stage.exact.items() if "weights" in name) for stage in stages)
+        found.append(Moment("sampling", awake + left, "the server's share of the GPU", "rollout.gpu_memory_fraction"))
+        updating = weights + rollout.weight_bytes + 2 * left
+        found.append(Moment("weight update", updating, "both copies of the weights", "rollout.tensor_parallel"))
+    return found
+
+
+def host_bytes(
+    recipe: Recipe, arch: Architecture, machine: Machine, batch: BatchPlan, stages: list[StageMemory]
+) -> dict[str, int]:
+    """Host memory of one node by use."""
+    if machine.is_cpu:
+        return {}
+    ranks = min(machine.per_node, machine.ranks)
+    # Copied before a thread writes them, and kept for the next time.
+    found = {"copy for checkpoints": ranks * max(_sum(stage, "optimizer") for stage in stages)}
+    if recipe.objective.kl != "none":
+        found["reference weights"] = ranks * max(_sum(stage, "weights") for stage in stages)
+    if recipe.trainer.offload_activations:
+        found["offloaded activations"] = ranks * max(stage.offloaded for stage in stages)
+    if machine.colocated:
+        # Weights and states move out while the servers are awake; gradients are dropped.
+        kept = max(sum(size for name, size in s.exact.items() if "gradients" not in name) for s in stages)
+        found["offloaded trainer states"] = kept * ranks
+    sample = batch.expected_tokens * (4 + 4 + 1)
+    routes = flops.route_bytes(arch) * batch.expected_tokens if recipe.objective.replay != "off" else 0
+    found["samples of a batch"] = int(batch.sequences * sample)
+    if routes:
+        found["routes of a batch"] = int(batch.sequences * routes)
+    return found
+
+
+def _sum(stage: StageMemory, kind: str) -> int:
+    return sum(size for name, size in stage.exact.items() if kind in name)
+
+
+def disk_bytes(recipe: Recipe, arch: Architecture, batch: BatchPlan) -> dict[str, int]:
+    """What a run leaves in its directory."""
+    parameters = flops.parameters(arch)
+    routes = flops.route_bytes(arch) if recipe.objective.replay != "off" else 0
+    return {
+        "two training states": 2 * parameters * STATE_BYTES,
+        "final weights": parameters * element_bytes(recipe),
+        "samples": int(recipe.trainer.max_steps * batch.expected_tokens_per_batch * (9 + 2 * routes)),
+    }
+
+
+def findings(
+    recipe: Recipe,
+    arch: Architecture,
+    machine: Machine,
+    batch: BatchPlan,
+    stages: list[StageMemory],
+    rollout: RolloutPlan,
+    compute: ComputePlan,
+) -> Iterator[Finding]:
+    """What does not fit, without the mend: `mend.py` looks for one."""
+    for moment in moments(recipe, machine, stages, rollout):
+        yield from _device(moment, machine, stages)
+    host = host_bytes(recipe, arch, machine, batch, stages)
+    if sum(host.values()) > machine.host_memory:
+        name = max(host, key=lambda part: host[part])
+        yield Finding(
+            "host-memory-exceeded", "error", "placement.host_memory_gib",
+            f"a node needs {sum(host.values()) / 1e9:.0f} GB of host memory, most of it {name}, and has "
+            f"{machine.host_memory / 1e9:.0f} GB",
+            "take more nodes, give the servers nodes of their own (placement.rollout_nodes), or correct the key",
+        )  # fmt: skip
+    yield from _time(recipe, arch, machine, compute)
+    needed = disk_bytes(recipe, arch, batch)
+    allowed = recipe.placement.disk_gib
+    if allowed is not None and sum(needed.values()) > allowed * 2**30:
+        name = max(needed, key=lambda part: needed[part])
+        yield Finding(
+            "disk-too-small", "error", "placement.disk_gib",
+            f"{allowed:g} GiB, but the run writes about {sum(needed.values()) / 2**30:.0f}, most of it {name}: two "
+            "states lie side by side while one is written",
+            f"give it {sum(needed.values()) / 2**30 * 1.2:.0f} GiB",
+        )  # fmt: skip
+
+
+def _device(moment: Moment, machine: Machine, stages: list[StageMemory]) -> Iterator[Finding]:
+    share = moment.bytes / machine.device.memory
+    if share <= TIGHT:
+        return
+    certain = share > TRUSTED or max(stage.static_bytes for stage in stages) > machine.device.memory
+    if share <= 1:
+        code, severity = "memory-tight", "warning"
+    else:
+        code, severity = "memory-exceeded", "error" if certain or moment.name != "training" else "warning"
+    yield Finding(
+        code, severity, moment.key,  # type: ignore[arg-type]
+        f"{moment.name} takes about {moment.bytes / 1e9:.1f} GB of the {machine.device.memory / 1e9:.1f} GB of "
+        f"{'this machine' if machine.is_cpu else 'a ' + machine.device.kind.upper()}; largest: {moment.largest}",
+        "lower it" if moment.name != "training" else "",
+    )  # fmt: skip
+
+
+def _time(recipe: Recipe, arch: Architecture, machine: Machine, compute: ComputePlan) -> Iterator[Finding]:
+    limit = recipe.placement.walltime_hours
+    if limit is None:
+        return
+    saving = flops.parameters(arch) * STATE_BYTES / (5e9 * machine.nodes)
+    least = (START_UP_SECONDS + 2 * compute.seconds_per_step + saving) / 3600
+    if limit < least:
+        yield Finding(
+            "walltime-too-short", "error", "placement.walltime_hours",
+            f"{limit:g} h, but start-up, two steps of about {compute.seconds_per_step:.0f} s and a checkpoint take "
+            f"{least:.1f} h: the job would be requeued without ever getting on",
+            f"set it to at least {2 * least:.1f}",
+        )  # fmt: skip
+    elif limit < compute.hours:
+        yield Finding(
+            "several-jobs", "info", "placement.walltime_hours",
+            f"{recipe.trainer.max_steps} steps take about {compute.hours:.0f} h, {compute.hours / limit:.1f} time "
+            "limits: "
+            "the job is requeued and resumes", "nothing to do",
+        )  # fmt: skip

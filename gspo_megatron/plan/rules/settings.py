@@ -1,0 +1,283 @@
+"""Settings that contradict each other or quietly make a run something else than its recipe says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from gspo_megatron.cluster.machines import Machine
+from gspo_megatron.config.loading import RecipeError, read_architecture
+from gspo_megatron.config.model_section import Architecture
+from gspo_megatron.config.objective_spec import ObjectiveSpec
+from gspo_megatron.config.schema import Recipe
+from gspo_megatron.plan.rules import long_tail
+from gspo_megatron.plan.rules.objective import findings as objective_findings
+from gspo_megatron.types import Finding
+
+YARN_KEYS = {"rope_type", "type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
+"""What both engines read in the same way."""
+
+
+def findings(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[Finding]:
+    """Everything that needs neither a layout nor an estimate."""
+    spec = recipe.objective.spec(recipe.rollout.max_answer_tokens)
+    yield from objective_findings(
+        spec,
+        updates=recipe.batch.updates,
+        answers=recipe.batch.answers,
+        max_answer_tokens=recipe.rollout.max_answer_tokens,
+    )
+    yield from _context(recipe, arch)
+    yield from _yarn(arch)
+    yield from _sampler(recipe)
+    yield from _router(recipe, arch)
+    yield from _staleness(recipe, spec)
+    yield from long_tail.findings(recipe)
+    yield from _replay(recipe, spec, arch, machine)
+    yield from _model_directory(recipe, arch)
+    yield from _offload(recipe, machine)
+    yield from _small_print(recipe, arch, machine)
+
+
+def _context(recipe: Recipe, arch: Architecture) -> Iterator[Finding]:
+    rollout = recipe.rollout
+    longest, native = rollout.max_prompt_tokens + rollout.max_answer_tokens, arch.max_position_embeddings
+    if longest <= native:
+        return
+    scaling = arch.rope_scaling or {}
+    reach = int(float(scaling.get("factor", 1)) * float(scaling.get("original_max_position_embeddings", native)))
+    if longest <= reach:
+        return
+    what = f"YaRN reaches {reach}" if scaling else f"the model's native context is {native} and there is no YaRN"
+    yield Finding(
+        "beyond-native-context", "error", "rollout.max_answer_tokens",
+        f"{rollout.max_prompt_tokens} prompt + {rollout.max_answer_tokens} answer tokens = {longest}, but {what}",
+        f"set model.architecture.rope_scaling (rope_type yarn, factor {-(-longest // native)}.0, "
+        f"original_max_position_embeddings {native}), take a model made for it, or stay within {max(native, reach)}",
+    )  # fmt: skip
+
+
+def _yarn(arch: Architecture) -> Iterator[Finding]:
+    scaling = arch.rope_scaling
+    if not scaling:
+        return
+    key = "model.architecture.rope_scaling"
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind != "yarn":
+        yield Finding(
+            "yarn-differs", "error", key, f"rope_type={kind}: the servers would apply it, the trainer only knows yarn",
+            "set rope_type=yarn with factor and original_max_position_embeddings, or null",
+        )  # fmt: skip
+    for name in ("factor", "original_max_position_embeddings"):
+        if not isinstance(scaling.get(name), int | float):
+            yield Finding(
+                "yarn-differs", "error", key,
+                f"{name} is {scaling.get(name, 'missing')}: each engine would fill in "
+                "its own",
+                f"set {name}, as in the model's config.json",
+            )  # fmt: skip
+    for name in sorted(set(scaling) - YARN_KEYS):
+        yield Finding(
+            "yarn-differs", "error", key, f"{name}={scaling[name]} is read by the servers and not by the trainer",
+            f"remove {name}",
+        )  # fmt: skip
+
+
+def _sampler(recipe: Recipe) -> Iterator[Finding]:
+    for key, off in (("top_p", 1.0), ("top_k", 0)):
+        value = getattr(recipe.rollout, key)
+        if value != off:
+            yield Finding(
+                "sampler-disagrees", "error", f"rollout.{key}",
+                f"{value} cuts the sampler's distribution and renormalises it; the trainer's log-probs cover the whole "
+                "vocabulary, so every ratio would be off before the first update",
+                f"set it to {off:g}",
+            )  # fmt: skip
+    if recipe.rollout.temperature < 0.3:
+        yield Finding(
+            "sampler-disagrees", "warning", "rollout.temperature",
+            f"{recipe.rollout.temperature:g}: log-probs are those of a policy sharpened "
+            f"{1 / recipe.rollout.temperature:.0f} "
+            "times; differences between the two engines grow by as much",
+            "use 0.6 to 1.0",
+        )  # fmt: skip
+    if recipe.model.path is not None:
+        yield from _generation_config(recipe, recipe.model.path)
+
+
+def _generation_config(recipe: Recipe, directory: Path) -> Iterator[Finding]:
+    file = directory / "generation_config.json"
+    if not file.is_file():
+        return
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        yield Finding(
+            "model-file-broken", "warning", "model.path", f"{file} cannot be read: {error}", "mend or remove it"
+        )
+        return
+    named = {key: values.get(key) for key in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
+    told = ", ".join(f"{key} {value}" for key, value in named.items() if value is not None)
+    if told:
+        yield Finding(
+            "sampler-disagrees", "info", "model.path",
+            f"generation_config.json says {told}; the servers ignore it and sample at temperature "
+            f"{recipe.rollout.temperature:g} from the whole vocabulary", "nothing to do",
+        )  # fmt: skip
+
+
+def _router(recipe: Recipe, arch: Architecture) -> Iterator[Finding]:
+    coefficient = recipe.trainer.aux_loss_coefficient
+    if not coefficient:
+        return
+    if not arch.num_experts:
+        yield Finding(
+            "aux-loss-inert", "error", "trainer.aux_loss_coefficient",
+            f"{coefficient:g} balances experts, but the "
+            "model has none",
+            "remove it",
+        )  # fmt: skip
+        return
+    yield Finding(
+        "aux-loss-on", "warning", "trainer.aux_loss_coefficient",
+        f"{coefficient:g}: the router's balancing loss is added to the objective; in reinforcement learning it was "
+        "seen to raise the gradient norm 3 to 10 times and to cost accuracy",
+        "set it to 0; the load of the experts is logged without it",
+    )  # fmt: skip
+
+
+def _staleness(recipe: Recipe, spec: ObjectiveSpec) -> Iterator[Finding]:
+    allowed, extra = recipe.rollout.max_staleness, recipe.rollout.over_provision
+    if not allowed:
+        if extra:
+            yield Finding(
+                "cuts-long-answers", "warning", "rollout.over_provision",
+                f"{extra:g} batches are begun beyond the one that is trained on and cut when it is complete: tokens "
+                "are lost, and what takes long is trained on less often than it is sampled",
+                "set rollout.max_staleness=1 to carry them into the next batch, or over_provision=null",
+            )  # fmt: skip
+        return
+    if extra is not None and not 0 < extra <= allowed:
+        yield Finding(
+            "over-provision-inert", "warning", "rollout.over_provision",
+            f"{extra:g} with max_staleness={allowed}: "
+            + ("nothing is begun that could be stale" if not extra else f"no more than {allowed} batches can be used"),
+            f"set it above 0 and up to {allowed}, or to null",
+        )  # fmt: skip
+    if spec.ratio_reference == "recomputed" and not spec.correction:
+        yield Finding(
+            "stale-without-correction", "warning", "rollout.max_staleness",
+            f"tokens up to {allowed} versions old are trained on as if the present weights had sampled them",
+            "set objective.correction to tis or icepop, or max_staleness=0",
+        )  # fmt: skip
+
+
+def _replay(recipe: Recipe, spec: ObjectiveSpec, arch: Architecture, machine: Machine) -> Iterator[Finding]:
+    if spec.replay == "off":
+        return
+    if not arch.num_experts:
+        yield Finding(
+            "replay-needs", "error", "objective.replay",
+            f"{spec.replay} replays the choice of experts, but the "
+            "model has none",
+            "set objective.replay=off",
+        )  # fmt: skip
+    if spec.replay != "sampler":
+        return
+    rollout = recipe.rollout
+    if machine.is_cpu:
+        yield Finding(
+            "replay-needs", "error", "objective.replay", "sampler needs vLLM's second model runner, which needs a GPU",
+            "use objective.replay=trainer",
+        )  # fmt: skip
+    for key, value, wanted in (
+        ("prefix_caching", rollout.prefix_caching, True),
+        ("pipeline_parallel", rollout.pipeline_parallel, 1),
+        ("decode_context_parallel", rollout.decode_context_parallel, 1),
+    ):
+        if value != wanted:
+            yield Finding(
+                "replay-needs", "error", f"rollout.{key}",
+                f"{value} with objective.replay=sampler: vLLM then "
+                "returns no routes",
+                f"set it to {str(wanted).lower()}, or use objective.replay=trainer",
+            )  # fmt: skip
+
+
+def _model_directory(recipe: Recipe, arch: Architecture) -> Iterator[Finding]:
+    """A typed shape that is not the one of the weights beside it."""
+    path = recipe.model.path
+    if path is None or not (path / "config.json").is_file():
+        return
+    try:
+        found = read_architecture(path)
+    except RecipeError as error:
+        yield from error.findings
+        return
+    for name in Architecture.model_fields:
+        ours, theirs = getattr(arch, name), getattr(found, name)
+        if ours != theirs and name != "initializer_range":
+            yield Finding(
+                "architecture-differs", "error", f"model.architecture.{name}",
+                f"{ours}, but {path / 'config.json'} "
+                f"says {theirs}",
+                "remove model.architecture, or name the right directory",
+            )  # fmt: skip
+
+
+def _offload(recipe: Recipe, machine: Machine) -> Iterator[Finding]:
+    trainer, key = recipe.trainer, "trainer.offload_activations"
+    if not trainer.offload_activations:
+        return
+    if machine.is_cpu:
+        yield Finding(
+            "offload-needs", "error", key, "true, but there is no GPU: activations are in host memory already",
+            f"set {key}=false",
+        )  # fmt: skip
+    if trainer.recompute != "full":
+        yield Finding(
+            "offload-needs", "error", key,
+            f"true with trainer.recompute={trainer.recompute}: only the layer inputs of full recomputation are moved",
+            f"set trainer.recompute=full, or {key}=false",
+        )  # fmt: skip
+
+
+def _small_print(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[Finding]:
+    """Keys that another key makes meaningless."""
+    trainer, rollout = recipe.trainer, recipe.rollout
+    if rollout.expected_answer_tokens and rollout.expected_answer_tokens > rollout.max_answer_tokens:
+        yield Finding(
+            "expected-above-limit", "error", "rollout.expected_answer_tokens",
+            f"{rollout.expected_answer_tokens} is above max_answer_tokens={rollout.max_answer_tokens}",
+            "set it to the mean length, which is below the limit",
+        )  # fmt: skip
+    if recipe.optimizer.lr > 1e-4 and arch.hidden_size >= 1024:
+        yield Finding(
+            "learning-rate-high", "warning", "optimizer.lr",
+            f"{recipe.optimizer.lr:g} is {recipe.optimizer.lr / 1e-6:.0f} times what models of this width are "
+            "trained with",
+            "use about 1e-6",
+        )  # fmt: skip
+    if recipe.model.dtype == "float32" and not machine.is_cpu and arch.hidden_size >= 1024:
+        yield Finding(
+            "float32-on-gpu", "warning", "model.dtype",
+            "float32 doubles weights and KV and leaves the tensor cores "
+            "idle",
+            "set it to bfloat16; log-probs and the router stay float32",
+        )  # fmt: skip
+    if recipe.optimizer.warmup_updates > trainer.max_steps * recipe.batch.updates:
+        yield Finding(
+            "warmup-beyond-run", "warning", "optimizer.warmup_updates",
+            f"{recipe.optimizer.warmup_updates} updates of warm-up in a run of "
+            f"{trainer.max_steps * recipe.batch.updates}",
+            "shorten it, or raise trainer.max_steps",
+        )  # fmt: skip
+    if recipe.evaluation.answers > 1 and recipe.evaluation.temperature == 0:
+        yield Finding(
+            "evaluation-repeats", "warning", "evaluation.answers",
+            f"{recipe.evaluation.answers} greedy answers to a problem are all the same",
+            "set evaluation.temperature, e.g. 0.6, or evaluation.answers=1",
+        )  # fmt: skip
+    if recipe.optimizer.lr == 0:
+        yield Finding("updates-off", "info", "optimizer.lr", "0 switches the updates off", "leave it for a control run")

@@ -1,0 +1,107 @@
+"""The cheapest single change that makes a run fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from gspo_megatron.cluster.machines import Machine, machine_of
+from gspo_megatron.config.model_section import Architecture
+from gspo_megatron.config.schema import Recipe
+from gspo_megatron.parallel import Layout
+from gspo_megatron.plan.estimate import batch, step_time
+from gspo_megatron.plan.estimate.batch import BatchPlan
+from gspo_megatron.plan.estimate.memory import StageMemory, stage_memory
+from gspo_megatron.plan.rules import layout
+from gspo_megatron.plan.rules.resources import fits
+from gspo_megatron.plan.units import size
+from gspo_megatron.types import Finding
+
+Change = dict[str, Any]
+
+
+def cheapest_change(recipe: Recipe, machine: Machine) -> str:
+    """The first of the changes, ordered by what they cost in time, after which training fits, as a sentence."""
+    for change in _changes(recipe, machine):
+        changed = apply(recipe, change)
+        where = machine_of(changed) if any(key.startswith("placement") for key in change) else machine
+        stages = _stages(changed, where)
+        if stages is not None and fits(stages, where):
+            peak = max(stage.peak_bytes for stage in stages)
+            assignments = " ".join(f"{key}={value}" for key, value in change.items())
+            return f"the cheapest change that fits: {assignments} (about {peak / 1e9:.0f} GB)"
+    return "no single change fits: take more nodes with more of PP, CP and EP (gspo plan --search lists layouts)"
+
+
+def spare_recompute(
+    recipe: Recipe, arch: Architecture, machine: Machine, grid: Layout, cut: BatchPlan
+) -> Iterator[Finding]:
+    """Memory that recomputation saves for nothing."""
+    modes = ("none", "selective", "full")
+    before = step_time.trainer_times(recipe, arch, grid, cut, machine)["training"].seconds
+    for mode in modes[: modes.index(recipe.trainer.recompute)]:
+        # Only the layer inputs of full recomputation can be offloaded.
+        change = {"trainer.recompute": mode, "trainer.offload_activations": False}
+        changed = apply(recipe, change)
+        stages = stage_memory(changed, grid, cut, machine)
+        if fits(stages, machine):
+            after = step_time.trainer_times(changed, arch, grid, cut, machine)["training"].seconds
+            peak = max(stage.peak_bytes for stage in stages)
+            told = f"{recipe.trainer.recompute} saves memory that is there: {mode} takes about {size(peak)} of "
+            told += f"{size(machine.device.memory)} and trains {1 - after / before:.0%} faster"
+            fix = f"try trainer.recompute={mode}"
+            fix += " trainer.offload_activations=false" if recipe.trainer.offload_activations else ""
+            yield Finding("memory-to-spare", "info", "trainer.recompute", told, fix)
+            return
+
+
+def _stages(recipe: Recipe, machine: Machine) -> list[StageMemory] | None:
+    """Memory of the stages, or None for a layout that cannot be built."""
+    arch = recipe.model.architecture
+    assert arch is not None
+    found = list(layout.findings(recipe.trainer, arch, machine))
+    if any(finding.severity == "error" for finding in found):
+        return None
+    grid = layout.layout_of(recipe.trainer, machine.ranks)
+    cut = batch.plan_batch(recipe, grid)
+    if any(finding.severity == "error" for finding in batch.findings(recipe, grid, cut)):
+        return None
+    return stage_memory(recipe, grid, cut, machine)
+
+
+def apply(recipe: Recipe, change: Change) -> Recipe:
+    """A copy of the recipe with `section.key` values changed."""
+    for key, value in change.items():
+        section, name = key.split(".")
+        part = getattr(recipe, section).model_copy(update={name: value})
+        recipe = recipe.model_copy(update={section: part})
+    return recipe
+
+
+def _changes(recipe: Recipe, machine: Machine) -> Iterator[Change]:
+    trainer = recipe.trainer
+    longest = recipe.rollout.max_prompt_tokens + recipe.rollout.max_answer_tokens
+    if trainer.recompute == "none":
+        yield {"trainer.recompute": "selective"}
+    if trainer.recompute != "full":
+        yield {"trainer.recompute": "full"}
+    multiple = batch.pad_multiple(layout.layout_of(trainer, machine.ranks))
+    shortest = -(-longest // multiple) * multiple
+    if trainer.micro_batch_tokens > shortest:
+        yield {"trainer.micro_batch_tokens": shortest}
+    doubles: tuple[Callable[[], Change], ...] = (
+        lambda: {"trainer.expert_parallel": 2 * trainer.expert_parallel},
+        lambda: {"trainer.context_parallel": 2 * trainer.context_parallel},
+        lambda: {"trainer.tensor_parallel": 2 * trainer.tensor_parallel},
+        lambda: {"trainer.pipeline_parallel": 2 * trainer.pipeline_parallel},
+    )
+    for double in doubles:
+        yield double()
+        if trainer.recompute != "full":
+            yield {**double(), "trainer.recompute": "full"}
+    if not machine.is_cpu and trainer.ranks is None:
+        yield {"placement.nodes": 2 * machine.nodes}
+        yield {"placement.nodes": 2 * machine.nodes, "trainer.expert_parallel": 2 * trainer.expert_parallel}
+        for kind in ("h200", "b200"):
+            if kind != machine.device.kind:
+                yield {"placement.gpu": kind}

@@ -1,0 +1,88 @@
+"""The plots of a run: accuracy, reward and clip fraction; and what the routers of the experts did, layer by layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gspo_megatron.run_log import read_rows
+
+PLOT_FILE = "accuracy.png"
+EXPERTS_FILE = "experts.png"
+EXPERTS = {
+    "experts/probe_changed": "expert choices changed by one update",
+    "experts/load_max_over_mean": "busiest expert over the mean",
+}
+CLIP = "clip_fraction_sequences"
+
+
+def curve(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one metric, where it was recorded."""
+    held = [(row["step"], row[name]) for row in rows if name in row]
+    return [step for step, _ in held], [value for _, value in held]
+
+
+def write_plot(run_dir: Path) -> Path:
+    """Draw RUN_DIR/accuracy.png from metrics.jsonl."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = read_rows(run_dir)
+    figure, (above, below) = pyplot.subplots(2, 1, figsize=(7.5, 6.0), sharex=True, height_ratios=(3, 2))
+    above.plot(*curve(rows, "eval/accuracy"), "o-", color="#1b6ca8", label="held-out accuracy, greedy")
+    above.plot(*curve(rows, "reward_mean"), "-", color="#e07b39", label="reward of sampled answers")
+    above.set_ylim(0, 1)
+    above.set_ylabel("share correct")
+    above.legend(loc="lower right", frameon=False)
+    above.set_title(
+        (run_dir / "objective.txt").read_text().split(",")[0] if (run_dir / "objective.txt").is_file() else ""
+    )
+    minibatches = sorted({name for row in rows for name in row if name.startswith(f"{CLIP}/minibatch_")})
+    for index, name in enumerate(minibatches):
+        shade = 0.25 + 0.75 * index / max(1, len(minibatches) - 1)
+        below.plot(*curve(rows, name), color="#7a3b8f", alpha=shade, label=f"mini-batch {index}")
+    below.set_ylabel("clipped sequences")
+    below.set_xlabel("rollout batch")
+    below.set_ylim(bottom=0)
+    below.legend(loc="upper right", frameon=False, fontsize="small", ncols=2)
+    for axis in (above, below):
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(run_dir / PLOT_FILE, dpi=130)
+    pyplot.close(figure)
+    return run_dir / PLOT_FILE
+
+
+def write_expert_plot(run_dir: Path) -> Path | None:
+    """Draw RUN_DIR/experts.png, a line a layer; None for a run without experts."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = read_rows(run_dir)
+    last = next((row for row in reversed(rows) if any(name in row for name in EXPERTS)), None)
+    if last is None:
+        return None
+    figure, axes = pyplot.subplots(2, 1, figsize=(7.5, 6.0), sharex=True)
+    for axis, (name, title) in zip(axes, EXPERTS.items(), strict=True):
+        layers = sorted(
+            (key for key in last if key.startswith(f"{name}/layer_")), key=lambda key: int(key.split("_")[-1])
+        )
+        for index, key in enumerate(layers):
+            shade = pyplot.colormaps["viridis"](index / max(1, len(layers) - 1))
+            labelled = index in (0, len(layers) - 1) or len(layers) <= 8
+            axis.plot(*curve(rows, key), color=shade, label=f"layer {index}" if labelled else None)
+        axis.set_ylabel(title)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(loc="upper right", frameon=False, fontsize="small", ncols=2)
+    axes[1].set_xlabel("rollout batch")
+    figure.tight_layout()
+    figure.savefig(run_dir / EXPERTS_FILE, dpi=130)
+    pyplot.close(figure)
+    return run_dir / EXPERTS_FILE

@@ -1,0 +1,211 @@
+"""What a run says: metrics.jsonl, TensorBoard, one line a step on the terminal, progress bars.
+
+Names and meanings of the metrics: README.md beside this file and objective/README.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from gspo_megatron.cluster.watchdog import Pulse
+from gspo_megatron.types import Finding
+
+EXAMPLES_FILE = "examples.json"
+METRICS_FILE = "metrics.jsonl"
+PLAIN_INTERVAL = 15.0
+"""Seconds between two progress lines where the output is no terminal."""
+BAR_COLUMNS = (
+    TextColumn("{task.description:>10}"),
+    BarColumn(bar_width=30),
+    MofNCompleteColumn(),
+    TextColumn("{task.fields[rate]:>8}"),
+    TimeElapsedColumn(),
+    TextColumn("left"),
+    TimeRemainingColumn(),
+)
+
+
+def read_rows(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, in order of step; of a step that was run twice the later row counts."""
+    lines = (run_dir / METRICS_FILE).read_text().split("\n")
+    # What follows the last line feed was cut off by a crash, or is nothing.
+    rows = [json.loads(line) for line in lines[:-1]]
+    return [row for _, row in sorted({row["step"]: row for row in rows}.items())]
+
+
+class Bar:
+    """The progress of one phase; `update` takes how much is done in all."""
+
+    def __init__(self, name: str, total: int, log: RunLog) -> None:
+        self._name, self._total, self._log = name, total, log
+        self._began = self._said = time.monotonic()
+        self._done = 0
+        self._task = log.bars.add_task(name, total=total, rate="") if log.live else None
+
+    def update(self, done: int) -> None:
+        """Show that `done` of the total are finished."""
+        if done != self._done:
+            self._done = done
+            self._log.pulse.beat()
+        if not self._log.owns_terminal:
+            return
+        now = time.monotonic()
+        rate = done / max(now - self._began, 1e-6)
+        if self._task is not None:
+            self._log.bars.update(self._task, completed=done, rate=f"{rate:.1f}/s")
+        elif now - self._said > PLAIN_INTERVAL and done:
+            self._said = now
+            left = (self._total - done) / rate
+            self._log.say(f"{self._name}: {done}/{self._total}, {rate:.1f}/s, {left:.0f} s left")
+
+    def close(self) -> None:
+        """Take the bar off the terminal."""
+        if self._task is not None:
+            self._log.bars.remove_task(self._task)
+
+
+class RunLog:
+    """The log of one trainer rank; only the rank that owns the terminal writes anything.
+
+    Usage: `with log:` around the run, `with log.step(n):` around a step; within it `add` collects the step's row.
+    """
+
+    def __init__(self, run_dir: Path, owns_terminal: bool) -> None:
+        self.run_dir, self.owns_terminal = run_dir, owns_terminal
+        self.console = Console(quiet=not owns_terminal, highlight=False, soft_wrap=True)
+        self.live = owns_terminal and self.console.is_terminal
+        self.bars = Progress(*BAR_COLUMNS, console=self.console, transient=True)
+        self.pulse = Pulse()
+        self._row: dict[str, float] = {}
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._board: Any = None
+
+    def __enter__(self) -> Self:
+        # A line that a crash cut off has to go before the next one is written behind it.
+        self.rewind(sys.maxsize)
+        self._open_board()
+        if self.live:
+            self.bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.live:
+            self.bars.stop()
+        if self._board is not None:
+            self._board.close()
+
+    @contextlib.contextmanager
+    def time(self, part: str) -> Iterator[None]:
+        """Add the seconds inside to `seconds/PART` of the step."""
+        began = time.monotonic()
+        self.pulse.enter(part)
+        try:
+            yield
+        finally:
+            self.pulse.leave()
+            self._seconds[part] += time.monotonic() - began
+
+    @contextlib.contextmanager
+    def progress(self, name: str, total: int) -> Iterator[Bar]:
+        """A bar for one phase, with rate and time left; plain lines where the output is no terminal."""
+        bar = Bar(name, total, self)
+        try:
+            yield bar
+        finally:
+            bar.close()
+
+    @contextlib.contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Collect a row, then write it to every place."""
+        self._row, self._seconds = {}, defaultdict(float)
+        with self.time("step"):
+            yield
+        self._write(number)
+        self._print(number)
+
+    def add(self, values: Mapping[str, float]) -> None:
+        """Put values into the step's row."""
+        self._row |= values
+
+    def row(self) -> dict[str, float]:
+        """The step's row so far."""
+        return dict(self._row)
+
+    def say(self, text: str) -> None:
+        """One line on the terminal."""
+        self.console.print(text, markup=False)
+
+    def warn(self, finding: Finding) -> None:
+        """A named warning of the running job."""
+        if finding.severity != "info":
+            self.console.print(str(finding), markup=False, style="yellow")
+
+    def evaluation(self, step: int, found: Mapping[str, Any]) -> None:
+        """Record a held-out evaluation: into the step's row, or a row of its own before the first step."""
+        row = {f"eval/{name}": found[name] for name in ("accuracy", "mean_reward", "mean_length")}
+        self.add(row)
+        if not self.owns_terminal:
+            return
+        self.say(f"eval {step:4d}  held-out accuracy {found['accuracy']:.3f}  length {found['mean_length']:.1f}")
+        (self.run_dir / EXAMPLES_FILE).write_text(json.dumps(found["examples"], indent=1))
+        if step == 0:
+            self._write(0)
+
+    def rewind(self, step: int) -> None:
+        """Forget the rows after a step that the run goes on from, in TensorBoard too."""
+        file = self.run_dir / METRICS_FILE
+        if self.owns_terminal and file.is_file():
+            kept = [row for row in read_rows(self.run_dir) if row["step"] <= step]
+            file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        if self._board is not None:
+            self._board.close()
+            self._open_board(purge_step=step + 1)
+
+    def finish(self, run_dir: Path) -> None:
+        """Say what came out: three sampled answers and where everything is."""
+        examples = run_dir / EXAMPLES_FILE  # not there without evaluations
+        for example in json.loads(examples.read_text()) if examples.is_file() else ():
+            self.say(f"  {example['question']}  ->  {example['answer_text']}  (reward {example['reward']:g})")
+        self.say(
+            f"plot {run_dir / 'accuracy.png'}, report {run_dir / 'report.html'}, metrics {run_dir / METRICS_FILE},"
+        )
+        self.say(f"weights {run_dir / 'checkpoints' / 'final'}, logs {run_dir / 'logs'}, TensorBoard files beside them")
+
+    def _open_board(self, purge_step: int | None = None) -> None:
+        """Start a TensorBoard file, which takes back what earlier ones say from `purge_step` on."""
+        if self.owns_terminal:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=purge_step)
+
+    def _write(self, number: int) -> None:
+        if not self.owns_terminal:
+            return
+        row = self._row | {f"seconds/{part}": seconds for part, seconds in self._seconds.items()}
+        with (self.run_dir / METRICS_FILE).open("a") as file:
+            file.write(json.dumps({"step": number, **row}) + "\n")
+        for name, value in row.items():
+            self._board.add_scalar(name, value, number)
+        self._board.flush()
+
+    def _print(self, number: int) -> None:
+        row = self._row
+        parts = "  ".join(f"{part} {seconds:.1f}" for part, seconds in self._seconds.items() if part != "step")
+        self.say(
+            f"step {number:4d}  reward {row['reward_mean']:.3f}  length {row['answer_length']:.1f}  "
+            f"clipped {row['clip_fraction_sequences']:.3f}  grad {row['grad_norm']:.2f}  "
+            f"{self._seconds['step']:.1f} s ({parts})"
+        )

@@ -1,0 +1,100 @@
+"""`gspo debug BUNDLE`: the loss of a kept update again, offline, and the tokens and sequences that stand out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gspo_megatron.config.objective_spec import ObjectiveSpec
+from gspo_megatron.objective import BatchTotals, LossInputs, policy_loss
+
+BUNDLE = "bundle.json"
+SHOWN = 5
+"""Tokens and sequences that are listed."""
+LOGPROBS = ("logprobs", "old_logprobs", "rollout_logprobs", "reference_logprobs")
+
+
+def replay_bundle(directory: Path) -> str:
+    """What happened in a kept update, as text.
+
+    Raises:
+        ValueError: the directory is no bundle.
+    """
+    if not (directory / BUNDLE).is_file():
+        raise ValueError(f"{directory} holds no {BUNDLE}; name a directory under alarms/ of a run")
+    about = json.loads((directory / BUNDLE).read_text())
+    spec, totals = ObjectiveSpec.model_validate(about["objective"]), BatchTotals(**about["totals"])
+    lines = [f"update {about['update']}: {about['reason']}", spec.describe()]
+    loss, faults, rows = 0.0, [], []
+    for name, pack in micro_batches(directory, about["context_parallel"]):
+        faults += list(_nonfinite(name, pack))
+        loss += _loss(spec, totals, pack)
+        rows += list(_sequences(name, pack))
+    lines.append(f"loss {loss:.6g} over {totals.sequences} sequences with {totals.tokens} trained tokens")
+    lines.append(f"{len(faults)} trained tokens without a finite log-prob" + (":" if faults else ""))
+    lines += faults[:SHOWN]
+    lines.append("sequences that moved furthest from the old policy:")
+    lines += [text for _, text in sorted(rows, key=lambda row: -row[0])[:SHOWN]]
+    lines += [f"{name} {value:.6g}" for name, value in about["metrics"].items() if "/" not in name]
+    return "\n".join(lines)
+
+
+def micro_batches(directory: Path, context: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """(name, tensors) of every micro-batch, its context-parallel parts put together."""
+    files = sorted(directory.glob("rank_*.safetensors"))
+    for start in range(0, len(files), context):
+        parts = [load_file(file) for file in files[start : start + context]]
+        for index in range(1 + max(int(name.split("/")[0]) for name in parts[0])):
+            yield f"{files[start].stem} micro-batch {index}", _join([_of(part, index) for part in parts])
+
+
+def _of(part: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+    return {n.removeprefix(f"{index}/"): tensor for n, tensor in part.items() if n.startswith(f"{index}/")}
+
+
+def _join(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    order = torch.cat([part["indices"] for part in parts]).argsort()
+    whole = {"advantages": parts[0]["advantages"], "cu_seqlens": parts[0]["cu_seqlens"] * len(parts)}
+    tokens = parts[0].keys() - whole.keys() - {"indices"}
+    return whole | {name: torch.cat([part[name] for part in parts])[order] for name in tokens}
+
+
+def _loss(spec: ObjectiveSpec, totals: BatchTotals, pack: dict[str, Tensor]) -> float:
+    """This micro-batch's share; NaN where a log-prob is not finite."""
+    if any(True for _ in _nonfinite("", pack)):
+        return float("nan")
+    values: dict[str, Any] = {name: tensor for name, tensor in pack.items() if name != "targets"}
+    values["logprobs"] = pack["logprobs"].requires_grad_()
+    return float(policy_loss(spec, LossInputs(**values, totals=totals, token_advantages=False)).loss)
+
+
+def _nonfinite(name: str, pack: dict[str, Tensor]) -> Iterator[str]:
+    for kind in LOGPROBS:
+        if kind in pack:
+            for at in torch.nonzero(~torch.isfinite(pack[kind]) & pack["loss_mask"]).flatten().tolist():
+                sequence = int((pack["cu_seqlens"] <= at).sum()) - 1
+                token = at - int(pack["cu_seqlens"][sequence])
+                target = int(pack["targets"][at])
+                yield f"  {name}, sequence {sequence}, token {token} (id {target}): {kind} {float(pack[kind][at])}"
+
+
+def _sequences(name: str, pack: dict[str, Tensor]) -> Iterator[tuple[float, str]]:
+    starts = pack["cu_seqlens"].tolist()
+    for sequence, (start, end) in enumerate(pairwise(starts)):
+        trained = pack["loss_mask"][start:end]
+        if trained.any():
+            gap = (pack["logprobs"] - pack["old_logprobs"])[start:end][trained].detach().double()
+            largest = int(gap.abs().argmax())
+            yield (
+                abs(float(gap.mean())) if torch.isfinite(gap).all() else float("inf"),
+                f"  {name}, sequence {sequence}: log s {float(gap.mean()):+.3e} over {len(gap)} tokens, advantage "
+                f"{float(pack['advantages'][sequence]):+.3g}, largest token ratio {float(gap[largest].exp()):.4g} "
+                f"at trained token {largest}",
+            )

@@ -1,0 +1,1 @@
+"""What travels between trainer, controller and servers."""

@@ -1,0 +1,1 @@
+"""The weight update's wire: which slice goes from which trainer rank to which server worker."""

@@ -1,0 +1,295 @@
+"""The wire of a weight update: a process group of all trainer ranks and all server workers, in which packed slices go
+point to point. Where servers share the trainer's devices, `handover.py` takes the workers' place in it.
+
+Torch only: the trainer side (`sender.py`) must not import vllm, the server side (`worker.py`) must not import megatron.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import groupby
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
+
+from gspo_megatron.config.model_section import Architecture
+from gspo_megatron.models.manifest import ITEM_BYTES
+from gspo_megatron.models.vllm_layout import ServerLayout, ServerParameter
+from gspo_megatron.parallel import Layout
+from gspo_megatron.transport.weights.checksum import plane
+from gspo_megatron.transport.weights.plan import Message, TransferPlan
+
+MIB = 1 << 20
+JOIN_SECONDS = 60.0
+ROUNDS_IN_FLIGHT = 2
+"""While one round is on the wire, the one before is unpacked and the next is packed."""
+
+
+class TransferError(RuntimeError):
+    """A weight update that broke on the wire or in what was handed to it; one sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """Where the two sides of a weight update meet and what they agreed on; `POST /weights/begin` answers with one."""
+
+    store_host: str
+    """Host of the rendezvous store, which lives in the controller."""
+    store_port: int
+    """Its port."""
+    group: str
+    """Name of the process group; a group that both sides still hold under this name is used again."""
+    bucket_mib: int
+    """Most bytes that a worker receives in one round, MiB."""
+    timeout: float
+    """Seconds that one message may take, and joining if it is less than JOIN_SECONDS."""
+    architecture: dict[str, Any]
+    """Fields of the trainer's `Architecture`."""
+    dtype: str
+    """A key of `ITEM_BYTES`: of every value that is sent."""
+    trainer: dict[str, Any]
+    """Fields of the trainer's `Layout`; its ranks are the first of the group."""
+    servers: list[dict[str, Any]]
+    """Fields of the `ServerLayout` of each server; their workers follow in this order."""
+    proxies: list[int] = field(default_factory=list)
+    """[workers] the trainer rank on each worker's device, which hands over what is for it; empty = workers are ranks of
+    the group. Two ranks of one NCCL group cannot share a device."""
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of every value that is sent."""
+        return getattr(torch, self.dtype)
+
+    def plan(self) -> TransferPlan:
+        """What moves where; the same for everybody who holds this ticket."""
+        return TransferPlan(
+            Architecture.model_validate(self.architecture),
+            Layout(**self.trainer),
+            [ServerLayout(**server) for server in self.servers],
+            ITEM_BYTES[self.dtype],
+            self.bucket_mib * MIB,
+        )
+
+
+def open_store(ticket: Ticket) -> PrefixStore:
+    """The part of the controller's rendezvous store that belongs to a ticket's group."""
+    # Whoever dies before it has joined leaves no connection that could end: the others wait this long.
+    timeout = timedelta(seconds=min(ticket.timeout, JOIN_SECONDS))
+    store = TCPStore(ticket.store_host, ticket.store_port, is_master=False, wait_for_workers=False, timeout=timeout)
+    return PrefixStore(ticket.group, store)
+
+
+def in_rounds(messages: Iterable[Message]) -> dict[int, list[Message]]:
+    """Messages by round, in order."""
+    return {number: list(group) for number, group in groupby(messages, lambda message: message.round)}
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """A buffer on its way to or from one other rank of the group."""
+
+    message: Message
+    """What is in it."""
+    buffer: Tensor
+    """Its values."""
+    peer: int
+    """The other rank."""
+    tag: int
+    """Equal at both ends, and no other's between the same two ranks while it is on its way."""
+    leaves: bool
+    """Whether this end sends it."""
+
+
+class Wire:
+    """A process group beside torch.distributed's default one, whose state it never touches; it carries rounds."""
+
+    def __init__(self, ticket: Ticket, store: PrefixStore, device: torch.device, rank: int, world: int) -> None:
+        """Join; returns when everybody has."""
+        timeout = timedelta(seconds=min(ticket.timeout, JOIN_SECONDS))
+        self.device = device
+        self._in_flight: deque[tuple[list[Any], list[Parcel]]] = deque()
+        self._group: Any  # a ProcessGroup, which torch's own stubs do not know its two subclasses to be
+        if device.type == "cuda":
+            from torch.distributed import ProcessGroupNCCL
+
+            options = ProcessGroupNCCL.Options()
+            options._timeout = timeout
+            self._group = ProcessGroupNCCL(store, rank, world, options)
+            if world > 1:
+                # By itself it connects at the first transfer, and waits for ranks that have none.
+                self._group.eager_connect_single_device(device)
+        else:
+            self._group = ProcessGroupGloo(store, rank, world, timeout)
+        self._group.set_timeout(timedelta(seconds=ticket.timeout))
+
+    # No local name below may hold the group or what it returns: it would live on in the traceback of a failure, the
+    # connections with it, and the other ends would wait for the time limit.
+
+    def start(self, parcels: list[Parcel]) -> None:
+        """Put a round on its way: buffers that leave, and those that wait for what comes."""
+        self._in_flight.append(([], parcels))
+        if self.device.type == "cuda" and parcels:
+            # One NCCL group a round: its transfers progress at the same time, over one communicator.
+            self._group._start_coalescing()
+        for parcel in parcels:
+            self._in_flight[-1][0].append(self._post(parcel))
+        if self.device.type == "cuda" and parcels:
+            self._in_flight[-1][0][:] = [self._group._end_coalescing()]
+
+    def _post(self, parcel: Parcel) -> Any:
+        return (self._group.send if parcel.leaves else self._group.recv)([parcel.buffer], parcel.peer, parcel.tag)
+
+    def finish(self, most_left: int) -> Iterator[Parcel]:
+        """Wait for the oldest rounds until so many are left in flight; their parcels."""
+        while len(self._in_flight) > most_left:
+            while self._in_flight[0][0]:
+                self._in_flight[0][0][-1].wait()
+                self._in_flight[0][0].pop()
+            yield from self._in_flight.popleft()[1]
+
+    def close(self) -> None:
+        """Leave: whoever still waits for this rank sees the connection end."""
+        if self.device.type == "cuda":
+            self._group.abort()
+        self._in_flight.clear()
+        self._group = None
+
+
+class Outbox(Protocol):
+    """A trainer rank's end of an update."""
+
+    name: str
+    plan: TransferPlan
+    dtype: torch.dtype
+    device: torch.device
+    rounds: dict[int, list[Message]]
+    """What this rank sends, by round; in rounds without messages it only passes on."""
+
+    def send(self, number: int, packed: list[tuple[Message, Tensor]]) -> None:
+        """Put a round on its way; called for every entry of `rounds`, in order."""
+        ...
+
+    def finish(self) -> None:
+        """Wait until everything has left."""
+        ...
+
+    def close(self) -> None:
+        """Leave: whoever still waits for this end sees it go."""
+        ...
+
+
+class Inbox(Protocol):
+    """A worker's end of an update."""
+
+    name: str
+    plan: TransferPlan
+    dtype: torch.dtype
+    device: torch.device
+    rounds: dict[int, list[Message]]
+    """What this worker receives, by round."""
+
+    def arrivals(self) -> Iterator[tuple[Message, Tensor]]:
+        """Every message of an update with its values, which are only there until the next one is asked for."""
+        ...
+
+    def close(self) -> None:
+        """Leave: whoever still waits for this end sees it go."""
+        ...
+
+
+class GroupOutbox:
+    """An `Outbox` in one group with all trainer ranks and all workers."""
+
+    def __init__(self, ticket: Ticket, device: torch.device, rank: int) -> None:
+        """Join; returns when everybody has."""
+        self.name, self.plan, self.device, self.dtype = ticket.group, ticket.plan(), device, ticket.torch_dtype
+        self.rounds = in_rounds(self.plan.to_send(rank))
+        self._first_worker = self.plan.trainer.world
+        world = self._first_worker + self.plan.workers
+        self._wire = Wire(ticket, open_store(ticket), device, rank, world)
+
+    def send(self, number: int, packed: list[tuple[Message, Tensor]]) -> None:
+        """See `Outbox`."""
+        self._wire.start(
+            [Parcel(message, data, self._first_worker + message.peer, number, leaves=True) for message, data in packed]
+        )
+        deque(self._wire.finish(ROUNDS_IN_FLIGHT), maxlen=0)
+
+    def finish(self) -> None:
+        """See `Outbox`."""
+        deque(self._wire.finish(0), maxlen=0)
+
+    def close(self) -> None:
+        """See `Outbox`."""
+        self._wire.close()
+
+
+class GroupInbox:
+    """An `Inbox` in one group with all trainer ranks and all workers."""
+
+    def __init__(self, ticket: Ticket, device: torch.device, worker: int) -> None:
+        """Join; returns when everybody has."""
+        self.name, self.plan, self.device, self.dtype = ticket.group, ticket.plan(), device, ticket.torch_dtype
+        self.rounds = in_rounds(self.plan.to_receive(worker))
+        first = self.plan.trainer.world
+        self._wire = Wire(ticket, open_store(ticket), device, first + worker, first + self.plan.workers)
+
+    def arrivals(self) -> Iterator[tuple[Message, Tensor]]:
+        """See `Inbox`; while values are given out, the next rounds are on their way."""
+        for number, messages in self.rounds.items():
+            buffers = [torch.empty(message.size, dtype=self.dtype, device=self.device) for message in messages]
+            self._wire.start(
+                [Parcel(m, buffer, m.peer, number, leaves=False) for m, buffer in zip(messages, buffers, strict=True)]
+            )
+            yield from ((parcel.message, parcel.buffer) for parcel in self._wire.finish(ROUNDS_IN_FLIGHT))
+        yield from ((parcel.message, parcel.buffer) for parcel in self._wire.finish(0))
+
+    def close(self) -> None:
+        """See `Inbox`."""
+        self._wire.close()
+
+
+def receive(inbox: Inbox, parameters: Iterable[ServerParameter]) -> Iterator[tuple[ServerParameter, Tensor]]:
+    """Give out a worker's parameters one by one, each when its last slice has arrived.
+
+    A parameter that was given out is forgotten here: on the way are only those of the layers under way.
+
+    Raises:
+        TransferError: the plan and the parameters do not fit.
+    """
+    missing = {parameter.name: sum(piece.size for piece in parameter.pieces) for parameter in parameters}
+    described = {parameter.name: parameter for parameter in parameters}
+    values: dict[str, Tensor] = {}
+
+    def ready(name: str) -> Iterator[tuple[ServerParameter, Tensor]]:
+        if not missing[name]:
+            yield described[name], values.pop(name)
+
+    for name, parameter in described.items():
+        if not missing[name]:
+            values[name] = _empty(parameter, inbox)
+            yield from ready(name)
+    for message, data in inbox.arrivals():
+        for part, part_data in zip(message.slices, data.split([part.size for part in message.slices]), strict=True):
+            name = part.parameter
+            if name not in values:
+                values[name] = _empty(described[name], inbox)
+            plane(values[name], part).copy_(part_data.view(part.height, part.width))
+            missing[name] -= part.size
+            yield from ready(name)
+    if any(missing.values()):
+        short = next(name for name, left in missing.items() if left)
+        raise TransferError(f"the update ended with {missing[short]} values of {short} missing")
+
+
+def _empty(parameter: ServerParameter, inbox: Inbox) -> Tensor:
+    """Room for a parameter; its padding, which nothing fills, is zero."""
+    padded = sum(piece.size for piece in parameter.pieces) < math.prod(parameter.shape)
+    make = torch.zeros if padded else torch.empty
+    return make(parameter.shape, dtype=inbox.dtype, device=inbox.device)

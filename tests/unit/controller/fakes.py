@@ -1,0 +1,191 @@
+"""A stand-in for vLLM's HTTP face, for the failures that a real server cannot be asked to have."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from typing import Any
+
+from aiohttp import web
+
+from gspo_megatron.controller.server_client import ServerClient
+from gspo_megatron.models.vllm_layout import ServerLayout
+from gspo_megatron.transport.auth import has_key
+from gspo_megatron.types import Problem, Prompt
+
+KEY = "unit-test-key"
+VOCAB = 50
+CONTEXT = 24
+
+
+class FakeServer:
+    """Answers every request with the number of its token ids, three times unless told otherwise."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.version = "0"
+        self.paused = False
+        self.checksum = "0"
+        self.score = -1.0
+        self.fail: dict[str, int] = {}
+        """Path -> status that it is answered with."""
+        self.calls: list[str] = []
+        self.bodies: list[dict[str, Any]] = []
+        self.hang = False
+        """While true, generation waits."""
+        self.tokens = 0
+        """Sampled so far, by all requests."""
+        self.length: Callable[[dict[str, Any]], int] = lambda body: 3
+        """Tokens of an answer, by its request."""
+        self.ids: Callable[[dict[str, Any]], Sequence[int]] | None = None
+        """What it samples, by its request; the answer ends at a stop id, or when they are used up."""
+        self.reason = "length"
+        self.gate = 1 << 30
+        """Answers wait before this token."""
+        self.break_off_at = -1
+        """Streams end without a reason before this token."""
+        self.delay = 0.0
+        """Seconds a token takes."""
+        self.device = "node 1 card 0"
+        self.identity: dict[str, Any] = {}
+        """What it says of itself."""
+        self.aborts = 0
+        self.missed_aborts = 0
+        """Aborts that come before the requests they are meant for."""
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        path = request.path
+        if path != "/health" and not has_key(request.headers, KEY):
+            return web.json_response({}, status=401)
+        self.calls.append(path + (f" {request.query['tags']}" if path == "/wake_up" else ""))
+        if path in self.fail:
+            return web.json_response({"error": f"{path} was told to fail"}, status=self.fail[path])
+        if path == "/inference/v1/generate":
+            return await self._generate(request, await request.json())
+        if path == "/metrics":
+            return web.Response(
+                text=f'vllm:generation_tokens_total{{engine="0",model_name="policy"}} {self.tokens}.0\n'
+            )
+        if path in ("/pause", "/resume"):
+            self.paused = path == "/pause" and request.query["mode"] == "keep"
+            if path == "/pause" and request.query["mode"] == "abort":
+                self.aborts += self.missed_aborts == 0
+                self.missed_aborts = max(0, self.missed_aborts - 1)
+        if path == "/finish_weight_update":
+            self.version = (await request.json())["weight_version"]
+        if path == "/weight_info":
+            return web.json_response({"weight_version": self.version})
+        if path == "/collective_rpc":
+            return web.json_response({"results": [self._worker((await request.json())["method"])]})
+        return web.json_response({"is_paused": self.paused} if path == "/is_paused" else {})
+
+    def _worker(self, method: str) -> dict[str, Any] | str | None:
+        if method == "device_name":
+            return self.device
+        if method == "identity":
+            return self.identity
+        if method == "weight_layout":
+            return asdict(ServerLayout())
+        report = {"checksum": self.checksum, "tensors": 1, "seconds": 0.1, "received_bytes": 8, "needed_bytes": 8}
+        return report if method == "weight_report" else None
+
+    async def _generate(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        self.bodies.append(body)
+        while self.hang:
+            await asyncio.sleep(0.01)
+        if not body.get("stream"):
+            scored = [None, *({str(token): {"logprob": self.score}} for token in body["token_ids"][1:])]
+            return web.json_response({"choices": [{}], "prompt_logprobs": scored})
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        token, spans, reason, aborts = len(body["token_ids"]), [], None, self.aborts
+        planned = [token] * self.length(body) if self.ids is None else list(self.ids(body))
+        stops = [number for number, one in enumerate(planned, 1) if one in body["sampling_params"]["stop_token_ids"]]
+        wanted = min(len(planned), body["sampling_params"]["max_tokens"], *stops[:1])
+        for number, token in enumerate(planned[:wanted]):
+            while (self.paused or number >= self.gate) and self.aborts == aborts:
+                await asyncio.sleep(0.005)
+            if self.aborts != aborts:
+                reason = "abort"
+                break
+            if number == self.break_off_at:
+                return response
+            await asyncio.sleep(self.delay)
+            if not spans or spans[-1]["version"] != self.version:
+                spans.append({"version": self.version, "start": number})
+            spans[-1]["end"] = number + 1
+            self.tokens += 1
+            await self._send(response, [token], None, None)
+        ended = "stop" if self.ids is not None and wanted in stops else self.reason
+        await self._send(response, [], reason or ended, spans)
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    async def _send(
+        self, response: web.StreamResponse, ids: list[int], reason: str | None, spans: list[dict[str, Any]] | None
+    ) -> None:
+        content = [{"token_id": token, "logprob": -0.5} for token in ids]
+        choice = {"token_ids": ids, "finish_reason": reason, "logprobs": {"content": content}, "weight_versions": spans}
+        await response.write(b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n")
+
+
+@asynccontextmanager
+async def serving(*servers: FakeServer) -> AsyncIterator[list[ServerClient]]:
+    """Clients of fake servers that listen."""
+    runners, clients = [], []
+    try:
+        for server in servers:
+            app = web.Application()
+            app.router.add_route("*", "/{path:.*}", server._handle)
+            runner = web.AppRunner(app, shutdown_timeout=0.1)
+            runners.append(runner)
+            await runner.setup()
+            await web.TCPSite(runner, "127.0.0.1", 0).start()
+            server.url = "http://{}:{}".format(*runner.addresses[0][:2])
+            clients.append(ServerClient(server.url, KEY, VOCAB, CONTEXT, 8))
+        yield clients
+    finally:
+        for server in servers:
+            server.hang = False
+        for client in clients:
+            await client.close()
+        for runner in runners:
+            await runner.cleanup()
+
+
+def make_prompt(index: int, token_ids: Sequence[int] = (1, 2, 3)) -> Prompt:
+    return Prompt(index, Problem(str(index), f"question {index}", {}), tuple(token_ids))
+
+
+class Prompts:
+    """A prompt stream in memory."""
+
+    def __init__(self) -> None:
+        self.index = 0
+        self.skipped: Counter[str] = Counter()
+
+    def next(self, count: int) -> list[Prompt]:
+        self.index += count
+        return [make_prompt(index, (1,) * (1 + index % 5)) for index in range(self.index - count, self.index)]
+
+    def held_out(self, count: int) -> list[Prompt]:
+        return [make_prompt(-1 - index) for index in range(count)]
+
+    def state(self) -> dict[str, Any]:
+        return {"index": self.index}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.index = state["index"]
+
+
+class Tokenizer:
+    """Ids as decimal text; 0 stops."""
+
+    stop_ids = (0,)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(map(str, ids))

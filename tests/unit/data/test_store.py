@@ -1,0 +1,103 @@
+"""The sample store: what is written is read, what is damaged is named."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gspo_megatron.data.store import HEADER, DamagedSample, SampleStore
+from gspo_megatron.types import Problem, Prompt, Response, SampleRef, Segment
+
+PROMPT = Prompt(12, Problem("p", "q", {}), (5, 6, 7))
+
+
+def make_response(length: int) -> Response:
+    logprobs = np.linspace(-3, -0.1, length, dtype=np.float32)
+    segments = (Segment(2, 0, length),) if length else ()
+    return Response(12, 3, np.arange(10, 10 + length, dtype=np.int32), logprobs, segments, "stop")
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> tuple[SampleStore, SampleRef, Path]:
+    store = SampleStore(tmp_path / "samples")
+    ref = store.write(PROMPT, make_response(4), 0.5)
+    return store, ref, store.directory / ref.path
+
+
+@pytest.mark.parametrize("length", [0, 1, 1000])
+def test_a_sample_comes_back_as_it_was(tmp_path: Path, length: int) -> None:
+    store = SampleStore(tmp_path)
+    answer = make_response(length)
+    ref = store.write(PROMPT, answer, 0.25)
+    token_ids, answer_start, logprobs = store.read(ref)
+    assert token_ids.dtype == np.int32 and logprobs.dtype == np.float32 and answer_start == 3
+    assert token_ids.tolist() == [5, 6, 7, *answer.token_ids.tolist()]
+    assert np.array_equal(logprobs, answer.logprobs)
+    assert (ref.prompt_index, ref.sample_index, ref.prompt_length, ref.answer_length) == (12, 3, 3, length)
+    assert (ref.reward, ref.stop_reason, ref.segments) == (0.25, "stop", answer.segments)
+    with pytest.raises(ValueError, match="read-only"):
+        token_ids[0] = 1
+
+
+def test_only_finished_files_carry_a_sample_name(stored: tuple[SampleStore, SampleRef, Path]) -> None:
+    store, _, file = stored
+    assert list(store.directory.iterdir()) == [file]
+
+
+def test_answers_under_other_weights_do_not_overwrite(stored: tuple[SampleStore, SampleRef, Path]) -> None:
+    store, ref, _ = stored
+    later = replace(make_response(4), segments=(Segment(2, 0, 1), Segment(3, 1, 4)))
+    assert store.write(PROMPT, later, 0.5).path != ref.path
+
+
+def test_every_changed_byte_is_noticed(stored: tuple[SampleStore, SampleRef, Path]) -> None:
+    store, ref, file = stored
+    content = file.read_bytes()
+    # The header's last 4 bytes are padding.
+    for place in [*range(HEADER.size - 4), *range(HEADER.size, len(content))]:
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(DamagedSample, match=file.name):
+            store.read(ref)
+
+
+@pytest.mark.parametrize("length", [0, 31, 32, 59])
+def test_a_cut_file_is_refused_by_name(stored: tuple[SampleStore, SampleRef, Path], length: int) -> None:
+    store, ref, file = stored
+    file.write_bytes(file.read_bytes()[:length])
+    with pytest.raises(DamagedSample, match=file.name):
+        store.read(ref)
+
+
+def test_a_missing_file_is_refused_by_name(stored: tuple[SampleStore, SampleRef, Path]) -> None:
+    store, ref, file = stored
+    file.unlink()
+    with pytest.raises(DamagedSample, match=r"sample .* does not exist"):
+        store.read(ref)
+
+
+def test_metadata_of_another_sample_is_refused(stored: tuple[SampleStore, SampleRef, Path]) -> None:
+    store, ref, _ = stored
+    with pytest.raises(DamagedSample, match=r"holds 3 \+ 4 tokens, its metadata says 3 \+ 5"):
+        store.read(replace(ref, answer_length=5))
+
+
+def test_every_token_has_a_log_prob(tmp_path: Path) -> None:
+    wrong = replace(make_response(4), logprobs=np.zeros(3, np.float32))
+    with pytest.raises(ValueError, match="3 log-probs for 4 tokens"):
+        SampleStore(tmp_path).write(PROMPT, wrong, 0.0)
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_routes_come_back_and_what_is_missing_of_them_is_absent(tmp_path: Path, missing: int) -> None:
+    store = SampleStore(tmp_path)
+    routes = np.arange(7 * 2 * 3, dtype=np.int16).reshape(7, 2, 3)
+    routes[1] = -1
+    ref = store.write(PROMPT, replace(make_response(4), routes=routes[: 7 - missing]), 0.5)
+    found = store.read_routes(ref)
+    assert found is not None and found.shape == (7, 2, 3)
+    assert np.array_equal(found[: 7 - missing], routes[: 7 - missing]) and (found[7 - missing :] == -1).all()
+    assert np.array_equal(store.read(ref)[2], make_response(4).logprobs)
+    assert store.read_routes(store.write(PROMPT, make_response(5), 0.5)) is None

@@ -1,0 +1,114 @@
+"""Group advantages, length rules, the group filter, the divergence in the reward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gspo_megatron.objective import (
+    ObjectiveSpec,
+    group_advantages,
+    group_metrics,
+    informative_groups,
+    kl_in_reward,
+    shape_rewards,
+    soft_overlong_penalty,
+)
+from tests import reference
+from tests.unit.objective.cases import EXAMPLES, as_rows, loss_inputs, random_answers, totals_of
+
+SCORES = st.sampled_from([0.0, 0.1, 0.3, 0.7, 1.0])
+
+
+@pytest.mark.parametrize("kind", ["std", "mean", "rloo", "batch_std"])
+@pytest.mark.parametrize("ddof", [0, 1])
+@EXAMPLES
+@given(data=st.lists(st.tuples(SCORES, st.integers(-2, 3)), min_size=2, max_size=12))
+def test_ragged_groups_in_any_order(kind: Any, ddof: int, data: list[tuple[float, int]]) -> None:
+    rewards, groups = [r for r, _ in data], [g * 1000 for _, g in data]
+    got = group_advantages(torch.tensor(rewards, dtype=torch.float64), torch.tensor(groups), kind, ddof)
+    assert got.tolist() == pytest.approx(reference.advantages(rewards, groups, kind, ddof), abs=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["std", "mean", "rloo", "batch_std"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("reward", [0.0, 0.1, 1.0, 1 / 3])
+def test_equal_rewards_and_single_answers_give_exactly_zero(kind: Any, dtype: torch.dtype, reward: float) -> None:
+    """0.1 has a rounded mean: without care its group would get +-1."""
+    rewards = torch.tensor([reward] * 7 + [0.5] + [1.0, 0.0], dtype=dtype)
+    got = group_advantages(rewards, torch.tensor([3] * 7 + [8] + [5, 5]), kind)
+    assert got.dtype == dtype
+    assert got[:8].tolist() == [0.0] * 8
+    assert got[8] > 0 > got[9]
+
+
+def test_rewards_may_be_integers_or_absent() -> None:
+    assert group_advantages(torch.tensor([1, 0]), torch.tensor([0, 0])).tolist() == [1, -1]
+    assert group_advantages(torch.empty(0), torch.empty(0, dtype=torch.int64)).tolist() == []
+
+
+def test_an_unknown_normalisation_is_refused() -> None:
+    with pytest.raises(ValueError, match="normalize=zscore is not known; use std"):
+        group_advantages(torch.tensor([1.0, 0.0]), torch.tensor([0, 0]), "zscore")  # type: ignore[arg-type]
+
+
+def test_length_rules() -> None:
+    rewards, lengths = torch.tensor([1.0, 1.0, 0.0]), torch.tensor([60, 90, 100])
+    truncated = torch.tensor([False, False, True])
+    spec = ObjectiveSpec.preset("dapo")
+
+    def shaped(**axes: Any) -> tuple[list[float], list[bool]]:
+        result = shape_rewards(spec.replace(**axes), rewards, lengths, truncated, torch.tensor([100, 100, 100]))
+        return result.rewards.tolist(), result.trained.tolist()
+
+    assert shaped() == ([1, 1, 0], [True, True, True])
+    assert shaped(overlong="soft", overlong_buffer=20) == ([1, 0.5, -1], [True, True, True])
+    assert shaped(overlong="filter") == ([1, 1, 0], [True, True, False])
+    rewards = torch.tensor([1.0, 1.0, 0.7])
+    assert shaped(overlong="zero") == ([1, 1, 0], [True, True, True])
+
+
+def test_a_soft_penalty_needs_a_buffer_within_the_limit() -> None:
+    with pytest.raises(ValueError, match=r"overlong_buffer=200 must lie in 1\.\.100"):
+        soft_overlong_penalty(torch.tensor([1, 1]), torch.tensor([300, 100]), 200)
+    with pytest.raises(ValueError, match="overlong=soft has no overlong_buffer"):
+        spec = ObjectiveSpec.preset("gspo").replace(overlong="soft")
+        shape_rewards(spec, torch.ones(1), torch.ones(1), torch.zeros(1, dtype=torch.bool), torch.tensor([10]))
+
+
+def test_dynamic_sampling_keeps_groups_that_differ() -> None:
+    rewards = torch.tensor([1.0, 1.0, 0.0, 0.1, 0.1, 0.1, 0.0, 0.0, 1.0])
+    groups = torch.tensor([7, 7, 7, 2, 2, 2, 5, 5, 9])
+    assert informative_groups(rewards, groups).tolist() == [True] * 3 + [False] * 6
+    assert informative_groups(torch.empty(0), torch.empty(0)).tolist() == []
+    logged = group_metrics(rewards, groups)
+    assert logged["groups"] == 4 and logged["zero_variance_groups"] == 0.75
+    assert logged["solved_groups"] == 0.25 and logged["unsolved_groups"] == 0.25
+    assert logged["reward_mean"] == pytest.approx(3.3 / 9)
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_divergence_in_the_reward_is_summed_over_the_answer(kind: str) -> None:
+    answers = random_answers(2)
+    rows = as_rows(answers, seed=4)
+    inputs = loss_inputs(rows, totals_of(rows))
+    spec = ObjectiveSpec.preset("grpo").replace(kl=kind, kl_in="reward", kl_coefficient=0.1)
+    assert inputs.reference_logprobs is not None
+    got = kl_in_reward(spec, inputs.old_logprobs, inputs.reference_logprobs, inputs.loss_mask, inputs.cu_seqlens)
+    for charge, answer in zip(got.tolist(), answers, strict=True):
+        assert answer.reference is not None
+        x = answer.old - answer.reference
+        terms = {"k1": x, "k2": x * x / 2, "k3": torch.exp(-x) - 1 + x}[kind]
+        assert charge == pytest.approx(0.1 * float(terms.sum()), abs=1e-12)
+
+
+def test_a_divergence_that_is_not_in_the_reward_charges_nothing_there() -> None:
+    with pytest.raises(ValueError, match="kl_in=reward"):
+        kl_in_reward(
+            ObjectiveSpec.preset("grpo"), torch.zeros(1), torch.zeros(1), torch.ones(1, dtype=torch.bool),
+            torch.tensor([0, 1]),
+        )  # fmt: skip

@@ -1,0 +1,114 @@
+"""The stages of a step that lengths decide: length rules, length stages, and denominators over trained tokens only."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gspo_megatron.objective import BatchTotals, group_advantages
+from gspo_megatron.trainer.batches import MiniBatch
+from gspo_megatron.trainer.step import Trainer
+from gspo_megatron.types import Masked, SampleRef
+from tests.unit.controller.test_group_buffer import recipe
+
+LIMIT, BUFFER = 12, 4
+
+
+def answer(index: int, length: int, reward: float = 1.0, **more: Any) -> SampleRef:
+    reason = "length" if length == LIMIT else "stop"
+    return SampleRef(f"{index}", 0, index, 3, length, reward, reason, (), **more)
+
+
+REFS = [answer(0, 4), answer(1, 10), answer(2, 12), answer(3, 5, reward=0.0)]
+
+
+@dataclass
+class Placed:
+    advantages: Tensor
+
+
+class Log:
+    """Keeps what a trainer logs."""
+
+    def __init__(self) -> None:
+        self.row: dict[str, Any] = {}
+        self.add = self.row.update
+
+    def time(self, name: str) -> nullcontext[None]:
+        return nullcontext()
+
+
+def make_trainer(**objective: Any) -> Trainer:
+    """A trainer of one rank that has neither a model nor a controller."""
+    values = recipe(prompts=1, limit=LIMIT).model_dump(mode="json")
+    values["objective"] |= objective
+    trainer = Trainer.__new__(Trainer)
+    trainer.recipe = type(recipe()).model_validate(values)
+    trainer.spec = trainer.recipe.objective.spec(LIMIT)
+    trainer.log = Log()  # type: ignore[assignment]  # stands for a RunLog, which writes into a run directory
+    trainer.reference = None
+    return trainer
+
+
+def weigh(trainer: Trainer, refs: list[SampleRef] = REFS) -> list[float]:
+    kept = trainer._trained(refs)
+    minibatch = MiniBatch([kept], [Placed(torch.zeros(len(kept)))], BatchTotals(len(kept), 1), [], [], None)  # type: ignore[list-item]
+    [weighed] = trainer.weigh(refs, [minibatch])
+    return weighed.micro_batches[0].advantages.tolist()
+
+
+def advantages(*rewards: float) -> list[float]:
+    trainer = make_trainer()
+    values = torch.tensor(rewards, dtype=torch.float64)
+    spec = trainer.spec
+    found = group_advantages(values, torch.zeros(4), spec.advantage, spec.advantage_ddof, spec.advantage_eps)
+    return found.float().tolist()
+
+
+@pytest.mark.parametrize(
+    ("objective", "limit", "rewards"),
+    [
+        ({}, LIMIT, [1, 1, 1, 0]),
+        ({"overlong": "soft", "overlong_buffer": BUFFER}, LIMIT, [1, 0.5, 0, 0]),
+        # In a stage of at most 8 tokens the penalty begins at 4; what is longer than its limit has all of it.
+        ({"overlong": "soft", "overlong_buffer": BUFFER}, 8, [1, 0, 0, -0.25]),
+        ({"overlong": "zero"}, LIMIT, [1, 1, 0, 0]),
+    ],
+)
+def test_the_length_rule_shapes_what_advantages_are_taken_of(
+    objective: dict[str, Any], limit: int, rewards: list[float]
+) -> None:
+    refs = [replace(ref, limit=limit) for ref in REFS]
+    assert weigh(make_trainer(**objective), refs) == pytest.approx(advantages(*rewards))
+
+
+def test_an_answer_that_was_carried_into_a_longer_stage_keeps_its_own_limit() -> None:
+    trainer = make_trainer(overlong="soft", overlong_buffer=BUFFER)
+    refs = [answer(0, 6, limit=8), answer(1, 6), answer(2, 10), answer(3, 10, limit=LIMIT)]
+    assert weigh(trainer, refs) == pytest.approx(advantages(0.5, 1, 0.5, 0.5))
+
+
+def test_a_filtered_answer_counts_in_its_group_and_is_not_trained_on() -> None:
+    trainer = make_trainer(overlong="filter")
+    everyone = advantages(1, 1, 1, 0)
+    assert weigh(trainer) == pytest.approx([everyone[0], everyone[1], everyone[3]])
+    assert trainer.log.row["dropped/filtered"] == 1  # type: ignore[attr-defined]
+
+
+def test_denominators_count_trained_tokens() -> None:
+    trainer = make_trainer()
+    asked: list[list[SampleRef]] = []
+    trainer.batcher = SimpleNamespace(place_refs=lambda refs: asked.append(list(refs)) or ([list(refs)], []))  # type: ignore[assignment]
+    trainer.policy = SimpleNamespace(score=lambda *a, **k: [], routing=SimpleNamespace(recorded=lambda n: []))  # type: ignore[assignment]
+    trainer.routers = SimpleNamespace(add_load=lambda *a: None)  # type: ignore[assignment]
+    talked = answer(4, 11, masked=(Masked(2, 4, "observation"), Masked(5, 8, "closing")))
+    mute = answer(5, 3, masked=(Masked(0, 3, "observation"),))
+    [minibatch] = trainer.prepare([*REFS, talked, mute])
+    assert minibatch.totals == BatchTotals(5, 4 + 10 + 12 + 5 + 6)
+    assert asked == [[*REFS, talked]] and trainer.log.row == {"dropped/empty-answer": 1}  # type: ignore[attr-defined]

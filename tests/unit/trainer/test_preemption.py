@@ -1,0 +1,95 @@
+"""A run stops when it is asked to, and before its time is over."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from gspo_megatron.trainer import preemption
+from gspo_megatron.trainer.preemption import END_TIME, StopRequest
+
+LOG = SimpleNamespace(time=lambda stage: contextlib.nullcontext())
+TRAINER: Any = SimpleNamespace(on_first_rank=lambda ask: ask(None), log=LOG)
+
+
+@pytest.fixture(autouse=True)
+def no_limit(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv(END_TIME, raising=False)
+    before = signal.getsignal(signal.SIGUSR1)
+    yield
+    signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_run_without_a_limit_goes_on_until_it_is_asked() -> None:
+    request = StopRequest()
+    assert not request.is_raised(TRAINER, 1e6)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert request.is_raised(TRAINER, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("left", "save_seconds", "stops"),
+    [
+        (35.0, 1.0, False),  # a step of nothing, a save twice, and the margin
+        (31.0, 1.0, True),
+        (45.0, 10.0, True),
+        (200.0, 0.0, True),  # no save was measured yet
+        (300.0, 0.0, False),
+    ],
+)
+def test_the_next_step_and_its_save_must_fit(
+    monkeypatch: pytest.MonkeyPatch, left: float, save_seconds: float, stops: bool
+) -> None:
+    monkeypatch.setenv(END_TIME, str(time.time() + left))
+    assert StopRequest().is_raised(TRAINER, save_seconds) is stops
+
+
+def test_the_slowest_step_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(END_TIME, str(time.time() + preemption.MARGIN + 10.0))
+    request = StopRequest()
+    request._began -= 5.0
+    assert not request.is_raised(TRAINER, 1.0)
+    assert not request.is_raised(TRAINER, 1.0), "a quick one does not make the slow one forgotten"
+    request._began -= 9.0
+    assert request.is_raised(TRAINER, 1.0)
+
+
+TASK = """
+import os, signal, sys
+print(signal.SIGUSR1 in signal.pthread_sigmask(signal.SIG_BLOCK, ()), flush=True)
+os.kill(os.getpid(), signal.SIGUSR1)  # before torch, handlers and everything
+from gspo_megatron.trainer.preemption import StopRequest
+from tests.unit.trainer.test_preemption import TRAINER
+print(StopRequest().is_raised(TRAINER, 0.0))
+"""
+
+
+def test_a_signal_in_the_first_moment_of_a_task_is_kept(tmp_path: Path) -> None:
+    role = {"kind": "trainer", "name": "trainer-0", "host": "n1", "local": 0, "environment": {}}
+    plan = {"attempt": 1, "hosts": [["n1", "10.0.0.1"]], "tasks": [role | {"arguments": ["-c", TASK]}]}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    (tmp_path / "key").write_text("key")
+    command = (sys.executable, "-m", "launch.lib.task", str(tmp_path), "trainer")
+    environment = {**os.environ, "SLURMD_NODENAME": "n1", "SLURM_LOCALID": "0"}
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert said.returncode == 0, said
+    assert said.stdout.splitlines()[1:] == ["True", "True"]
+    assert re.match(task_says(), said.stdout.splitlines()[0]), "the script waits for this line"
+
+
+def task_says() -> str:
+    """What launch/lib/watch.sh looks for, in Python's notation."""
+    (line,) = [line for line in Path("launch/lib/watch.sh").read_text().splitlines() if line.startswith("task_says=")]
+    return line.split("'")[1].replace("\\?", "?")
