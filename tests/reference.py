@@ -1,7 +1,7 @@
 """Slow, obvious float64 oracles, written from the formulas of the papers and from nothing else.
 
 Every objective is a loop over sequences and tokens, maximised, with autograd through the formula as printed: the
-sequence ratio is exp(mean(...)) with its gradient through the mean. An `Answer` holds trained tokens only, so masks,
+sequence ratio is exp(mean(...)) with its gradient through the mean. A `Response` holds trained tokens only, so masks,
 packing, ranks and micro-batches do not exist here.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 @dataclass
-class Answer:
+class Response:
     """The trained tokens of one sequence, each field [n] float64."""
 
     logp: Tensor
@@ -70,7 +70,7 @@ def clip(w: Tensor, a: Tensor, low: float, high: float) -> Tensor:
     return torch.minimum(w * a, torch.clamp(w, 1 - low, 1 + high) * a)
 
 
-def sequence_ratio(answer: Answer) -> Tensor:
+def sequence_ratio(answer: Response) -> Tensor:
     """s = (pi(y) / pi_old(y))^(1/|y|), with its gradient through the mean."""
     total = torch.zeros((), dtype=torch.float64)
     for t in range(answer.length):
@@ -78,11 +78,11 @@ def sequence_ratio(answer: Answer) -> Tensor:
     return torch.exp(total / answer.length)
 
 
-def token_ratios(answer: Answer) -> list[Tensor]:
+def token_ratios(answer: Response) -> list[Tensor]:
     return [torch.exp(answer.logp[t] - answer.old[t]) for t in range(answer.length)]
 
 
-def sequence_mean(answers: Sequence[Answer], value: Callable[[Answer], Tensor]) -> Tensor:
+def sequence_mean(answers: Sequence[Response], value: Callable[[Response], Tensor]) -> Tensor:
     """(1/N) sum_i value_i over sequences that have a trained token."""
     total = torch.zeros((), dtype=torch.float64)
     counted = [answer for answer in answers if answer.length]
@@ -91,14 +91,14 @@ def sequence_mean(answers: Sequence[Answer], value: Callable[[Answer], Tensor]) 
     return total / max(len(counted), 1)
 
 
-def token_terms(answer: Answer, term: Callable[[Answer, int], Tensor]) -> Tensor:
+def token_terms(answer: Response, term: Callable[[Response, int], Tensor]) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for t in range(answer.length):
         total = total + term(answer, t)
     return total
 
 
-def token_mean(answers: Sequence[Answer], term: Callable[[Answer, int], Tensor]) -> Tensor:
+def token_mean(answers: Sequence[Response], term: Callable[[Response, int], Tensor]) -> Tensor:
     """Sum over all tokens / number of all tokens."""
     return sum((token_terms(a, term) for a in answers), torch.zeros((), dtype=torch.float64)) / max(
         sum(a.length for a in answers), 1
@@ -108,15 +108,15 @@ def token_mean(answers: Sequence[Answer], term: Callable[[Answer, int], Tensor])
 # --- objectives, maximised ---------------------------------------------------------------------------------------
 
 
-def gspo(answers: Sequence[Answer], low: float = 3e-4, high: float = 4e-4) -> Tensor:
+def gspo(answers: Sequence[Response], low: float = 3e-4, high: float = 4e-4) -> Tensor:
     """Equation 5 with the advantage of the first token: one advantage a sequence."""
     return sequence_mean(answers, lambda a: clip(sequence_ratio(a), a.advantage[0], low, high))
 
 
-def gspo_token(answers: Sequence[Answer], low: float = 3e-4, high: float = 4e-4) -> Tensor:
+def gspo_token(answers: Sequence[Response], low: float = 3e-4, high: float = 4e-4) -> Tensor:
     """Equation 13: s_t = sg(s) pi / sg(pi)."""
 
-    def value(a: Answer) -> Tensor:
+    def value(a: Response) -> Tensor:
         s = sequence_ratio(a).detach()
         return (
             token_terms(
@@ -129,48 +129,48 @@ def gspo_token(answers: Sequence[Answer], low: float = 3e-4, high: float = 4e-4)
     return sequence_mean(answers, value)
 
 
-def sequence_direct_with_token_advantages(answers: Sequence[Answer], low: float = 3e-4, high: float = 4e-4) -> Tensor:
+def sequence_direct_with_token_advantages(answers: Sequence[Response], low: float = 3e-4, high: float = 4e-4) -> Tensor:
     """What GSPO-token is not: the gradient through the mean mixes the advantages of all tokens."""
     return sequence_mean(
         answers, lambda a: token_terms(a, lambda a, t: clip(sequence_ratio(a), a.advantage[t], low, high)) / a.length
     )
 
 
-def grpo(answers: Sequence[Answer], low: float = 0.2, high: float = 0.27) -> Tensor:
-    def value(a: Answer) -> Tensor:
+def grpo(answers: Sequence[Response], low: float = 0.2, high: float = 0.27) -> Tensor:
+    def value(a: Response) -> Tensor:
         return token_terms(a, lambda a, t: clip(token_ratios(a)[t], a.advantage[t], low, high)) / a.length
 
     return sequence_mean(answers, value)
 
 
-def dr_grpo(answers: Sequence[Answer], length: int, low: float = 0.2, high: float = 0.2) -> Tensor:
-    def value(a: Answer) -> Tensor:
+def dr_grpo(answers: Sequence[Response], length: int, low: float = 0.2, high: float = 0.2) -> Tensor:
+    def value(a: Response) -> Tensor:
         return token_terms(a, lambda a, t: clip(token_ratios(a)[t], a.advantage[t], low, high)) / length
 
     return sequence_mean(answers, value)
 
 
-def dapo(answers: Sequence[Answer], low: float = 0.2, high: float = 0.28) -> Tensor:
+def dapo(answers: Sequence[Response], low: float = 0.2, high: float = 0.28) -> Tensor:
     return token_mean(answers, lambda a, t: clip(token_ratios(a)[t], a.advantage[t], low, high))
 
 
-def cispo(answers: Sequence[Answer], cap: float = 5.0) -> Tensor:
-    def term(a: Answer, t: int) -> Tensor:
+def cispo(answers: Sequence[Response], cap: float = 5.0) -> Tensor:
+    def term(a: Response, t: int) -> Tensor:
         return torch.clamp(token_ratios(a)[t], max=cap).detach() * a.advantage[t] * a.logp[t]
 
     return token_mean(answers, term)
 
 
-def sapo(answers: Sequence[Answer], tau_positive: float = 1.0, tau_negative: float = 1.05) -> Tensor:
-    def term(a: Answer, t: int) -> Tensor:
+def sapo(answers: Sequence[Response], tau_positive: float = 1.0, tau_negative: float = 1.05) -> Tensor:
+    def term(a: Response, t: int) -> Tensor:
         tau = tau_positive if a.advantage[t] > 0 else tau_negative
         return 1 / (1 + torch.exp(-tau * (token_ratios(a)[t] - 1))) * 4 / tau * a.advantage[t]
 
     return sequence_mean(answers, lambda a: token_terms(a, term) / a.length)
 
 
-def gmpo(answers: Sequence[Answer], width: float = 0.4) -> Tensor:
-    def value(a: Answer) -> Tensor:
+def gmpo(answers: Sequence[Response], width: float = 0.4) -> Tensor:
+    def value(a: Response) -> Tensor:
         sign = 1.0 if a.advantage[0] > 0 else -1.0
         total = torch.zeros((), dtype=torch.float64)
         for t in range(a.length):
@@ -181,18 +181,18 @@ def gmpo(answers: Sequence[Answer], width: float = 0.4) -> Tensor:
     return sequence_mean(answers, value)
 
 
-def luspo(answers: Sequence[Answer], low: float = 2e-3, high: float = 2.5e-3) -> Tensor:
+def luspo(answers: Sequence[Response], low: float = 2e-3, high: float = 2.5e-3) -> Tensor:
     return sequence_mean(answers, lambda a: a.length * clip(sequence_ratio(a), a.advantage[0], low, high))
 
 
-def rloo(answers: Sequence[Answer], low: float = 0.2, high: float = 0.2) -> Tensor:
+def rloo(answers: Sequence[Response], low: float = 0.2, high: float = 0.2) -> Tensor:
     return sequence_mean(
         answers, lambda a: token_terms(a, lambda a, t: clip(token_ratios(a)[t], a.advantage[t], low, high))
     )
 
 
-def minirl(answers: Sequence[Answer], low: float = 0.2, high: float = 0.27, cap: float = 5.0) -> Tensor:
-    def term(a: Answer, t: int) -> Tensor:
+def minirl(answers: Sequence[Response], low: float = 0.2, high: float = 0.27, cap: float = 5.0) -> Tensor:
+    def term(a: Response, t: int) -> Tensor:
         w = token_ratios(a)[t].detach()
         outside = (a.advantage[t] > 0 and w > 1 + high) or (a.advantage[t] < 0 and w < 1 - low)
         k = min(math.exp(a.old[t].item() - a.sampler[t].item()), cap) if a.sampler is not None else 1.0
@@ -201,10 +201,10 @@ def minirl(answers: Sequence[Answer], low: float = 0.2, high: float = 0.27, cap:
     return sequence_mean(answers, lambda a: token_terms(a, term))
 
 
-def dppo_tv(answers: Sequence[Answer], low: float = 0.2, high: float = 0.2, cap: float = 20.0) -> Tensor:
+def dppo_tv(answers: Sequence[Response], low: float = 0.2, high: float = 0.2, cap: float = 20.0) -> Tensor:
     """DPPO with the binary total-variation mask, token mean."""
 
-    def term(a: Answer, t: int) -> Tensor:
+    def term(a: Response, t: int) -> Tensor:
         moved = math.exp(a.logp[t].item()) - math.exp(a.old[t].item())
         outside = (a.advantage[t] > 0 and moved > high) or (a.advantage[t] < 0 and moved < -low)
         weight = min(token_ratios(a)[t].item(), cap)
@@ -213,7 +213,7 @@ def dppo_tv(answers: Sequence[Answer], low: float = 0.2, high: float = 0.2, cap:
     return token_mean(answers, term)
 
 
-OBJECTIVES: dict[str, Callable[[Sequence[Answer]], Tensor]] = {
+OBJECTIVES: dict[str, Callable[[Sequence[Response]], Tensor]] = {
     "gspo": gspo,
     "gspo_token": gspo_token,
     "grpo": grpo,
@@ -230,10 +230,14 @@ OBJECTIVES: dict[str, Callable[[Sequence[Answer]], Tensor]] = {
 """One a preset; `dr_grpo` divides by 16."""
 
 
-def gradients(objective: Callable[[Sequence[Answer]], Tensor], answers: Sequence[Answer]) -> tuple[float, list[Tensor]]:
+def gradients(
+    objective: Callable[[Sequence[Response]], Tensor], answers: Sequence[Response]
+) -> tuple[float, list[Tensor]]:
     """(J, dJ/dlogp of each answer)."""
     leaves = [answer.logp.detach().double().requires_grad_() for answer in answers]
-    moved = [Answer(leaf, a.old, a.advantage, a.sampler, a.reference) for leaf, a in zip(leaves, answers, strict=True)]
+    moved = [
+        Response(leaf, a.old, a.advantage, a.sampler, a.reference) for leaf, a in zip(leaves, answers, strict=True)
+    ]
     value = objective(moved)
     used = [leaf for leaf in leaves if leaf.numel()]
     found = torch.autograd.grad(value, used, allow_unused=True) if value.requires_grad else [None] * len(used)
@@ -244,7 +248,7 @@ def gradients(objective: Callable[[Sequence[Answer]], Tensor], answers: Sequence
 # --- the mismatch between sampler and trainer ----------------------------------------------------------------------
 
 
-def correction(name: str, answer: Answer, **bounds: float) -> list[float]:
+def correction(name: str, answer: Response, **bounds: float) -> list[float]:
     """The factor of each token by its definition."""
     assert answer.sampler is not None
     gaps = [answer.old[t].item() - answer.sampler[t].item() for t in range(answer.length)]

@@ -20,6 +20,7 @@ from gspo_megatron.parallel import Layout
 from gspo_megatron.transport.controller_client import ControllerClient
 from gspo_megatron.transport.weights.ipc import device_name
 from gspo_megatron.transport.weights.sender import WeightSender
+from tests.places import ROOT
 from tests.rollout.conftest import KEY, ControllerThread, Server, make_run_dir, running_servers
 from tests.rollout.tiny import ARCH, Oracle
 from tests.shards import cut_shards
@@ -40,7 +41,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU: sleeping servers and CUDA IPC are unseen"),
     pytest.mark.skipif(not has_vllm(), reason="vLLM's CUDA build is not installed"),
 ]
-ROOT = Path(__file__).parents[2]
 SHARE = 0.4
 """Of the GPU, for the server."""
 GIB = 1 << 30

@@ -6,11 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.places import ROOT
+
 LARGEST = 32768 * 512 * 4
 """Bytes of the worker's embedding; all its tensors together have four times as many."""
 ALLOWANCE = 8 * 2**20

@@ -15,8 +15,8 @@ from gspo_megatron.config import Recipe, load
 from gspo_megatron.models.hf_table import Parameter, count_parameters, local_parameters
 from gspo_megatron.parallel import Layout, layout_of
 from gspo_megatron.plan.estimate import flops, memory
+from tests.places import ROOT
 
-ROOT = Path(__file__).parents[2]
 A3B, A22B = "recipes/qwen3_30b_a3b_gspo.yaml", "recipes/qwen3_235b_a22b_gspo.yaml"
 ENDS = {"first_stage_layers": 11, "last_stage_layers": 11}
 CASES = {

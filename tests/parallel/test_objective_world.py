@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,9 +17,9 @@ import torch
 
 from tests import reference
 from tests.parallel.objective_world import LAYOUTS, cases
+from tests.places import ROOT
 from tests.unit.objective.cases import FIXTURES, Layout, as_rows, assert_same, engine
 
-ROOT = Path(__file__).parents[2]
 CASES = cases()
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from gspo_megatron.cluster.supervisor import free_ports
+from tests.places import ROOT
 
-ROOT = Path(__file__).parents[2]
 GRACE = 10.0
 """Seconds that the other ranks get after the first one failed."""
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.places import ROOT
+
 SMALL = (
     "cold_start.steps=3", "cold_start.batch_size=8", "batch.prompts=8", "batch.answers=4", "trainer.max_steps=3",
     "evaluation.problems=16", "evaluation.every=0", "data.held_out=32", "rollout.kv_cache_gib=0.0625",

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.places import ROOT
 from tests.slurm.lab.cluster import Lab, LabError, wait_for
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "launch/gspo_moe.sh"
 TINY = "recipes/tiny_moe.yaml"
 START = 1200.0

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from gspo_megatron.config import load
+from tests.places import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "gspo_megatron"
 
 # From the bottom up. A part may import those of earlier rows and, unless its row is mutually blind, of its own row.

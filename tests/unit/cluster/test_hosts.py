@@ -9,8 +9,9 @@ import pytest
 from gspo_megatron.cluster.hosts import Host, Ports, spread, tasks
 from gspo_megatron.cluster.placement import findings
 from gspo_megatron.config import Recipe, load
+from tests.places import GOLDEN
 
-RECIPE = Path(__file__).parent / "golden" / "moe.yaml"
+RECIPE = GOLDEN / "moe.yaml"
 RUN = Path("runs/x")
 
 

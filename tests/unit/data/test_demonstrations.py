@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,8 +18,8 @@ from gspo_megatron.data.demonstrations import (
 from gspo_megatron.data.problems import problem_id
 from gspo_megatron.data.tokenizers import SentencePieceTokenizer
 from gspo_megatron.types import Problem
+from tests.places import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SECTION = ColdStartSection(demonstrations="column_addition", worked_fraction=0.35, steps=1, batch_size=1, lr=1e-3)
 
 

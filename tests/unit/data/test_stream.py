@@ -12,8 +12,8 @@ from gspo_megatron.config.loading import RecipeError, load
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.data.stream import PromptStream
 from gspo_megatron.data.tokenizers import load_tokenizer
+from tests.places import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = f"tokenizer.path={ROOT / 'recipes/tokenizers/arithmetic.model'}"
 
 

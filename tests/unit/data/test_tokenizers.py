@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.task_sections import TokenizerSection
 from gspo_megatron.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
+from tests.places import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "recipes/tokenizers/arithmetic.model"
 TOKENIZER = SentencePieceTokenizer(SHIPPED)
 

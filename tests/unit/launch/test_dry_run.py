@@ -13,11 +13,10 @@ import pytest
 from gspo_megatron.config import RecipeError, load
 from gspo_megatron.types import Finding
 from launch.lib import plan
+from tests.places import GOLDEN, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "gspo_moe.sh"
-GOLDEN = Path(__file__).parent / "golden"
-RECIPE = "tests/unit/golden/moe.yaml"
+RECIPE = "tests/data/golden/moe.yaml"
 ROLLOUT_NODES = {1: 1, 2: 1, 16: 4, 32: 8}
 """Of each number of nodes, when servers have nodes of their own. Of one node nothing is left, and the file says so."""
 CASES = [(nodes, placement) for nodes in ROLLOUT_NODES for placement in ("colocated", "disaggregated")]

@@ -12,8 +12,8 @@ import pytest
 from gspo_megatron.cluster.hosts import Host, Ports, spread, tasks
 from gspo_megatron.cluster.supervisor import plan_roles
 from gspo_megatron.config import load
+from tests.places import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SAYS = """#!/bin/bash
 pwd
 echo "${GSPO_ROLLOUT_PYTHON}"

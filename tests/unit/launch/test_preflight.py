@@ -14,8 +14,9 @@ from gspo_megatron.config import load
 from launch.lib import probe
 from launch.lib.preflight import GIB, count_parameters, judge
 from launch.lib.text import fold
+from tests.places import GOLDEN
 
-RECIPE = load(Path(__file__).parent / "golden" / "moe.yaml")
+RECIPE = load(GOLDEN / "moe.yaml")
 H100 = {"name": "NVIDIA H100 80GB HBM3", "driver": "580.1", "used_mib": 4}
 
 

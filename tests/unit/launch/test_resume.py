@@ -8,8 +8,7 @@ import pytest
 
 from gspo_megatron.config import Recipe, RecipeError, load, save_resolved
 from launch.lib.resume import MAY_CHANGE, MUST_STAY, flatten, refuse_other_job, refuse_other_recipe
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.places import ROOT
 
 
 def recipe(*overrides: str) -> Recipe:

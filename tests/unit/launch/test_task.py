@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.places import ROOT
+
 KEEP = "import json, sys; from launch.lib.task import keep; keep(*json.loads(sys.argv[1]))"
 SERVER = """
 import os, signal, sys, threading

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.places import ROOT
+
 JOB = """
 set -euo pipefail
 run_dir=$1 attempt=$1/logs/attempt_1 hosts=(n1) SLURM_JOB_ID=7 GSPO_MAX_RESTARTS=1 resume="sbatch again"

@@ -6,7 +6,6 @@ import json
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +14,10 @@ from hypothesis import settings
 from torch import Tensor
 
 from gspo_megatron.objective import BatchTotals, LossInputs, LossOutput, ObjectiveSpec, policy_loss
+from tests.places import DATA
 from tests.reference import Response
 
-FIXTURES: dict[str, Any] = json.loads((Path(__file__).parents[1] / "data" / "objective_vectors.json").read_text())
+FIXTURES: dict[str, Any] = json.loads((DATA / "objective_vectors.json").read_text())
 EXAMPLES = settings(deadline=None, derandomize=True, max_examples=25)
 """Drawn cases: the same ones in every run, and no clock, because machines are shared."""
 PRESET_NAMES = (

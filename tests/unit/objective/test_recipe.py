@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +15,10 @@ from gspo_megatron.config.presets import PRESETS
 from gspo_megatron.objective import trust
 from gspo_megatron.plan.rules.objective import _READ_WHEN, findings, typical_band
 from tests import reference
+from tests.places import ROOT
 from tests.unit.objective.cases import PRESET_NAMES, as_rows, assert_same, engine, random_answers
 
-DPPO = Path(__file__).parents[2] / "recipes" / "objectives" / "dppo.py"
+DPPO = ROOT / "recipes" / "objectives" / "dppo.py"
 RUN = {"updates": 4, "answers": 8, "max_answer_tokens": 8192}
 
 
@@ -224,4 +224,4 @@ def test_the_objective_of_a_recipe_is_read_without_torch() -> None:
         f"spec = ObjectiveSection.model_validate({{'preset': {str(DPPO) + ':DPPO'!r}}}).spec(); findings(spec);"
         "spec.describe(); assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=DPPO.parents[2])
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)

@@ -1,4 +1,4 @@
-"""Every recipe of tests/plan/bad_recipes has one fault, named in its second line; the plan must find it."""
+"""Every recipe of tests/data/bad_recipes has one fault, named in its second line; the plan must find it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gspo_megatron.plan import make_plan
 from gspo_megatron.plan.command import add_arguments, run
 from gspo_megatron.types import Finding
 
-FOLDER = Path("tests/plan/bad_recipes")
+FOLDER = Path("tests/data/bad_recipes")
 BAD = sorted(FOLDER.glob("*.yaml"))
 SHIPPED = sorted(Path("recipes").glob("*.yaml"))
 
