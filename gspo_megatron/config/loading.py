@@ -53,6 +53,7 @@ def parse(tree: Mapping[str, Any]) -> Recipe:
         # The schema only repeats what is said of a value, and cannot judge the sections around it.
         others = [_explain(fault) for fault in error.errors()]
         faults += [other for other in others if not any(f"{key}.".startswith(f"{other.key}.") for key in wrong)]
+        raise RecipeError(faults) from None
     if faults:
         raise RecipeError(faults)
     if recipe.model.architecture is None and recipe.model.path is not None:
@@ -151,8 +152,10 @@ def _explain(fault: Any, prefix: tuple[str, ...] = ()) -> Finding:
         return Finding("missing-key", "error", key, "is missing", "set it")
     message = "".join(c if c.isprintable() else " " for c in str(fault["msg"]).removeprefix("Value error, "))
     if fault["type"] == "value_error":
-        said, _, fix = message.rpartition("; ")
-        return Finding("rule", "error", key, said or message, fix if said else "see the key's documentation")
+        rule, _, fix = message.rpartition("; ")
+        rule, fix = (rule, fix) if rule else (message, "see the key's documentation")
+        # A rule repeats the value, which may be of any length.
+        return Finding("rule", "error", key, rule if len(rule) < 400 else f"{rule[:400]}...", fix)
     return Finding(
         "wrong-value",
         "error",

@@ -184,7 +184,7 @@ class _Builder:
             if not isinstance(event, events.ScalarEvent):
                 self.refuse(key, line, "has a key that is no text", "write the keys as words")
             name = self.value(event, (*key, event.value))
-            if name == "<<" and name.plain:
+            if name.plain and name == "<<":
                 self.refuse(key, line, "merges with <<, which YAML 1.2 does not have", "write the keys out")
             if _CONTROL.search(name):
                 self.refuse(key, line, f"has the key {quote(str(name))}", "leave control characters out of keys")

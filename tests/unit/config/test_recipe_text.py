@@ -177,8 +177,8 @@ def test_options_follow_yaml_1_2() -> None:
 
 
 ESCAPES = (
-    "boxed{}", "frac", "rho", "alpha", "vec", "epsilon", "a_b\\_", "text{x}", "times", "theta", "neq", "nu", "nabla", "0",
-    "Nabla", "Leq", "Pi", "x08", "u000c", "U0000001b", "x7f",
+    "boxed{}", "frac", "rho", "alpha", "vec", "epsilon", "a_b\\_", "text{x}", "times", "theta", "neq", "nu", "nabla",
+    "0", "Nabla", "Leq", "Pi", "x08", "u000c", "U0000001b", "x7f",
 )  # fmt: skip
 
 
