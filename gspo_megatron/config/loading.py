@@ -1,4 +1,4 @@
-"""From YAML to a checked `Recipe`: `base:` inheritance, dotted overrides, errors as sentences."""
+"""Read a YAML file into a checked `Recipe`: `base:` inheritance, dotted overrides, errors as sentences."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gspo_megatron.types import Finding
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be used; `findings` holds one entry a fault."""
+    """The recipe cannot be used. `findings` holds one entry per fault."""
 
     def __init__(self, findings: Sequence[Finding]) -> None:
         super().__init__("\n".join(str(finding) for finding in findings))
@@ -28,7 +28,7 @@ class RecipeError(ValueError):
 
 
 def refuse(code: str, key: str, message: str, fix: str) -> RecipeError:
-    """A `RecipeError` of one finding."""
+    """Make a `RecipeError` of one finding."""
     return RecipeError([Finding(code, "error", key, message, fix)])
 
 
@@ -40,7 +40,7 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Recipe:
         overrides: `section.key=value` items, values in YAML syntax.
 
     Raises:
-        RecipeError: unreadable file, unknown key, wrong type, broken rule; every fault at once.
+        RecipeError: unreadable file, unknown key, wrong type or broken rule. It holds every fault.
     """
     merged = _read(Path(path), seen=())
     for item in overrides:
@@ -49,12 +49,12 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def load_resolved(path: Path) -> Recipe:
-    """Read a `recipe.resolved.yaml`, which has neither base nor overrides left."""
+    """Read a `recipe.resolved.yaml`, which has no base and no overrides."""
     return load(path)
 
 
 def parse(tree: dict[str, Any]) -> Recipe:
-    """Check a plain tree against the schema and fill in what `model.path` says. Raises RecipeError."""
+    """Check a plain tree against the schema and read the architecture from `model.path`. Raises RecipeError."""
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
@@ -75,7 +75,7 @@ def read_architecture(directory: Path) -> Architecture:
     try:
         values = json.loads(file.read_text())
     except ValueError as error:
-        raise refuse("model-file-broken", "model.path", f"{file} is not JSON: {error}", "mend it") from None
+        raise refuse("model-file-broken", "model.path", f"{file} is not JSON: {error}", "fix the file") from None
     # transformers 5 writes the rotary settings as `rope_parameters`, the published files as `rope_theta`.
     rope = dict(values.get("rope_parameters") or {})
     values.setdefault("rope_theta", rope.pop("rope_theta", 1e6))
@@ -89,7 +89,7 @@ def read_architecture(directory: Path) -> Architecture:
 
 
 def save_resolved(recipe: Recipe, path: Path) -> None:
-    """Write the complete recipe, as it will be run."""
+    """Write the complete recipe as it will run."""
     path.write_text(OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump(mode="json"))))
 
 
@@ -108,7 +108,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
         tree = OmegaConf.load(path)
     except (YAMLError, OmegaConfBaseException) as error:
         raise refuse(
-            "recipe-unreadable", "recipe", f"{path} is not YAML: {' '.join(str(error).split())}", "mend the line"
+            "recipe-unreadable", "recipe", f"{path} is not YAML: {' '.join(str(error).split())}", "fix the line"
         ) from None
     if not isinstance(tree, DictConfig):
         raise refuse("recipe-unreadable", "recipe", f"{path} holds no mapping", "write `section:` keys at its top")
@@ -121,14 +121,14 @@ def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
 def _merge(below: DictConfig, above: DictConfig, where: str) -> DictConfig:
     try:
         merged = OmegaConf.merge(below, above)
-    # OmegaConf tells a list over a mapping by a bare TypeError.
+    # OmegaConf raises a bare TypeError when a list replaces a mapping.
     except (OmegaConfBaseException, TypeError, ValueError) as error:
-        told = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         raise refuse(
             "recipe-unreadable",
             "recipe",
-            f"{where} does not fit its base: {told}",
-            "keep sections sections, lists lists",
+            f"{where} does not fit its base: {reason}",
+            "override a section with a section and a list with a list",
         ) from None
     assert isinstance(merged, DictConfig)
     return merged
@@ -145,7 +145,7 @@ def _read_override(item: str) -> DictConfig:
             "override-form",
             key,
             f"{item} cannot be read: {' '.join(str(error).split())}",
-            "quote the value as YAML wants it",
+            "quote the value as YAML requires",
         ) from None
 
 
@@ -154,14 +154,14 @@ def _to_plain(tree: Any, where: str) -> dict[str, Any]:
         plain = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
         raise refuse(
-            "recipe-unreadable", "recipe", f"{where}: {' '.join(str(error).split())}", "mend the reference"
+            "recipe-unreadable", "recipe", f"{where}: {' '.join(str(error).split())}", "fix the reference"
         ) from None
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 
 
 def _explain(fault: Any, prefix: tuple[str, ...] = ()) -> Finding:
-    """One sentence for one pydantic fault."""
+    """Turn one pydantic fault into a finding."""
     path = prefix + tuple(str(part) for part in fault["loc"])
     key = ".".join(path) or "recipe"
     if fault["type"] == "extra_forbidden":
@@ -173,19 +173,19 @@ def _explain(fault: Any, prefix: tuple[str, ...] = ()) -> Finding:
         return Finding("missing-key", "error", key, "is missing", "set it")
     message = str(fault["msg"]).removeprefix("Value error, ")
     if fault["type"] == "value_error":
-        said, _, fix = message.rpartition("; ")
-        return Finding("rule", "error", key, said or message, fix if said else "see the key's documentation")
+        rule, _, fix = message.rpartition("; ")
+        return Finding("rule", "error", key, rule or message, fix if rule else "see the key's documentation")
     return Finding(
         "wrong-value",
         "error",
         key,
         f"{fault['input']!r}: {message[0].lower()}{message[1:]}",
-        "set a value of that kind",
+        "set a value of that type",
     )
 
 
 def _fields_at(path: Sequence[str]) -> list[str]:
-    """Names of the keys a recipe may hold at a dotted place."""
+    """Return the keys that a recipe may hold at a dotted path."""
     model: type[BaseModel] = Recipe
     for part in path:
         if part not in model.model_fields:

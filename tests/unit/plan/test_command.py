@@ -88,7 +88,7 @@ def test_what_cannot_be_read_is_refused_with_one_line(arguments: list[str], caps
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_the_mend_of_a_plan_that_does_not_fit_works(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_fix_of_a_plan_that_does_not_fit_works(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan(A3B, "trainer.recompute=none", "--json") == 2
     fix = json.loads(capsys.readouterr().out)["findings"][0]["fix"]
     assert fix.startswith("the cheapest change that fits: trainer.recompute=")
