@@ -6,11 +6,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from gspo_megatron.config.base import Section
 from gspo_megatron.config.long_responses import EnvironmentSection, LengthStage, RepetitionHalt, ThinkingBudget
-from gspo_megatron.config.model_section import ModelSection
+from gspo_megatron.config.model_section import Architecture, ModelSection
 from gspo_megatron.config.objective_spec import ObjectiveSection
 from gspo_megatron.config.placement_section import PlacementSection
 from gspo_megatron.config.task_sections import ColdStartSection, DataSection, RewardSection, TokenizerSection
@@ -271,3 +271,18 @@ class Recipe(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     acknowledge: dict[str, str] = Field(default_factory=dict)
     """Warning codes that this recipe accepts, each with the reason."""
+    _arch: Architecture | None = PrivateAttr(None)
+
+    @property
+    def arch(self) -> Architecture:
+        """The typed architecture of `model`, which `models.resolve` fills in."""
+        if self._arch is None:
+            raise RuntimeError("this recipe has no typed architecture yet; load it through gspo_megatron.models")
+        return self._arch
+
+    def with_arch(self, arch: Architecture) -> Recipe:
+        """The same recipe with this typed architecture; `model.architecture` becomes all of its fields."""
+        model = self.model.model_copy(update={"architecture": arch.model_dump(mode="json")})
+        recipe = self.model_copy(update={"model": model})
+        recipe._arch = arch
+        return recipe
