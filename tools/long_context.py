@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import gspo_megatron.policy  # noqa: F401  the device layer must be in before megatron
-from gspo_megatron.config import Recipe, load
+from gspo_megatron.config import Recipe
 from gspo_megatron.data.tokenizers import load_tokenizer
+from gspo_megatron.models import load_recipe
 from gspo_megatron.models.hf_table import Piece, hf_shapes
 from gspo_megatron.policy.weights import random_pieces, save_hf
 from gspo_megatron.run_log import read_rows
@@ -66,8 +67,7 @@ def write_weights(recipe: Recipe, directory: Path) -> None:
     by a margin. Of 400,000 choices by the whole state some are closer than the rounding of either engine; where the two
     choose differently, a token differs by tenths of a nat, and says nothing about its length.
     """
-    arch = recipe.model.architecture
-    assert arch is not None
+    arch = recipe.arch
     factor = float((arch.rope_scaling or {}).get("factor", 1))
     attention_factor = 1.0 + 0.1 * math.log(factor)  # YaRN's, on queries and keys alike
     read = random_pieces(arch, recipe.run.seed)
@@ -94,7 +94,7 @@ def write_weights(recipe: Recipe, directory: Path) -> None:
 def run(rope: str, overrides: Sequence[str], directory: Path) -> dict[str, Any]:
     """One run; its row of the table."""
     settings = [*ROPES[rope], *overrides]
-    write_weights(load(RECIPE, settings), directory / "weights")
+    write_weights(load_recipe(RECIPE, settings), directory / "weights")
     settings += [f"model.path={directory / 'weights'}", f"run.directory={directory / 'run'}"]
     job = subprocess.Popen([sys.executable, "-m", "gspo_megatron.cli", "train", str(RECIPE), *settings])
     peaks: dict[int, tuple[str, int]] = {}
@@ -149,7 +149,7 @@ def main() -> int:
     parser.add_argument("--rope", choices=list(ROPES), help="only this one")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of tools/long_context.yaml")
     arguments = parser.parse_args()
-    tokens = load(RECIPE, arguments.overrides).rollout.max_answer_tokens
+    tokens = load_recipe(RECIPE, arguments.overrides).rollout.max_answer_tokens
     rows, broken = [], []
     for rope in [arguments.rope] if arguments.rope else ROPES:
         with tempfile.TemporaryDirectory() as directory:

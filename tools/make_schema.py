@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.models.registry import BY_TYPE
 
 TARGET = Path(__file__).parents[1] / "recipes" / "schema.json"
 
@@ -16,6 +17,7 @@ TARGET = Path(__file__).parents[1] / "recipes" / "schema.json"
 def make_schema() -> str:
     """Return the JSON schema of a sparse recipe: `base` is allowed, and no key is required since a base may hold it."""
     schema = Recipe.model_json_schema()
+    _name_architectures(schema["$defs"])
     for part in (schema, *schema["$defs"].values()):
         part.pop("required", None)
     schema["properties"]["base"] = {
@@ -25,6 +27,14 @@ def make_schema() -> str:
     schema["title"] = "GSPO recipe"
     _allow_null_axes(schema["$defs"]["ObjectiveSection"])
     return json.dumps(schema, indent=1) + "\n"
+
+
+def _name_architectures(definitions: dict[str, Any]) -> None:
+    """A recipe's architecture is one of those that a family has."""
+    classes = {cls.__name__: cls for family in BY_TYPE.values() for cls in family.architectures.values()}
+    definitions |= {name: cls.model_json_schema() for name, cls in classes.items()}
+    options = [{"$ref": f"#/$defs/{name}"} for name in classes]
+    definitions["ModelSection"]["properties"]["architecture"]["anyOf"] = [*options, {"type": "null"}]
 
 
 def _allow_null_axes(objective: dict[str, Any]) -> None:

@@ -14,7 +14,6 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
-from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.types import Finding
 
@@ -32,60 +31,48 @@ def refuse(code: str, key: str, message: str, fix: str) -> RecipeError:
     return RecipeError([Finding(code, "error", key, message, fix)])
 
 
-def load(path: Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read a recipe, its bases and the overrides.
+def read_tree(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Read a recipe file, its bases and the overrides.
 
     Args:
         path: YAML file; its `base:` is a path relative to it.
         overrides: `section.key=value` items, values in YAML syntax.
 
+    Returns:
+        One plain tree, not checked against the schema yet.
+
     Raises:
-        RecipeError: unreadable file, unknown key, wrong type or broken rule. It holds every fault.
+        RecipeError: unreadable file or override, or sections that do not fit their base.
     """
     merged = _read(Path(path), seen=())
     for item in overrides:
         merged = _merge(merged, _read_override(item), item)
-    return parse(_to_plain(merged, str(path)))
-
-
-def load_resolved(path: Path) -> Recipe:
-    """Read a `recipe.resolved.yaml`, which has no base and no overrides."""
-    return load(path)
+    return _to_plain(merged, str(path))
 
 
 def parse(tree: dict[str, Any]) -> Recipe:
-    """Check a plain tree against the schema and read the architecture from `model.path`. Raises RecipeError."""
+    """Check a plain tree against the schema. `model.architecture` stays a mapping, which `models.resolve` reads.
+
+    Raises:
+        RecipeError: unknown key, wrong type or broken rule. It holds every fault.
+    """
     try:
-        recipe = Recipe.model_validate(tree)
+        return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError([_explain(fault) for fault in error.errors()]) from None
-    if recipe.model.architecture is None and recipe.model.path is not None:
-        architecture = read_architecture(recipe.model.path)
-        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"architecture": architecture})})
-    return recipe
+        raise RecipeError(explain_faults(error, Recipe)) from None
 
 
-def read_architecture(directory: Path) -> Architecture:
-    """The typed part of a Hugging Face `config.json`. Raises RecipeError naming the missing file or key."""
+def read_model_config(directory: Path) -> dict[str, Any]:
+    """Read the `config.json` of a Hugging Face directory. Raises RecipeError with the name of a missing file."""
     file = Path(directory) / "config.json"
     if not file.is_file():
         raise refuse(
             "model-file-missing", "model.path", f"{file} does not exist", "name a Hugging Face model directory"
         )
     try:
-        values = json.loads(file.read_text())
-    except ValueError as error:
-        raise refuse("model-file-broken", "model.path", f"{file} is not JSON: {error}", "fix the file") from None
-    # transformers 5 writes the rotary settings as `rope_parameters`, the published files as `rope_theta`.
-    rope = dict(values.get("rope_parameters") or {})
-    values.setdefault("rope_theta", rope.pop("rope_theta", 1e6))
-    if rope.get("rope_type", "default") != "default":
-        values.setdefault("rope_scaling", rope)
-    known = {name: values[name] for name in Architecture.model_fields if values.get(name) is not None}
-    try:
-        return Architecture.model_validate(known)
-    except ValidationError as error:
-        raise RecipeError([_explain(fault, prefix=("model", "architecture")) for fault in error.errors()]) from None
+        return dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise refuse("model-file-broken", "model.path", f"{file} is not a JSON object: {error}", "fix it") from None
 
 
 def save_resolved(recipe: Recipe, path: Path) -> None:
@@ -160,12 +147,23 @@ def _to_plain(tree: Any, where: str) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items()}
 
 
-def _explain(fault: Any, prefix: tuple[str, ...] = ()) -> Finding:
-    """Turn one pydantic fault into a finding."""
-    path = prefix + tuple(str(part) for part in fault["loc"])
+def explain_faults(error: ValidationError, model: type[BaseModel], prefix: tuple[str, ...] = ()) -> list[Finding]:
+    """Turn each fault that pydantic found into a finding.
+
+    Args:
+        error: the error that the validation raised.
+        model: the class that was validated.
+        prefix: path of that class in the recipe, e.g. `("model", "architecture")`.
+    """
+    return [_explain(fault, model, prefix) for fault in error.errors()]
+
+
+def _explain(fault: Any, model: type[BaseModel], prefix: tuple[str, ...]) -> Finding:
+    inner = tuple(str(part) for part in fault["loc"])
+    path = prefix + inner
     key = ".".join(path) or "recipe"
     if fault["type"] == "extra_forbidden":
-        names = _fields_at(path[:-1])
+        names = _fields_at(model, inner[:-1])
         close = difflib.get_close_matches(path[-1], names, n=1)
         fix = f"did you mean {close[0]}?" if close else f"known keys here: {', '.join(sorted(names))}"
         return Finding("unknown-key", "error", key, "is not a key of the recipe", fix)
@@ -184,9 +182,8 @@ def _explain(fault: Any, prefix: tuple[str, ...] = ()) -> Finding:
     )
 
 
-def _fields_at(path: Sequence[str]) -> list[str]:
-    """Return the keys that a recipe may hold at a dotted path."""
-    model: type[BaseModel] = Recipe
+def _fields_at(model: type[BaseModel], path: Sequence[str]) -> list[str]:
+    """Return the keys that a section may hold at a dotted path."""
     for part in path:
         if part not in model.model_fields:
             return []

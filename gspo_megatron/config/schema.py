@@ -9,11 +9,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from gspo_megatron.config.base import Section
 from gspo_megatron.config.long_responses import EnvironmentSection, LengthStage, RepetitionHalt, ThinkingBudget
-from gspo_megatron.config.model_section import ModelSection
+from gspo_megatron.config.model_section import Architecture, ModelSection
 from gspo_megatron.config.objective_spec import ObjectiveSection
 from gspo_megatron.config.placement_section import PlacementSection
 from gspo_megatron.config.task_sections import ColdStartSection, DataSection, RewardSection, TokenizerSection
@@ -122,10 +122,7 @@ class TrainerSection(Section):
     max_steps: int = Field(default=100, ge=0)
     """Rollout batches to train on; 0 = only evaluate the starting weights. Source: chosen here."""
     max_skipped: int = Field(default=4, ge=0)
-    """Most consecutive updates that may be skipped because a gradient was not finite; the next one ends the run.
-
-    Source: chosen here.
-    """
+    """Most consecutive updates skipped for a gradient that is not finite; the next ends the run. Source: chosen here."""
 
 
 class RolloutSection(Section):
@@ -226,8 +223,7 @@ class WeightUpdateSection(Section):
     canary_tokens: int = Field(default=16, gt=1)
     """Tokens per probe sequence. Source: chosen here."""
     canary_bound: float = Field(default=0.5, gt=0)
-    """Largest allowed |log-prob difference| of a probe token between trainer and server, nats. A larger one stops the
-    run.
+    """Largest allowed |log-prob difference| of a probe token between trainer and server, nats; more stops the run.
 
     Source: chosen here: above the bfloat16 noise of 60 tokens (up to 0.3 in a simulation of 28 layers; not yet seen on
     a GPU), below the effect of a tensor in the wrong layout. The checksum shows that every value arrived.
@@ -284,3 +280,18 @@ class Recipe(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     acknowledge: dict[str, str] = Field(default_factory=dict)
     """Warnings that this recipe accepts: code -> reason."""
+    _arch: Architecture | None = PrivateAttr(None)
+
+    @property
+    def arch(self) -> Architecture:
+        """The typed architecture of `model`, which `models.resolve` fills in."""
+        if self._arch is None:
+            raise RuntimeError("this recipe has no typed architecture yet; load it through gspo_megatron.models")
+        return self._arch
+
+    def with_arch(self, arch: Architecture) -> Recipe:
+        """Return a copy with this typed architecture. `model.architecture` becomes all of its fields."""
+        model = self.model.model_copy(update={"architecture": arch.model_dump(mode="json")})
+        recipe = self.model_copy(update={"model": model})
+        recipe._arch = arch
+        return recipe

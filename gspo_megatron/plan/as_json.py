@@ -21,8 +21,7 @@ def to_json(plan: Plan, with_ranks: bool = False) -> dict[str, Any]:
     Args:
         with_ranks: add the coordinates of every rank to `layout`.
     """
-    arch = plan.recipe.model.architecture
-    assert arch is not None
+    arch = plan.recipe.arch
     return {
         "recipe": plan.recipe.run.name,
         "machine": _machine(plan.machine),
@@ -56,8 +55,7 @@ def _machine(machine: Machine) -> dict[str, Any]:
 
 
 def _layout(plan: Plan, layout: Layout, with_ranks: bool) -> dict[str, Any]:
-    arch = plan.recipe.model.architecture
-    assert arch is not None
+    arch = plan.recipe.arch
     found: dict[str, Any] = {
         **asdict(layout),
         "data": layout.data,
@@ -71,8 +69,7 @@ def _layout(plan: Plan, layout: Layout, with_ranks: bool) -> dict[str, Any]:
 
 
 def _memory(plan: Plan, stages: list[StageMemory], batch: BatchPlan) -> dict[str, Any]:
-    arch = plan.recipe.model.architecture
-    assert arch is not None
+    arch = plan.recipe.arch
     return {
         "stages": [
             {

@@ -62,8 +62,7 @@ def print_plan(plan: Plan, with_ranks: bool = False) -> None:
 
 def lines(plan: Plan) -> Iterator[Text | str]:
     """Yield the lines of the plan, without its findings."""
-    arch, machine = plan.recipe.model.architecture, plan.machine
-    assert arch is not None
+    arch, machine = plan.recipe.arch, plan.machine
     what = "CPU ranks" if machine.is_cpu else machine.device.kind.upper()
     shared = (
         f"{machine.rollout_nodes} of them for servers" if machine.rollout_nodes else "shared by trainer and servers"
@@ -97,8 +96,7 @@ def _block(name: str, lines: list[str]) -> Iterator[str]:
 
 
 def _layout(plan: Plan, layout: Layout) -> Iterator[str]:
-    arch = plan.recipe.model.architecture
-    assert arch is not None
+    arch = plan.recipe.arch
     stages = ", ".join(
         f"{len(list(run))} x {length}" for length, run in groupby(layout.stage_sizes(arch.num_hidden_layers))
     )
@@ -152,8 +150,7 @@ def _distinct(stages: list[StageMemory]) -> list[StageMemory]:
 
 
 def _storage(plan: Plan, stages: list[StageMemory], batch: BatchPlan) -> Iterator[str]:
-    arch = plan.recipe.model.architecture
-    assert arch is not None
+    arch = plan.recipe.arch
     host = resources.host_bytes(plan.recipe, arch, plan.machine, batch, stages)
     if host:
         uses = ", ".join(f"{name} {size(held)}" for name, held in host.items())

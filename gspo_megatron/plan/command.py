@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 
 from gspo_megatron.cluster.machines import DEVICES
-from gspo_megatron.config.loading import RecipeError, load
+from gspo_megatron.config.loading import RecipeError
+from gspo_megatron.models import load_recipe
 from gspo_megatron.plan.run_plan import Plan, add_not_built, make_plan, with_placement
 
 REFUSED = 2
@@ -71,7 +72,7 @@ def run(namespace: argparse.Namespace) -> int:
 
 
 def _run(namespace: argparse.Namespace) -> int:
-    recipe = load(namespace.recipe, namespace.overrides) if namespace.recipe else None
+    recipe = load_recipe(namespace.recipe, namespace.overrides) if namespace.recipe else None
     if namespace.explain is not None:
         from gspo_megatron.plan.explain import explain
 

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from gspo_megatron.config.loading import refuse
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.models.registry import architecture_class
 
 
 def explain(key: str, recipe: Recipe | None = None) -> str:
@@ -28,8 +29,8 @@ def explain(key: str, recipe: Recipe | None = None) -> str:
         if part not in model.model_fields:
             raise _unknown(key)
         field = model.model_fields[part]
-        value = getattr(value, part, None)
-        inner = _section(field.annotation)
+        value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
+        inner = _section_at(parts[: place + 1], field)
         if place == len(parts) - 1:
             return _section_text(key, inner) if inner else _field_text(key, field, value, recipe is not None)
         if inner is None:
@@ -42,7 +43,7 @@ def all_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]
     """Yield every dotted key of the recipe, sections included."""
     for name, field in model.model_fields.items():
         yield prefix + name
-        inner = _section(field.annotation)
+        inner = _section_at([*prefix.split(".")[:-1], name], field)
         if inner is not None:
             yield from all_keys(inner, f"{prefix}{name}.")
 
@@ -52,6 +53,11 @@ def _unknown(key: str) -> Exception:
     close = difflib.get_close_matches(key, known, n=1) or [k for k in known if k.endswith("." + key.split(".")[-1])]
     fix = f"did you mean {close[0]}?" if close else "gspo plan --explain trainer lists the keys of a section"
     return refuse("unknown-key", key, "is not a key of the recipe", fix)
+
+
+def _section_at(path: list[str], field: FieldInfo) -> type[BaseModel] | None:
+    """The section that a key holds; the keys of an architecture are those of the default family."""
+    return architecture_class() if path == ["model", "architecture"] else _section(field.annotation)
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:

@@ -86,8 +86,7 @@ def check(recipe: Recipe, ranks: int | None = None) -> list[Finding]:
 
 
 def _plan(recipe: Recipe, where: Machine) -> Plan:
-    arch = recipe.model.architecture
-    assert arch is not None
+    arch = recipe.arch
     found = [*machines.findings(recipe, where), *settings.findings(recipe, arch, where)]
     spec = recipe.objective.spec(recipe.rollout.max_answer_tokens)
     sequences = recipe.batch.prompts * recipe.batch.answers // recipe.batch.updates

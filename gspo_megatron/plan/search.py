@@ -52,8 +52,7 @@ class Servers:
 
 def search_layouts(recipe: Recipe, machine: Machine) -> list[Candidate]:
     """Return every layout that can be built and fits, fastest first. Of equal ones the simpler comes first."""
-    arch = recipe.model.architecture
-    assert arch is not None
+    arch = recipe.arch
     found = []
     for change in _layouts(recipe, arch, machine):
         candidate = _judge(recipe, arch, machine, change)
@@ -64,8 +63,7 @@ def search_layouts(recipe: Recipe, machine: Machine) -> list[Candidate]:
 
 def search_servers(recipe: Recipe, machine: Machine) -> list[Servers]:
     """Return the server sizes that fit, fastest rollout batch first."""
-    arch = recipe.model.architecture
-    assert arch is not None
+    arch = recipe.arch
     cut = batch.plan_batch(recipe, layout.layout_of(recipe.trainer.model_copy(update=_PLAIN), 1))
     found = []
     for tensor in _divisors(machine.per_node, machine.per_node):

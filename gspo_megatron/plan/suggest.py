@@ -57,8 +57,7 @@ def spare_recompute(
 
 def _stages(recipe: Recipe, machine: Machine) -> list[StageMemory] | None:
     """Return the memory of each stage, or None for a layout that cannot be built."""
-    arch = recipe.model.architecture
-    assert arch is not None
+    arch = recipe.arch
     found = list(layout.findings(recipe.trainer, arch, machine))
     if any(finding.severity == "error" for finding in found):
         return None

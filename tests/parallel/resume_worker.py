@@ -25,7 +25,7 @@ import gspo_megatron.policy  # noqa: F401  the device layer must be in before me
 from gspo_megatron.cluster import watchdog
 from gspo_megatron.cluster.attempts import ATTEMPT_FILE
 from gspo_megatron.cluster.supervisor import free_ports
-from gspo_megatron.config import load
+from gspo_megatron.models import load_recipe
 from gspo_megatron.policy import mesh
 from gspo_megatron.policy.policy import Policy
 from gspo_megatron.policy.snapshot import MOMENTS, random_states, stepped
@@ -109,7 +109,7 @@ def run_rank(run_dir: Path, case: dict, rank: int, size: int, port: int, number:
 
 def train(run_dir: Path, case: dict) -> int:
     torch.set_num_threads(1)
-    recipe = load(Path("recipes/tiny_moe.yaml"), case["overrides"])
+    recipe = load_recipe(Path("recipes/tiny_moe.yaml"), case["overrides"])
     device = mesh.start_world()
     first = dist.get_rank() == 0
     log = RunLog(run_dir, owns_terminal=first)

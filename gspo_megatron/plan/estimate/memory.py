@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,7 @@ from functools import lru_cache
 from gspo_megatron.cluster.machines import Machine
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.models import architecture_of
 from gspo_megatron.models.hf_table import Parameter, local_parameters
 from gspo_megatron.parallel import Coordinates, Layout
 from gspo_megatron.plan.estimate import activations, flops
@@ -94,7 +96,7 @@ def held_by(arch: Architecture, layout: Layout, stage: int) -> tuple[Held, ...]:
 
 @lru_cache(maxsize=4096)
 def _held_by(key: str, layout: Layout, stage: int) -> tuple[Held, ...]:
-    arch = Architecture.model_validate_json(key)
+    arch = architecture_of(json.loads(key))
     at = Coordinates(tensor=0, context=0, data=0, pipeline=stage, expert_tensor=0, expert=0, expert_data=0)
     return tuple(Held.of(local_parameters(arch, layout, at, chunk)) for chunk in range(layout.virtual))
 
@@ -155,8 +157,7 @@ def _buffer_elements(sizes: Sequence[int], shards: int) -> int:
 
 def stage_memory(recipe: Recipe, layout: Layout, batch: BatchPlan, machine: Machine) -> list[StageMemory]:
     """Estimate the memory of every pipeline stage."""
-    arch = recipe.model.architecture
-    assert arch is not None
+    arch = recipe.arch
     distributed = recipe.trainer.distributed_optimizer and not machine.is_cpu
     found = []
     for stage, layers in enumerate(layout.stage_sizes(arch.num_hidden_layers)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from gspo_megatron.cluster.machines import GIB, Machine
 from gspo_megatron.cluster.placement import server_nodes, span_findings
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.models import architecture_of
 from gspo_megatron.models.hf_table import hf_shapes
 from gspo_megatron.plan.estimate import flops
 from gspo_megatron.plan.estimate.batch import PROMPT_SHARE, BatchPlan
@@ -76,7 +78,7 @@ def weight_bytes(arch: Architecture, tensor: int, pipeline: int, element: int) -
 def _kinds(key: str) -> tuple[int, int, int]:
     """Count the parameters that are replicated, that are split by key-value heads, and that are split evenly."""
     copied = grouped = cut = 0
-    for name, shape in hf_shapes(Architecture.model_validate_json(key)).items():
+    for name, shape in hf_shapes(architecture_of(json.loads(key))).items():
         if len(shape) == 1 or name.endswith("mlp.gate.weight"):
             copied += math.prod(shape)
         elif name.endswith(("k_proj.weight", "v_proj.weight")):

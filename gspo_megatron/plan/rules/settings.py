@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gspo_megatron.cluster.machines import Machine
-from gspo_megatron.config.loading import RecipeError, read_architecture
+from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.objective_spec import ObjectiveSpec
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.models import read_architecture
 from gspo_megatron.plan.rules import long_tail
 from gspo_megatron.plan.rules.objective import findings as objective_findings
 from gspo_megatron.types import Finding
@@ -212,8 +213,8 @@ def _model_directory(recipe: Recipe, arch: Architecture) -> Iterator[Finding]:
     except RecipeError as error:
         yield from error.findings
         return
-    for name in Architecture.model_fields:
-        in_recipe, in_file = getattr(arch, name), getattr(found, name)
+    for name in type(arch).model_fields:
+        in_recipe, in_file = getattr(arch, name), getattr(found, name, None)
         if in_recipe != in_file and name != "initializer_range":
             yield Finding(
                 "architecture-differs", "error", f"model.architecture.{name}",
