@@ -122,7 +122,7 @@ class TrainerSection(Section):
     max_steps: int = Field(default=100, ge=0)
     """Rollout batches to train on; 0 = only evaluate the starting weights. Source: chosen here."""
     max_skipped: int = Field(default=4, ge=0)
-    """Most consecutive updates skipped for a gradient that is not finite; the next ends the run. Source: chosen here."""
+    """Most consecutive updates skipped for a non-finite gradient; the next one ends the run. Source: chosen here."""
 
 
 class RolloutSection(Section):
