@@ -34,6 +34,8 @@ class Family:
     """The class of keys for each `model_type` that runs."""
     only_values: Mapping[str, Any]
     """Keys of a `config.json` that run with one value only, with that value."""
+    rope_types: tuple[str, ...]
+    """Kinds of `rope_scaling` that run; the last is the one to set instead of another."""
     layer_shapes: Callable[[Architecture, int], Iterator[tuple[str, tuple[int, ...]]]]
     """Name and full shape of every Hugging Face tensor of a layer, in file order."""
     layer_parameters: Callable[[Architecture, Layout, Coordinates, int], Iterator[Parameter]]

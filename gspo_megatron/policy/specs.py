@@ -60,7 +60,7 @@ def describe_parts() -> str:
 def transformer_engine_spec(config: TransformerConfig) -> ModuleSpec:
     """The spec of megatron-core with fused norm + linear, grouped experts and THD attention."""
     return get_gpt_layer_with_transformer_engine_spec(
-        num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=True
+        num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
     )
 
 
@@ -70,6 +70,7 @@ def reference_spec(config: TransformerConfig, vp_stage: int | None) -> Transform
     # Any: the builder protocols of megatron-core name their parameters more strictly than its own modules do.
     attention: Any = ReferenceAttention
     bias_dropout: Any = get_bias_dropout_add
+    normed: Any = ReferenceNorm if config.qk_layernorm else None
     mlp: Any = partial(MLP.as_mlp_submodule, submodules=linears)
     if config.num_moe_experts:
         mlp = partial(MoELayer, submodules=MoESubmodules(experts=partial(SequentialMLP, submodules=linears)))
@@ -84,8 +85,8 @@ def reference_spec(config: TransformerConfig, vp_stage: int | None) -> Transform
                     linear_qkv=ColumnParallelLinear,
                     core_attention=attention,
                     linear_proj=RowParallelLinear,
-                    q_layernorm=ReferenceNorm,
-                    k_layernorm=ReferenceNorm,
+                    q_layernorm=normed,
+                    k_layernorm=normed,
                 ),
             ),
             self_attn_bda=bias_dropout,

@@ -149,17 +149,20 @@ def global_name(local_name: str, layers: range, first_expert: int) -> str:
 
 
 def random_pieces(arch: Architecture, seed: int) -> ReadPiece:
-    """A reader of random weights that depend on the seed and the tensor's name, so on no layout."""
+    """A reader of random weights that depend on the seed and the tensor's name, so on no layout.
+
+    Weights of norms are 1. Biases are random too, so that one at the wrong place changes the output.
+    """
     shapes = hf_shapes(arch)
 
     def read(piece: Piece) -> Tensor:
         shape = shapes[piece.tensor]
-        if len(shape) == 1:
+        if len(shape) == 1 and not piece.tensor.endswith(".bias"):
             return torch.ones(piece.shape)
         digest = hashlib.sha256(f"{seed}/{piece.tensor}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         whole = torch.empty(shape).normal_(0.0, arch.initializer_range, generator=generator)
-        return whole[slice(*piece.rows), slice(*(piece.columns or (0, 1)))]
+        return whole[slice(*piece.rows)] if piece.columns is None else whole[slice(*piece.rows), slice(*piece.columns)]
 
     return read
 

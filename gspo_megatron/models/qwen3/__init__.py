@@ -10,6 +10,7 @@ QWEN3 = Family(
     name="qwen3",
     architectures={"qwen3": Qwen3Architecture, "qwen3_moe": Qwen3Architecture},
     only_values=ONLY_VALUES,
+    rope_types=("yarn",),
     layer_shapes=layer_shapes,
     layer_parameters=layer_parameters,
     server_layer=server_layer,
