@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gspo_megatron.config.model_section import Architecture
+from gspo_megatron.models.layer_costs import LayerShape
 from gspo_megatron.models.server_cuts import ServerLayout, ServerParameter
 from gspo_megatron.models.trainer_cuts import Parameter
 from gspo_megatron.parallel import Coordinates, Layout
@@ -44,3 +45,11 @@ class Family:
     """What a server's rank holds of a layer: (model, layout, layer, data rank, tensor rank)."""
     megatron_settings: Callable[[Architecture], MegatronSettings]
     """How megatron-core builds it."""
+    layer_products: Callable[[Architecture], int]
+    """Multiply-adds of one token in the matrix products of a layer, attention scores apart."""
+    attention_bytes: Callable[[LayerShape], int]
+    """Bytes that attention saves for the backward pass."""
+    mixer_bytes: Callable[[LayerShape, float], int]
+    """Bytes that the feed-forward part saves: (layer, rows of the fullest expert rank over the mean)."""
+    mixer_work: Callable[[LayerShape, float], float]
+    """Values that come and go in the feed-forward part while it works, with the same arguments."""
