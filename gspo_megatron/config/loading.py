@@ -108,13 +108,13 @@ def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
 def _merge(below: DictConfig, above: DictConfig, where: str) -> DictConfig:
     try:
         merged = OmegaConf.merge(below, above)
-    # OmegaConf tells a list over a mapping by a bare TypeError.
+    # OmegaConf raises a bare TypeError for a list over a mapping.
     except (OmegaConfBaseException, TypeError, ValueError) as error:
-        told = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         raise refuse(
             "recipe-unreadable",
             "recipe",
-            f"{where} does not fit its base: {told}",
+            f"{where} does not fit its base: {reason}",
             "keep sections sections, lists lists",
         ) from None
     assert isinstance(merged, DictConfig)
@@ -171,8 +171,8 @@ def _explain(fault: Any, model: type[BaseModel], prefix: tuple[str, ...]) -> Fin
         return Finding("missing-key", "error", key, "is missing", "set it")
     message = str(fault["msg"]).removeprefix("Value error, ")
     if fault["type"] == "value_error":
-        said, _, fix = message.rpartition("; ")
-        return Finding("rule", "error", key, said or message, fix if said else "see the key's documentation")
+        rule, _, fix = message.rpartition("; ")
+        return Finding("rule", "error", key, rule or message, fix if rule else "see the key's documentation")
     return Finding(
         "wrong-value",
         "error",

@@ -1,4 +1,4 @@
-"""What a model family says about itself, in one record; everything outside `models/` reads families through it."""
+"""The record of a model family; code outside `models/` reads families only through it."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def has_transformer_engine() -> bool:
 
 
 def describe_parts() -> str:
-    """Which fused parts compute and which fell back, in a sentence for the log."""
+    """Which fused parts compute and which fell back, in one sentence for the log."""
     adam = vars(optimizer)["Adam"].__module__.partition(".")[0]
     if has_transformer_engine():
         layers = "Transformer Engine: fused norm and linear, packed attention, grouped experts"
@@ -65,7 +65,7 @@ def transformer_engine_spec(config: TransformerConfig) -> ModuleSpec:
 
 
 def reference_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """The same layer from megatron-core's parallel linears and our norm and core attention."""
+    """The same layer from megatron-core's parallel linears, `ReferenceNorm` and `ReferenceAttention`."""
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     # Any: the builder protocols of megatron-core name their parameters more strictly than its own modules do.
     attention: Any = ReferenceAttention

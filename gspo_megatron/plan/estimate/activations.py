@@ -1,6 +1,6 @@
 """Estimates of what a training step keeps for its backward pass, and of what one layer needs while it works.
 
-What the parts of a layer save is said by the model's family (`models/`); here it meets recomputation and pipelining.
+The model's family (`models/`) gives the bytes of each part of a layer; this file adds recomputation and pipelining.
 """
 
 from __future__ import annotations

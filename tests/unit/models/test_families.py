@@ -18,7 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 import gspo_megatron.policy  # noqa: F401  the device layer must be in before megatron
 from gspo_megatron.config import RecipeError
 from gspo_megatron.config.model_section import Architecture
-from gspo_megatron.models import architecture_of, load_recipe
+from gspo_megatron.models import architecture_of, load_recipe, load_resolved
 from gspo_megatron.models.hf_table import count_parameters, hf_shapes, local_parameters
 from gspo_megatron.models.registry import BY_TYPE, FAMILIES, family_of
 from gspo_megatron.models.rope import scaling_findings
@@ -78,6 +78,19 @@ def test_names_shapes_and_count_are_those_of_transformers(name: str) -> None:
     theirs = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     assert {name: tuple(tensor.shape) for name, tensor in ours.items()} == theirs
     assert count_parameters(arch) == sum(map(math.prod, theirs.values()))
+
+
+def test_parameter_counts_of_the_published_models() -> None:
+    """Qwen2.5-7B and Llama-3.1-8B, as their model cards count them."""
+    qwen = architecture(
+        "qwen2", vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+        num_attention_heads=28, num_key_value_heads=4,
+    )  # fmt: skip
+    llama = architecture(
+        "llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8,
+    )  # fmt: skip
+    assert (count_parameters(qwen), count_parameters(llama)) == (7_615_616_512, 8_030_261_248)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -238,3 +251,12 @@ def test_nothing_outside_models_asks_for_a_family_by_name() -> None:
     assert not wrong, wrong
     assert list(names_in(ast.parse("if arch.model_type == 'x': pass")))
     assert list(names_in(ast.parse("from gspo_megatron.models.qwen3 import QWEN3")))
+
+
+@pytest.mark.parametrize("name", ["tiny_moe", "qwen3_30b_a3b_gspo_100k"])
+def test_a_resolved_recipe_of_an_earlier_version_still_reads_the_same(name: str) -> None:
+    """Written by commit 3b203e7, when one class held the keys of Qwen3 only; a run of it must resume."""
+    before = load_resolved(ROOT / "tests" / "data" / "resolved" / f"{name}.yaml")
+    now = load_recipe(ROOT / "recipes" / f"{name}.yaml")
+    assert before.arch == now.arch
+    assert before.model_dump(mode="json") == now.model_dump(mode="json")
