@@ -14,8 +14,6 @@ from gspo_megatron.config.schema import Recipe, TrainerSection
 from gspo_megatron.policy.offload import offload_inputs
 from gspo_megatron.policy.specs import has_transformer_engine, reference_spec, transformer_engine_spec
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-
 
 def transformer_config(arch: Architecture, trainer: TrainerSection, dtype: torch.dtype) -> TransformerConfig:
     """Megatron's configuration of a Qwen3 model under the recipe's layout."""
@@ -132,7 +130,7 @@ def build_chunks(recipe: Recipe, device: torch.device, dtype: torch.dtype | None
     """The model chunks of this rank: one, or one for each virtual stage. Weights are uninitialised until loaded."""
     arch = recipe.model.architecture
     assert arch is not None
-    config = transformer_config(arch, recipe.trainer, dtype or DTYPES[recipe.model.dtype])
+    config = transformer_config(arch, recipe.trainer, dtype or getattr(torch, recipe.model.dtype))
     chunks = []
     for index in range(recipe.trainer.virtual_pipeline or 1):
         stage = index if recipe.trainer.virtual_pipeline else None

@@ -11,6 +11,7 @@ from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.parallel import Layout
 from gspo_megatron.plan.estimate.batch import BatchPlan
+from gspo_megatron.types import ITEM_BYTES
 
 PEAK_IMBALANCE, MEAN_IMBALANCE = 1.5, 1.1
 """Rows of the fullest expert rank over the mean, in its fullest layer and over all layers; auxiliary loss 0."""
@@ -35,7 +36,7 @@ class Shape:
     def of(cls, recipe: Recipe, arch: Architecture, layout: Layout) -> Shape:
         """The layer that a recipe trains."""
         tokens = recipe.trainer.micro_batch_tokens / layout.context
-        return cls(arch, layout, recipe.trainer.recompute, tokens, 4 if recipe.model.dtype == "float32" else 2)
+        return cls(arch, layout, recipe.trainer.recompute, tokens, ITEM_BYTES[recipe.model.dtype])
 
     @property
     def input_bytes(self) -> int:

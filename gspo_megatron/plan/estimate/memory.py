@@ -11,9 +11,10 @@ from gspo_megatron.cluster.machines import Machine
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.models.hf_table import Parameter, local_parameters
-from gspo_megatron.parallel import Coordinates, Layout
+from gspo_megatron.parallel import Coordinates, Layout, round_up
 from gspo_megatron.plan.estimate import activations, flops
 from gspo_megatron.plan.estimate.batch import BatchPlan
+from gspo_megatron.types import ITEM_BYTES
 
 GRADIENT_BYTES = 4
 """DDP's gradient buffer is float32 whatever the weights are."""
@@ -60,11 +61,6 @@ class StageMemory:
     def largest(self) -> tuple[str, int]:
         """Name and bytes of the largest term."""
         return max({**self.exact, **self.estimated}.items(), key=lambda item: item[1])
-
-
-def element_bytes(recipe: Recipe) -> int:
-    """Bytes of a weight."""
-    return 4 if recipe.model.dtype == "float32" else 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +140,8 @@ def _buffer_elements(sizes: Sequence[int], shards: int) -> int:
     """Elements of megatron's buffer: parameters from last to first, each start on 64, the end on lcm(shards, 128)."""
     end = 0
     for size in reversed(sizes):
-        end = -(-end // 64) * 64 + size
-    multiple = math.lcm(shards, 128)
-    return -(-end // multiple) * multiple
+        end = round_up(end, 64) + size
+    return round_up(end, math.lcm(shards, 128))
 
 
 def stage_memory(recipe: Recipe, layout: Layout, batch: BatchPlan, machine: Machine) -> list[StageMemory]:
@@ -165,7 +160,7 @@ def stage_memory(recipe: Recipe, layout: Layout, batch: BatchPlan, machine: Mach
                 layers=layers,
                 dense_parameters=sum(sum(chunk.dense) for chunk in chunks),
                 expert_parameters=sum(sum(chunk.expert) for chunk in chunks),
-                exact=exact_bytes(chunks, layout, element_bytes(recipe), distributed, machine.is_cpu),
+                exact=exact_bytes(chunks, layout, ITEM_BYTES[recipe.model.dtype], distributed, machine.is_cpu),
                 estimated=_estimate(recipe, arch, layout, batch, machine, stage, layers),
                 offloaded=activations.offloaded_bytes(shape, batch, stage, layers) if offloads else 0,
             )

@@ -14,7 +14,7 @@ from gspo_megatron.config.schema import Recipe
 from gspo_megatron.models.hf_table import hf_shapes
 from gspo_megatron.plan.estimate import flops
 from gspo_megatron.plan.estimate.batch import PROMPT_SHARE, BatchPlan
-from gspo_megatron.types import Finding
+from gspo_megatron.types import ITEM_BYTES, Finding
 
 BANDWIDTH_SHARE = 0.6
 """Of the memory bandwidth, while decoding."""
@@ -86,7 +86,7 @@ def _kinds(key: str) -> tuple[int, int, int]:
 def plan_rollout(recipe: Recipe, arch: Architecture, batch: BatchPlan, machine: Machine) -> RolloutPlan:
     """Memory and speed of the servers."""
     rollout = recipe.rollout
-    element = 4 if recipe.model.dtype == "float32" else 2
+    element = ITEM_BYTES[recipe.model.dtype]
     devices = rollout.tensor_parallel * rollout.pipeline_parallel
     weights = weight_bytes(arch, rollout.tensor_parallel, rollout.pipeline_parallel, element)
     per_token = flops.kv_bytes(arch, element)
@@ -129,7 +129,7 @@ def decode_seconds(recipe: Recipe, arch: Architecture, machine: Machine, batch: 
     """One decoding step of a server: weights touched and KV read, or arithmetic, whichever takes longer."""
     rollout, device = recipe.rollout, machine.device
     tensor, stages = rollout.tensor_parallel, rollout.pipeline_parallel
-    element = 4 if recipe.model.dtype == "float32" else 2
+    element = ITEM_BYTES[recipe.model.dtype]
     # Stages work on a share of the batch each, so each share meets the weights of its own.
     met = 1.0
     if arch.num_experts:
