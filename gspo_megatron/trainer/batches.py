@@ -24,7 +24,7 @@ from gspo_megatron.policy.replay import Routes
 from gspo_megatron.types import Sample, SampleRef
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class ScoredMicroBatch:
     """One micro-batch of this rank, and what the weights before the first update say about its tokens."""
 
@@ -46,7 +46,7 @@ class ScoredMicroBatch:
         return TrainingMicroBatch(**known, advantages=values.to(self.batch.loss_mask.device))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class TrainingMicroBatch(ScoredMicroBatch):
     """A scored micro-batch whose sequences have their advantages."""
 

@@ -150,9 +150,7 @@ class Trainer:
                 self.routers.add_load(batches, routes)
             totals = BatchTotals(len(part), sum(ref.trained_length for ref in part))
             columns = zip(members, batches, routes, self._each(old, batches), self._reference(batches), strict=True)
-            names = ("refs", "batch", "routes", "old", "reference")
-            scored = [ScoredMicroBatch(**dict(zip(names, values, strict=True))) for values in columns]
-            minibatches.append(MiniBatch(scored, totals))
+            minibatches.append(MiniBatch([ScoredMicroBatch(*values) for values in columns], totals))
         return minibatches
 
     def _reported(self, batches: Sequence[MicroBatch]) -> list[Routes] | None:
