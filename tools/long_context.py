@@ -36,7 +36,7 @@ SHARPNESS = 2.0
 """Standard deviation of the attention scores: a query looks at exp(-4) of its keys, so that each one's place counts."""
 ROUTED = slice(1, 9)
 """Places of the state that the routers look at."""
-ROLES = {"server": "rollout.server", "controller": "rollout.controller", "trainer": "gspo_megatron.trainer.loop"}
+ROLES = {"server": "inference.server", "controller": "controller.main", "trainer": "trainer.loop"}
 """What the command line of each role holds."""
 KEPT = {
     "answer_length": "answer_tokens",

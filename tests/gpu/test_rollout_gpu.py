@@ -24,6 +24,7 @@ from tests.places import ROOT
 from tests.rollout.conftest import KEY, ControllerThread, Server, make_run_dir, running_servers
 from tests.rollout.tiny import ARCH, Oracle
 from tests.shards import cut_shards
+from tests.waiting import HANG
 
 
 def has_vllm() -> bool:
@@ -37,7 +38,6 @@ def has_vllm() -> bool:
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.timeout(900),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU: sleeping servers and CUDA IPC are unseen"),
     pytest.mark.skipif(not has_vllm(), reason="vLLM's CUDA build is not installed"),
 ]
@@ -68,10 +68,10 @@ def test_a_server_gives_its_memory_up_and_serves_handed_over_weights(
     monkeypatch.setenv("GSPO_JOB_KEY", KEY)
     device = torch.device("cuda", 0)
     total = torch.cuda.mem_get_info()[1]
-    controller = ControllerThread([server.url], tmp_path / "samples", overlaps=False, sleeps=True)
-    controller = ControllerClient(controller.url, KEY)
+    thread = ControllerThread([server.url], tmp_path / "samples", overlaps=False, sleeps=True)
+    controller = ControllerClient(thread.url, KEY)
     try:
-        controller.wait_ready(120)
+        controller.wait_ready(HANG)
         assert used() < LEFT, "asleep from the start"
         sender, layout = WeightSender(device, shares=True), Layout(1)
         for version, oracle in enumerate((Oracle(0), Oracle(1))):
@@ -88,7 +88,7 @@ def test_a_server_gives_its_memory_up_and_serves_handed_over_weights(
         sender.close()
     finally:
         controller.close()
-        controller.stop()
+        thread.stop()
 
 
 def test_a_run_on_one_shared_gpu(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_run_on_one_shared_gpu(tmp_path: Path) -> None:
         f"cold_start.cache={tmp_path}/cold_start",
     )  # fmt: skip
     command = [sys.executable, "-m", "gspo_megatron.cli", "train", "recipes/tiny_moe.yaml", *overrides]
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=540)
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG)
     assert said.returncode == 0, said.stdout[-2000:] + said.stderr[-2000:]
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3]

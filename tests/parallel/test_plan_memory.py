@@ -59,7 +59,6 @@ FOUR_RANKS = {
 }
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("size", "cases"), [(2, TWO_RANKS), (4, FOUR_RANKS)], ids=["2 ranks", "4 ranks"])
 def test_exact_bytes_are_what_the_trainer_allocates(size: int, cases: dict[str, list[str]], tmp_path: Path) -> None:
     run_world("plan_memory_worker.py", size, list(cases.values()), tmp_path)

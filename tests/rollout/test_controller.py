@@ -8,8 +8,8 @@ import httpx
 
 from gspo_megatron.controller.server_client import ServerClient
 from gspo_megatron.transport.auth import key_header
-from tests.rollout.test_weight_update import update
 from tests.rollout.tiny import KEY, STOP, VOCAB, CountingPrompts
+from tests.rollout.updates import update
 
 
 async def count_tokens(url: str) -> int:

@@ -10,8 +10,8 @@ import pytest
 from gspo_megatron.transport.controller_client import ControllerError
 from gspo_megatron.transport.identity import Identity, identity_of, read_run_id
 from tests.rollout.conftest import Server
-from tests.rollout.test_weight_update import update
 from tests.rollout.tiny import make_recipe
+from tests.rollout.updates import update
 
 
 @pytest.fixture

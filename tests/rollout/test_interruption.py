@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from gspo_megatron.config.schema import Recipe
-from tests.rollout.test_weight_update import TRAINER, update
 from tests.rollout.tiny import make_recipe
+from tests.rollout.updates import TRAINER, update
 from tests.shards import TrainerRanks
 
 SLOTS = 12

@@ -15,9 +15,10 @@ from gspo_megatron.transport.server_paths import GENERATE
 from gspo_megatron.transport.weights.ipc import device_name
 from gspo_megatron.transport.weights.wire import TransferError
 from tests.rollout.conftest import KEY, Server, make_run_dir, running_servers
-from tests.rollout.test_weight_update import differences, update
 from tests.rollout.tiny import ARCH
+from tests.rollout.updates import differences, update
 from tests.shards import CPU, TrainerRanks, cut_shards
+from tests.waiting import HANG
 
 TRAINERS = [
     Layout(4, tensor=2, pipeline=2, expert=2),
@@ -122,5 +123,5 @@ def test_a_part_of_a_server_that_loses_its_worker_ends_with_its_sentence(sharded
     (part,) = server.parts
     (worker,) = [child for child in psutil.Process(part.pid).children() if "Worker" in child.name()]
     worker.kill()
-    assert part.wait(60) == 1
+    assert part.wait(HANG) == 1
     assert "rollout server 0 died: RuntimeError: a worker of this node's part died" in server.log.read_text()

@@ -13,8 +13,8 @@ from gspo_megatron.controller.multi_turn import Thinking
 from gspo_megatron.controller.process_pool import ProcessPool
 from gspo_megatron.environments.calculator import calculate
 from tests.rollout.environment import SECTION, Characters, make_calculator
-from tests.rollout.test_weight_update import update
 from tests.rollout.tiny import STOP, make_recipe
+from tests.rollout.updates import update
 
 CODEC = Characters()
 CALLS = tuple(CODEC.encode_text("=ABCDEFGHIJ"))

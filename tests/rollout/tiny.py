@@ -54,11 +54,11 @@ def make_recipe() -> Recipe:
                 "max_answer_tokens": 20,
                 "max_concurrency": 64,
                 "kv_cache_gib": 0.0625,
-                "start_timeout": 120,
+                "start_timeout": 600,
                 "stream_interval": 3,
             },
             # 1 MiB cuts the checkpoint into several buckets.
-            "weight_update": {"bucket_mib": 1, "canary_bound": 1e-4, "timeout": 30},
+            "weight_update": {"bucket_mib": 1, "canary_bound": 1e-4, "timeout": 600},
         }
     )
 

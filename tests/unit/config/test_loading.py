@@ -73,12 +73,15 @@ def test_a_model_directory_without_its_files_is_named(tmp_path: Path) -> None:
 
 
 def test_rope_settings_are_read_in_both_spellings(tmp_path: Path) -> None:
-    values = load(TINY).model.architecture.to_hugging_face("float32")
+    shipped = load(TINY).model.architecture
+    assert shipped is not None
+    values = shipped.to_hugging_face("float32")
     (tmp_path / "config.json").write_text(json.dumps(values))
     override = [f"model.path={tmp_path}", "model.architecture=null"]
-    assert load(TINY, override).model.architecture == load(TINY).model.architecture
+    assert load(TINY, override).model.architecture == shipped
     del values["rope_parameters"]
     values |= {"rope_theta": 1e7, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
     (tmp_path / "config.json").write_text(json.dumps(values))
     found = load(TINY, override).model.architecture
+    assert found is not None and found.rope_scaling is not None
     assert (found.rope_theta, found.rope_scaling["factor"]) == (1e7, 4.0)
