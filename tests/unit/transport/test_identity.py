@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -68,34 +67,28 @@ def test_another_stretch_of_the_context_is_named(tmp_path: Path) -> None:
     assert "rope_scaling is None there" in own.fault_of(report(tmp_path, identity()))
 
 
-def test_a_server_that_changed_hands_gets_neither_a_pause_nor_a_weight(tmp_path: Path) -> None:
-    async def run() -> None:
-        own, kept, lost = identity(), FakeServer(), FakeServer()
-        kept.identity = lost.identity = report(tmp_path, own)
-        async with serving(kept, lost) as clients:
-            updater = WeightUpdater(Fleet(clients, own), WeightUpdateSection(), "127.0.0.1", sleeps=False)
-            updater._store = NoStore()
-            await updater._fleet.wait_healthy(5)
-            lost.identity = report(tmp_path, own, run="run-2")
-            ticket = await updater.begin(0, TERMS)
-            assert len(ticket["servers"]) == 1 and "/pause" in kept.calls and "/pause" not in lost.calls
-            assert "belongs to run run-2, this is run run-1" in updater._fleet.faults()[lost.url]
-            kept.identity = lost.identity
-            with pytest.raises(Refused, match=r"no server is left: .* belongs to run run-2"):
-                await updater.begin(1, TERMS)
-
-    asyncio.run(run())
+async def test_a_server_that_changed_hands_gets_neither_a_pause_nor_a_weight(tmp_path: Path) -> None:
+    own, kept, lost = identity(), FakeServer(), FakeServer()
+    kept.identity = lost.identity = report(tmp_path, own)
+    async with serving(kept, lost) as clients:
+        updater = WeightUpdater(Fleet(clients, own), WeightUpdateSection(), "127.0.0.1", sleeps=False)
+        updater._store = NoStore()
+        await updater._fleet.wait_healthy(5)
+        lost.identity = report(tmp_path, own, run="run-2")
+        ticket = await updater.begin(0, TERMS)
+        assert len(ticket["servers"]) == 1 and "/pause" in kept.calls and "/pause" not in lost.calls
+        assert "belongs to run run-2, this is run run-1" in updater._fleet.faults()[lost.url]
+        kept.identity = lost.identity
+        with pytest.raises(Refused, match=r"no server is left: .* belongs to run run-2"):
+            await updater.begin(1, TERMS)
 
 
-def test_a_foreign_server_ends_the_start_with_its_sentence(tmp_path: Path) -> None:
-    async def run() -> None:
-        own, fake = identity(), FakeServer()
-        fake.identity = report(tmp_path, own, context=63)
-        async with serving(fake) as clients:
-            with pytest.raises(Refused, match=f"server {fake.url} takes 63 tokens"):
-                await Fleet(clients, own).wait_healthy(5)
-
-    asyncio.run(run())
+async def test_a_foreign_server_ends_the_start_with_its_sentence(tmp_path: Path) -> None:
+    own, fake = identity(), FakeServer()
+    fake.identity = report(tmp_path, own, context=63)
+    async with serving(fake) as clients:
+        with pytest.raises(Refused, match=f"server {fake.url} takes 63 tokens"):
+            await Fleet(clients, own).wait_healthy(5)
 
 
 def test_all_roles_of_a_run_directory_read_one_id(tmp_path: Path) -> None:
