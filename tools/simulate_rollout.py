@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from gspo_megatron.config import load
-from gspo_megatron.controller.group_buffer import Pool
+from gspo_megatron.controller.group_buffer import GroupBuffer
 from gspo_megatron.controller.groups import Group
 from tools.rollout_simulation import Scenario, simulate, work_conserving_seconds
 from tools.simulated_engine import EngineModel, Lengths
@@ -94,7 +94,7 @@ MEDIAN, SIGMA = 1_500.0, 0.7
 """The two fitted constants: answer lengths, which the document does not give."""
 
 
-class StreamingPool(Pool):
+class StreamingPool(GroupBuffer):
     """verl's rule: a version begins so many prompts, less what is left over; what is complete first is trained on."""
 
     share = 0.0

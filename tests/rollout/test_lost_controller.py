@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from gspo_megatron.controller.controller import TALLY
+from gspo_megatron.controller.controller import RECEIVED_TOKENS
 from tests.rollout.jobs import (
     ANSWERS,
     CONTROLLER,
@@ -32,7 +32,7 @@ SETTINGS = (
 
 
 def received(directory: Path) -> int:
-    return int.from_bytes((directory / "run" / "samples" / TALLY).read_bytes(), "little")
+    return int.from_bytes((directory / "run" / "samples" / RECEIVED_TOKENS).read_bytes(), "little")
 
 
 def answer_lengths(directory: Path) -> dict[tuple[int, int], int]:

@@ -12,12 +12,13 @@ from transformers import AutoConfig
 from gspo_megatron.config.loading import load
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe, WeightUpdateSection
-from gspo_megatron.controller.servers import Fleet, Refused
+from gspo_megatron.controller.servers import Refused, ServerSet
 from gspo_megatron.controller.weight_update import WeightUpdater
 from gspo_megatron.transport.identity import Identity, hash_vocabulary, read_run_id
 from tests.unit.controller.fakes import FakeServer, serving
 from tests.unit.controller.test_controller import ARCHITECTURE
 from tests.unit.controller.test_weight_update import TERMS, NoStore
+from tests.waiting import HANG
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 DENSE = {"model_type": "qwen3", "num_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0}
@@ -71,13 +72,13 @@ async def test_a_server_that_changed_hands_gets_neither_a_pause_nor_a_weight(tmp
     own, kept, lost = identity(), FakeServer(), FakeServer()
     kept.identity = lost.identity = report(tmp_path, own)
     async with serving(kept, lost) as clients:
-        updater = WeightUpdater(Fleet(clients, own), WeightUpdateSection(), "127.0.0.1", sleeps=False)
+        updater = WeightUpdater(ServerSet(clients, own), WeightUpdateSection(), "127.0.0.1", sleeps=False)
         updater._store = NoStore()
-        await updater._fleet.wait_healthy(5)
+        await updater._servers.wait_healthy(HANG)
         lost.identity = report(tmp_path, own, run="run-2")
         ticket = await updater.begin(0, TERMS)
         assert len(ticket["servers"]) == 1 and "/pause" in kept.calls and "/pause" not in lost.calls
-        assert "belongs to run run-2, this is run run-1" in updater._fleet.faults()[lost.url]
+        assert "belongs to run run-2, this is run run-1" in updater._servers.faults()[lost.url]
         kept.identity = lost.identity
         with pytest.raises(Refused, match=r"no server is left: .* belongs to run run-2"):
             await updater.begin(1, TERMS)
@@ -88,7 +89,7 @@ async def test_a_foreign_server_ends_the_start_with_its_sentence(tmp_path: Path)
     fake.identity = report(tmp_path, own, context=63)
     async with serving(fake) as clients:
         with pytest.raises(Refused, match=f"server {fake.url} takes 63 tokens"):
-            await Fleet(clients, own).wait_healthy(5)
+            await ServerSet(clients, own).wait_healthy(HANG)
 
 
 def test_all_roles_of_a_run_directory_read_one_id(tmp_path: Path) -> None:
