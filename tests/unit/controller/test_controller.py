@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -47,17 +48,24 @@ RECIPE = Recipe.model_validate(
 
 
 class InThread(ScoringPool):
-    """Scores without processes, which `test_rollout_scoring.py` tests."""
+    """Scores without processes, which `test_scoring.py` tests."""
 
     def __init__(self, score: Scorer) -> None:
         super().__init__(lambda: score, 1, 1.0)
-        self._scorer = score
+        self.score = score
 
     def start(self) -> None:
         pass
 
-    def _run(self, problem: Problem, text: str, reason: str) -> float | str:
-        return self._scorer(problem, text, reason)  # type: ignore[arg-type]
+    def _run(self, *job: Any) -> float | str:
+        return self.score(*job)
+
+
+def set_scorer(controller: Controller, score: Scorer) -> None:
+    """Score from now on with this function."""
+    scoring = controller._scoring
+    assert isinstance(scoring, InThread)
+    scoring.score = score
 
 
 def score_first_problem_half(problem: Problem, text: str, reason: str) -> float:

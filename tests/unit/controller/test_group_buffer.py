@@ -16,7 +16,7 @@ from gspo_megatron.controller.generation import Generation, answer_seed
 from gspo_megatron.controller.servers import Refused
 from gspo_megatron.types import SampleRef, Segment
 from tests.unit.controller.fakes import FakeServer, make_prompt
-from tests.unit.controller.test_controller import RECIPE, controlling
+from tests.unit.controller.test_controller import RECIPE, controlling, set_scorer
 
 ANSWERS = 3
 
@@ -217,13 +217,13 @@ def test_dynamic_sampling_replaces_groups_of_equal_rewards(tmp_path: Path) -> No
         fake = FakeServer()
         async with controlling(tmp_path, fake, recipe=recipe(filters="dynamic_sampling")) as controller:
             # Members of every second prompt get different rewards.
-            controller._scoring._scorer = lambda problem, text, reason: next(values) if int(problem.id) % 2 else 1.0
+            set_scorer(controller, lambda problem, text, reason: next(values) if int(problem.id) % 2 else 1.0)
             values = iter(range(10_000))
             batch = await controller.rollout(1)
             assert all(row["prompt_index"] % 2 for row in batch["samples"])
             assert batch["accounting"]["dropped"]["equal-rewards"]["prompts"] >= 3
             check_accounting(batch, controller, fake)
-            controller._scoring._scorer = lambda problem, text, reason: 0.0
+            set_scorer(controller, lambda problem, text, reason: 0.0)
             with pytest.raises(Refused, match=r"81 groups in a row have equal rewards \(the last 0\)"):
                 await controller.rollout(2)
 

@@ -25,7 +25,7 @@ from gspo_megatron.data.store import read_ref
 from gspo_megatron.environments import Turn
 from gspo_megatron.types import Masked, Problem, Segment
 from tests.unit.controller.fakes import FakeServer, make_prompt
-from tests.unit.controller.test_controller import controlling
+from tests.unit.controller.test_controller import controlling, set_scorer
 from tests.unit.controller.test_group_buffer import check_accounting, recipe, set_version
 
 STOP, CALL, END = 0, 7, 4
@@ -83,7 +83,7 @@ def test_an_environment_speaks_between_the_turns(tmp_path: Path) -> None:
         fake, partner, judged = FakeServer(), Partner(), []
         fake.ids = follow([[5, CALL], [6, 6, CALL], [8, STOP]])
         async with talking(tmp_path, fake, partner, settings=one_prompt(CALCULATOR)) as controller:
-            controller._scoring._scorer = lambda problem, text, reason: judged.append((text, reason)) or 1.0
+            set_scorer(controller, lambda problem, text, reason: judged.append((text, reason)) or 1.0)
             batch = await controller.rollout(1)
             row = read_ref(batch["samples"][0])
             sample = build_samples([row], [1.0], controller._store)[0]
@@ -269,7 +269,7 @@ def test_an_answer_that_repeats_itself_is_halted_and_counted(tmp_path: Path) -> 
         settings = one_prompt(repetition_halt={"longest_pattern": 5, "times": 4})
         async with controlling(tmp_path, fake, recipe=settings) as controller:
             reasons: list[str] = []
-            controller._scoring._scorer = lambda problem, text, reason: reasons.append(reason) or 1.0
+            set_scorer(controller, lambda problem, text, reason: reasons.append(reason) or 1.0)
             batch = await controller.rollout(1)
             check_accounting(batch, controller, fake)
         wanted = {"max_pattern_size": 5, "min_count": 4}
