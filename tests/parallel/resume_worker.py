@@ -34,7 +34,7 @@ from gspo_megatron.trainer import loop
 from gspo_megatron.trainer.batches import MiniBatch
 from gspo_megatron.trainer.step import Trainer
 from gspo_megatron.types import STOPPED
-from tests.parallel.recorded import NoServers, RecordedLink
+from tests.parallel.recorded import NoServers, RecordedController
 
 FAILED = 1
 
@@ -115,7 +115,7 @@ def train(run_dir: Path, case: dict) -> int:
     log = RunLog(run_dir, owns_terminal=first)
     policy = Policy(recipe, device)
     trainer = Trainer(recipe, run_dir, policy, None, log)
-    controller = RecordedLink(trainer.store, recipe.batch.prompts, recipe.batch.answers) if first else None
+    controller = RecordedController(trainer.store, recipe.batch.prompts, recipe.batch.answers) if first else None
     trainer.controller, trainer.sender = controller, NoServers()  # type: ignore[assignment]
     if "watchdog" in case:
         watchdog.SHORTEST = watchdog.FIRST = case["watchdog"]

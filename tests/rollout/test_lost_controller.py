@@ -62,7 +62,7 @@ def test_a_killed_controller_loses_no_prompt_and_no_count(tmp_path: Path) -> Non
     try:
         wait_for(job, "checkpoint", lambda: (checkpoints / "step_000002" / "COMPLETE").is_file(), PATIENCE)
         wait_for(job, "tokens of the next step", lambda: unsaved_tokens(tmp_path) > 0, PATIENCE)
-        [victim] = [pid for pid, text in processes_of(tmp_path).items() if "rollout.controller" in text]
+        [victim] = [pid for pid, text in processes_of(tmp_path).items() if "controller.main" in text]
         os.kill(victim, signal.SIGKILL)
         said, _ = job.communicate(timeout=60)
     finally:

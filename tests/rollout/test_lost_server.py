@@ -35,7 +35,7 @@ def test_a_killed_server_costs_nothing_and_comes_back(tmp_path: Path) -> None:
     try:
         wait_for(job, "first step", lambda: len(rows_of(tmp_path)) >= 2)
         ours = processes_of(tmp_path).items()
-        os.kill(min(pid for pid, text in ours if "rollout.server" in text and "--index 1 " in text), signal.SIGKILL)
+        os.kill(min(pid for pid, text in ours if "inference.server" in text and "--index 1 " in text), signal.SIGKILL)
         wait_for(job, "server that is back", lambda: "is back" in log.read_text())
         before = len(rows_of(tmp_path))
         wait_for(job, "step after that", lambda: len(rows_of(tmp_path)) >= before + 2)

@@ -102,7 +102,7 @@ def test_every_update_arrived(finished: tuple[Path, str]) -> None:
         assert row["canary_largest"] < 1e-4
 
 
-@pytest.mark.parametrize("victim", ["rollout.server", "rollout.controller", "gspo_megatron.trainer.loop"])
+@pytest.mark.parametrize("victim", ["inference.server", "controller.main", "trainer.loop"])
 def test_a_killed_process_ends_the_job(tmp_path: Path, victim: str) -> None:
     job = start(tmp_path)
     try:
