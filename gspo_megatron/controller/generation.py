@@ -30,8 +30,8 @@ class Sampling:
     """When an answer counts as repeating itself; None = never."""
 
 
-def answer_seed(seed: int, prompt_index: int, sample_index: int, part: int) -> int:
-    """Seed of one part of one answer: a continued answer must not replay the random stream of its first part."""
+def response_seed(seed: int, prompt_index: int, sample_index: int, part: int) -> int:
+    """Seed of one part of one response: a continued one must not replay the random stream of its first part."""
     text = f"{seed}/{prompt_index}/{sample_index}/{part}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) >> 1
 
@@ -118,7 +118,7 @@ class Generation:
         del self.logprobs[length:]
         self._cut_segments(length)
 
-    def answer(self, stop_reason: StopReason) -> Response:
+    def response(self, stop_reason: StopReason) -> Response:
         """As the sample store takes it."""
         return Response(
             prompt_index=self.prompt.index,
@@ -142,28 +142,3 @@ class Generation:
     def _cut_segments(self, length: int) -> None:
         kept = [replace(span, end=min(span.end, length)) for span in self.segments if span.start < length]
         self.segments[:] = kept
-
-
-def request_body(generation: Generation, sampling: Sampling, left: int) -> dict[str, Any]:
-    """What asks a server for the rest of an answer, of at most `left` tokens."""
-    greedy = sampling.temperature == 0
-    place = (generation.prompt.index, generation.sample_index, generation.parts)
-    parameters: dict[str, Any] = {
-        "n": 1,
-        "temperature": sampling.temperature,
-        "top_p": 1.0,
-        "top_k": 0,
-        "max_tokens": left,
-        "stop_token_ids": list(sampling.stop_ids),
-        # Only the ids above stop: a model's own end-of-text id may differ from the tokenizer's.
-        "ignore_eos": True,
-        "detokenize": False,
-        "seed": answer_seed(sampling.seed, *place),
-    }
-    if not greedy:
-        parameters["logprobs"] = 0
-    if sampling.halt is not None:
-        halt = {"max_pattern_size": sampling.halt.longest_pattern, "min_count": sampling.halt.times}
-        parameters["repetition_detection"] = halt
-    name = "-".join(map(str, (*place, "greedy" if greedy else "sampled")))
-    return {"request_id": name, "token_ids": generation.request_ids, "sampling_params": parameters, "stream": True}

@@ -13,13 +13,13 @@ import asyncio
 import functools
 import math
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
 
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.controller.generation import Generation, Sampling
-from gspo_megatron.controller.groups import Accounting, Group, TokenCounter
+from gspo_megatron.controller.groups import Group, TokenCounter, TokenLedger
 from gspo_megatron.controller.scheduler import Scheduler
 from gspo_megatron.controller.servers import Refused
+from gspo_megatron.transport.messages import Accounting
 from gspo_megatron.types import Prompt, SampleRef, StopReason
 
 MAX_FILTERED = 20
@@ -64,9 +64,9 @@ class GroupBuffer:
         self._sampling, self._version = sampling, version
         self.groups: list[Group] = []
         """Under way or complete, not handed out; in the order of their prompts."""
-        self.accounting = Accounting()
+        self.ledger = TokenLedger()
         self._counter = counter
-        self.accounting.settle((), counter)
+        self.ledger.settle((), counter)
         self.limit: int | None = None
         """Longest answer to a prompt that is begun now; None = the sampling's own limit."""
         self._taking = False
@@ -101,7 +101,7 @@ class GroupBuffer:
         for group in chosen:
             self._check_versions(group)
             self.groups.remove(group)
-            self.accounting.take(group)
+            self.ledger.take(group)
         await self._leave_off()
         return sorted(chosen, key=lambda group: group.prompt.index)
 
@@ -110,14 +110,14 @@ class GroupBuffer:
         refs = [ref for group in self.groups for ref in group.finished.values()]
         return len(refs), sum(ref.trained_length for ref in refs)
 
-    def restore(self, groups: Sequence[Group], report: dict[str, Any]) -> None:
+    def restore(self, groups: Sequence[Group], accounting: Accounting) -> None:
         """Go on from a checkpoint's groups and accounting."""
         self.groups[:] = groups
         for group in groups:
             for generation in group.generations:
                 generation.received = self._counter.add
-        self.accounting.restore(report)
-        self.accounting.settle(groups, self._counter)
+        self.ledger.restore(accounting)
+        self.ledger.settle(groups, self._counter)
 
     async def close(self) -> None:
         """End all tasks."""
@@ -249,6 +249,6 @@ class GroupBuffer:
         await self._admit()
 
     def _forget(self, group: Group, reason: str) -> None:
-        self.accounting.drop(group, reason)
+        self.ledger.drop(group, reason)
         for ref in group.finished.values():
             self._discard(ref)

@@ -125,7 +125,7 @@ class CountingPrompts:
         return [_prompt(-1 - index) for index in range(count)]
 
     def state(self) -> dict[str, Any]:
-        return {"index": self.index}
+        return {"index": self.index, "position": self.index, "skipped": {}, "fingerprint": "counting"}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.index = state["index"]

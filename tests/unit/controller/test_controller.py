@@ -21,6 +21,8 @@ from gspo_megatron.controller.scoring import Scorer, ScoringPool
 from gspo_megatron.controller.servers import Refused, ServerSet
 from gspo_megatron.data.store import SampleStore
 from gspo_megatron.transport.controller_client import ControllerClient, ControllerError
+from gspo_megatron.transport.messages import Empty, EvaluationRequest, RolloutRequest
+from gspo_megatron.transport.update_messages import UpdateCheck
 from gspo_megatron.types import Problem
 from tests.unit.controller.fakes import KEY, FakeServer, Prompts, Tokenizer, serving
 
@@ -98,15 +100,15 @@ def test_a_server_lost_in_the_batch_loses_no_answer_and_doubles_none(tmp_path: P
         good, bad = FakeServer(), FakeServer()
         async with controlling(tmp_path, good, bad) as controller:
             bad.fail["/inference/v1/generate"] = 500
-            batch = await controller.rollout(1)
-            places = [(row["prompt_index"], row["sample_index"]) for row in batch["samples"]]
+            batch = await controller.rollout(RolloutRequest(step=1))
+            places = [(row.prompt_index, row.sample_index) for row in batch.samples]
             assert places == [(p, s) for p in range(8) for s in range(3)]
-            assert len(list(tmp_path.glob("*.sample"))) == 24 == len(batch["samples"])
-            assert controller.status()["servers"][good.url] == ""
-            assert "500" in controller.status()["servers"][bad.url]
+            assert len(list(tmp_path.glob("*.sample"))) == 24 == len(batch.samples)
+            assert (await controller.status(Empty())).servers[good.url] == ""
+            assert "500" in (await controller.status(Empty())).servers[bad.url]
             bad.fail.clear()
             asked = len(bad.calls)
-            await controller.rollout(2)
+            await controller.rollout(RolloutRequest(step=2))
             assert len(bad.calls) == asked, "a server that was taken out serves no more"
 
     asyncio.run(run())
@@ -119,7 +121,7 @@ def test_the_last_lost_server_ends_the_batch_with_its_reason(tmp_path: Path) -> 
         async with controlling(tmp_path, fake) as controller:
             for _ in range(2):
                 with pytest.raises(Refused, match=r"no server is left: .* with 500"):
-                    await controller.rollout(1)
+                    await controller.rollout(RolloutRequest(step=1))
 
     asyncio.run(run())
 
@@ -130,7 +132,7 @@ def test_answers_of_another_version_are_refused(tmp_path: Path) -> None:
         fake.version = "6"
         async with controlling(tmp_path, fake, version=7) as controller:
             with pytest.raises(Refused, match=r"with weights of version \[6\], where version 7 and"):
-                await controller.rollout(1)
+                await controller.rollout(RolloutRequest(step=1))
 
     asyncio.run(run())
 
@@ -140,7 +142,7 @@ def test_nothing_is_sampled_before_the_first_weights(tmp_path: Path) -> None:
         fake = FakeServer()
         async with controlling(tmp_path, fake, version=None) as controller:
             with pytest.raises(Refused, match="no server has weights yet"):
-                await controller.evaluate(3, 1, 0.0)
+                await controller.evaluate(EvaluationRequest(problems=3, answers=1, temperature=0.0))
         assert fake.calls == []
 
     asyncio.run(run())
@@ -149,10 +151,10 @@ def test_nothing_is_sampled_before_the_first_weights(tmp_path: Path) -> None:
 def test_evaluation_counts_full_scores(tmp_path: Path) -> None:
     async def run() -> None:
         async with controlling(tmp_path, FakeServer()) as controller:
-            found = await controller.evaluate(4, 2, 0.0)
-            assert (found["accuracy"], found["mean_reward"], found["mean_length"]) == (1.0, 1.0, 3.0)
-            batch = await controller.rollout(0)
-            assert [row["reward"] for row in batch["samples"]] == [0.5] * 3 + [1.0] * 21
+            found = await controller.evaluate(EvaluationRequest(problems=4, answers=2, temperature=0.0))
+            assert (found.accuracy, found.mean_reward, found.mean_length) == (1.0, 1.0, 3.0)
+            batch = await controller.rollout(RolloutRequest(step=0))
+            assert [row.reward for row in batch.samples] == [0.5] * 3 + [1.0] * 21
 
     asyncio.run(run())
 
@@ -182,19 +184,21 @@ def test_one_operation_at_a_time_and_sentences_over_http(tmp_path: Path) -> None
             def drive() -> None:
                 controller = ControllerClient(url, KEY)
                 controller.wait_ready(10)
-                batch = controller.rollout(0)
-                assert batch["samples"][0].segments[0].version == 0 and controller.state()["stream"] == {"index": 8}
-                controller.restore({**controller.state(), "stream": {"index": 3}})
-                assert controller.state()["stream"] == {"index": 3}
+                batch = controller.rollout(RolloutRequest(step=0))
+                assert batch.samples[0].segments[0].version == 0 and controller.state().stream.index == 8
+                state = controller.state()
+                stream = state.stream.model_copy(update={"index": 3})
+                controller.restore(state.model_copy(update={"stream": stream}))
+                assert controller.state().stream.index == 3
                 fake.hang = True
-                waiting = threading.Thread(target=controller.rollout, args=(1,))
+                waiting = threading.Thread(target=controller.rollout, args=(RolloutRequest(step=1),))
                 waiting.start()
-                while controller.status()["progress"]["done"] != 0:
+                while controller.status().progress.done != 0:
                     time.sleep(0.01)
                 for call in (
-                    lambda: controller.rollout(2),
-                    lambda: controller.evaluate(1),
-                    lambda: controller.finish_update(9, [], []),
+                    lambda: controller.rollout(RolloutRequest(step=2)),
+                    lambda: controller.evaluate(EvaluationRequest(problems=1, answers=1, temperature=0.0)),
+                    lambda: controller.finish_update(UpdateCheck(version=9, checksums=(), probes=())),
                 ):
                     with pytest.raises(ControllerError) as caught:
                         call()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
@@ -21,8 +20,8 @@ from gspo_megatron.controller.multi_turn import MultiTurnScheduler, Thinking
 from gspo_megatron.controller.process_pool import ProcessPool
 from gspo_megatron.controller.servers import ServerSet
 from gspo_megatron.data.samples import build_samples
-from gspo_megatron.data.store import read_ref
 from gspo_megatron.environments import Turn
+from gspo_megatron.transport.messages import ControllerState, Empty, EvaluationRequest, RolloutRequest
 from gspo_megatron.types import Masked, Problem, Segment
 from tests.unit.controller.fakes import FakeServer, make_prompt
 from tests.unit.controller.test_controller import controlling, set_scorer
@@ -84,8 +83,8 @@ def test_an_environment_speaks_between_the_turns(tmp_path: Path) -> None:
         fake.ids = follow([[5, CALL], [6, 6, CALL], [8, STOP]])
         async with talking(tmp_path, fake, partner, settings=one_prompt(CALCULATOR)) as controller:
             set_scorer(controller, lambda problem, text, reason: judged.append((text, reason)) or 1.0)
-            batch = await controller.rollout(1)
-            row = read_ref(batch["samples"][0])
+            batch = await controller.rollout(RolloutRequest(step=1))
+            row = batch.samples[0]
             sample = build_samples([row], [1.0], controller._store)[0]
             check_accounting(batch, controller, fake)
         # Ids are appended: each request starts from exactly what was there, and what the environment said.
@@ -101,8 +100,8 @@ def test_an_environment_speaks_between_the_turns(tmp_path: Path) -> None:
         assert sample.loss_mask.tolist() == [False] + [True] * 2 + [False] * 2 + [True] * 3 + [False] * 2 + [True] * 2
         assert sample.rollout_logprobs.tolist() == [0.0, -0.5, -0.5, 0, 0, -0.5, -0.5, -0.5, 0, 0, -0.5, -0.5]
         assert judged == [("8", "stop")] * 3, "the model is judged by what it says last"
-        assert batch["tokens"] == 3 * 7 and batch["measures"]["tool_calls"] == 2.0
-        assert batch["measures"]["masked_tokens"] == pytest.approx(4 / 11)
+        assert batch.tokens == 3 * 7 and batch.measures["tool_calls"] == 2.0
+        assert batch.measures["masked_tokens"] == pytest.approx(4 / 11)
 
     asyncio.run(run())
 
@@ -125,12 +124,12 @@ def test_what_cuts_a_conversation(
         fake, partner = FakeServer(), Partner()
         fake.ids, partner.fault, partner.says = follow(turns), fault, lambda action: says
         async with talking(tmp_path, fake, partner, settings=one_prompt(CALCULATOR)) as controller:
-            batch = await controller.rollout(1)
+            batch = await controller.rollout(RolloutRequest(step=1))
             check_accounting(batch, controller, fake)
-        for row in batch["samples"]:
-            spans = [(span["start"], span["end"]) for span in row["masked"]]
-            assert (row["stop_reason"], row["answer_length"], spans) == ("length", length, masked)
-        assert batch["accounting"]["unscored"] == ({fault: 3} if fault else {})
+        for row in batch.samples:
+            spans = [(span.start, span.end) for span in row.masked]
+            assert (row.stop_reason, row.answer_length, spans) == ("length", length, masked)
+        assert batch.unscored == ({fault: 3} if fault else {})
 
     asyncio.run(run())
 
@@ -143,7 +142,7 @@ def test_a_conversation_goes_on_where_a_checkpoint_caught_it(tmp_path: Path) -> 
         async with talking(tmp_path / "samples", fake, partner, settings=one_prompt(CALCULATOR)) as controller:
             await controller.buffer._admit()  # not taking: nothing is begun
             fake.hang = True
-            taking = asyncio.create_task(controller.rollout(1))
+            taking = asyncio.create_task(controller.rollout(RolloutRequest(step=1)))
             while len(fake.bodies) < 3:
                 await asyncio.sleep(0.01)
             called, answered, ended = controller.buffer.groups[0].generations
@@ -152,21 +151,21 @@ def test_a_conversation_goes_on_where_a_checkpoint_caught_it(tmp_path: Path) -> 
             answered.put_in([35, 35], "observation")
             answered.state = 1
             ended.extend([5, STOP], [-0.5] * 2, 0)
-            state = json.loads(json.dumps(await controller.state()))
+            state = ControllerState.from_json((await controller.state(Empty())).to_json())
             taking.cancel()
         fake = FakeServer()
         fake.ids = lambda body: [6, CALL] if body["request_id"].startswith("0-1-1") else [8, STOP]
         async with talking(tmp_path / "samples", fake, partner, settings=one_prompt(CALCULATOR)) as controller:
             await controller.restore(state)
-            batch = await controller.rollout(1)
-            ids = [controller._store.read(read_ref(row))[0].tolist() for row in batch["samples"]]
+            batch = await controller.rollout(RolloutRequest(step=1))
+            ids = [controller._store.read(row)[0].tolist() for row in batch.samples]
         assert ids == [
             [1, 5, CALL, 35, 35, 8, STOP],
             [1, 5, CALL, 35, 35, 6, CALL, 36, 36, 8, STOP],
             [1, 5, STOP],
         ]
         assert partner.heard == [(None, [5, CALL]), (1, [6, CALL])]
-        assert [len(row["masked"]) for row in batch["samples"]] == [1, 2, 0]
+        assert [len(row.masked) for row in batch.samples] == [1, 2, 0]
         assert {body["request_id"][:3] for body in fake.bodies} == {"0-0", "0-1"}
 
     asyncio.run(run())
@@ -205,16 +204,16 @@ def test_thinking_is_closed_at_its_budget(
         settings = one_prompt(thinking={"budget": budget})
         thinking = replace(CLOSING, budget=budget)
         async with talking(tmp_path, fake, thinking=thinking, settings=settings) as controller:
-            batch = await controller.rollout(1)
+            batch = await controller.rollout(RolloutRequest(step=1))
             check_accounting(batch, controller, fake)
-            ref = read_ref(batch["samples"][0])
+            ref = batch.samples[0]
             stored, start, logprobs = controller._store.read(ref)
         assert stored[start:].tolist() == ids
         assert [(span.start, span.end) for span in ref.masked] == masked
         assert all(span.why == "closing" for span in ref.masked)
         put_in = {place for start, end in masked for place in range(start, end)}
         assert [place for place, value in enumerate(logprobs) if value == 0] == sorted(put_in)
-        assert batch["measures"]["thinking_closed"] == len(masked)
+        assert batch.measures["thinking_closed"] == len(masked)
         assert fake.bodies[0]["sampling_params"]["max_tokens"] == budget, "the budget ends the first request"
 
     asyncio.run(run())
@@ -239,25 +238,27 @@ def test_every_answer_has_the_limit_of_the_step_that_began_it(tmp_path: Path) ->
         settings = recipe(prompts=2, length_stages=stages, max_staleness=1, over_provision=0.5)
         fake.gate = 3
         async with controlling(tmp_path / "samples", fake, recipe=settings) as controller:
-            taking = asyncio.create_task(controller.rollout(1))
+            taking = asyncio.create_task(controller.rollout(RolloutRequest(step=1)))
             while len(fake.bodies) < 8:
                 await asyncio.sleep(0.01)
-            state = json.loads(json.dumps(await controller.state()))
+            state = ControllerState.from_json((await controller.state(Empty())).to_json())
             fake.gate = 99
             first = await taking
             set_version(controller, 1, fake)
-            second = await controller.rollout(2)
-            assert (await controller.evaluate(1, 1, 0.0))["mean_length"] == 12, "evaluations compare over the steps"
-        assert {row["answer_length"] for row in first["samples"]} == {4}
-        assert all(row["limit"] == row["answer_length"] for row in [*first["samples"], *second["samples"]])
-        lengths = {row["prompt_index"]: row["answer_length"] for row in second["samples"]}
+            second = await controller.rollout(RolloutRequest(step=2))
+            assert (
+                await controller.evaluate(EvaluationRequest(problems=1, answers=1, temperature=0.0))
+            ).mean_length == 12, "evaluations compare over the steps"
+        assert {row.answer_length for row in first.samples} == {4}
+        assert all(row.limit == row.answer_length for row in [*first.samples, *second.samples])
+        lengths = {row.prompt_index: row.answer_length for row in second.samples}
         assert lengths.pop(2) == 4 and set(lengths.values()) == {6}, "prompt 2 was begun in the first stage"
-        assert (first["measures"]["answer_limit"], second["measures"]["answer_limit"]) == (4, 6)
+        assert (first.measures["answer_limit"], second.measures["answer_limit"]) == (4, 6)
         async with controlling(tmp_path / "samples", fake, recipe=settings) as controller:
             await controller.restore(state)
             set_version(controller, 1, fake)
-            again = await controller.rollout(2)
-        assert {row["answer_length"] for row in again["samples"]} == {4}, "the limit is carried with the answer"
+            again = await controller.rollout(RolloutRequest(step=2))
+        assert {row.answer_length for row in again.samples} == {4}, "the limit is carried with the answer"
 
     asyncio.run(run())
 
@@ -270,12 +271,12 @@ def test_an_answer_that_repeats_itself_is_halted_and_counted(tmp_path: Path) -> 
         async with controlling(tmp_path, fake, recipe=settings) as controller:
             reasons: list[str] = []
             set_scorer(controller, lambda problem, text, reason: reasons.append(reason) or 1.0)
-            batch = await controller.rollout(1)
+            batch = await controller.rollout(RolloutRequest(step=1))
             check_accounting(batch, controller, fake)
         wanted = {"max_pattern_size": 5, "min_count": 4}
         assert fake.bodies[0]["sampling_params"]["repetition_detection"] == wanted
-        assert reasons == ["repetition"] * 3 and batch["measures"]["halted"] == 1.0
-        assert batch["measures"]["truncated"] == 0.0
+        assert reasons == ["repetition"] * 3 and batch.measures["halted"] == 1.0
+        assert batch.measures["truncated"] == 0.0
 
     asyncio.run(run())
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import pytest
 
-from gspo_megatron.controller.generation import Generation, Sampling, answer_seed
+from gspo_megatron.controller.generation import Generation, Sampling, response_seed
 from gspo_megatron.controller.server_admin import ServerError
-from gspo_megatron.controller.server_client import ServerClient, read_segments
+from gspo_megatron.controller.server_client import ServerClient
+from gspo_megatron.controller.vllm_format import FormatError, GenerationChunk, read_chunk
 from gspo_megatron.types import Segment, StopReason
 from tests.unit.controller.fakes import CONTEXT, KEY, VOCAB, FakeServer, make_prompt, serving
 
@@ -28,7 +30,7 @@ def test_a_request_says_everything_that_decides_the_answer() -> None:
         fake = FakeServer()
         async with serving(fake) as [client]:
             generation = Generation(make_prompt(5), 2)
-            answer = generation.answer(await client.generate(generation, SAMPLED, version))
+            answer = generation.response(await client.generate(generation, SAMPLED, version))
         assert fake.bodies[0]["token_ids"] == [1, 2, 3]
         assert fake.bodies[0]["sampling_params"] == {
             "n": 1,
@@ -39,7 +41,7 @@ def test_a_request_says_everything_that_decides_the_answer() -> None:
             "stop_token_ids": [0, 9],
             "ignore_eos": True,
             "detokenize": False,
-            "seed": answer_seed(3, 5, 2, 0),
+            "seed": response_seed(3, 5, 2, 0),
             "logprobs": 0,
         }
         assert (answer.prompt_index, answer.sample_index, answer.stop_reason) == (5, 2, "length")
@@ -50,15 +52,20 @@ def test_a_request_says_everything_that_decides_the_answer() -> None:
 
 
 def test_seeds_differ_between_runs_prompts_samples_and_segments() -> None:
-    seeds = {answer_seed(a, b, c, d) for a in (0, 1) for b in (-1, 0, 11) for c in (0, 1, 2) for d in (0, 1)}
+    seeds = {response_seed(a, b, c, d) for a in (0, 1) for b in (-1, 0, 11) for c in (0, 1, 2) for d in (0, 1)}
     assert len(seeds) == 36
     assert all(0 <= seed < 2**63 for seed in seeds), "vLLM's seeds are signed 64-bit numbers"
-    assert answer_seed(0, 1, 2, 0) == answer_seed(0, 1, 2, 0)
+    assert response_seed(0, 1, 2, 0) == response_seed(0, 1, 2, 0)
 
 
-def test_version_spans_become_segments() -> None:
+def test_a_chunk_of_vllms_stream_becomes_typed_values() -> None:
     spans = [{"version": "3", "start": 0, "end": 224}, {"version": "4", "start": 224, "end": 1000}]
-    assert read_segments(spans) == (Segment(3, 0, 224), Segment(4, 224, 1000))
+    choice = {"token_ids": [7], "logprobs": {"content": [{"logprob": -0.25}]}, "finish_reason": "stop"}
+    line = b"data: " + json.dumps({"choices": [{**choice, "weight_versions": spans}]}).encode()
+    assert read_chunk(line) == GenerationChunk((7,), (-0.25,), "stop", (Segment(3, 0, 224), Segment(4, 224, 1000)))
+    assert read_chunk(b"data: [DONE]") is None and read_chunk(b"\n") is None
+    with pytest.raises(FormatError, match="KeyError: 'choices'"):
+        read_chunk(b'data: {"error": "the engine is dead"}')
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ from gspo_megatron.config.schema import Recipe, WeightUpdateSection
 from gspo_megatron.controller.servers import Refused, ServerSet
 from gspo_megatron.controller.weight_update import WeightUpdater
 from gspo_megatron.transport.identity import Identity, hash_vocabulary, read_run_id
+from gspo_megatron.transport.messages import ServerIdentity
+from gspo_megatron.transport.update_messages import UpdateRequest
 from tests.unit.controller.fakes import FakeServer, serving
 from tests.unit.controller.test_controller import ARCHITECTURE
 from tests.unit.controller.test_weight_update import TERMS, NoStore
@@ -28,12 +30,13 @@ def identity(**architecture: Any) -> Identity:
     return Identity("run-1", "00ff", Architecture.model_validate(ARCHITECTURE | architecture), "bfloat16", 64)
 
 
-def report(directory: Path, own: Identity, **changes: Any) -> dict[str, Any]:
+def report(directory: Path, own: Identity, **changes: Any) -> ServerIdentity:
     """What a server says that was started from this identity's own config.json, as transformers reads it."""
     config = own.architecture.to_hugging_face(own.dtype) | changes.pop("config", {})
     (directory / "config.json").write_text(json.dumps(config))
-    read = json.loads(AutoConfig.from_pretrained(directory).to_json_string(use_diff=False))
-    return {"run": "run-1", "tokenizer": "00ff", "config": read, "dtype": "bfloat16", "context": 64, **changes}
+    read = AutoConfig.from_pretrained(directory).to_json_string(use_diff=False)
+    usual = ServerIdentity(run="run-1", tokenizer="00ff", config=read, dtype="bfloat16", context=64)
+    return usual.model_copy(update=changes)
 
 
 @pytest.mark.parametrize("architecture", [{}, {"rope_scaling": YARN}, DENSE, {"tie_word_embeddings": True}])
@@ -73,15 +76,15 @@ async def test_a_server_that_changed_hands_gets_neither_a_pause_nor_a_weight(tmp
     kept.identity = lost.identity = report(tmp_path, own)
     async with serving(kept, lost) as clients:
         updater = WeightUpdater(ServerSet(clients, own), WeightUpdateSection(), "127.0.0.1", sleeps=False)
-        updater._store = NoStore()
+        updater._store = NoStore()  # type: ignore[assignment]
         await updater._servers.wait_healthy(HANG)
         lost.identity = report(tmp_path, own, run="run-2")
-        ticket = await updater.begin(0, TERMS)
-        assert len(ticket["servers"]) == 1 and "/pause" in kept.calls and "/pause" not in lost.calls
+        ticket = await updater.begin(UpdateRequest(version=0, terms=TERMS))
+        assert len(ticket.servers) == 1 and "/pause" in kept.calls and "/pause" not in lost.calls
         assert "belongs to run run-2, this is run run-1" in updater._servers.faults()[lost.url]
         kept.identity = lost.identity
         with pytest.raises(Refused, match=r"no server is left: .* belongs to run run-2"):
-            await updater.begin(1, TERMS)
+            await updater.begin(UpdateRequest(version=1, terms=TERMS))
 
 
 async def test_a_foreign_server_ends_the_start_with_its_sentence(tmp_path: Path) -> None:
