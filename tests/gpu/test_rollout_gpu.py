@@ -89,8 +89,8 @@ def test_a_server_gives_its_memory_up_and_serves_handed_over_weights(
             assert used() < LEFT
         sender.close()
     finally:
-        controller.close()
-        thread.stop()
+        client.close()
+        controller.stop()
 
 
 def test_a_run_on_one_shared_gpu(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ def become_controller() -> None:
     from gspo_megatron.controller.controller import Controller
     from gspo_megatron.controller.generation import Generation, Sampling
     from gspo_megatron.controller.server_client import ServerClient
+    from gspo_megatron.transport.messages import Empty, RolloutRequest
 
     rolling_out, held = asyncio.Event(), asyncio.Event()
     generate, rollout, state = ServerClient.generate, Controller.rollout, Controller.state
@@ -44,19 +45,19 @@ def become_controller() -> None:
                 await asyncio.sleep(0.01)
         return await generate(client, generation, sampling, version)
 
-    async def roll_out(controller: Any, step: int) -> Any:
-        if step == STOP_STEP:
+    async def roll_out(controller: Any, request: RolloutRequest) -> Any:
+        if request.step == STOP_STEP:
             os.kill(os.getppid(), signal.SIGUSR1)
         rolling_out.set()
         try:
-            return await rollout(controller, step)
+            return await rollout(controller, request)
         finally:
             rolling_out.clear()
             held.clear()
 
-    async def save(controller: Any) -> Any:
+    async def save(controller: Any, request: Empty) -> Any:
         await held.wait()
-        return await state(controller)
+        return await state(controller, request)
 
     for owner, name, method in (
         (ServerClient, "generate", generate_in_parts), (Controller, "rollout", roll_out), (Controller, "state", save),

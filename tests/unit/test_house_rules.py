@@ -165,6 +165,17 @@ def test_what_a_launcher_needs_never_names_torch() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_test_modules_do_not_import_from_each_other() -> None:
+    """What several of them use stands in a module named after it."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line}: {module}"
+        for path in sources("tests")
+        for line, module in imports_of(path)
+        if module.startswith("tests.") and any(part.startswith("test_") for part in module.split(".")[:-1])
+    ]
+    assert not wrong, "move what they share into a module of its own:\n" + "\n".join(wrong)
+
+
 @pytest.mark.parametrize("package", ["config", "plan"])
 def test_it_imports_in_a_second_without_torch(package: str) -> None:
     """What neither a source line nor a dependency's import may bring in, seen in a fresh process."""

@@ -37,6 +37,7 @@ class FakeServer:
         self.calls: list[str] = []
         self.bodies: list[dict[str, Any]] = []
         self.hang = False
+        self.tokens_a_look = 0
         """While true, generation waits."""
         self.tokens = 0
         """Sampled so far, by all requests."""
@@ -68,6 +69,7 @@ class FakeServer:
         if path == "/inference/v1/generate":
             return await self._generate(request, await request.json())
         if path == "/metrics":
+            self.tokens += self.tokens_a_look
             return web.Response(
                 text=f'vllm:generation_tokens_total{{engine="0",model_name="policy"}} {self.tokens}.0\n'
             )

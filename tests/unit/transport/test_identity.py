@@ -17,9 +17,9 @@ from gspo_megatron.controller.weight_update import WeightUpdater
 from gspo_megatron.transport.identity import Identity, hash_vocabulary, read_run_id
 from gspo_megatron.transport.messages import ServerIdentity
 from gspo_megatron.transport.update_messages import UpdateRequest
+from tests.unit.controller.controllers import ARCHITECTURE
 from tests.unit.controller.fakes import FakeServer, serving
-from tests.unit.controller.test_controller import ARCHITECTURE
-from tests.unit.controller.test_weight_update import TERMS, NoStore
+from tests.unit.controller.weight_terms import TERMS, NoStore
 from tests.waiting import HANG
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
