@@ -1,4 +1,4 @@
-"""The controller: prompts to scored, stored, versioned answers, and the weight update.
+"""The controller: prompts to scored, stored, versioned responses, and the weight update.
 
 The group buffer decides what is started when and which groups make a batch; the scheduler, which server samples what.
 """
@@ -44,12 +44,12 @@ NUM_EXAMPLES = 3
 RECEIVED_TOKENS = "received_tokens"
 """File of the sample store."""
 KEPT_STATES = 3
-"""Checkpoints whose unfinished answers are kept; the trainer keeps fewer."""
+"""Checkpoints of which unfinished responses are kept; the trainer keeps fewer."""
 NO_WEIGHTS = "no server has weights yet; send them with /weights/begin and /weights/finish first"
 
 
 class Prompts(Protocol):
-    """What the controller asks of a prompt stream."""
+    """What the controller needs of a prompt stream."""
 
     skipped: Counter[str]
 
@@ -60,7 +60,7 @@ class Prompts(Protocol):
 
 
 class TextDecoder(Protocol):
-    """What the controller asks of a tokenizer."""
+    """What the controller needs of a tokenizer."""
 
     @property
     def stop_ids(self) -> tuple[int, ...]: ...
@@ -69,7 +69,7 @@ class TextDecoder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """An answer with its text and score."""
+    """A response with its text and score."""
 
     question: str
     response: Response
@@ -99,13 +99,13 @@ class Controller:
             recipe: the run.
             servers: all servers of the run.
             prompts: where its prompts come from.
-            tokenizer: turns answers into text for the scorer.
+            tokenizer: turns responses into text for the scorer.
             scoring: scores them.
             store: keeps them.
             host: this controller's address as the trainer and the servers reach it.
-            overlaps: the servers have devices of their own and go on while the trainer works.
+            overlaps: the servers have devices of their own and continue while the trainer works.
             sleeps: servers and trainer take turns on the same devices.
-            thinking: limit of the thinking within an answer.
+            thinking: limit of the thinking within a response.
             environment: the environment that replies between turns.
         """
         self.recipe = recipe
@@ -153,7 +153,7 @@ class Controller:
         self._phase = "idle"
 
     async def close(self) -> None:
-        """End what this controller started: answers under way, connections and scoring processes."""
+        """End what this controller started: generations in flight, connections and scoring processes."""
         await self.buffer.close()
         await self.servers.close()
         self._scoring.close()
@@ -268,7 +268,7 @@ class Controller:
         return await self._score(generation, await self.scheduler.complete(generation, sampling, URGENT))
 
     async def _score_and_store(self, generation: Generation, reason: StopReason) -> SampleRef:
-        """Score and store one answer to a training prompt."""
+        """Score and store one response to a training prompt."""
         scored = await self._score(generation, reason)
         return await asyncio.to_thread(self._store.write, generation.prompt, scored.response, scored.reward)
 
@@ -278,7 +278,7 @@ class Controller:
         if ids and ids[-1] in self._tokenizer.stop_ids:
             del ids[-1]
         text = self._tokenizer.decode(ids)
-        # What an environment said is not the model's answer; what it made of it is.
+        # An observation is not the model's response; only the last turn is scored.
         scored_text = self._tokenizer.decode(ids[generation.turn_start :]) if generation.calls else text
         verdict = await asyncio.wrap_future(self._scoring.submit(generation.prompt.problem, scored_text, reason))
         if isinstance(verdict, str):
@@ -289,6 +289,6 @@ class Controller:
         return Scored(generation.prompt.problem.question, response, text, verdict)
 
     def _give_up(self, generation: Generation, why: str) -> None:
-        """Count an answer that scores 0 because a process of ours could not deal with it."""
+        """Count a response that scores 0 because its scorer or environment failed."""
         self._unscored[why] += 1
         log.warning("prompt %d, sample %d scores 0: %s", generation.prompt.index, generation.sample_index, why)

@@ -91,12 +91,12 @@ class ServerAdmin:
         await self.call("POST", "/resume", timeout=CONTROL_SECONDS)
 
     async def is_paused(self) -> bool:
-        """Whether the engine stands still."""
+        """Whether the engine is paused."""
         with self._reading("/is_paused"):
             return vllm_format.read_is_paused(await self.call("GET", "/is_paused", timeout=CONTROL_SECONDS))
 
     async def sleep(self) -> None:
-        """Give up the memory of weights and KV; both are lost. Only an idle server may be asked."""
+        """Give up the memory of weights and KV; both are lost. Only for an idle server."""
         await self.call("POST", "/sleep?level=2", timeout=CONTROL_SECONDS)
 
     async def wake(self, what: Literal["weights", "kv_cache"]) -> None:

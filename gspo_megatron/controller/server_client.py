@@ -56,15 +56,15 @@ class ServerClient(ServerAdmin):
     async def generate(
         self, generation: Generation, sampling: Sampling, version: Callable[[], int | None]
     ) -> StopReason:
-        """Sample the rest of an answer into its draft, as it arrives.
+        """Sample the rest of a response into its generation, as it arrives.
 
         Args:
-            draft: what is there so far; keeps all that came when this raises or is interrupted.
+            generation: what is there so far; keeps all that was received when this raises or is interrupted.
             sampling: how.
-            version: what the servers hold at this moment; None while an update is under way.
+            version: what the servers hold at this moment; None while an update is in flight.
 
         Raises:
-            ServerError: the server died. Tokens that came during an unfinished update are gone from the draft.
+            ServerError: the server died. Tokens received during an unfinished update are removed.
             ValueError: the server must not see this prompt.
         """
         start, left = len(generation), sampling.max_tokens - len(generation)
@@ -127,7 +127,7 @@ class ServerClient(ServerAdmin):
             self._readers.discard(reader)
 
     async def interrupt(self) -> None:
-        """End all answers under way where they are; their drafts keep what was sampled."""
+        """Interrupt all generations in flight; they keep what was sampled."""
         clock = asyncio.get_running_loop().time
         deadline = clock() + CONTROL_SECONDS
         while True:
@@ -140,7 +140,7 @@ class ServerClient(ServerAdmin):
                 return
             # A request that was on its way came in after the abort and was held: it needs another one.
             if clock() > deadline:
-                raise ServerError(f"server {self.url} holds {len(self._readers)} answers that it was told to end")
+                raise ServerError(f"server {self.url} holds {len(self._readers)} requests that it was told to end")
 
     async def generated_tokens(self) -> int:
         """Tokens generated since the server started."""

@@ -133,7 +133,7 @@ def read_version(body: bytes) -> str:
 
 
 def read_is_paused(body: bytes) -> bool:
-    """Whether the engine stands still."""
+    """Whether the engine is paused."""
     return bool(_read_field(body, "is_paused"))
 
 

@@ -108,7 +108,7 @@ class ShardTransferEngine(WeightTransferEngine[JoinInfo, ReceiveInfo]):
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: ReceiveInfo) -> None:
-        """Receive all parameters; what goes wrong stands in the report.
+        """Receive all parameters; what goes wrong is in the report.
 
         It is not raised: vLLM gives up a call to all workers at the first one that fails and takes the answers of the
         others for those to its next call (vllm 0.32).

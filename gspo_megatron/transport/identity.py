@@ -90,7 +90,7 @@ def identity_of(recipe: Recipe, run_dir: Path) -> Identity:
 
 
 def read_run_id(run_dir: Path) -> str:
-    """The id of the run in this directory; whichever role asks first makes it."""
+    """The id of the run in this directory; the first role that needs it makes it."""
     file, mine = run_dir / RUN_FILE, run_dir / f".{RUN_FILE}.{secrets.token_hex(4)}"
     if not file.is_file():
         mine.write_text(secrets.token_hex(8))

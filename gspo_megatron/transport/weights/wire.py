@@ -78,7 +78,7 @@ class BufferTransfer:
 
 
 class Wire:
-    """A process group beside torch.distributed's default one, whose state it never touches; it carries rounds."""
+    """A process group of its own, which leaves torch.distributed's default group alone; it carries rounds."""
 
     def __init__(self, ticket: UpdateTicket, store: PrefixStore, device: torch.device, rank: int, world: int) -> None:
         """Join; returns when everybody has."""
@@ -168,7 +168,7 @@ class ReceiveChannel(Protocol):
     """What this worker receives, by round."""
 
     def arrivals(self) -> Iterator[tuple[Message, Tensor]]:
-        """Every message of an update with its values, which are only there until the next one is asked for."""
+        """Every message of an update with its values, which are only there until the next one is requested."""
         ...
 
     def close(self) -> None:
