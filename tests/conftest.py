@@ -13,7 +13,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        reason = why_not(item, slow=config.getoption("--slow"))
+        reason = why_not(item, slow=bool(config.getoption("--slow")))
         if reason:
             item.add_marker(pytest.mark.skip(reason=reason))
 

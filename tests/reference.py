@@ -240,9 +240,10 @@ def gradients(
     ]
     value = objective(moved)
     used = [leaf for leaf in leaves if leaf.numel()]
-    found = torch.autograd.grad(value, used, allow_unused=True) if value.requires_grad else [None] * len(used)
-    grads = {id(leaf): grad for leaf, grad in zip(used, found, strict=True)}
-    return value.item(), [leaf * 0 if grads.get(id(leaf)) is None else grads[id(leaf)] for leaf in leaves]
+    found = torch.autograd.grad(value, used, allow_unused=True) if value.requires_grad else ()
+    # An unused leaf has no gradient, whatever the annotation says.
+    grads: dict[int, Tensor | None] = {id(leaf): grad for leaf, grad in zip(used, found, strict=False)}
+    return float(value), [leaf * 0 if (grad := grads.get(id(leaf))) is None else grad for leaf in leaves]
 
 
 # --- the mismatch between sampler and trainer ----------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import torch
 
@@ -12,6 +11,7 @@ from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.models.hf_table import hf_shapes, local_parameters
 from gspo_megatron.models.qwen3.architecture import Qwen3Architecture
 from gspo_megatron.parallel import Layout
+from gspo_megatron.transport.update_messages import UpdateTicket
 from gspo_megatron.transport.weights.checksum import MASK
 from gspo_megatron.transport.weights.sender import WeightSender, first_cause
 from gspo_megatron.transport.weights.wire import TransferError
@@ -61,7 +61,7 @@ class TrainerRanks:
     def __init__(self, world: int) -> None:
         self.senders = [WeightSender(CPU, shares=False) for _ in range(world)]
 
-    def send(self, ticket: dict[str, Any], shards: Sequence[Mapping[str, torch.Tensor]]) -> list[int]:
+    def send(self, ticket: UpdateTicket, shards: Sequence[Mapping[str, torch.Tensor]]) -> list[int]:
         """One transfer from all ranks; what every worker must have received. Raises TransferError with the cause."""
         with ThreadPoolExecutor(len(shards)) as pool:
             found = list(pool.map(self._send, range(len(shards)), [ticket] * len(shards), shards))
@@ -72,7 +72,7 @@ class TrainerRanks:
             raise TransferError(first_cause(faults))
         return [sum(column) & MASK for column in zip(*found, strict=True)]
 
-    def _send(self, rank: int, ticket: dict[str, Any], shard: Mapping[str, torch.Tensor]) -> list[int] | TransferError:
+    def _send(self, rank: int, ticket: UpdateTicket, shard: Mapping[str, torch.Tensor]) -> list[int] | TransferError:
         try:
             return self.senders[rank].send(ticket, rank, shard)
         except TransferError as error:

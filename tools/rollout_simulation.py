@@ -132,11 +132,11 @@ async def _run(scenario: Scenario, recipe: Recipe, pool_class: type[GroupBuffer]
         chosen, scheduler, draw, score, lambda ref: None, sampling, current, scenario.overlaps, Unwritten()
     )
     loop = asyncio.get_running_loop()
-    marks, lags, started, before = [], [], 0.0, pool.accounting.report(())
+    marks, lags, started, before = [], [], 0.0, pool.ledger.report(())
     for step in range(scenario.steps):
         if step == scenario.warmup:
             started = loop.time()
-            before = pool.accounting.report(())
+            before = pool.ledger.report(())
         refs = []
         for _ in range(scenario.pieces):
             refs += [ref for group in await pool.take() for ref in group.members]
@@ -153,8 +153,10 @@ async def _run(scenario: Scenario, recipe: Recipe, pool_class: type[GroupBuffer]
             server.resume()
         scheduler.proceed()
     seconds = loop.time() - started
-    after = pool.accounting.report(())
-    dropped = sum(c["tokens"] for c in after["dropped"].values()) - sum(c["tokens"] for c in before["dropped"].values())
+    after = pool.ledger.report(())
+    dropped = sum(count.tokens for count in after.dropped.values()) - sum(
+        count.tokens for count in before.dropped.values()
+    )
     await pool.close()
     counted = len(marks)
     total = sum(count for _, count in lags)

@@ -108,7 +108,7 @@ class StreamingPool(GroupBuffer):
 
     async def _admit(self) -> None:
         version = self._version()
-        consumed = self.accounting.taken["prompts"]
+        consumed = self.ledger.taken["prompts"]
         allowed = 4 * self._size * ((version or 0) + 1 + self.share) - consumed
         async with self.admitting:
             missing = math.ceil(allowed) - len(self.groups)

@@ -1,10 +1,11 @@
-"""The controller's HTTP face. JSON in and out; every path but `/health` asks for the job key."""
+"""The controller's HTTP service: a table of routes and handlers. Every path but `/health` needs the job key."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
@@ -12,14 +13,49 @@ from aiohttp import web
 from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.controller.controller import Controller
 from gspo_megatron.controller.servers import Refused
+from gspo_megatron.transport import routes
 from gspo_megatron.transport.auth import OPEN_PATH, REFUSAL, has_key, is_of_job
+from gspo_megatron.transport.messages import Empty, ErrorReply
+from gspo_megatron.transport.routes import Route
+from gspo_megatron.transport.wire_message import MessageError, WireMessage
 
 MAX_BODY = 1 << 30
-"""The state of a checkpoint names every group under way with its prompt: some MB, beyond aiohttp's default of 1."""
+"""Bytes. The state of a checkpoint names every group in flight with its prompt: some MB; aiohttp's default is 1 MB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint[Request: WireMessage, Response: WireMessage]:
+    """A route with what answers it."""
+
+    route: Route[Request, Response]
+    handler: Callable[[Request], Awaitable[Response]]
+    alone: bool = True
+    """Whether it is refused while another such operation runs."""
+
+
+def endpoints(controller: Controller) -> tuple[Endpoint[Any, Any], ...]:
+    """Every route of the service with its handler."""
+    updater = controller.updater
+    return (
+        Endpoint(routes.HEALTH, answer_health, alone=False),
+        Endpoint(routes.STATUS, controller.status, alone=False),
+        Endpoint(routes.READ_STATE, controller.state, alone=False),
+        Endpoint(routes.RESTORE_STATE, controller.restore),
+        Endpoint(routes.ROLLOUT, controller.rollout),
+        Endpoint(routes.EVALUATE, controller.evaluate),
+        Endpoint(routes.SLEEP, updater.sleep),
+        Endpoint(routes.BEGIN_UPDATE, updater.begin),
+        Endpoint(routes.FINISH_UPDATE, updater.finish),
+    )
+
+
+async def answer_health(request: Empty) -> Empty:
+    """Say that the controller's process listens."""
+    return request
 
 
 class Service:
-    """Routes, one operation at a time."""
+    """The endpoints of one controller as an aiohttp application."""
 
     def __init__(self, controller: Controller, key: str) -> None:
         self.controller = controller
@@ -29,19 +65,8 @@ class Service:
     def application(self) -> web.Application:
         """The aiohttp application; the controller starts with it."""
         app = web.Application(middlewares=[self._guard], client_max_size=MAX_BODY)
-        app.add_routes(
-            [
-                web.get(OPEN_PATH, self._health),
-                web.get("/status", self._status),
-                web.get("/state", self._state),
-                web.post("/state", self._operate(self._restore)),
-                web.post("/rollout", self._operate(lambda body: self.controller.rollout(int(body["step"])))),
-                web.post("/evaluate", self._operate(self._evaluate)),
-                web.post("/sleep", self._operate(self._sleep)),
-                web.post("/weights/begin", self._operate(self._begin)),
-                web.post("/weights/finish", self._operate(self._finish)),
-            ]
-        )
+        for endpoint in endpoints(self.controller):
+            app.router.add_route(endpoint.route.method, endpoint.route.path, self._bind(endpoint))
         app.cleanup_ctx.append(self._lifetime)
         return app
 
@@ -50,54 +75,30 @@ class Service:
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         if request.path != OPEN_PATH and not (is_of_job(request.remote) and has_key(request.headers, self._key)):
-            return web.json_response({"error": REFUSAL}, status=401)
+            return refuse(401, REFUSAL)
         return await handler(request)
 
-    def _operate(
-        self, operation: Callable[[dict[str, Any]], Awaitable[Any]]
-    ) -> Callable[[web.Request], Awaitable[web.Response]]:
-        """A handler that runs one operation alone and turns its refusal into a 409 with the sentence."""
+    def _bind(self, endpoint: Endpoint[Any, Any]) -> Callable[[web.Request], Awaitable[web.Response]]:
+        """An aiohttp handler that parses the request, runs one operation alone and sends its response."""
 
         async def handle(request: web.Request) -> web.Response:
-            if self._operation is not None:
-                return web.json_response({"error": f"the controller is busy with {self._operation}"}, status=409)
-            self._operation = request.path
+            if endpoint.alone and self._operation is not None:
+                return refuse(409, f"the controller is busy with {self._operation}")
+            if endpoint.alone:
+                self._operation = request.path
             try:
-                return web.json_response(await operation(await request.json()))
-            except (Refused, RecipeError) as error:
+                body = await request.read() if endpoint.route.method == "POST" else Empty().to_json()
+                response = await endpoint.handler(endpoint.route.request.from_json(body))
+                return web.json_response(text=response.to_json())
+            except (Refused, RecipeError, MessageError) as error:
                 sentence = " ".join(str(error).split())
                 logging.error("%s: %s", request.path, sentence)
-                return web.json_response({"error": sentence}, status=409)
+                return refuse(400 if isinstance(error, MessageError) else 409, sentence)
             finally:
-                self._operation = None
+                if endpoint.alone:
+                    self._operation = None
 
         return handle
-
-    async def _health(self, request: web.Request) -> web.Response:
-        return web.json_response({})
-
-    async def _status(self, request: web.Request) -> web.Response:
-        return web.json_response(self.controller.status())
-
-    async def _state(self, request: web.Request) -> web.Response:
-        return web.json_response(await self.controller.state())
-
-    async def _restore(self, body: dict[str, Any]) -> dict[str, Any]:
-        await self.controller.restore(body)
-        return {}
-
-    async def _evaluate(self, body: dict[str, Any]) -> dict[str, Any]:
-        return await self.controller.evaluate(int(body["problems"]), int(body["answers"]), float(body["temperature"]))
-
-    async def _sleep(self, body: dict[str, Any]) -> dict[str, Any]:
-        await self.controller.sleep()
-        return {}
-
-    async def _begin(self, body: dict[str, Any]) -> dict[str, Any]:
-        return await self.controller.begin_update(int(body["version"]), body["terms"], body["devices"])
-
-    async def _finish(self, body: dict[str, Any]) -> dict[str, Any]:
-        return await self.controller.finish_update(int(body["version"]), body["checksums"], body["probes"])
 
     async def _lifetime(self, app: web.Application) -> AsyncIterator[None]:
         starting = asyncio.create_task(self._start())
@@ -110,3 +111,8 @@ class Service:
             await self.controller.start()
         except Refused as error:
             logging.error("%s", error)
+
+
+def refuse(status: int, sentence: str) -> web.Response:
+    """A response with one sentence."""
+    return web.json_response(text=ErrorReply(error=sentence).to_json(), status=status)

@@ -1,4 +1,4 @@
-"""How far a batch is, and what it says of itself by the metadata of its answers."""
+"""Progress of a rollout or an evaluation, and the metrics of a batch from the metadata of its responses."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.transport.messages import ProgressReport, Staleness
 from gspo_megatron.types import SampleRef
 
 
 @dataclass(slots=True)
 class Progress:
-    """How far the present phase is."""
+    """Progress of the present phase."""
 
     total: int = 0
-    """Answers asked for."""
+    """Responses requested."""
     started: float = 0.0
     """Monotonic clock at the start of the phase."""
     done: int = 0
-    """Answers finished and scored."""
+    """Responses finished and scored."""
     tokens: int = 0
-    """Answer tokens of the finished ones."""
+    """Response tokens of the finished ones."""
 
-    def report(self) -> dict[str, float]:
-        """As JSON, with the seconds so far."""
+    def report(self) -> ProgressReport:
+        """The progress now."""
         seconds = time.monotonic() - self.started if self.total else 0.0
-        done = min(self.done, self.total)
-        return {"done": done, "total": self.total, "tokens": self.tokens, "seconds": seconds}
+        return ProgressReport(done=min(self.done, self.total), total=self.total, tokens=self.tokens, seconds=seconds)
 
 
-def measure_answers(recipe: Recipe, samples: Sequence[SampleRef], step: int) -> dict[str, float]:
-    """Metrics of the answers of one step, those of policies that the recipe does not use left out."""
+def measure_responses(recipe: Recipe, samples: Sequence[SampleRef], step: int) -> dict[str, float]:
+    """Metrics of the responses of one step, without those of rollout policies that the recipe does not use."""
     count, rollout = len(samples), recipe.rollout
     tokens = sum(ref.answer_length for ref in samples)
     spans = [span.why for ref in samples for span in ref.masked]
@@ -52,11 +52,9 @@ def measure_answers(recipe: Recipe, samples: Sequence[SampleRef], step: int) -> 
     return found
 
 
-def measure_staleness(samples: Sequence[SampleRef], version: int) -> dict[str, float]:
-    """How many versions of the weights the tokens of a batch are behind: `mean` over tokens, and `largest`."""
+def measure_staleness(samples: Sequence[SampleRef], version: int) -> Staleness:
+    """How many versions of the weights the tokens of a batch are behind."""
     behind = [(version - span.version, span.end - span.start) for ref in samples for span in ref.segments]
     tokens = sum(count for _, count in behind)
-    return {
-        "mean": sum(lag * count for lag, count in behind) / max(tokens, 1),
-        "largest": max((lag for lag, _ in behind), default=0),
-    }
+    mean = sum(lag * count for lag, count in behind) / max(tokens, 1)
+    return Staleness(mean=mean, largest=max((lag for lag, _ in behind), default=0))

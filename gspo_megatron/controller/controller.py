@@ -1,4 +1,4 @@
-"""The controller: prompts to scored, stored, versioned answers, and the weight update.
+"""The controller: prompts to scored, stored, versioned responses, and the weight update.
 
 The group buffer decides what is started when and which groups make a batch; the scheduler, which server samples what.
 """
@@ -10,11 +10,11 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from gspo_megatron.config.schema import Recipe
-from gspo_megatron.controller.batch_metrics import Progress, measure_answers, measure_staleness
+from gspo_megatron.controller.batch_metrics import Progress, measure_responses, measure_staleness
 from gspo_megatron.controller.environment_pool import EnvironmentPool
 from gspo_megatron.controller.generation import Generation, Sampling
 from gspo_megatron.controller.group_buffer import GroupBuffer
@@ -24,8 +24,19 @@ from gspo_megatron.controller.scheduler import URGENT
 from gspo_megatron.controller.scoring import ScoringPool
 from gspo_megatron.controller.servers import Refused, ServerSet
 from gspo_megatron.controller.state import describe_groups, forget_lost_members, read_groups, store_generations
-from gspo_megatron.controller.weight_update import Probe, WeightUpdater
+from gspo_megatron.controller.weight_update import WeightUpdater
 from gspo_megatron.data.store import SampleStore
+from gspo_megatron.transport.messages import (
+    ControllerState,
+    ControllerStatus,
+    Empty,
+    EvaluationExample,
+    EvaluationReport,
+    EvaluationRequest,
+    RolloutBatch,
+    RolloutRequest,
+    StreamState,
+)
 from gspo_megatron.types import Prompt, Response, SampleRef, StopReason
 
 log = logging.getLogger(__name__)
@@ -33,12 +44,12 @@ NUM_EXAMPLES = 3
 RECEIVED_TOKENS = "received_tokens"
 """File of the sample store."""
 KEPT_STATES = 3
-"""Checkpoints whose unfinished answers are kept; the trainer keeps fewer."""
+"""Checkpoints of which unfinished responses are kept; the trainer keeps fewer."""
 NO_WEIGHTS = "no server has weights yet; send them with /weights/begin and /weights/finish first"
 
 
 class Prompts(Protocol):
-    """What the controller asks of a prompt stream."""
+    """What the controller needs of a prompt stream."""
 
     skipped: Counter[str]
 
@@ -49,7 +60,7 @@ class Prompts(Protocol):
 
 
 class TextDecoder(Protocol):
-    """What the controller asks of a tokenizer."""
+    """What the controller needs of a tokenizer."""
 
     @property
     def stop_ids(self) -> tuple[int, ...]: ...
@@ -58,10 +69,10 @@ class TextDecoder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """An answer with its text and score."""
+    """A response with its text and score."""
 
     question: str
-    answer: Response
+    response: Response
     text: str
     reward: float
 
@@ -88,19 +99,21 @@ class Controller:
             recipe: the run.
             servers: all servers of the run.
             prompts: where its prompts come from.
-            tokenizer: turns answers into text for the scorer.
+            tokenizer: turns responses into text for the scorer.
             scoring: scores them.
             store: keeps them.
             host: this controller's address as the trainer and the servers reach it.
-            overlaps: the servers have devices of their own and go on while the trainer works.
+            overlaps: the servers have devices of their own and continue while the trainer works.
             sleeps: servers and trainer take turns on the same devices.
-            thinking: limit of the thinking within an answer.
+            thinking: limit of the thinking within a response.
             environment: the environment that replies between turns.
         """
         self.recipe = recipe
         self.servers = servers
-        self.updater = WeightUpdater(servers, recipe.weight_update, host, sleeps)
-        self.phase = "waiting for servers"
+        self.updater = WeightUpdater(
+            servers, recipe.weight_update, host, sleeps, on_open=lambda: self.scheduler.proceed()
+        )
+        self._phase = "waiting for servers"
         self._progress = Progress()
         self._prompts = prompts
         self._tokenizer = tokenizer
@@ -132,69 +145,72 @@ class Controller:
                 self.servers.wait_healthy(self.recipe.rollout.start_timeout), self.updater.open_store()
             )
             if self._sleeps:
-                await self.updater.sleep()
+                await self.updater.sleep(Empty())
         except Refused as error:
-            self.phase = f"failed: {error}"
+            self._phase = f"failed: {error}"
             raise
         self.servers.watch()
-        self.phase = "idle"
+        self._phase = "idle"
 
     async def close(self) -> None:
-        """End what this controller started: answers under way, connections and scoring processes."""
+        """End what this controller started: generations in flight, connections and scoring processes."""
         await self.buffer.close()
         await self.servers.close()
         self._scoring.close()
         if self._environment is not None:
             self._environment.processes.close()
 
-    def status(self) -> dict[str, Any]:
-        """Phase, progress, version, and the state of every server."""
-        return {
-            "phase": self.phase,
-            "progress": self._progress.report(),
-            "version": self.updater.version,
-            "servers": self.servers.faults(),
-        }
+    @property
+    def phase(self) -> str:
+        """What the controller is doing, in words; see `ControllerStatus.phase`."""
+        receiving = self.updater.receiving
+        return self._phase if receiving is None else f"receiving weights of version {receiving}"
 
-    async def rollout(self, step: int) -> dict[str, Any]:
-        """One rollout batch: `batch.answers` stored and scored answers to each of `batch.prompts` prompts."""
+    async def status(self, request: Empty) -> ControllerStatus:
+        """Phase, progress, version, and the state of every server."""
+        return ControllerStatus(
+            phase=self.phase,
+            progress=self._progress.report(),
+            version=self.updater.version,
+            servers=self.servers.faults(),
+        )
+
+    async def rollout(self, request: RolloutRequest) -> RolloutBatch:
+        """One rollout batch: `batch.answers` stored and scored responses to each of `batch.prompts` prompts."""
         version = self._need_weights()
         batch, started = self.recipe.batch, time.monotonic()
         self._progress = Progress(batch.prompts * batch.answers, started, *self.buffer.done())
         self._unscored.clear()
-        self.buffer.limit = self.recipe.rollout.answer_limit(step)
+        self.buffer.limit = self.recipe.rollout.answer_limit(request.step)
         groups = await self.buffer.take()
         samples = [ref for group in groups for ref in group.members]
         tokens = sum(ref.trained_length for ref in samples)
         seconds = time.monotonic() - started
-        log.info("step %d: %d answers, %d tokens in %.2f s", step, len(samples), tokens, seconds)
-        accounting = {
-            **self.buffer.accounting.report(self.buffer.groups),
-            "unscored": dict(self._unscored),
-            "skipped_prompts": dict(self._prompts.skipped),
-        }
-        return {
-            "samples": [asdict(ref) for ref in samples],
-            "seconds": seconds,
-            "tokens": tokens,
-            "measures": measure_answers(self.recipe, samples, step),
-            "staleness": measure_staleness(samples, version),
-            "accounting": accounting,
-        }
+        log.info("step %d: %d responses, %d tokens in %.2f s", request.step, len(samples), tokens, seconds)
+        return RolloutBatch(
+            samples=tuple(samples),
+            seconds=seconds,
+            tokens=tokens,
+            measures=measure_responses(self.recipe, samples, request.step),
+            staleness=measure_staleness(samples, version),
+            accounting=self.buffer.ledger.report(self.buffer.groups),
+            unscored=dict(self._unscored),
+            skipped_prompts=dict(self._prompts.skipped),
+        )
 
-    async def evaluate(self, problems: int, answers: int, temperature: float) -> dict[str, Any]:
-        """Score answers to held-out problems; nothing is stored. Training samples wait for their turn meanwhile."""
+    async def evaluate(self, request: EvaluationRequest) -> EvaluationReport:
+        """Score responses to held-out problems; nothing is stored. Training samples wait meanwhile."""
         self._need_weights()
-        prompts = await asyncio.to_thread(self._prompts.held_out, problems)
-        sampling = self._sampling(temperature)
-        self._progress = Progress(len(prompts) * answers, time.monotonic())
+        prompts = await asyncio.to_thread(self._prompts.held_out, request.problems)
+        sampling = self._sampling(request.temperature)
+        self._progress = Progress(len(prompts) * request.answers, time.monotonic())
         self.scheduler.hold(True)
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [
                     group.create_task(self._evaluated(Generation(prompt, sample), sampling))
                     for prompt in prompts
-                    for sample in range(answers)
+                    for sample in range(request.answers)
                 ]
         except ExceptionGroup as faults:
             # The first is the reason; the others are its consequences.
@@ -203,52 +219,40 @@ class Controller:
             self.scheduler.hold(False)
         scored = [task.result() for task in tasks]
         count = len(scored)
-        examples = [{"question": s.question, "answer_text": s.text, "reward": s.reward} for s in scored]
-        return {
-            "accuracy": sum(s.reward >= 1.0 for s in scored) / count,
-            "mean_reward": sum(s.reward for s in scored) / count,
-            "mean_length": sum(len(s.answer.token_ids) for s in scored) / count,
-            "examples": examples[:NUM_EXAMPLES],
-        }
+        return EvaluationReport(
+            accuracy=sum(s.reward >= 1.0 for s in scored) / count,
+            mean_reward=sum(s.reward for s in scored) / count,
+            mean_length=sum(len(s.response.token_ids) for s in scored) / count,
+            examples=tuple(
+                EvaluationExample(question=s.question, answer_text=s.text, reward=s.reward)
+                for s in scored[:NUM_EXAMPLES]
+            ),
+        )
 
-    async def sleep(self) -> None:
-        """See `WeightUpdater.sleep`."""
-        await self.updater.sleep()
-        self.phase = "idle"
-
-    async def begin_update(self, version: int, terms: dict[str, Any], devices: Sequence[str] = ()) -> dict[str, Any]:
-        """See `WeightUpdater.begin`."""
-        self.phase = f"receiving weights of version {version}"
-        return await self.updater.begin(version, terms, devices)
-
-    async def finish_update(self, version: int, checksums: list[int], probes: list[dict[str, Any]]) -> dict[str, Any]:
-        """See `WeightUpdater.finish`."""
-        report = await self.updater.finish(version, checksums, [Probe(**probe) for probe in probes])
-        self.scheduler.proceed()
-        self.phase = "idle"
-        return report
-
-    async def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold of the controller; tokens of unfinished answers go to a store of their own."""
+    async def state(self, request: Empty) -> ControllerState:
+        """What a checkpoint must hold of the controller; a store of its own takes tokens of unfinished generations."""
         async with self.buffer.admitting:
-            rows, answers = describe_groups(self.buffer.groups)
-            accounting = self.buffer.accounting.report(self.buffer.groups)
-            stream = self._prompts.state()
-        name = f"carried-{accounting['taken'].get('prompts', 0):08d}"
-        generations = await asyncio.to_thread(store_generations, answers, self._store.beside(name)) if answers else []
+            groups, responses = describe_groups(self.buffer.groups)
+            accounting = self.buffer.ledger.report(self.buffer.groups)
+            stream = StreamState.model_validate(self._prompts.state())
+        name = f"carried-{accounting.taken.prompts:08d}"
+        stored = await asyncio.to_thread(store_generations, responses, self._store.beside(name)) if responses else []
         self._store.prune("carried-", KEPT_STATES)
-        return {"stream": stream, "groups": rows, "accounting": accounting, "store": name, "drafts": generations}
+        return ControllerState(
+            stream=stream, groups=tuple(groups), accounting=accounting, store=name, generations=tuple(stored)
+        )
 
-    async def restore(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken; what came after it is gone, and counted as dropped."""
-        self._prompts.restore(state["stream"])
-        in_flight = self._store.beside(state["store"]) if state["drafts"] else self._store
-        groups = await asyncio.to_thread(read_groups, state["groups"], state["drafts"], in_flight)
+    async def restore(self, state: ControllerState) -> Empty:
+        """Continue where `state` was taken; what came after it is gone, and counted as dropped."""
+        self._prompts.restore(state.stream.model_dump())
+        unfinished = self._store.beside(state.store) if state.generations else self._store
+        groups = await asyncio.to_thread(read_groups, state.groups, state.generations, unfinished)
         forget_lost_members(groups, self._store)
         known = {group.prompt.index: {ref.path for ref in group.members} for group in groups}
-        started = state["stream"]["index"]
+        started = state.stream.index
         self._store.sweep(lambda index, path: index < started and (index not in known or path in known[index]))
-        self.buffer.restore(groups, state["accounting"])
+        self.buffer.restore(groups, state.accounting)
+        return Empty()
 
     def _need_weights(self) -> int:
         if self.updater.version is None:
@@ -264,27 +268,27 @@ class Controller:
         return await self._score(generation, await self.scheduler.complete(generation, sampling, URGENT))
 
     async def _score_and_store(self, generation: Generation, reason: StopReason) -> SampleRef:
-        """Score and store one answer to a training prompt."""
+        """Score and store one response to a training prompt."""
         scored = await self._score(generation, reason)
-        return await asyncio.to_thread(self._store.write, generation.prompt, scored.answer, scored.reward)
+        return await asyncio.to_thread(self._store.write, generation.prompt, scored.response, scored.reward)
 
     async def _score(self, generation: Generation, reason: StopReason) -> Scored:
-        answer = generation.answer(reason)
+        response = generation.response(reason)
         ids = generation.token_ids.tolist()
         if ids and ids[-1] in self._tokenizer.stop_ids:
             del ids[-1]
         text = self._tokenizer.decode(ids)
-        # What an environment said is not the model's answer; what it made of it is.
-        judged = self._tokenizer.decode(ids[generation.turn_start :]) if generation.calls else text
-        verdict = await asyncio.wrap_future(self._scoring.submit(generation.prompt.problem, judged, reason))
+        # An observation is not the model's response; only the last turn is scored.
+        scored_text = self._tokenizer.decode(ids[generation.turn_start :]) if generation.calls else text
+        verdict = await asyncio.wrap_future(self._scoring.submit(generation.prompt.problem, scored_text, reason))
         if isinstance(verdict, str):
             self._give_up(generation, verdict)
             verdict = 0.0
         self._progress.done += 1
         self._progress.tokens += generation.sampled
-        return Scored(generation.prompt.problem.question, answer, text, verdict)
+        return Scored(generation.prompt.problem.question, response, text, verdict)
 
     def _give_up(self, generation: Generation, why: str) -> None:
-        """Count an answer that scores 0 because a process of ours could not deal with it."""
+        """Count a response that scores 0 because its scorer or environment failed."""
         self._unscored[why] += 1
         log.warning("prompt %d, sample %d scores 0: %s", generation.prompt.index, generation.sample_index, why)

@@ -1,4 +1,4 @@
-"""Answers under way: what was received of them so far, and how one is continued."""
+"""Generations: what was received of a response so far, from which the next request continues."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from gspo_megatron.types import Masked, Prompt, Response, Segment, StopReason
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How answers are drawn."""
+    """How responses are drawn."""
 
     temperature: float
     """0 = greedy."""
     max_tokens: int
-    """Longest answer, stop token included."""
+    """Longest response, stop token included."""
     stop_ids: tuple[int, ...]
-    """Token ids that end an answer."""
+    """Token ids that end a response."""
     seed: int
-    """The run's seed; every part of every answer derives its own from it."""
+    """The run's seed; every part of every response derives its own from it."""
     halt: RepetitionHalt | None = None
-    """When an answer counts as repeating itself; None = never."""
+    """When a response counts as repeating itself; None = never."""
 
 
-def answer_seed(seed: int, prompt_index: int, sample_index: int, part: int) -> int:
-    """Seed of one part of one answer: a continued answer must not replay the random stream of its first part."""
+def response_seed(seed: int, prompt_index: int, sample_index: int, part: int) -> int:
+    """Seed of one part of one response: a continued one must not replay the random stream of its first part."""
     text = f"{seed}/{prompt_index}/{sample_index}/{part}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) >> 1
 
 
 @dataclass(slots=True, eq=False)
 class Generation:
-    """One answer under way. Continued by as many requests as it takes: a lost server or an interruption costs none."""
+    """One response until it is finished. A lost server or an interruption only costs another request."""
 
     prompt: Prompt
     sample_index: int
     token_ids: array[int] = field(default_factory=lambda: array("i"))
     """What there is so far; 100,000 tokens are 0.8 MB with their log-probs."""
     logprobs: array[float] = field(default_factory=lambda: array("f"))
-    """One a token; empty for greedy answers, whose log-probs nobody reads."""
+    """One a token; empty for greedy responses, where no log-probs are read."""
     segments: list[Segment] = field(default_factory=list)
     """Cover the tokens in order."""
     parts: int = 0
@@ -55,13 +55,13 @@ class Generation:
     lost: int = 0
     """Tokens that were sampled and could not be kept."""
     received: Callable[[int], None] = lambda tokens: None
-    """Told how many tokens have come, whenever some have."""
+    """Called with the number of tokens whenever some are received."""
     masked: list[Masked] = field(default_factory=list)
     """Tokens that were put in and not sampled, in order."""
     state: Any = None
     """The environment's, behind the last observation; JSON-able."""
     limit: int | None = None
-    """Longest that this answer may get, of the step it was begun for; None = the sampling's own limit."""
+    """Longest that this response may get, of the step that started it; None = the sampling's own limit."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -73,7 +73,7 @@ class Generation:
 
     @property
     def calls(self) -> int:
-        """Times that an environment answered."""
+        """Times that an environment replied."""
         return sum(span.why == "observation" for span in self.masked)
 
     @property
@@ -100,7 +100,7 @@ class Generation:
         self._cover(Segment(version, start, len(self)))
 
     def put_in(self, token_ids: Sequence[int], why: Literal["observation", "closing"]) -> None:
-        """Append tokens that nobody sampled; they follow a sampled one, whose version they share."""
+        """Append tokens that were not sampled; they take the version of the token before them."""
         start, version = len(self), self.segments[-1].version
         self.extend(token_ids, [0.0] * len(token_ids), version)
         self.masked.append(Masked(start, len(self), why))
@@ -118,7 +118,7 @@ class Generation:
         del self.logprobs[length:]
         self._cut_segments(length)
 
-    def answer(self, stop_reason: StopReason) -> Response:
+    def response(self, stop_reason: StopReason) -> Response:
         """As the sample store takes it."""
         return Response(
             prompt_index=self.prompt.index,
@@ -142,28 +142,3 @@ class Generation:
     def _cut_segments(self, length: int) -> None:
         kept = [replace(span, end=min(span.end, length)) for span in self.segments if span.start < length]
         self.segments[:] = kept
-
-
-def request_body(generation: Generation, sampling: Sampling, left: int) -> dict[str, Any]:
-    """What asks a server for the rest of an answer, of at most `left` tokens."""
-    greedy = sampling.temperature == 0
-    place = (generation.prompt.index, generation.sample_index, generation.parts)
-    parameters: dict[str, Any] = {
-        "n": 1,
-        "temperature": sampling.temperature,
-        "top_p": 1.0,
-        "top_k": 0,
-        "max_tokens": left,
-        "stop_token_ids": list(sampling.stop_ids),
-        # Only the ids above stop: a model's own end-of-text id may differ from the tokenizer's.
-        "ignore_eos": True,
-        "detokenize": False,
-        "seed": answer_seed(sampling.seed, *place),
-    }
-    if not greedy:
-        parameters["logprobs"] = 0
-    if sampling.halt is not None:
-        halt = {"max_pattern_size": sampling.halt.longest_pattern, "min_count": sampling.halt.times}
-        parameters["repetition_detection"] = halt
-    name = "-".join(map(str, (*place, "greedy" if greedy else "sampled")))
-    return {"request_id": name, "token_ids": generation.request_ids, "sampling_params": parameters, "stream": True}

@@ -1,10 +1,10 @@
-"""Groups of answers on their way to a batch: how many are begun, which are trained on, what becomes of the others.
+"""Groups of responses until they are in a batch: how many are started, which are trained on, why others are dropped.
 
-Three keys decide. With `rollout.max_staleness=0` a batch is sampled under one version of the weights; answers begun
-beyond it (`rollout.over_provision`) are cut when the batch is full. With more, they are carried into later batches:
+Three keys decide. With `rollout.max_staleness=0` a batch is sampled under one version of the weights; responses started
+beyond it (`rollout.over_provision`) are cut when the batch is full. With more, they stay in flight for later batches:
 where the servers share the trainer's GPUs they stop and are continued under new weights (partial rollout), elsewhere
-they go on while the trainer works. The bound is kept by choosing the oldest groups first and by waiting for a group
-that could not be trained on in time later; it is never exceeded.
+they continue while the trainer works. The oldest groups are chosen first, and a batch waits for a group that could not
+be trained on in time later: the bound is never exceeded.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import asyncio
 import functools
 import math
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
 
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.controller.generation import Generation, Sampling
-from gspo_megatron.controller.groups import Accounting, Group, TokenCounter
+from gspo_megatron.controller.groups import Group, TokenCounter, TokenLedger
 from gspo_megatron.controller.scheduler import Scheduler
 from gspo_megatron.controller.servers import Refused
+from gspo_megatron.transport.messages import Accounting
 from gspo_megatron.types import Prompt, SampleRef, StopReason, are_equal
 
 MAX_FILTERED = 20
-"""Batches' worth of groups in a row that may be filtered before the run is told that it learns nothing."""
+"""Batches' worth of groups in a row that may be filtered before the run ends, because it learns nothing."""
 
 
 class GroupBuffer:
-    """Keeps as many groups under way as the recipe allows and hands out batches of complete ones."""
+    """Keeps as many groups in flight as the recipe allows and hands out batches of complete ones."""
 
     def __init__(
         self,
@@ -44,14 +44,14 @@ class GroupBuffer:
         """
         Args:
             recipe: `batch`, `rollout` and the objective's group filter are read.
-            dispatcher: brings drafts to their end.
+            scheduler: completes generations.
             draw: the next prompts.
-            judge: score and store a finished answer.
-            discard: forget a stored answer that is not trained on.
-            sampling: how answers are drawn.
+            score: score and store a finished response.
+            discard: forget a stored response that is not trained on.
+            sampling: how responses are drawn.
             version: weights of the servers.
-            overlaps: servers go on while the trainer works.
-            tally: counts what they sample.
+            overlaps: servers continue while the trainer works.
+            counter: counts what they sample.
         """
         rollout, self._size, self._answers = recipe.rollout, recipe.batch.prompts, recipe.batch.answers
         self._staleness, self._overlaps = rollout.max_staleness, overlaps
@@ -64,11 +64,11 @@ class GroupBuffer:
         self._sampling, self._version = sampling, version
         self.groups: list[Group] = []
         """Under way or complete, not handed out; in the order of their prompts."""
-        self.accounting = Accounting()
+        self.ledger = TokenLedger()
         self._counter = counter
-        self.accounting.settle((), counter)
+        self.ledger.settle((), counter)
         self.limit: int | None = None
-        """Longest answer to a prompt that is begun now; None = the sampling's own limit."""
+        """Longest response to a prompt that is started now; None = the sampling's own limit."""
         self._taking = False
         self._filtered = 0
         self._running: dict[Generation, asyncio.Task[None]] = {}
@@ -101,7 +101,7 @@ class GroupBuffer:
         for group in chosen:
             self._check_versions(group)
             self.groups.remove(group)
-            self.accounting.take(group)
+            self.ledger.take(group)
         await self._leave_off()
         return sorted(chosen, key=lambda group: group.prompt.index)
 
@@ -110,14 +110,14 @@ class GroupBuffer:
         refs = [ref for group in self.groups for ref in group.finished.values()]
         return len(refs), sum(ref.trained_length for ref in refs)
 
-    def restore(self, groups: Sequence[Group], report: dict[str, Any]) -> None:
+    def restore(self, groups: Sequence[Group], accounting: Accounting) -> None:
         """Go on from a checkpoint's groups and accounting."""
         self.groups[:] = groups
         for group in groups:
             for generation in group.generations:
                 generation.received = self._counter.add
-        self.accounting.restore(report)
-        self.accounting.settle(groups, self._counter)
+        self.ledger.restore(accounting)
+        self.ledger.settle(groups, self._counter)
 
     async def close(self) -> None:
         """End all tasks."""
@@ -141,7 +141,7 @@ class GroupBuffer:
         return chosen
 
     def _last_version(self, group: Group, version: int) -> int:
-        """Of the last batch that may train on a group; one that is not begun would begin now."""
+        """Of the last batch that may train on a group; one that is not started would start now."""
         return (version if group.first_version is None else group.first_version) + self._staleness
 
     async def _drop_too_old(self) -> None:
@@ -185,7 +185,7 @@ class GroupBuffer:
             await self._stop()
 
     async def _stop(self) -> None:
-        """End what is under way; the drafts stay as they are."""
+        """Interrupt what is in flight; the generations stay as they are."""
         await self._scheduler.interrupt()
         await asyncio.gather(*self._running.values())
 
@@ -249,6 +249,6 @@ class GroupBuffer:
         await self._admit()
 
     def _forget(self, group: Group, reason: str) -> None:
-        self.accounting.drop(group, reason)
+        self.ledger.drop(group, reason)
         for ref in group.finished.values():
             self._discard(ref)

@@ -1,4 +1,4 @@
-"""The answers to one prompt, and where all sampled tokens went."""
+"""The responses to one prompt, and where all sampled tokens went."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from gspo_megatron.controller.generation import Generation
+from gspo_megatron.transport.messages import Accounting, TokenCount
 from gspo_megatron.types import Prompt, SampleRef
 
 
 @dataclass(slots=True, eq=False)
 class Group:
-    """The answers to one prompt."""
+    """The responses to one prompt."""
 
     prompt: Prompt
     generations: list[Generation]
@@ -47,9 +47,9 @@ class Group:
 
 
 class TokenCounter:
-    """Answer tokens that were received since the start of the run, in a file: it outlives a controller that is killed.
+    """Response tokens received since the start of the run, counted in a file that outlives a killed controller.
 
-    What the controller restores is of the last checkpoint; the difference is what was sampled since, and lost.
+    The controller restores the state of the last checkpoint; the difference was sampled since then and is lost.
     """
 
     def __init__(self, file: Path) -> None:
@@ -58,19 +58,19 @@ class TokenCounter:
         self.tokens = int.from_bytes(self._file.read(), "little")
 
     def add(self, tokens: int) -> None:
-        """Count tokens that have just come."""
+        """Count tokens that were just received."""
         self.tokens += tokens
         os.pwrite(self._file.fileno(), self.tokens.to_bytes(8, "little"), 0)
 
 
 @dataclass(slots=True)
-class Accounting:
+class TokenLedger:
     """Where sampled tokens and prompts went since the start of the run."""
 
     taken: Counter[str] = field(default_factory=Counter)
-    """`tokens`, `prompts` handed over to be trained on."""
+    """`tokens` and `prompts` handed to the trainer."""
     dropped: dict[str, Counter[str]] = field(default_factory=dict)
-    """By reason."""
+    """The same by the reason why they were not."""
 
     def take(self, group: Group) -> None:
         """Count a group that is trained on."""
@@ -83,30 +83,32 @@ class Accounting:
         self.lose(group)
 
     def lose(self, group: Group) -> None:
-        """Count the tokens that servers took with them."""
+        """Count the tokens that were lost with a server."""
         if lost := sum(generation.lost for generation in group.generations):
             self.dropped.setdefault("server-lost", Counter()).update(tokens=lost)
 
-    def restore(self, report: dict[str, Any]) -> None:
-        """Go on from a report; what was carried counts through its groups."""
-        self.taken = Counter(report["taken"])
-        self.dropped = {reason: Counter(counts) for reason, counts in report["dropped"].items()}
+    def restore(self, accounting: Accounting) -> None:
+        """Continue from a report; tokens that were in flight count through their groups."""
+        self.taken = Counter(tokens=accounting.taken.tokens, prompts=accounting.taken.prompts)
+        self.dropped = {
+            reason: Counter(tokens=count.tokens, prompts=count.prompts) for reason, count in accounting.dropped.items()
+        }
 
     def settle(self, in_flight: Sequence[Group], counter: TokenCounter) -> None:
-        """Count as dropped what was received and is nowhere: an earlier attempt took it with it."""
-        lost = counter.tokens - self.report(in_flight)["sampled_tokens"]
+        """Count as dropped what was received and is in no row: it was lost with an earlier attempt."""
+        lost = counter.tokens - self.report(in_flight).sampled_tokens
         if lost > 0:
             self.dropped.setdefault("attempt-lost", Counter()).update(tokens=lost)
         else:
-            counter.add(-lost)  # a run directory without its tally
+            counter.add(-lost)  # a run directory without its counter
 
-    def report(self, in_flight: Sequence[Group]) -> dict[str, Any]:
-        """As JSON: `sampled` = `taken` + every `dropped` + `carried`, in tokens."""
+    def report(self, in_flight: Sequence[Group]) -> Accounting:
+        """All rows, with the groups that are in flight now."""
         waiting = sum(group.tokens + sum(generation.lost for generation in group.generations) for group in in_flight)
-        dropped = sum(counts["tokens"] for counts in self.dropped.values())
-        return {
-            "sampled_tokens": self.taken["tokens"] + dropped + waiting,
-            "taken": dict(self.taken),
-            "dropped": {reason: dict(counts) for reason, counts in self.dropped.items()},
-            "carried": {"tokens": waiting, "prompts": len(in_flight)},
-        }
+        dropped = {reason: TokenCount(**counts) for reason, counts in self.dropped.items()}
+        return Accounting(
+            sampled_tokens=self.taken["tokens"] + sum(count.tokens for count in dropped.values()) + waiting,
+            taken=TokenCount(**self.taken),
+            dropped=dropped,
+            in_flight=TokenCount(tokens=waiting, prompts=len(in_flight)),
+        )

@@ -1,7 +1,7 @@
-"""An answer beyond one stretch of sampling: turns with an environment, and thinking that is closed by force.
+"""Responses of several parts: turns with an environment, and thinking that is closed at its budget.
 
 What is put in between is appended as ids and masked; the next request starts from all that is there. Everything is
-decided from the draft alone, so that an answer goes on the same wherever it was interrupted.
+decided from the generation alone, so that it continues the same wherever it was interrupted.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Thinking:
     """What is put in behind the budget; holds `end_id`."""
 
     def left(self, generation: Generation) -> int | None:
-        """Tokens that a draft may still think; None when it does not think any more."""
+        """Tokens that a generation may still think; None when it does not think any more."""
         start = generation.turn_start
         if self.end_id in generation.token_ids[start:] or (not start and self.end_id in generation.prompt.token_ids):
             return None
@@ -59,7 +59,7 @@ def make_thinking(section: ThinkingBudget | None, tokenizer: Tokenizer) -> Think
 
 
 class MultiTurnScheduler(Scheduler):
-    """A dispatcher whose answers may have several turns."""
+    """A scheduler of responses with several turns."""
 
     def __init__(
         self,
@@ -74,14 +74,14 @@ class MultiTurnScheduler(Scheduler):
             servers: as `Scheduler`.
             version: as `Scheduler`.
             thinking: how long a turn may think; None = to its end.
-            environment: answers calls; None = an answer has one turn.
-            on_fault: told why the environment has nothing to say.
+            environment: answers calls; None = a response has one turn.
+            on_fault: called with the reason when the environment gives no reply.
         """
         super().__init__(servers, version)
         self._thinking, self._environment, self._on_fault = thinking, environment, on_fault
 
     async def complete(self, generation: Generation, sampling: Sampling, kind: int = TRAINING) -> StopReason:
-        """As `Scheduler.complete`, through all turns; an answer with a call too many, or without a reply, is cut."""
+        """As `Scheduler.complete`, through all turns; one with a call too many, or without a reply, is cut."""
         limit = sampling.max_tokens if generation.limit is None else generation.limit
         stretch = replace(
             sampling, stop_ids=(*sampling.stop_ids, *(self._environment.call_ids if self._environment else ()))
@@ -112,7 +112,7 @@ class MultiTurnScheduler(Scheduler):
         return "stop"
 
     async def _observe(self, environment: EnvironmentPool, generation: Generation, limit: int) -> bool:
-        """Put in what the environment says to the last turn, as far as there is room; whether it said something."""
+        """Append the environment's reply to the last turn, up to the limit; False if there is none."""
         reply = await environment.step(generation)
         if isinstance(reply, str):
             self._on_fault(generation, reply)

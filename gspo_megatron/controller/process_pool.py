@@ -27,7 +27,7 @@ START_SECONDS = 120.0
 """Time a process has for its imports."""
 PATIENCE = 3
 """A job may take so many times its limit by the clock, as long as it has not worked for as long as the limit: on a
-busy machine a process gets only a share of a core, and starting it anew would make the machine busier."""
+busy machine a process gets only a share of a core, and starting it again would make the machine busier."""
 LOOK_SECONDS = 0.25
 """How often its working time is looked at."""
 
@@ -37,7 +37,7 @@ def _work(make: Callable[[], Function], connection: Connection, parent: int) -> 
     die_with_parent(parent)
     function = make()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    # What is printed on the way would fill the controller's log; that it cannot start is still said there.
+    # What is printed on the way would fill the controller's log; an error at its start still goes there.
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)

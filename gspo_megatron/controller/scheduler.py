@@ -1,4 +1,4 @@
-"""Which draft goes to which server, and when: no server has room while a draft waits, none holds more than it may."""
+"""Which generation goes to which server, and when: none waits while a server has room, no server holds too many."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from gspo_megatron.controller.servers import Refused, ServerSet
 from gspo_megatron.types import StopReason
 
 URGENT, TRAINING = 0, 1
-"""Evaluations go before training samples, whose turn is held back meanwhile."""
+"""Evaluations go before training samples, which wait meanwhile."""
 REFRESH_SECONDS = 5.0
-"""Age at which a server's count of KV tokens is taken anew; between, only what is sent there is added."""
+"""Age at which a server's count of KV tokens is computed again; in between, only what is sent there is added."""
 SPREAD = 8
 """Answers that a server may hold beyond the emptiest one before a prompt's further answers leave its prefix cache."""
 
@@ -35,13 +35,13 @@ def with_reserve(concurrency: int) -> int:
 
 @dataclass(order=True, slots=True)
 class QueuedGeneration:
-    """A draft that waits for a server."""
+    """A generation that waits for a server."""
 
     urgency: tuple[int, int, int]
-    """Kind, version it was born under, order of arrival."""
+    """Kind, first version, order of arrival."""
     generation: Generation = field(compare=False)
     server: asyncio.Future[ServerClient | None] = field(compare=False)
-    """None: the draft was interrupted before its turn came."""
+    """None: the generation was interrupted before a server had room."""
 
 
 class Scheduler:
@@ -64,10 +64,10 @@ class Scheduler:
         self._interrupted = False
 
     async def complete(self, generation: Generation, sampling: Sampling, kind: int = TRAINING) -> StopReason:
-        """Sample an answer to its end, on as many servers as it takes.
+        """Sample a response to its end, on as many servers as it takes.
 
         Returns:
-            Why it ended; `abort` when it was interrupted: the draft keeps what it has.
+            Why it ended; `abort` when it was interrupted: the generation keeps what it has.
 
         Raises:
             Refused: no server is left, or none may see this prompt.
@@ -128,7 +128,7 @@ class Scheduler:
             turn.server.set_result(server)
 
     def hold(self, training_waits: bool) -> None:
-        """Keep training samples waiting, or let them go on."""
+        """Keep training samples waiting, or let them continue."""
         self._training_waits = training_waits
         self.proceed()
 
@@ -187,5 +187,5 @@ class Scheduler:
 
 
 def _tokens(generation: Generation) -> int:
-    """Tokens of KV that a draft takes up."""
+    """Tokens of KV that a generation takes up."""
     return len(generation.prompt.token_ids) + len(generation)

@@ -1,4 +1,4 @@
-"""Scoring in processes of its own: an answer whose scorer hangs or dies costs its reward, not the run."""
+"""Scoring in processes of its own: a scorer that hangs or dies costs one reward, not the run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Scorer = Callable[[Problem, str, StopReason], float]
 
 
 def _make_number(make: Callable[[], Scorer]) -> Scorer:
-    """A scorer that returns a number or raises, whatever the one that it asks returns."""
+    """A scorer that returns a number or raises, whatever the recipe's scorer returns."""
     scorer = make()
     return lambda problem, text, reason: float(scorer(problem, text, reason))
 
@@ -26,10 +26,10 @@ class ScoringPool(ProcessPool):
         Args:
             make: builds the scorer within each process; must be picklable.
             workers: scoring processes.
-            limit: seconds that one answer may take.
+            limit: seconds that one response may take.
         """
         super().__init__(functools.partial(_make_number, make), workers, limit, "scorer")
 
     def submit(self, problem: Problem, text: str, reason: StopReason) -> Future[float | str]:
-        """Score one answer; the result is its reward, or a sentence about why it has none."""
+        """Score one response; the result is its reward, or a sentence about why it has none."""
         return self.ask(problem, text, reason)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-from typing import Any, Literal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Literal
 
 import aiohttp
 
-from gspo_megatron.models.vllm_layout import ServerLayout
+from gspo_megatron.controller import vllm_format
+from gspo_megatron.controller.vllm_format import FormatError
 from gspo_megatron.transport.auth import key_header
+from gspo_megatron.transport.messages import ServerIdentity
+from gspo_megatron.transport.update_messages import JoinRequest, WorkerLayout, WorkerReport
+from gspo_megatron.transport.wire_message import MessageError, WireMessage
 
+JSON_HEADER = {"Content-Type": "application/json"}
 START_VERSION = "default"
 """vLLM's own label of the weights that a server starts with."""
 CONTROL_SECONDS = 120.0
@@ -39,20 +45,22 @@ class ServerAdmin:
         """Close all connections; requests in flight are dropped by the server."""
         await self._session.close()
 
-    async def call(self, method: str, path: str, body: Any = None, timeout: float | None = None) -> Any:
-        """One request; the decoded answer. Raises ServerError for anything but a 200."""
+    async def call(self, method: str, path: str, body: bytes | None = None, timeout: float | None = None) -> bytes:
+        """Send one request; the body of the response. Raises ServerError for any status but 200."""
         try:
             limit = aiohttp.ClientTimeout(total=timeout, sock_connect=10)
-            async with self._session.request(method, self.url + path, json=body, timeout=limit) as response:
+            async with self._session.request(
+                method, self.url + path, data=body, headers=JSON_HEADER, timeout=limit
+            ) as response:
                 await self._need_success(response, path)
-                return await response.json() if response.content_type == "application/json" else await response.read()
+                return await response.read()
         except TimeoutError:
             raise ServerError(f"server {self.url} did not answer {path} within {timeout} s") from None
         except aiohttp.ClientError as error:
             raise ServerError(f"server {self.url} is gone: {type(error).__name__} on {path}") from None
 
     async def _need_success(self, response: aiohttp.ClientResponse, path: str) -> None:
-        """Raise ServerError with the server's own words unless it answered with a 200."""
+        """Raise ServerError with the server's own words for any status but 200."""
         if response.status != 200:
             reason = " ".join((await response.text()).split())[:400]
             raise ServerError(f"server {self.url} answered {path} with {response.status}: {reason}")
@@ -68,8 +76,8 @@ class ServerAdmin:
     async def is_fresh(self) -> bool:
         """Whether a process answers here that was never given weights."""
         try:
-            return (await self.call("GET", "/weight_info", timeout=10)).get("weight_version") == START_VERSION
-        except ServerError:
+            return vllm_format.read_version(await self.call("GET", "/weight_info", timeout=10)) == START_VERSION
+        except (ServerError, FormatError):
             return False
 
     async def pause(self) -> None:
@@ -83,11 +91,12 @@ class ServerAdmin:
         await self.call("POST", "/resume", timeout=CONTROL_SECONDS)
 
     async def is_paused(self) -> bool:
-        """Whether the engine stands still."""
-        return bool((await self.call("GET", "/is_paused", timeout=CONTROL_SECONDS))["is_paused"])
+        """Whether the engine is paused."""
+        with self._reading("/is_paused"):
+            return vllm_format.read_is_paused(await self.call("GET", "/is_paused", timeout=CONTROL_SECONDS))
 
     async def sleep(self) -> None:
-        """Give up the memory of weights and KV; both are lost. Only an idle server may be asked."""
+        """Give up the memory of weights and KV; both are lost. Only for an idle server."""
         await self.call("POST", "/sleep?level=2", timeout=CONTROL_SECONDS)
 
     async def wake(self, what: Literal["weights", "kv_cache"]) -> None:
@@ -96,44 +105,59 @@ class ServerAdmin:
 
     async def device_names(self) -> list[str]:
         """[workers] where each one is."""
-        return await self._worker_call("device_name", CONTROL_SECONDS)
+        return [reply or "" for reply in await self._worker_call("device_name", CONTROL_SECONDS)]
 
-    async def layout(self) -> ServerLayout:
+    async def layout(self) -> WorkerLayout:
         """How this server cuts the model."""
-        return ServerLayout(**(await self._worker_call("weight_layout", CONTROL_SECONDS))[0])
+        return (await self._worker_messages("weight_layout", WorkerLayout, CONTROL_SECONDS))[0]
 
-    async def identity(self) -> dict[str, Any]:
-        """Whose this server is and what it serves; see `identity.py`."""
-        return (await self._worker_call("identity", CONTROL_SECONDS))[0]
+    async def identity(self) -> ServerIdentity:
+        """The run that this server belongs to and what it serves; see `transport/identity.py`."""
+        return (await self._worker_messages("identity", ServerIdentity, CONTROL_SECONDS))[0]
 
     async def reset_prefix_cache(self) -> None:
         """Forget the KV cache of earlier prompts: it belongs to the old weights."""
         await self.call("POST", "/reset_prefix_cache", timeout=CONTROL_SECONDS)
 
-    async def receive_weights(self, ticket: dict[str, Any], first_worker: int, timeout: float) -> list[dict[str, Any]]:
+    async def receive_weights(self, request: JoinRequest, timeout: float) -> list[WorkerReport]:
         """Join the transfer group, take the model apart and receive one update; the engine must be paused.
 
         Returns:
-            Each worker's report: `checksum` (decimal text), `seconds`, `received_bytes`, `needed_bytes`, or `fault`.
+            [workers] each worker's report.
         """
         try:
             await self._worker_call("forget_update", timeout)
-            joining = {"init_info": {"ticket": ticket, "first_worker": first_worker}}
-            await self.call("POST", "/init_weight_transfer_engine", joining, timeout)
+            await self.call("POST", "/init_weight_transfer_engine", vllm_format.write_joining(request), timeout)
             # Only now: a server that could not join is whole still, one that has started is not until it has finished.
             await self.call("POST", "/start_weight_update", timeout=timeout)
-            await self.call("POST", "/update_weights", {"update_info": {}}, timeout)
+            await self.call("POST", "/update_weights", vllm_format.write_reception(), timeout)
         except ServerError:
             for _ in range(2):  # a server closes the connection on which it has answered with 500
                 with suppress(ServerError):
                     await self._worker_call("leave_transfer", timeout=5)
             raise
-        return await self._worker_call("weight_report", timeout)
+        return await self._worker_messages("weight_report", WorkerReport, timeout)
 
-    async def _worker_call(self, method: str, timeout: float) -> list[Any]:
-        """Call a method of `worker.WorkerExtension` in every worker; their answers."""
-        return (await self.call("POST", "/collective_rpc", {"method": method}, timeout))["results"]
+    async def _worker_messages[M: WireMessage](self, method: str, kind: type[M], timeout: float) -> list[M]:
+        """[workers] what a method of `WorkerExtension` returns in each."""
+        replies = await self._worker_call(method, timeout)
+        with self._reading(f"/collective_rpc {method}"):
+            return [kind.from_json(reply or "") for reply in replies]
+
+    async def _worker_call(self, method: str, timeout: float) -> list[str | None]:
+        """Call a method of `WorkerExtension` in every worker; [workers] the replies as text."""
+        body = await self.call("POST", "/collective_rpc", vllm_format.write_worker_call(method), timeout)
+        with self._reading(f"/collective_rpc {method}"):
+            return vllm_format.read_worker_replies(body)
+
+    @contextmanager
+    def _reading(self, path: str) -> Iterator[None]:
+        """Turn a body that cannot be read into a ServerError."""
+        try:
+            yield
+        except (FormatError, MessageError) as error:
+            raise ServerError(f"the response of server {self.url} to {path} cannot be read: {error}") from None
 
     async def finish_update(self, version: int, timeout: float) -> None:
         """Put the model together and label it."""
-        await self.call("POST", "/finish_weight_update", {"weight_version": str(version)}, timeout)
+        await self.call("POST", "/finish_weight_update", vllm_format.write_version(version), timeout)

@@ -7,21 +7,18 @@ refused here, before it is sent.
 from __future__ import annotations
 
 import asyncio
-import json
-import re
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from typing import Any
 
 import aiohttp
 
-from gspo_megatron.controller.generation import Generation, Sampling, request_body
-from gspo_megatron.controller.server_admin import CONTROL_SECONDS, ServerAdmin, ServerError
+from gspo_megatron.controller import vllm_format
+from gspo_megatron.controller.generation import Generation, Sampling
+from gspo_megatron.controller.server_admin import CONTROL_SECONDS, JSON_HEADER, ServerAdmin, ServerError
+from gspo_megatron.controller.vllm_format import FormatError, GenerationChunk
 from gspo_megatron.transport.server_paths import GENERATE
-from gspo_megatron.types import Segment, StopReason
+from gspo_megatron.types import StopReason
 
-DATA, DONE = b"data: ", b"data: [DONE]"
-GENERATED_TOKENS = re.compile(rb"^vllm:generation_tokens_total\{[^}]*\} ([0-9.e+]+)", re.MULTILINE)
 STALL_SECONDS = 300.0
 """A server that holds requests and yields neither a token nor an answer for so long is taken for dead."""
 ABORT_SECONDS = 0.5
@@ -39,7 +36,7 @@ class ServerClient(ServerAdmin):
         """Answers that it may hold at a time."""
         self.generations: set[Generation] = set()
         """Answers that it is sampling."""
-        self._readers: set[asyncio.Task[Any]] = set()
+        self._readers: set[asyncio.Task[object]] = set()
 
     def check(self, token_ids: Sequence[int], max_tokens: int) -> None:
         """Refuse what the server must not see. Raises ValueError."""
@@ -59,35 +56,34 @@ class ServerClient(ServerAdmin):
     async def generate(
         self, generation: Generation, sampling: Sampling, version: Callable[[], int | None]
     ) -> StopReason:
-        """Sample the rest of an answer into its draft, as it arrives.
+        """Sample the rest of a response into its generation, as it arrives.
 
         Args:
-            draft: what is there so far; keeps all that came when this raises or is interrupted.
+            generation: what is there so far; keeps all that was received when this raises or is interrupted.
             sampling: how.
-            version: what the servers hold at this moment; None while an update is under way.
+            version: what the servers hold at this moment; None while an update is in flight.
 
         Raises:
-            ServerError: the server died. Tokens that came during an unfinished update are gone from the draft.
+            ServerError: the server died. Tokens received during an unfinished update are removed.
             ValueError: the server must not see this prompt.
         """
         start, left = len(generation), sampling.max_tokens - len(generation)
         self.check(generation.request_ids, left)
         label = version()
         assert label is not None, "nothing may be sampled while the weights change"
-        body = request_body(generation, sampling, left)
+        body = vllm_format.write_generation(generation, sampling, left)
         generation.parts += 1
         self.generations.add(generation)
-        certain, reason, spans = start, None, ()
+        certain, reason, segments = start, None, ()
         try:
             async with aclosing(self._stream(body)) as chunks:
-                async for choice in chunks:
-                    entries = choice["logprobs"]["content"] if choice["logprobs"] else ()
-                    # What a chunk holds was begun when the one before it came: at worst it is labelled as too old.
-                    generation.extend(choice["token_ids"] or (), [entry["logprob"] for entry in entries], label)
-                    generation.received(len(choice["token_ids"] or ()))
+                async for chunk in chunks:
+                    # A chunk was started when the one before it came: at worst it is labelled as too old.
+                    generation.extend(chunk.token_ids, chunk.logprobs, label)
+                    generation.received(len(chunk.token_ids))
                     label = label if (now := version()) is None else now
                     certain = certain if now is None else len(generation)
-                    reason, spans = choice["finish_reason"], choice["weight_versions"] or ()
+                    reason, segments = chunk.finish_reason, chunk.segments
             if reason is None:
                 raise ServerError(f"server {self.url} broke off an answer")
         except ServerError:
@@ -95,22 +91,18 @@ class ServerClient(ServerAdmin):
             raise
         finally:
             self.generations.discard(generation)
-        generation.relabel(start, read_segments(spans))
+        generation.relabel(start, segments)
         return _stop_reason(reason, self.url)
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probs of token_ids[1:] under the server's weights at temperature 1, [length - 1]."""
         self.check(token_ids, 1)
-        body = {
-            "token_ids": list(token_ids),
-            "sampling_params": {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False},
-        }
-        answer = await self.call("POST", GENERATE, body, timeout=STALL_SECONDS)
-        rows = answer["prompt_logprobs"][1:]
-        return [float(row[str(token)]["logprob"]) for row, token in zip(rows, token_ids[1:], strict=True)]
+        body = await self.call("POST", GENERATE, vllm_format.write_scoring(token_ids), timeout=STALL_SECONDS)
+        with self._reading(GENERATE):
+            return vllm_format.read_scores(body, token_ids)
 
-    async def _stream(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-        """The chunks of one answer. Raises ServerError when the server dies, or is given up by `watch`."""
+    async def _stream(self, body: bytes) -> AsyncGenerator[GenerationChunk, None]:
+        """The chunks of one response. Raises ServerError when the server dies, or is given up by `watch`."""
         if self.fault:
             raise ServerError(self.fault)
         reader = asyncio.current_task()
@@ -118,13 +110,14 @@ class ServerClient(ServerAdmin):
         self._readers.add(reader)
         try:
             url = self.url + GENERATE
-            async with self._session.post(url, json=body, timeout=aiohttp.ClientTimeout(sock_connect=10)) as response:
+            limit = aiohttp.ClientTimeout(sock_connect=10)
+            async with self._session.post(url, data=body, headers=JSON_HEADER, timeout=limit) as response:
                 await self._need_success(response, GENERATE)
                 async for line in response.content:
-                    if line.startswith(DATA) and not line.startswith(DONE):
-                        yield json.loads(line[len(DATA) :])["choices"][0]
+                    if (chunk := vllm_format.read_chunk(line)) is not None:
+                        yield chunk
         # A dying engine ends its streams in any of these ways, an error message instead of a chunk included.
-        except (aiohttp.ClientError, ValueError, LookupError) as error:
+        except (aiohttp.ClientError, FormatError) as error:
             raise ServerError(f"server {self.url} is gone: {type(error).__name__} on {GENERATE}") from None
         except asyncio.CancelledError:
             if self.fault:
@@ -134,7 +127,7 @@ class ServerClient(ServerAdmin):
             self._readers.discard(reader)
 
     async def interrupt(self) -> None:
-        """End all answers under way where they are; their drafts keep what was sampled."""
+        """Interrupt all generations in flight; they keep what was sampled."""
         clock = asyncio.get_running_loop().time
         deadline = clock() + CONTROL_SECONDS
         while True:
@@ -147,12 +140,11 @@ class ServerClient(ServerAdmin):
                 return
             # A request that was on its way came in after the abort and was held: it needs another one.
             if clock() > deadline:
-                raise ServerError(f"server {self.url} holds {len(self._readers)} answers that it was told to end")
+                raise ServerError(f"server {self.url} holds {len(self._readers)} requests that it was told to end")
 
     async def generated_tokens(self) -> int:
         """Tokens generated since the server started."""
-        found = GENERATED_TOKENS.search(await self.call("GET", "/metrics", timeout=CONTROL_SECONDS))
-        return int(float(found.group(1))) if found else 0
+        return vllm_format.read_generated_tokens(await self.call("GET", "/metrics", timeout=CONTROL_SECONDS))
 
     async def watch(self, stall_seconds: float = STALL_SECONDS) -> None:
         """Give the server up when it holds requests and makes no progress: an engine that dies while it shuts down
@@ -172,11 +164,6 @@ class ServerClient(ServerAdmin):
                 self.fault = f"server {self.url} made no progress on {waiting} answers for {stall_seconds:g} s"
                 for reader in self._readers:
                     reader.cancel()
-
-
-def read_segments(spans: Sequence[dict[str, Any]]) -> tuple[Segment, ...]:
-    """vLLM's version spans as segments; the label is the version as text."""
-    return tuple(Segment(int(span["version"]), span["start"], span["end"]) for span in spans)
 
 
 def _stop_reason(reason: str | None, url: str) -> StopReason:

@@ -26,7 +26,7 @@ class ServerSet:
         """
         Args:
             servers: by address.
-            identity: what each of them must be; None = they are not asked (engines that are simulated).
+            identity: what each of them must be; None = not checked (simulated engines).
         """
         self.all = tuple(servers)
         """Live or not, in the order of the command line."""
@@ -40,7 +40,7 @@ class ServerSet:
         return [server for server in self.all if not server.fault]
 
     def drop(self, server: ServerClient, reason: str) -> None:
-        """Take a server out for good. Raises Refused with the reason if it was the last one."""
+        """Take a server out until a new process replaces it. Raises Refused with the reason if it was the last one."""
         if not server.fault:
             server.fault = reason
             log.error("server %s is taken out: %s", server.url, reason)
@@ -79,7 +79,7 @@ class ServerSet:
             raise ServerError(f"server {server.url} {fault}")
 
     def watch(self) -> None:
-        """From now on, give up servers that hold answers and make no progress."""
+        """From now on, give up servers that hold requests and make no progress."""
         self._watchers = [asyncio.create_task(server.watch()) for server in self.all]
         self._watchers.append(asyncio.create_task(self._look_for_returning()))
 

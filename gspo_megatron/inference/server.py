@@ -146,7 +146,7 @@ def vllm_arguments(recipe: Recipe, model: Path, host: str, port: int, has_gpu: b
 
 
 def part_arguments(part: int, nodes: int, meeting: str) -> list[str]:
-    """What vLLM's command line says more where a server spans nodes; every part gets the rest alike."""
+    """What vLLM's command line needs in addition where a server spans nodes; the rest is equal for every part."""
     if nodes == 1:
         return []
     address, _, port = meeting.rpartition(":")

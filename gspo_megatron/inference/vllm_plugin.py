@@ -16,7 +16,7 @@ def register() -> None:
     """Register the transfer engine; called by vLLM in each of its processes, possibly more than once.
 
     Within our server it also ties spawned children to their parent, which vLLM would leave behind after a kill -9 of
-    the API process, and has them tell where they stand when the watchdog asks. A vLLM that somebody else starts in
+    the API process, and has them write their stacks when the watchdog requests it. A vLLM that somebody else starts in
     this environment is left as it is.
     """
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import os
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,28 +23,31 @@ from vllm.model_executor.model_loader.reload.layerwise import make_online_proces
 from gspo_megatron.inference import vllm_plugin
 from gspo_megatron.models.vllm_layout import ServerLayout, ServerParameter, server_parameters
 from gspo_megatron.transport import identity
+from gspo_megatron.transport.messages import ServerIdentity
+from gspo_megatron.transport.update_messages import JoinRequest, WorkerLayout, WorkerReport
 from gspo_megatron.transport.weights.checksum import Checksum, add_parameter
 from gspo_megatron.transport.weights.ipc import device_name, open_receive_channel
-from gspo_megatron.transport.weights.wire import ReceiveChannel, UpdateTicket, receive
+from gspo_megatron.transport.weights.wire import ReceiveChannel, receive
+from gspo_megatron.transport.wire_message import WireMessage
 
 # A worker that vLLM spawns imports this module as its extension. In an environment that has this package on its path
 # but not installed, the entry point does not exist, and this is where the engine gets known.
 vllm_plugin.register()
+
+NOTHING_RECEIVED = "this worker has received nothing since the update started"
 
 
 @dataclass
 class JoinInfo(WeightTransferInitInfo):
     """Body of `/init_weight_transfer_engine`."""
 
-    ticket: dict[str, Any]
-    """The fields of a `Ticket`."""
-    first_worker: int
-    """Number of this server's worker 0 among the workers of all servers."""
+    request: str
+    """JSON of a `JoinRequest`."""
 
 
 @dataclass
 class ReceiveInfo(WeightTransferUpdateInfo):
-    """Body of `/update_weights`: the ticket has said it all."""
+    """Body of `/update_weights`: empty, the ticket has said everything."""
 
 
 class ShardTransferEngine(WeightTransferEngine[JoinInfo, ReceiveInfo]):
@@ -61,7 +65,7 @@ class ShardTransferEngine(WeightTransferEngine[JoinInfo, ReceiveInfo]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.channel: ReceiveChannel | None = None
-        self.report: dict[str, Any] = {}
+        self.report = WorkerReport(fault=NOTHING_RECEIVED)
         self._apart = False
 
     @property
@@ -82,14 +86,15 @@ class ShardTransferEngine(WeightTransferEngine[JoinInfo, ReceiveInfo]):
 
     def init_transfer_engine(self, init_info: JoinInfo) -> None:
         """Join the transfer; vLLM keeps this call waiting until all have."""
-        ticket = UpdateTicket(**init_info.ticket)
+        request = JoinRequest.from_json(init_info.request)
+        ticket = request.ticket
         if self.channel is None or self.channel.name != ticket.group:
             self.shutdown()
-            self.channel = open_receive_channel(ticket, self.device, init_info.first_worker + self.rank)
+            self.channel = open_receive_channel(ticket, self.device, request.first_worker + self.rank)
 
     def start_weight_update(self) -> None:
         """Take the parameters apart; from here to a complete finish this model cannot serve."""
-        self.report = {}
+        self.report = WorkerReport(fault=NOTHING_RECEIVED)
         if self._apart:
             # An update broke on its way. Its half-filled layers must not count towards this one.
             finalize_layerwise_reload(self.model, self.model_config)
@@ -103,7 +108,7 @@ class ShardTransferEngine(WeightTransferEngine[JoinInfo, ReceiveInfo]):
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: ReceiveInfo) -> None:
-        """Receive all parameters; what goes wrong stands in the report.
+        """Receive all parameters; what goes wrong is in the report.
 
         It is not raised: vLLM gives up a call to all workers at the first one that fails and takes the answers of the
         others for those to its next call (vllm 0.32).
@@ -112,9 +117,9 @@ class ShardTransferEngine(WeightTransferEngine[JoinInfo, ReceiveInfo]):
             self.report = self._receive()
         except RuntimeError as error:
             self.shutdown()
-            self.report = {"fault": str(error).splitlines()[0]}
+            self.report = WorkerReport(fault=str(error).splitlines()[0])
 
-    def _receive(self) -> dict[str, Any]:
+    def _receive(self) -> WorkerReport:
         """Receive, count each parameter into the checksum before anything packs it, and load it; the report."""
         channel = self.channel
         if channel is None:
@@ -127,17 +132,17 @@ class ShardTransferEngine(WeightTransferEngine[JoinInfo, ReceiveInfo]):
         for parameter, values in receive(channel, expected):
             add_parameter(checksum, parameter, values)
             load_whole(self.model, parameter.name, values)
-        return {
-            "checksum": str(checksum.values()[0]),
-            "tensors": len(expected),
-            "seconds": time.perf_counter() - started,
-            "received_bytes": plan.item_bytes * sum(m.size for messages in channel.rounds.values() for m in messages),
-            "needed_bytes": plan.item_bytes * sum(piece.size for p in expected for piece in p.pieces),
-        }
+        return WorkerReport(
+            checksum=str(checksum.values()[0]),
+            tensors=len(expected),
+            seconds=time.perf_counter() - started,
+            received_bytes=plan.item_bytes * sum(m.size for messages in channel.rounds.values() for m in messages),
+            needed_bytes=plan.item_bytes * sum(piece.size for p in expected for piece in p.pieces),
+        )
 
     def finish_weight_update(self) -> None:
         """Put the parameters together again, in the layout that this device computes with."""
-        if "checksum" not in self.report:
+        if self.report.fault:
             raise RuntimeError("the update is not complete; send all weights again before it is finished")
         finalize_layerwise_reload(self.model, self.model_config)
         self._apart = False
@@ -195,6 +200,16 @@ def pack_experts(model: torch.nn.Module) -> None:
             kernel.fused_experts.process_weights_after_loading(layer)
 
 
+def as_text[**P](method: Callable[P, WireMessage]) -> Callable[P, str]:
+    """Send a method's message as text: vLLM passes plain text on between its processes as it is."""
+
+    @functools.wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> str:
+        return method(*args, **kwargs).to_json()
+
+    return call
+
+
 class WorkerExtension:
     """Methods that vLLM mixes into its worker class, for `/collective_rpc`."""
 
@@ -202,22 +217,24 @@ class WorkerExtension:
     model_config: ModelConfig
     _weight_update_active: bool
 
-    def identity(self) -> dict[str, Any]:
-        """What `Identity.fault_of` reads; of the model that is loaded, not of the one that was asked for."""
-        return {
-            "run": os.environ.get(identity.RUN_VARIABLE, ""),
-            "tokenizer": os.environ.get(identity.TOKENIZER_VARIABLE, ""),
-            "config": json.loads(self.model_config.hf_text_config.to_json_string(use_diff=False)),
-            "dtype": str(self.model_config.dtype).removeprefix("torch."),
-            "context": self.model_config.max_model_len,
-        }
+    @as_text
+    def identity(self) -> ServerIdentity:
+        """What `Identity.fault_of` reads; of the model that is loaded, not of the one that was requested."""
+        return ServerIdentity(
+            run=os.environ.get(identity.RUN_VARIABLE, ""),
+            tokenizer=os.environ.get(identity.TOKENIZER_VARIABLE, ""),
+            config=self.model_config.hf_text_config.to_json_string(use_diff=False),
+            dtype=str(self.model_config.dtype).removeprefix("torch."),
+            context=self.model_config.max_model_len,
+        )
 
-    def weight_layout(self) -> dict[str, Any]:
-        """Fields of this server's `ServerLayout`."""
-        return asdict(self.weight_transfer_engine.layout)
+    @as_text
+    def weight_layout(self) -> WorkerLayout:
+        """The layout of this server."""
+        return WorkerLayout(layout=self.weight_transfer_engine.layout)
 
     def device_name(self) -> str:
-        """See `handover.device_name`."""
+        """See `device_name` in `transport/weights/ipc.py`."""
         return device_name(self.weight_transfer_engine.device)
 
     def forget_update(self) -> None:
@@ -228,6 +245,7 @@ class WorkerExtension:
         """Close this worker's end of the wire, so that a trainer that sends to it does not wait for the time limit."""
         self.weight_transfer_engine.shutdown()
 
-    def weight_report(self) -> dict[str, Any]:
-        """Of the last reception: checksum (decimal text), tensors, seconds, bytes received and needed; or `fault`."""
+    @as_text
+    def weight_report(self) -> WorkerReport:
+        """Of the last reception."""
         return self.weight_transfer_engine.report

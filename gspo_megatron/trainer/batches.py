@@ -21,6 +21,7 @@ from gspo_megatron.parallel import round_up
 from gspo_megatron.policy.microbatch import MicroBatch
 from gspo_megatron.policy.policy import Policy, Scored
 from gspo_megatron.policy.replay import Routes
+from gspo_megatron.transport.update_messages import Probe
 from gspo_megatron.types import Sample, SampleRef
 
 
@@ -99,15 +100,16 @@ class Batcher:
         ]
         return [_only_scored(row.astype(np.int32)) for row in rows]
 
-    def score_probes(self) -> list[tuple[list[int], list[float]]]:
-        """Token ids of the canary's probes, and the policy's log-probs of all but the first id of each.
+    def score_probes(self) -> list[Probe]:
+        """The canary's probes with the policy's log-probs.
 
         Of all probes the half that is farthest from a router tie.
         """
         scored = []
         for sample in self.probes():
             logprobs, margin = self.policy.probe(self.collate([sample]))
-            scored.append((margin, (sample.token_ids.tolist(), logprobs[: len(sample.token_ids) - 1].tolist())))
+            ids, scores = sample.token_ids.tolist(), logprobs[: len(sample.token_ids) - 1].tolist()
+            scored.append((margin, Probe(token_ids=tuple(ids), logprobs=tuple(scores))))
         scored.sort(key=lambda entry: -entry[0])
         return [probe for _, probe in scored[: self.recipe.weight_update.canary_prompts]]
 

@@ -31,6 +31,7 @@ from gspo_megatron.policy.snapshot import Snapshot, optimizer_steps, rank_file
 from gspo_megatron.run_dir import CHECKPOINT, CheckpointDir, RunDir, complete_checkpoints, is_partial, partial_name
 from gspo_megatron.run_log import RunLog
 from gspo_megatron.trainer.step import Trainer
+from gspo_megatron.transport.messages import ControllerState
 
 POLL_SECONDS = 0.02
 
@@ -81,7 +82,7 @@ class CheckpointWriter:
             "skipped": trainer.skipped,
             "optimizer_steps": optimizer_steps(trainer.policy),
             "objective": trainer.objective_sentence(),
-            "controller": controller,
+            "controller": controller.model_dump(mode="json", by_alias=True),
             "layout": asdict(trainer.policy.layout),
         }
         self._thread = threading.Thread(target=self._write, args=(partial, state, began, dist.get_rank()), daemon=True)
@@ -186,7 +187,8 @@ def load(trainer: Trainer, checkpoint: Path) -> int:
     # `sync` counts on: the version that the servers get first is the one they had.
     trainer.version, trainer.updates, trainer.skipped = state["version"] - 1, state["updates"], state["skipped"]
     trainer.wait_for_servers()
-    trainer.on_first_rank(lambda controller: controller.restore(state["controller"]))
+    saved_state = ControllerState.from_json(json.dumps(state["controller"]))
+    trainer.on_first_rank(lambda controller: controller.restore(saved_state))
     trainer.log.rewind(state["step"])
     trainer.log.say(f"goes on after step {state['step']} ({checkpoint})")
     if state["objective"] != trainer.objective_sentence():

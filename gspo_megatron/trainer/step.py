@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -38,7 +38,9 @@ from gspo_megatron.trainer.batches import Batcher, MiniBatch, ScoredMicroBatch, 
 from gspo_megatron.trainer.failure_dump import TrainedUpdate, write_dump
 from gspo_megatron.trainer.metric_sums import TOKEN_ENTROPY, reduce_sums, zero_sums
 from gspo_megatron.trainer.training_loss import make_loss
-from gspo_megatron.transport.controller_client import ControllerClient, count_ready
+from gspo_megatron.transport.controller_client import ControllerClient
+from gspo_megatron.transport.messages import EvaluationRequest, RolloutRequest
+from gspo_megatron.transport.update_messages import UpdateCheck
 from gspo_megatron.transport.weights.sender import WeightSender
 from gspo_megatron.types import SampleRef
 
@@ -69,11 +71,11 @@ class Trainer:
         batch = self.recipe.batch
         return self.spec.describe(batch.prompts * batch.answers // batch.updates, batch.updates)
 
-    def on_first_rank(self, ask: Callable[[ControllerClient], Any]) -> Any:
-        """What the controller returns to rank 0, on every rank."""
-        heard = [ask(self.controller) if self.controller is not None else None]
-        dist.broadcast_object_list(heard, src=0)
-        return heard[0]
+    def on_first_rank[T](self, call: Callable[[ControllerClient], T]) -> T:
+        """Make a call of the controller on rank 0; its result on every rank."""
+        results: list[T] = [call(self.controller)] if self.controller is not None else cast("list[T]", [None])
+        dist.broadcast_object_list(results, src=0)
+        return results[0]
 
     def start_reinforcement(self) -> None:
         """A fresh optimizer for the reinforcement learning phase."""
@@ -86,7 +88,7 @@ class Trainer:
         """Wait until the controller and all its servers answer."""
         limit = self.recipe.rollout.start_timeout
         with self.log.time("start_servers"), self.log.progress("servers", self.recipe.rollout.servers) as bar:
-            self.on_first_rank(lambda it: it.wait_ready(limit, lambda status: bar.update(count_ready(status))))
+            self.on_first_rank(lambda it: it.wait_ready(limit, lambda status: bar.update(status.ready_servers)))
 
     def sync(self) -> None:
         """Bring the present weights to every server as a new version and prove that they arrived."""
@@ -102,9 +104,8 @@ class Trainer:
                 self.policy.offload()
                 dist.barrier()  # the servers take memory for KV next, on every rank's device
             if self.controller is not None:
-                report = self.controller.finish_update(version, checksums, probes)
-                self.log.add({"canary_largest": report["largest"], "canary_mean": report["mean"]})
-                self.log.add({name: report[name] for name in ("transfer_seconds", "received_over_needed")})
+                check = UpdateCheck(version=version, checksums=tuple(checksums), probes=tuple(probes))
+                self.log.add(self.controller.finish_update(check).metrics())
         self.version = version
 
     def reclaim_devices(self) -> None:
@@ -119,14 +120,11 @@ class Trainer:
         """The finished, scored groups of one rollout batch."""
         total = self.recipe.batch.prompts * self.recipe.batch.answers
         with self.log.time("rollout"), self.log.progress("rollout", total) as bar:
-            answer = self.on_first_rank(lambda it: it.rollout(step, on_progress=lambda p: bar.update(p["done"])))
-        refs, counts = answer["samples"], answer["accounting"]
-        self.log.add({"rollout_tokens": answer["tokens"], **answer["measures"]})
-        self.log.add({f"staleness_{name}": value for name, value in answer["staleness"].items()})
-        self.log.add({"sampled_tokens": counts["sampled_tokens"], "carried_tokens": counts["carried"]["tokens"]})
-        self.log.add({f"dropped_tokens/{reason}": gone["tokens"] for reason, gone in counts["dropped"].items()})
+            request = RolloutRequest(step=step)
+            batch = self.on_first_rank(lambda it: it.rollout(request, on_progress=lambda p: bar.update(p.done)))
+        self.log.add(batch.metrics())
         self.reclaim_devices()
-        return refs
+        return list(batch.samples)
 
     def score_old_policy(self, refs: Sequence[SampleRef]) -> list[MiniBatch[ScoredMicroBatch]]:
         """Pack a rollout batch into mini-batches and score each under the old and the reference weights."""
@@ -267,12 +265,10 @@ class Trainer:
     def evaluate(self, step: int) -> float:
         """Held-out accuracy under the weights of the servers."""
         section = self.recipe.evaluation
-        problems = section.problems
-        with self.log.time("evaluate"), self.log.progress("evaluate", problems) as bar:
-            found = self.on_first_rank(
-                lambda controller: controller.evaluate(
-                    problems, section.answers, section.temperature, on_progress=lambda p: bar.update(p["done"])
-                )
+        with self.log.time("evaluate"), self.log.progress("evaluate", section.problems) as bar:
+            request = EvaluationRequest(
+                problems=section.problems, answers=section.answers, temperature=section.temperature
             )
-        self.log.evaluation(step, found)
-        return found["accuracy"]
+            report = self.on_first_rank(lambda it: it.evaluate(request, on_progress=lambda p: bar.update(p.done)))
+        self.log.evaluation(step, report.model_dump())
+        return report.accuracy

@@ -1,4 +1,4 @@
-"""Whose a server is and what it serves, held against the run before anything is sampled or any weight is sent.
+"""The run that a server belongs to and what it serves, compared with the run before anything is sampled or sent.
 
 A server may be given by address, or be left over from something else: its process answers, its key may even fit.
 """
@@ -6,9 +6,9 @@ A server may be given by address, or be left over from something else: its proce
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import secrets
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.run_dir import RunDir
+from gspo_megatron.transport.messages import ServerIdentity
 
 RUN_VARIABLE = "GSPO_RUN_ID"
 TOKENIZER_VARIABLE = "GSPO_TOKENIZER_HASH"
@@ -42,16 +43,11 @@ class Identity:
     context: int
     """Tokens of the longest prompt and answer together."""
 
-    def fault_of(self, reported: Mapping[str, Any]) -> str:
-        """Why a server with this report is not one of the run's, or an empty text.
-
-        Args:
-            reported: by the server: `run`, `tokenizer`, `config` (of its model, Hugging Face's names), `dtype`,
-                `context`.
-        """
-        if reported["run"] != self.run:
+    def fault_of(self, reported: ServerIdentity) -> str:
+        """Why a server with this report is not one of the run's, or an empty text."""
+        if reported.run != self.run:
             return (
-                f"belongs to run {reported['run'] or 'nobody'}, this is run {self.run}; start it with the --run-dir of "
+                f"belongs to run {reported.run or 'nobody'}, this is run {self.run}; start it with the --run-dir of "
                 "this run, or take it off the list of servers"
             )
         differing = [
@@ -59,21 +55,21 @@ class Identity:
         ]
         if differing:
             return f"serves another model: {', '.join(differing[:3])}; start it again from this run's model directory"
-        if reported["tokenizer"] != self.tokenizer:
+        if reported.tokenizer != self.tokenizer:
             return (
-                f"was started with another vocabulary: hash {reported['tokenizer'] or 'of none'} there and "
+                f"was started with another vocabulary: hash {reported.tokenizer or 'of none'} there and "
                 f"{self.tokenizer or 'of none'} here; give both the tokenizer of this recipe"
             )
-        if reported["context"] < self.context:
+        if reported.context < self.context:
             return (
-                f"takes {reported['context']} tokens, prompt and answer of this recipe may have {self.context}, and it "
+                f"takes {reported.context} tokens, prompt and answer of this recipe may have {self.context}, and it "
                 "would cut them silently; start it again with this recipe, or lower rollout.max_answer_tokens"
             )
         return ""
 
-    def _differences(self, reported: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    def _differences(self, reported: ServerIdentity) -> list[tuple[str, Any, Any]]:
         """Keys of the model in which a server differs, with our value and its."""
-        config = dict(reported["config"])
+        config = json.loads(reported.config)
         rope = dict(config.get("rope_parameters") or {})
         config.setdefault("rope_theta", rope.get("rope_theta"))
         # The library fills in what a recipe leaves to it.
@@ -81,7 +77,7 @@ class Identity:
         scales = rope.get("rope_type", "default") != "default"
         config["rope_scaling"] = {name: rope.get(name) for name in named} if scales else None
         ours = {**self.architecture.model_dump(exclude=UNUSED), "dtype": self.dtype}
-        theirs = {**{name: config.get(name, ours[name]) for name in ours}, "dtype": reported["dtype"]}
+        theirs = {**{name: config.get(name, ours[name]) for name in ours}, "dtype": reported.dtype}
         return [(name, ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]]
 
 

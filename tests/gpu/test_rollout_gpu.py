@@ -18,12 +18,15 @@ import torch
 from gspo_megatron.cluster.machines import find_gpus
 from gspo_megatron.parallel import Layout
 from gspo_megatron.transport.controller_client import ControllerClient
+from gspo_megatron.transport.messages import RolloutRequest
 from gspo_megatron.transport.weights.ipc import device_name
 from gspo_megatron.transport.weights.sender import WeightSender
 from tests.places import ROOT
 from tests.rollout.conftest import KEY, ControllerThread, Server, make_run_dir, running_servers
 from tests.rollout.tiny import ARCH, Oracle
+from tests.rollout.updates import update_check, update_request
 from tests.shards import cut_shards
+from tests.waiting import HANG
 
 
 def has_vllm() -> bool:
@@ -37,7 +40,6 @@ def has_vllm() -> bool:
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.timeout(900),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU: sleeping servers and CUDA IPC are unseen"),
     pytest.mark.skipif(not has_vllm(), reason="vLLM's CUDA build is not installed"),
 ]
@@ -69,25 +71,25 @@ def test_a_server_gives_its_memory_up_and_serves_handed_over_weights(
     device = torch.device("cuda", 0)
     total = torch.cuda.mem_get_info()[1]
     controller = ControllerThread([server.url], tmp_path / "samples", overlaps=False, sleeps=True)
-    controller = ControllerClient(controller.url, KEY)
+    client = ControllerClient(controller.url, KEY)
     try:
-        controller.wait_ready(120)
+        client.wait_ready(HANG)
         assert used() < LEFT, "asleep from the start"
         sender, layout = WeightSender(device, shares=True), Layout(1)
         for version, oracle in enumerate((Oracle(0), Oracle(1))):
-            ticket = controller.begin_update(version, ARCH, "float32", layout, [device_name(device)])
+            ticket = client.begin_update(update_request(version, ARCH, "float32", layout, [device_name(device)]))
             assert used() < 0.5 * SHARE * total, "weights are awake, KV is not"
             shard = {name: value.to(device) for name, value in cut_shards(ARCH, layout, oracle.tensors)[0].items()}
             checksums = sender.send(ticket, 0, shard)
-            report = controller.finish_update(version, checksums, oracle.probes())
-            assert report["largest"] < 1e-3 and report["received_over_needed"] == 1.0
+            report = client.finish_update(update_check(version, checksums, oracle.probes()))
+            assert report.largest < 1e-3 and report.received_over_needed == 1.0
             assert used() > 0.8 * SHARE * total, "KV is awake"
-            assert len(controller.rollout(version)["samples"]) == 32
-            controller.sleep()
+            assert len(client.rollout(RolloutRequest(step=version)).samples) == 32
+            client.sleep()
             assert used() < LEFT
         sender.close()
     finally:
-        controller.close()
+        client.close()
         controller.stop()
 
 
@@ -100,7 +102,7 @@ def test_a_run_on_one_shared_gpu(tmp_path: Path) -> None:
         f"cold_start.cache={tmp_path}/cold_start",
     )  # fmt: skip
     command = [sys.executable, "-m", "gspo_megatron.cli", "train", "recipes/tiny_moe.yaml", *overrides]
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=540)
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG)
     assert said.returncode == 0, said.stdout[-2000:] + said.stderr[-2000:]
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3]

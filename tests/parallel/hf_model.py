@@ -21,8 +21,8 @@ from tests.parallel.keep_double import KeepDouble
 def read_whole(read: Any, arch: Architecture) -> dict[str, torch.Tensor]:
     """Every tensor of a reader of pieces, whole."""
     return {
-        name: read(Piece(name, (0, shape[0]), (0, shape[1]) if len(shape) > 1 else None, (0, shape[0])))
-        for name, shape in hf_shapes(arch).items()
+        name: read(Piece(name, (0, rows), (0, columns[0]) if columns else None, (0, rows)))
+        for name, (rows, *columns) in hf_shapes(arch).items()
     }
 
 
@@ -34,7 +34,7 @@ def build_oracle(arch: Architecture, tensors: dict[str, torch.Tensor]) -> torch.
     config = AutoConfig.for_model(**settings)
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(config)
+    model: Any = AutoModelForCausalLM.from_config(config)
     inv_freq = model.model.rotary_emb.inv_freq.clone()
     model = model.to(torch.float64)
     model.model.rotary_emb.inv_freq = inv_freq
@@ -92,7 +92,8 @@ def chosen_experts(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
     """Within it, every router of the model adds the experts [L, k] that it chooses: layer by layer of each sequence."""
     chosen: list[torch.Tensor] = []
     hooks = [
-        layer.mlp.gate.register_forward_hook(lambda _, __, said: chosen.append(said[2])) for layer in model.model.layers
+        layer.get_submodule("mlp.gate").register_forward_hook(lambda _, __, said: chosen.append(said[2]))
+        for layer in model.get_submodule("model.layers").children()
     ]
     yield chosen
     for hook in hooks:

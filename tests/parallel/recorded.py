@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import zlib
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from gspo_megatron.data.store import SampleStore
+from gspo_megatron.transport.messages import (
+    Accounting,
+    ControllerState,
+    EvaluationReport,
+    EvaluationRequest,
+    ProgressReport,
+    RolloutBatch,
+    RolloutRequest,
+    Staleness,
+    StreamState,
+    TokenCount,
+)
+from gspo_megatron.transport.update_messages import UpdateCheck, UpdateReport
 from gspo_megatron.types import Problem, Prompt, Response, SampleRef, Segment
 
 VOCABULARY = 96
 PROMPT_LENGTH = 6
 
 
-class RecordedLink:
+class RecordedController:
     """Stands where `ControllerClient` is expected, on rank 0."""
 
     def __init__(self, store: SampleStore, prompts: int, answers: int) -> None:
@@ -27,35 +39,46 @@ class RecordedLink:
     def wait_ready(self, timeout: float, on_status: Callable[[Any], None]) -> None:
         """Nothing to wait for."""
 
-    def rollout(self, step: int, on_progress: Callable[[Any], None]) -> dict[str, Any]:
-        """The next prompts of the stream with their recorded answers."""
+    def rollout(self, request: RolloutRequest, on_progress: Callable[[ProgressReport], None]) -> RolloutBatch:
+        """The next prompts of the stream with their recorded responses."""
         indices = range(self.position, self.position + self.prompts)
         self.position += self.prompts
         refs = [record(self.store, prompt, sample) for prompt in indices for sample in range(self.answers)]
         tokens = sum(ref.answer_length for ref in refs)
-        accounting = {"sampled_tokens": tokens, "carried": {"tokens": 0}, "dropped": {}}
-        measures = {"answer_length": tokens / len(refs)}
-        told = {"seconds": 0.0, "staleness": {}, "measures": measures, "accounting": accounting}
-        return {"samples": refs, "tokens": tokens, **told}
+        taken = TokenCount(tokens=tokens, prompts=self.prompts)
+        return RolloutBatch(
+            samples=tuple(refs),
+            seconds=0.0,
+            tokens=tokens,
+            measures={"answer_length": tokens / len(refs)},
+            staleness=Staleness(mean=0.0, largest=0),
+            accounting=Accounting(sampled_tokens=tokens, taken=taken, dropped={}, in_flight=TokenCount()),
+            unscored={},
+            skipped_prompts={},
+        )
 
-    def evaluate(self, problems: int, answers: int, temperature: float, on_progress: Any) -> dict[str, Any]:
+    def evaluate(self, request: EvaluationRequest, on_progress: Callable[[ProgressReport], None]) -> EvaluationReport:
         """A fixed evaluation."""
-        return {"accuracy": 0.0, "mean_reward": 0.0, "mean_length": 1.0, "examples": []}
+        return EvaluationReport(accuracy=0.0, mean_reward=0.0, mean_length=1.0, examples=())
 
-    def finish_update(self, version: int, checksums: Any, probes: Sequence[Any]) -> dict[str, float]:
-        """Every update arrives, and whatever is measured of it is nothing."""
-        return defaultdict(float)
+    def finish_update(self, request: UpdateCheck) -> UpdateReport:
+        """Every update arrives, and whatever is measured of it is 0."""
+        return UpdateReport(
+            largest=0.0, mean=0.0, seconds=0.0, transfer_seconds=0.0, received_over_needed=0.0, servers={}
+        )
 
     def sleep(self) -> None:
-        """Nobody is awake."""
+        """No server is awake."""
 
-    def state(self) -> dict[str, Any]:
-        """Where the stream stands."""
-        return {"stream": {"position": self.position}}
+    def state(self) -> ControllerState:
+        """The place in the stream."""
+        nothing = Accounting(sampled_tokens=0, taken=TokenCount(), dropped={}, in_flight=TokenCount())
+        stream = StreamState(index=self.position, position=self.position, skipped={}, fingerprint="")
+        return ControllerState(stream=stream, groups=(), accounting=nothing, store="", generations=())
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on there."""
-        self.position = state["stream"]["position"]
+    def restore(self, state: ControllerState) -> None:
+        """Continue there."""
+        self.position = state.stream.position
 
 
 class NoServers:

@@ -36,7 +36,7 @@ from gspo_megatron.run_log import RunLog
 from gspo_megatron.trainer import loop
 from gspo_megatron.trainer.batches import MiniBatch, TrainingMicroBatch
 from gspo_megatron.trainer.step import Trainer
-from tests.parallel.recorded import NoServers, RecordedLink
+from tests.parallel.recorded import NoServers, RecordedController
 
 
 def main() -> None:
@@ -145,7 +145,7 @@ def train(run_dir: Path, case: dict, interruption: dict | None, mark: Path) -> i
         interrupt_at(log.pulse, interruption, dist.get_rank(), mark)
     policy = Policy(recipe, device)
     trainer = Trainer(recipe, run_dir, policy, None, log)
-    controller = RecordedLink(trainer.store, recipe.batch.prompts, recipe.batch.answers) if first else None
+    controller = RecordedController(trainer.store, recipe.batch.prompts, recipe.batch.answers) if first else None
     trainer.controller, trainer.sender = controller, NoServers()  # type: ignore[assignment]
     if "watchdog" in case:
         log.pulse.limit = lambda: case["watchdog"] if mark.exists() else watchdog.FIRST

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ import httpx
 import pytest
 from aiohttp import web
 
+from gspo_megatron.cluster.supervisor import free_ports
 from gspo_megatron.config.loading import save_resolved
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.controller.api import Service
@@ -36,6 +35,7 @@ from gspo_megatron.transport.controller_client import ControllerClient
 from gspo_megatron.transport.identity import Identity
 from tests.rollout.scorer import make_scorer
 from tests.rollout.tiny import KEY, VOCAB, CountingPrompts, NumberTokenizer, Oracle, make_recipe, write_config
+from tests.waiting import HANG, wait_until
 
 ENDS_SERVER = "test_death.py"
 
@@ -58,14 +58,15 @@ class Server:
     parts: tuple[subprocess.Popen[bytes], ...] = ()
     """Where it spans nodes: the processes of the others."""
 
+    def answers(self) -> bool:
+        return answers(self.url)
+
+    def assert_lives(self) -> None:
+        ended = [process for process in (self.process, *self.parts) if process.poll() is not None]
+        assert not ended, self.log.read_text()[-2000:]
+
     def ask(self, method: str, path: str, key: str = KEY) -> httpx.Response:
-        return httpx.request(method, self.url + path, headers=key_header(key), timeout=30)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        return httpx.request(method, self.url + path, headers=key_header(key), timeout=HANG)
 
 
 def server_command(run_dir: Path, port: int, *more: str) -> list[str]:
@@ -73,7 +74,7 @@ def server_command(run_dir: Path, port: int, *more: str) -> list[str]:
     return [sys.executable, "-m", "gspo_megatron.inference.server", *where, *more]
 
 
-def make_run_dir(directory: Path, server_nodes: int | None = None, **rollout: int) -> Path:
+def make_run_dir(directory: Path, server_nodes: int | None = None, **rollout: float) -> Path:
     """A run directory that a server can start from, with some keys of `rollout` changed."""
     directory.mkdir(parents=True, exist_ok=True)
     recipe = make_recipe()
@@ -89,16 +90,12 @@ def make_run_dir(directory: Path, server_nodes: int | None = None, **rollout: in
 @contextmanager
 def running_servers(*run_dirs: Path) -> Iterator[list[Server]]:
     """One healthy server for each run directory; they start side by side."""
-    started, servers = time.monotonic(), []
+    servers: list[Server] = []
     try:
         for run_dir in run_dirs:
             servers.append(start_server(run_dir))
         for server in servers:
-            while not answers(server.url):
-                ended = [process for process in (server.process, *server.parts) if process.poll() is not None]
-                assert not ended, server.log.read_text()[-2000:]
-                assert time.monotonic() - started < 240, server.log.read_text()[-2000:]
-                time.sleep(0.2)
+            wait_until(server.answers, f"server at {server.url}", server.assert_lives)
         yield servers
     finally:
         for process in [process for server in servers for process in (server.process, *server.parts)]:
@@ -111,7 +108,7 @@ def start_server(run_dir: Path) -> Server:
     """Start one server; the parts of one that spans nodes run side by side here."""
     nodes = load_resolved(run_dir / "recipe.resolved.yaml").placement.server_nodes or 1
     environment = {**os.environ, KEY_VARIABLE: KEY, "VLLM_HOST_IP": "127.0.0.1"}
-    port, meeting, log = free_port(), free_port(), run_dir / "server.log"
+    (port, meeting), log = free_ports(2), run_dir / "server.log"
     processes = []
     with log.open("wb") as output:
         for part in range(nodes):
@@ -141,7 +138,7 @@ def server(run_dir: Path) -> Iterator[Server]:
 
 def answers(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/health", timeout=5).status_code == 200
+        return httpx.get(f"{url}/health", timeout=HANG).status_code == 200
     except httpx.TransportError:
         return False
 
@@ -161,7 +158,7 @@ class ControllerThread:
         thinking: Thinking | None = None,
         environment: EnvironmentPool | None = None,
     ) -> None:
-        self.url = f"http://127.0.0.1:{free_port()}"
+        self.url = ""
         self.store = SampleStore(samples)
         self.server_urls = server_urls
         self._recipe, self._sharing, self._slots = recipe or make_recipe(), (overlaps, sleeps), slots
@@ -171,7 +168,7 @@ class ControllerThread:
         self._done = asyncio.Event()
         self._thread = threading.Thread(target=lambda: self._loop.run_until_complete(self._serve()))
         self._thread.start()
-        assert self._ready.wait(30)
+        assert self._ready.wait(HANG)
 
     async def _serve(self) -> None:
         servers = ServerSet(
@@ -182,14 +179,15 @@ class ControllerThread:
         self.controller = Controller(self._recipe, servers, *parts, self._thinking, self._environment)
         runner = web.AppRunner(Service(self.controller, KEY).application())
         await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", int(self.url.rsplit(":", 1)[1])).start()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        self.url = "http://{}:{}".format(*runner.addresses[0][:2])
         self._ready.set()
         await self._done.wait()
         await runner.cleanup()
 
     def stop(self) -> None:
         self._loop.call_soon_threadsafe(self._done.set)
-        self._thread.join(30)
+        self._thread.join(HANG)
         self._loop.close()
 
 
@@ -207,7 +205,7 @@ def start_controller(server: Server, tmp_path: Path) -> Iterator[Starter]:
             stack.callback(controller.stop)
             client = ControllerClient(controller.url, KEY)
             stack.callback(client.close)
-            client.wait_ready(60)
+            client.wait_ready(HANG)
             return controller, client
 
         yield start

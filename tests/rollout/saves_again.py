@@ -7,22 +7,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from gspo_megatron import cli
-from gspo_megatron.cluster import supervisor
-from gspo_megatron.config.schema import Recipe
+from tests.rollout.jobs import TRAINER
+from tests.rollout.replaced_role import run_cli
 
 AGAIN = "again"
 """Directory of the run directory with the second save."""
-LOOP, HERE = "gspo_megatron.trainer.loop", "tests.rollout.saves_again"
-
-
-def plan_roles(recipe: Recipe, run_dir: Path, ranks: int) -> list[supervisor.Role]:
-    """The roles of the run, trainers started through this file."""
-    planned = supervisor.plan_roles(recipe, run_dir, ranks)
-    return [replace(role, command=tuple(HERE if word == LOOP else word for word in role.command)) for role in planned]
+HERE = "tests.rollout.saves_again"
 
 
 def become_trainer() -> None:
@@ -54,8 +46,7 @@ def become_trainer() -> None:
 def main(arguments: Sequence[str]) -> int:
     """`gspo` itself; what it starts comes by here again."""
     if arguments[0] == "train":
-        cli.plan_roles = plan_roles
-        return cli.main(arguments)
+        return run_cli(arguments, TRAINER, HERE)
     become_trainer()
     return 1
 

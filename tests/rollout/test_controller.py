@@ -8,8 +8,9 @@ import httpx
 
 from gspo_megatron.controller.server_client import ServerClient
 from gspo_megatron.transport.auth import key_header
-from tests.rollout.test_weight_update import update
+from gspo_megatron.transport.messages import Accounting, EvaluationRequest, RolloutRequest, TokenCount
 from tests.rollout.tiny import KEY, STOP, VOCAB, CountingPrompts
+from tests.rollout.updates import update
 
 
 async def count_tokens(url: str) -> int:
@@ -25,18 +26,13 @@ def test_a_batch_is_complete_readable_and_repeatable(start_controller, oracles) 
     update(link, 3, oracles[0])
     state = link.state()
     seen = []
-    batch = link.rollout(1, on_progress=seen.append)
-    refs = batch["samples"]
+    batch = link.rollout(RolloutRequest(step=1), on_progress=seen.append)
+    refs = batch.samples
     assert [(ref.prompt_index, ref.sample_index) for ref in refs] == [(p, s) for p in range(8) for s in range(4)]
-    assert batch["accounting"] == {
-        "sampled_tokens": batch["tokens"],
-        "taken": {"tokens": batch["tokens"], "prompts": 8},
-        "dropped": {},
-        "carried": {"tokens": 0, "prompts": 0},
-        "unscored": {},
-        "skipped_prompts": {},
-    }
-    assert seen[-1]["done"] == seen[-1]["total"] == 32 and seen[-1]["tokens"] == batch["tokens"]
+    taken = TokenCount(tokens=batch.tokens, prompts=8)
+    assert batch.accounting == Accounting(sampled_tokens=batch.tokens, taken=taken, dropped={}, in_flight=TokenCount())
+    assert batch.unscored == batch.skipped_prompts == {}
+    assert seen[-1].done == seen[-1].total == 32 and seen[-1].tokens == batch.tokens
     prompts = CountingPrompts().next(8)
     read = [controller.store.read(ref) for ref in refs]
     for ref, (token_ids, answer_start, logprobs) in zip(refs, read, strict=True):
@@ -49,23 +45,23 @@ def test_a_batch_is_complete_readable_and_repeatable(start_controller, oracles) 
     group = [tuple(ids[start:].tolist()) for ids, start, _ in read[:4]]
     assert len(set(group)) == 4, "the answers to one prompt are the same: their seeds are"
     before = asyncio.run(count_tokens(controller.server_urls[0]))
-    following = link.rollout(2)
-    assert following["samples"][0].prompt_index == 8
+    following = link.rollout(RolloutRequest(step=2))
+    assert following.samples[0].prompt_index == 8
     # What the watchdog looks at.
-    assert asyncio.run(count_tokens(controller.server_urls[0])) - before == following["tokens"]
+    assert asyncio.run(count_tokens(controller.server_urls[0])) - before == following.tokens
 
     link.restore(state)
-    again = link.rollout(1)["samples"]
+    again = link.rollout(RolloutRequest(step=1)).samples
     assert [controller.store.read(ref)[0].tolist() for ref in again] == [ids.tolist() for ids, _, _ in read]
 
 
 def test_evaluation_is_greedy_and_stores_nothing(start_controller, oracles) -> None:
     controller, link = start_controller()
     update(link, 0, oracles[0])
-    found = [link.evaluate(6) for _ in range(2)]
+    found = [link.evaluate(EvaluationRequest(problems=6, answers=1, temperature=0.0)) for _ in range(2)]
     assert found[0] == found[1]
-    assert 0 <= found[0]["accuracy"] <= 1 and found[0]["mean_reward"] == found[0]["accuracy"]
-    assert [example["question"] for example in found[0]["examples"]] == [f"question {i}" for i in (-1, -2, -3)]
+    assert 0 <= found[0].accuracy <= 1 and found[0].mean_reward == found[0].accuracy
+    assert [example.question for example in found[0].examples] == [f"question {i}" for i in (-1, -2, -3)]
     assert list(controller.store.directory.glob("*.sample")) == []
 
 

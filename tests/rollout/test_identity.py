@@ -9,9 +9,10 @@ import pytest
 
 from gspo_megatron.transport.controller_client import ControllerError
 from gspo_megatron.transport.identity import Identity, identity_of, read_run_id
+from gspo_megatron.transport.messages import RolloutRequest
 from tests.rollout.conftest import Server
-from tests.rollout.test_weight_update import update
 from tests.rollout.tiny import make_recipe
+from tests.rollout.updates import update
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def test_the_run_s_own_server_is_taken(start_controller, oracles, identity: Iden
     assert read_run_id(run_dir) == identity.run and len(identity.run) == 16
     _, link = start_controller(identity=identity)
     update(link, 0, oracles[0])
-    assert len(link.rollout(1)["samples"]) == 32
+    assert len(link.rollout(RolloutRequest(step=1)).samples) == 32
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from gspo_megatron.config.schema import Recipe
-from tests.rollout.test_weight_update import TRAINER, update
+from gspo_megatron.transport.messages import RolloutRequest
 from tests.rollout.tiny import make_recipe
+from tests.rollout.updates import TRAINER, update
 from tests.shards import TrainerRanks
 
 SLOTS = 12
@@ -38,27 +39,27 @@ def test_answers_go_on_under_new_weights(start_controller, oracles, overlaps: bo
     controller, link = start_controller(recipe=stale_recipe(), overlaps=overlaps, slots=SLOTS)
     ranks = TrainerRanks(TRAINER.world)
     update(link, 0, oracles[0], ranks)
-    first = link.rollout(0)
-    assert first["accounting"]["carried"]["tokens"] > 0, "nothing was under way"
+    first = link.rollout(RolloutRequest(step=0))
+    assert first.accounting.in_flight.tokens > 0, "nothing was under way"
     update(link, 1, oracles[1], ranks)
-    second = link.rollout(1)
-    assert check_segments(controller, first["samples"], oracles) == 0
-    assert check_segments(controller, second["samples"], oracles) > 0, "no answer outlived the update"
-    assert second["staleness"]["largest"] == 1 and 0 < second["staleness"]["mean"] < 1
+    second = link.rollout(RolloutRequest(step=1))
+    assert check_segments(controller, first.samples, oracles) == 0
+    assert check_segments(controller, second.samples, oracles) > 0, "no answer outlived the update"
+    assert second.staleness.largest == 1 and 0 < second.staleness.mean < 1
 
 
 def test_an_interrupted_answer_is_what_it_would_have_been(start_controller, oracles) -> None:
     """Continued under equal weights, all its log-probs are those of one forward pass over the whole text."""
     controller, link = start_controller(recipe=stale_recipe(), overlaps=False, slots=SLOTS)
     update(link, 0, oracles[0])
-    link.rollout(0)
+    link.rollout(RolloutRequest(step=0))
     generations = [generation for group in controller.controller.buffer.groups for generation in group.generations]
     cut = {
         (generation.prompt.index, generation.sample_index)
         for generation in generations
         if generation.parts == 1 and 0 < len(generation) < 20
     }
-    refs = [ref for ref in link.rollout(1)["samples"] if (ref.prompt_index, ref.sample_index) in cut]
+    refs = [ref for ref in link.rollout(RolloutRequest(step=1)).samples if (ref.prompt_index, ref.sample_index) in cut]
     continued = [ref for ref in refs if generations_of(generations, ref).parts == 2]
     assert continued, "no answer was interrupted half-way"
     check_segments(controller, continued, oracles)

@@ -11,13 +11,15 @@ import pytest
 
 from gspo_megatron.parallel import Layout
 from gspo_megatron.transport.controller_client import ControllerError
+from gspo_megatron.transport.messages import RolloutRequest
 from gspo_megatron.transport.server_paths import GENERATE
 from gspo_megatron.transport.weights.ipc import device_name
 from gspo_megatron.transport.weights.wire import TransferError
 from tests.rollout.conftest import KEY, Server, make_run_dir, running_servers
-from tests.rollout.test_weight_update import differences, update
 from tests.rollout.tiny import ARCH
+from tests.rollout.updates import differences, update, update_check, update_request
 from tests.shards import CPU, TrainerRanks, cut_shards
+from tests.waiting import HANG
 
 TRAINERS = [
     Layout(4, tensor=2, pipeline=2, expert=2),
@@ -47,13 +49,13 @@ def test_every_trainer_layout_reaches_every_server_layout(start_controller, shar
     for version, trainer in enumerate(TRAINERS):
         oracle, other = oracles[version % 2], oracles[1 - version % 2]
         report = update(link, version, oracle, TrainerRanks(trainer.world), trainer)
-        assert len(report["servers"]) == 4, link.status()["servers"]
-        assert max(server["largest"] for server in report["servers"].values()) < 1e-4
-        assert report["received_over_needed"] == 1.0
+        assert len(report.servers) == 4, link.status().servers
+        assert max(server.largest for server in report.servers.values()) < 1e-4
+        assert report.received_over_needed == 1.0
         # Prompts go round the servers, so that every one of them has sampled.
-        batch = link.rollout(version)
-        assert differences(oracle, controller.store, batch["samples"]).max() < 1e-4
-        assert differences(other, controller.store, batch["samples"]).mean() > 0.1
+        batch = link.rollout(RolloutRequest(step=version))
+        assert differences(oracle, controller.store, batch.samples).max() < 1e-4
+        assert differences(other, controller.store, batch.samples).mean() > 0.1
 
 
 def test_the_same_by_hand_over_while_trainer_and_servers_take_turns(
@@ -64,15 +66,15 @@ def test_the_same_by_hand_over_while_trainer_and_servers_take_turns(
     for version, trainer in enumerate(TRAINERS):
         oracle, other = oracles[version % 2], oracles[1 - version % 2]
         report = update(link, version, oracle, TrainerRanks(trainer.world), trainer, shares=True)
-        assert len(report["servers"]) == 4, link.status()["servers"]
-        assert max(server["largest"] for server in report["servers"].values()) < 1e-4
-        assert report["received_over_needed"] == 1.0
-        batch = link.rollout(version)
-        assert differences(oracle, controller.store, batch["samples"]).max() < 1e-4
-        assert differences(other, controller.store, batch["samples"]).mean() > 0.1
+        assert len(report.servers) == 4, link.status().servers
+        assert max(server.largest for server in report.servers.values()) < 1e-4
+        assert report.received_over_needed == 1.0
+        batch = link.rollout(RolloutRequest(step=version))
+        assert differences(oracle, controller.store, batch.samples).max() < 1e-4
+        assert differences(other, controller.store, batch.samples).mean() > 0.1
         link.sleep()
         with pytest.raises(ControllerError, match="no server has weights"):
-            link.rollout(version)
+            link.rollout(RolloutRequest(step=version))
 
 
 def test_a_server_killed_in_the_middle_never_serves_and_the_others_go_on(
@@ -83,17 +85,17 @@ def test_a_server_killed_in_the_middle_never_serves_and_the_others_go_on(
     old, new = oracles
     ranks = TrainerRanks(TRAINERS[0].world)
     update(link, 0, old, ranks, TRAINERS[0])
-    ticket = link.begin_update(1, ARCH, "float32", TRAINERS[0])
+    ticket = link.begin_update(update_request(1, ARCH, "float32", TRAINERS[0]))
     killed = sharded_servers[0]
     os.killpg(killed.process.pid, signal.SIGKILL)
     with pytest.raises(TransferError, match="the weight update broke between the trainer and the servers"):
         ranks.send(ticket, cut_shards(ARCH, TRAINERS[0], new.tensors))
     report = update(link, 1, new, ranks, TRAINERS[0])
-    assert len(report["servers"]) == 3 and killed.url not in report["servers"]
-    assert "gone" in link.status()["servers"][killed.url]
-    batch = link.rollout(1)
-    assert differences(new, controller.store, batch["samples"]).max() < 1e-4
-    assert {segment.version for ref in batch["samples"] for segment in ref.segments} == {1}
+    assert len(report.servers) == 3 and killed.url not in report.servers
+    assert "gone" in link.status().servers[killed.url]
+    batch = link.rollout(RolloutRequest(step=1))
+    assert differences(new, controller.store, batch.samples).max() < 1e-4
+    assert {segment.version for ref in batch.samples for segment in ref.segments} == {1}
 
 
 def test_by_hand_over_a_killed_server_takes_nothing_from_the_others(
@@ -107,13 +109,13 @@ def test_by_hand_over_a_killed_server_takes_nothing_from_the_others(
     ranks = TrainerRanks(TRAINERS[0].world)
     update(link, 0, old, ranks, TRAINERS[0], shares=True)
     link.sleep()
-    ticket = link.begin_update(1, ARCH, "float32", TRAINERS[0], [device_name(CPU)] * TRAINERS[0].world)
+    ticket = link.begin_update(update_request(1, ARCH, "float32", TRAINERS[0], [device_name(CPU)] * TRAINERS[0].world))
     os.killpg(killed.process.pid, signal.SIGKILL)
     checksums = ranks.send(ticket, cut_shards(ARCH, TRAINERS[0], new.tensors))
-    report = link.finish_update(1, checksums, new.probes())
-    assert len(report["servers"]) == 1 and killed.url not in report["servers"]
-    batch = link.rollout(1)
-    assert differences(new, controller.store, batch["samples"]).max() < 1e-4
+    report = link.finish_update(update_check(1, checksums, new.probes()))
+    assert len(report.servers) == 1 and killed.url not in report.servers
+    batch = link.rollout(RolloutRequest(step=1))
+    assert differences(new, controller.store, batch.samples).max() < 1e-4
 
 
 def test_a_part_of_a_server_that_loses_its_worker_ends_with_its_sentence(sharded_servers) -> None:
@@ -122,5 +124,5 @@ def test_a_part_of_a_server_that_loses_its_worker_ends_with_its_sentence(sharded
     (part,) = server.parts
     (worker,) = [child for child in psutil.Process(part.pid).children() if "Worker" in child.name()]
     worker.kill()
-    assert part.wait(60) == 1
+    assert part.wait(HANG) == 1
     assert "rollout server 0 died: RuntimeError: a worker of this node's part died" in server.log.read_text()

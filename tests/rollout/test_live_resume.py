@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,12 @@ from gspo_megatron.data.stream import PromptStream
 from gspo_megatron.data.tokenizers import load_tokenizer
 from gspo_megatron.models import load_resolved
 from gspo_megatron.run_dir import complete_checkpoints
-from tests.rollout.saves_again import AGAIN, HERE
-from tests.rollout.test_lost_server import rows_of, wait_for
-from tests.rollout.test_main_job import assert_all_ended, start
+from tests.rollout import holds_responses, saves_again
+from tests.rollout.jobs import ANSWERS, PROMPTS, assert_all_ended, finish, rows_of, start
+from tests.rollout.saves_again import AGAIN
 
-pytestmark = pytest.mark.timeout(900)
-STEPS, PROMPTS, ANSWERS = 5, 8, 4
-# One version behind, and slow: answers are under way when the run stops, and have to be carried over.
+STEPS = 5
+# One version behind: responses are in flight when the run stops, and are continued by the next attempt.
 SHAPE = (
     f"trainer.max_steps={STEPS}", "checkpoint.every=1",
     "rollout.max_staleness=1", "rollout.max_concurrency=2", "rollout.stream_interval=2",
@@ -36,23 +34,15 @@ SHAPE = (
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The run directory, and a copy of the checkpoint that the run went on from."""
     directory = tmp_path_factory.mktemp("live_resume")
-    job = start(directory, *SHAPE)
-    try:
-        wait_for(job, "second step", lambda: len(rows_of(directory)) > 2, seconds=600)
-        job.send_signal(signal.SIGUSR1)
-        said, _ = job.communicate(timeout=300)
-    finally:
-        job.kill()
+    job = start(directory, *SHAPE, module=holds_responses.HERE)
+    said = finish(job)
     assert job.returncode == 85, said[-3000:]
     assert_all_ended(directory)
     run_dir = directory / "run"
     kept = directory / "kept"
     shutil.copytree(complete_checkpoints(run_dir / "checkpoints")[-1], kept)
-    job = start(directory, *SHAPE, module=HERE)
-    try:
-        said, _ = job.communicate(timeout=600)
-    finally:
-        job.kill()
+    job = start(directory, *SHAPE, module=saves_again.HERE)
+    said = finish(job)
     assert job.returncode == 0, said[-3000:]
     assert f"goes on after step {state_of(kept)['step']} (" in said
     return run_dir, kept
@@ -87,7 +77,7 @@ def test_every_step_is_there_once_and_counts_on(run: tuple[Path, Path]) -> None:
     run_dir, kept = run
     rows = rows_of(run_dir.parent)
     assert [row["step"] for row in rows] == list(range(STEPS + 1))
-    assert 2 <= state_of(kept)["step"] < STEPS
+    assert holds_responses.STOP_STEP <= state_of(kept)["step"] < STEPS
     assert [row["updates"] for row in rows[1:]] == [4 * step for step in range(1, STEPS + 1)]
     assert [row["weight_version"] for row in rows[1:]] == list(range(STEPS))
     assert all(row["canary_largest"] < 1e-4 for row in rows[1:])

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-import time
 from pathlib import Path
 
-from tests.rollout.test_main_job import assert_all_ended, processes_of, start
-
-PROMPTS, ANSWERS = 8, 4
-
-
-def rows_of(directory: Path) -> list[dict]:
-    """Finished steps so far; the last line may still be on its way."""
-    file = directory / "run" / "metrics.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def wait_for(job: subprocess.Popen[str], what: str, is_there: object, seconds: float = 240) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_there():  # type: ignore[operator]
-        assert job.poll() is None, job.communicate()[0][-3000:]
-        assert time.monotonic() < deadline, f"no {what} within {seconds:g} s"
-        time.sleep(0.05)
+from tests.rollout.jobs import (
+    ANSWERS,
+    PROMPTS,
+    SERVER,
+    assert_all_ended,
+    finish,
+    processes_of,
+    rows_of,
+    start,
+    wait_for,
+)
 
 
 def test_a_killed_server_costs_nothing_and_comes_back(tmp_path: Path) -> None:
@@ -35,13 +25,13 @@ def test_a_killed_server_costs_nothing_and_comes_back(tmp_path: Path) -> None:
     try:
         wait_for(job, "first step", lambda: len(rows_of(tmp_path)) >= 2)
         ours = processes_of(tmp_path).items()
-        os.kill(min(pid for pid, text in ours if "rollout.server" in text and "--index 1 " in text), signal.SIGKILL)
+        os.kill(min(pid for pid, text in ours if SERVER in text and "--index 1 " in text), signal.SIGKILL)
         wait_for(job, "server that is back", lambda: "is back" in log.read_text())
         before = len(rows_of(tmp_path))
         wait_for(job, "step after that", lambda: len(rows_of(tmp_path)) >= before + 2)
         told = log.read_text()
         job.send_signal(signal.SIGINT)
-        said, _ = job.communicate(timeout=60)
+        said = finish(job)
     finally:
         job.terminate()
     assert said.count("rollout-1 ended and is started again") == 1

@@ -12,9 +12,10 @@ from gspo_megatron.controller.environment_pool import EnvironmentPool
 from gspo_megatron.controller.multi_turn import Thinking
 from gspo_megatron.controller.process_pool import ProcessPool
 from gspo_megatron.environments.calculator import calculate
+from gspo_megatron.transport.messages import RolloutRequest
 from tests.rollout.environment import SECTION, Characters, make_calculator
-from tests.rollout.test_weight_update import update
 from tests.rollout.tiny import STOP, make_recipe
+from tests.rollout.updates import update
 
 CODEC = Characters()
 CALLS = tuple(CODEC.encode_text("=ABCDEFGHIJ"))
@@ -42,11 +43,11 @@ def test_the_calculator_answers_between_turns(start_controller, oracles) -> None
     environment = EnvironmentPool(CALLS, 3, ProcessPool(make_calculator, 1, 60.0, "environment"))
     controller, link = start_controller(recipe=recipe_with(environment=SECTION), environment=environment)
     update(link, 0, oracles[0])
-    batch = link.rollout(1)
-    refs = batch["samples"]
+    batch = link.rollout(RolloutRequest(step=1))
+    refs = batch.samples
     check_logprobs(oracles[0], controller.store, refs)
-    assert batch["accounting"]["unscored"] == {}
-    assert batch["tokens"] == sum(ref.trained_length for ref in refs) == batch["accounting"]["sampled_tokens"]
+    assert batch.unscored == {}
+    assert batch.tokens == sum(ref.trained_length for ref in refs) == batch.accounting.sampled_tokens
     replies = 0
     for ref in refs:
         token_ids, start, _ = controller.store.read(ref)
@@ -64,7 +65,7 @@ def test_the_calculator_answers_between_turns(start_controller, oracles) -> None
         assert not any(last[:-1]) and len(ref.masked) <= 3
         assert not (last and last[-1]) or (ref.stop_reason == "length" and (len(ref.masked) == 3 or len(answer) == 20))
     assert replies > 20, "hardly a call was made"
-    assert batch["measures"]["tool_calls"] == replies / 32
+    assert batch.measures["tool_calls"] == replies / 32
 
 
 def test_thinking_that_is_closed_goes_on_as_the_policy_would(start_controller, oracles) -> None:
@@ -72,10 +73,10 @@ def test_thinking_that_is_closed_goes_on_as_the_policy_would(start_controller, o
     settings = recipe_with(thinking=ThinkingBudget(budget=5))
     controller, link = start_controller(recipe=settings, thinking=thinking)
     update(link, 0, oracles[0])
-    batch = link.rollout(1)
-    check_logprobs(oracles[0], controller.store, batch["samples"])
+    batch = link.rollout(RolloutRequest(step=1))
+    check_logprobs(oracles[0], controller.store, batch.samples)
     closed = 0
-    for ref in batch["samples"]:
+    for ref in batch.samples:
         token_ids, start, _ = controller.store.read(ref)
         answer = token_ids[start:].tolist()
         # A prompt that holds the end of thinking leaves nothing to close.
@@ -83,14 +84,14 @@ def test_thinking_that_is_closed_goes_on_as_the_policy_would(start_controller, o
         assert [(span.start, span.end, span.why) for span in ref.masked] == [(5, 8, "closing")] * thinks_on
         assert not thinks_on or answer[5:8] == [20, 21, 10]
         closed += thinks_on
-    assert closed > 20 and batch["measures"]["thinking_closed"] == closed / 32
+    assert closed > 20 and batch.measures["thinking_closed"] == closed / 32
 
 
 def test_an_answer_is_halted_where_it_repeats_itself(start_controller, oracles) -> None:
     halt = RepetitionHalt(longest_pattern=1, times=2)
     controller, link = start_controller(recipe=recipe_with(repetition_halt=halt))
     update(link, 0, oracles[0])
-    refs = [ref for step in range(3) for ref in link.rollout(step)["samples"]]
+    refs = [ref for step in range(3) for ref in link.rollout(RolloutRequest(step=step)).samples]
     for ref in refs:
         token_ids, start, _ = controller.store.read(ref)
         answer = token_ids[start:].tolist()

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from gspo_megatron.transport.auth import KEY_VARIABLE
-from tests.rollout.conftest import Server, free_port, server_command
+from tests.rollout.conftest import Server, server_command
 from tests.rollout.tiny import KEY
+from tests.waiting import HANG
 
 
 def test_every_path_but_health_asks_for_the_key(server: Server) -> None:
@@ -33,7 +34,7 @@ def start_and_fail(run_dir: Path, port: int, key: str | None = KEY) -> str:
     environment = {name: value for name, value in os.environ.items() if name != KEY_VARIABLE}
     if key is not None:
         environment[KEY_VARIABLE] = key
-    done = subprocess.run(server_command(run_dir, port), env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(server_command(run_dir, port), env=environment, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 1
     return done.stderr.strip().splitlines()[-1]
 
@@ -49,10 +50,10 @@ def test_a_used_port_is_one_sentence(run_dir: Path) -> None:
 
 def test_a_model_without_config_is_one_sentence(run_dir: Path, tmp_path: Path) -> None:
     shutil.copy(run_dir / "recipe.resolved.yaml", tmp_path)
-    said = start_and_fail(tmp_path, free_port())
+    said = start_and_fail(tmp_path, 0)
     assert said == f"rollout server 0: {tmp_path}/model/config.json does not exist; write the model there first"
 
 
 @pytest.mark.parametrize("key", [None, ""])
 def test_without_a_key_nothing_starts(run_dir: Path, key: str | None) -> None:
-    assert start_and_fail(run_dir, free_port(), key).startswith("GSPO_JOB_KEY is not set")
+    assert start_and_fail(run_dir, 0, key).startswith("GSPO_JOB_KEY is not set")

@@ -2,49 +2,21 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import suppress
 
-import numpy as np
 import pytest
 import torch
 
-from gspo_megatron.data.store import SampleStore
 from gspo_megatron.models.hf_table import hf_shapes
 from gspo_megatron.parallel import Layout
-from gspo_megatron.transport.controller_client import ControllerClient, ControllerError
+from gspo_megatron.transport.controller_client import ControllerError
+from gspo_megatron.transport.messages import RolloutRequest
 from gspo_megatron.transport.weights.checksum import Checksum
-from gspo_megatron.transport.weights.ipc import device_name
 from gspo_megatron.transport.weights.plan import Slice
 from gspo_megatron.transport.weights.wire import TransferError
-from gspo_megatron.types import SampleRef
 from tests.rollout.tiny import ARCH, Oracle
+from tests.rollout.updates import TRAINER, differences, update, update_check, update_request
 from tests.shards import CPU, TrainerRanks, cut_shards
-
-TRAINER = Layout(4, tensor=2, pipeline=2, expert=2)
-
-
-def update(
-    controller: ControllerClient,
-    version: int,
-    oracle: Oracle,
-    ranks: TrainerRanks | None = None,
-    trainer: Layout = TRAINER,
-    shares: bool = False,
-) -> dict:
-    """One update; by hand-over if servers share the trainer's device."""
-    ticket = controller.begin_update(version, ARCH, "float32", trainer, [device_name(CPU)] * trainer.world * shares)
-    checksums = (ranks or TrainerRanks(trainer.world)).send(ticket, cut_shards(ARCH, trainer, oracle.tensors))
-    return controller.finish_update(version, checksums, oracle.probes())
-
-
-def differences(oracle: Oracle, store: SampleStore, refs: list[SampleRef]) -> np.ndarray:
-    """|sampler's log-prob - Hugging Face's| of every answer token."""
-    found = []
-    for ref in refs:
-        token_ids, answer_start, logprobs = store.read(ref)
-        found.append(np.abs(oracle.logprobs(token_ids.tolist())[answer_start - 1 :] - logprobs))
-    return np.concatenate(found)
 
 
 def checksum_of(oracle: Oracle) -> int:
@@ -57,48 +29,48 @@ def checksum_of(oracle: Oracle) -> int:
 
 
 def test_two_updates_with_different_weights(start_controller, oracles) -> None:
-    controller, controller = start_controller()
+    controller, client = start_controller()
     ranks = TrainerRanks(TRAINER.world)
     with pytest.raises(ControllerError, match="no server has weights"):
-        controller.rollout(0)
+        client.rollout(RolloutRequest(step=0))
     for version, oracle in enumerate(oracles):
-        report = update(controller, version, oracle, ranks)
-        assert report["largest"] < 1e-4 and report["mean"] < 1e-5
-        assert report["received_over_needed"] == 1.0
-        batch = controller.rollout(version)
-        found = differences(oracle, controller.store, batch["samples"])
-        assert len(found) == batch["tokens"]
+        report = update(client, version, oracle, ranks)
+        assert report.largest < 1e-4 and report.mean < 1e-5
+        assert report.received_over_needed == 1.0
+        batch = client.rollout(RolloutRequest(step=version))
+        found = differences(oracle, controller.store, batch.samples)
+        assert len(found) == batch.tokens
         assert found.max() < 1e-4 and found.mean() < 1e-5
-        other = differences(oracles[1 - version], controller.store, batch["samples"])
+        other = differences(oracles[1 - version], controller.store, batch.samples)
         assert other.mean() > 0.1, "both models give the same log-probs: the test cannot tell them apart"
-        assert all([segment.version for segment in ref.segments] == [version] for ref in batch["samples"])
+        assert all([segment.version for segment in ref.segments] == [version] for ref in batch.samples)
     with pytest.raises(ControllerError, match="versions only grow"):
-        controller.begin_update(1, ARCH, "float32", TRAINER)
+        client.begin_update(update_request(1, ARCH, "float32", TRAINER))
 
 
 def test_one_changed_value_is_refused_by_the_checksum(start_controller, oracles) -> None:
     """The sum is that of the right weights, but one value was another on the wire."""
     _, controller = start_controller()
     shards = cut_shards(ARCH, TRAINER, oracles[0].tensors)
-    ticket = controller.begin_update(0, ARCH, "float32", TRAINER)
+    ticket = controller.begin_update(update_request(0, ARCH, "float32", TRAINER))
     shards[3]["decoder.layers.2.mlp.experts.5.linear_fc1.weight"][3, 4] += 1e-3
     TrainerRanks(TRAINER.world).send(ticket, shards)
     with pytest.raises(ControllerError, match=r"no server is left: .* received weights with checksums"):
-        controller.finish_update(0, [checksum_of(oracles[0])], oracles[0].probes())
+        controller.finish_update(update_check(0, [checksum_of(oracles[0])], oracles[0].probes()))
     with pytest.raises(ControllerError, match="no server"):
-        controller.rollout(0)
+        controller.rollout(RolloutRequest(step=0))
 
 
 def test_weights_that_are_not_the_trainers_are_refused_by_the_canary(start_controller, oracles) -> None:
     """The transfer is faultless, but the trainer computes with other weights than it sent."""
     _, controller = start_controller()
     sent, held = oracles
-    ticket = controller.begin_update(0, ARCH, "float32", TRAINER)
+    ticket = controller.begin_update(update_request(0, ARCH, "float32", TRAINER))
     checksums = TrainerRanks(TRAINER.world).send(ticket, cut_shards(ARCH, TRAINER, sent.tensors))
     with pytest.raises(ControllerError, match=r"canary refuses version 0 .*weight_update\.canary_bound=0\.0001"):
-        controller.finish_update(0, checksums, held.probes())
+        controller.finish_update(update_check(0, checksums, held.probes()))
     with pytest.raises(ControllerError, match="no server"):
-        controller.rollout(0)
+        controller.rollout(RolloutRequest(step=0))
 
 
 @pytest.mark.parametrize(
@@ -114,29 +86,27 @@ def test_another_model_is_refused_by_name_and_holds_nobody_up(
     start_controller, oracles, change: dict[str, int], dtype: str, sentence: str
 ) -> None:
     _, controller = start_controller()
-    started = time.monotonic()
     arch = ARCH.model_copy(update=change)
-    ticket = controller.begin_update(0, arch, dtype, Layout(1))
+    ticket = controller.begin_update(update_request(0, arch, dtype, Layout(1)))
     tensors = {name: torch.zeros(shape, dtype=getattr(torch, dtype)) for name, shape in hf_shapes(arch).items()}
     # Whether the trainer sees it depends on how much is still to be sent when the server leaves.
     with suppress(TransferError):
         TrainerRanks(1).send(ticket, cut_shards(arch, Layout(1), tensors))
     with pytest.raises(ControllerError, match=rf"no server is left: .* did not receive the weights: .*{sentence}"):
-        controller.finish_update(0, [0], oracles[0].probes())
-    assert time.monotonic() - started < ticket["timeout"] / 2
+        controller.finish_update(update_check(0, [0], oracles[0].probes()))
 
 
 def test_a_broken_update_can_be_repeated(start_controller, oracles) -> None:
     """A trainer rank fails in the middle; a second, complete update leaves nothing of the first behind."""
-    controller, controller = start_controller()
+    controller, client = start_controller()
     wrong, right = oracles
     ranks = TrainerRanks(TRAINER.world)
-    ticket = controller.begin_update(0, ARCH, "float32", TRAINER)
+    ticket = client.begin_update(update_request(0, ARCH, "float32", TRAINER))
     shards = cut_shards(ARCH, TRAINER, wrong.tensors)
     del shards[2]["decoder.layers.3.self_attention.linear_proj.weight"]
     with pytest.raises(TransferError, match=r"the trainer has no parameter decoder\.layers\.3"):
         ranks.send(ticket, shards)
-    report = update(controller, 0, right, ranks)
-    assert report["largest"] < 1e-4
-    batch = controller.rollout(0)
-    assert differences(right, controller.store, batch["samples"]).max() < 1e-4
+    report = update(client, 0, right, ranks)
+    assert report.largest < 1e-4
+    batch = client.rollout(RolloutRequest(step=0))
+    assert differences(right, controller.store, batch.samples).max() < 1e-4

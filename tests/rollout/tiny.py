@@ -53,11 +53,11 @@ def make_recipe() -> Recipe:
                 "max_answer_tokens": 20,
                 "max_concurrency": 64,
                 "kv_cache_gib": 0.0625,
-                "start_timeout": 120,
+                "start_timeout": 600,
                 "stream_interval": 3,
             },
             # 1 MiB cuts the checkpoint into several buckets.
-            "weight_update": {"bucket_mib": 1, "canary_bound": 1e-4, "timeout": 30},
+            "weight_update": {"bucket_mib": 1, "canary_bound": 1e-4, "timeout": 600},
         }
     )
 
@@ -124,7 +124,7 @@ class CountingPrompts:
         return [_prompt(-1 - index) for index in range(count)]
 
     def state(self) -> dict[str, Any]:
-        return {"index": self.index}
+        return {"index": self.index, "position": self.index, "skipped": {}, "fingerprint": "counting"}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.index = state["index"]

@@ -115,13 +115,12 @@ def cut_a_node_off(place: Workplace) -> None:
 def spoil_fill_and_run_out_of_time(place: Workplace) -> None:
     """An update is no number, the disk gets full, and the time is up: first with a warning, then without."""
     run_dir, poison = place.directory / "limits", place.directory / "poison"
-    environment = {"GSPO_TEST_POISON": str(poison)}
     disk = place.lab.disk
     run_dir.mkdir()
     (run_dir / "checkpoints").symlink_to(disk)
     job = place.submit(
         "limits", *RUN, f"objective.trust={Path(__file__).with_name('poisoned.py')}:clip",
-        options=["--nodes=1", "--nodelist=node2"], **environment,
+        options=["--nodes=1", "--nodelist=node2"], GSPO_TEST_POISON=str(poison),
     )  # fmt: skip
     job.wait_for_step(1)
     poison.touch()
@@ -144,7 +143,7 @@ def spoil_fill_and_run_out_of_time(place: Workplace) -> None:
     assert f"{ENDS}; {whole} is the newest complete checkpoint" in job.text()
     cut = disk / f"step_{whole:06d}" / "rank_00000.safetensors"
     os.truncate(cut, cut.stat().st_size // 2)
-    resumed = place.resume(job, "limits_resumed", **environment)
+    resumed = place.resume(job, "limits_resumed", GSPO_TEST_POISON=str(poison))
     check_done(resumed, STEPS)
     (log,) = resumed.attempt(4).glob("trainer-*.log")
     assert f"goes on after step {whole - 1} (" in log.read_text()

@@ -158,14 +158,25 @@ def test_each_engine_has_one_owner() -> None:
 def test_what_a_launcher_needs_never_names_torch() -> None:
     wrong = [
         f"{path.relative_to(ROOT)}:{line}: {module}"
-        for path in sources(*WITHOUT_TORCH)
+        for path in [*sources(*WITHOUT_TORCH), *sorted((PACKAGE / "transport").glob("*.py"))]
         for line, module in imports_of(path)
         if module.split(".")[0] == "torch"
     ]
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("package", ["config", "plan"])
+def test_test_modules_do_not_import_from_each_other() -> None:
+    """What several of them use stands in a module named after it."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line}: {module}"
+        for path in sources("tests")
+        for line, module in imports_of(path)
+        if module.startswith("tests.") and any(part.startswith("test_") for part in module.split("."))
+    ]
+    assert not wrong, "move what they share into a module of its own:\n" + "\n".join(wrong)
+
+
+@pytest.mark.parametrize("package", ["config", "plan", "transport.messages", "transport.update_messages"])
 def test_it_imports_in_a_second_without_torch(package: str) -> None:
     """What neither a source line nor a dependency's import may bring in, seen in a fresh process."""
     code = (
@@ -180,6 +191,11 @@ def test_it_imports_in_a_second_without_torch(package: str) -> None:
     results = [json.loads(run.stdout) for run in runs]
     assert [loaded for _, loaded in results] == [[], [], []]
     assert min(seconds for seconds, _ in results) < 1
+
+
+def test_messages_need_no_numpy() -> None:
+    code = "import sys, gspo_megatron.transport.routes; sys.exit('numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_files_and_functions_stay_short() -> None:

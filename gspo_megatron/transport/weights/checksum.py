@@ -27,7 +27,7 @@ CHUNK = 1 << 22
 
 
 class Checksum:
-    """Running sums, one for each of several receivers; they stay on the device until `values` is asked for."""
+    """Running sums, one for each of several receivers; they stay on the device until `values` is called."""
 
     def __init__(self, arch: Architecture, dtype: torch.dtype, device: torch.device, receivers: int = 1) -> None:
         self._shapes, self._dtype = hf_shapes(arch), dtype

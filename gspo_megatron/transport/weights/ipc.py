@@ -1,11 +1,11 @@
 """A weight update where servers share the trainer's devices: slices travel between trainer ranks only, and each rank
-hands what is for the workers on its own device over in memory that both see.
+hands over what is for the workers on its own device, in memory that both processes map.
 
 Two ranks of one NCCL group cannot be on the same GPU, so a worker cannot be a rank beside the trainer's. Its **proxy**,
-the trainer rank on its device, receives for it, straight into a mailbox: memory of the device that the worker has
-opened (CUDA IPC; shared memory where there is no GPU). A loopback connection tells the worker which round has come and
-the proxy which place is free again, and its end tells that the other side is gone. A worker that goes does not stop the
-exchange: its proxy takes part to the end, all others get everything, and the controller takes its server out.
+the trainer rank on its device, receives for it, straight into a shared buffer: memory of the device that the worker has
+opened (CUDA IPC; shared memory where there is no GPU). Over a loopback connection the proxy reports which round is
+there and the worker which one it has taken; its end means that the other side is gone. A worker that ends does not stop
+the exchange: its proxy takes part to the end, all others get everything, and the controller takes its server out.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 from secrets import compare_digest
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import PrefixStore
 
 from gspo_megatron.transport.auth import read_key
+from gspo_megatron.transport.update_messages import RoundNumber, SharedMemory, UpdateTicket, WorkerGreeting
 from gspo_megatron.transport.weights.plan import Message
 from gspo_megatron.transport.weights.shared_memory import PLACES, JsonConnection, SharedBuffer, open_shared
 from gspo_megatron.transport.weights.wire import (
@@ -32,11 +33,13 @@ from gspo_megatron.transport.weights.wire import (
     ReceiveChannel,
     SendChannel,
     TransferError,
-    UpdateTicket,
     Wire,
+    dtype_of,
     in_rounds,
     open_store,
+    plan_of,
 )
+from gspo_megatron.transport.wire_message import MessageError
 
 LOOPBACK = "127.0.0.1"
 
@@ -65,11 +68,11 @@ def open_receive_channel(ticket: UpdateTicket, device: torch.device, worker: int
 
 
 class RelaySendChannel:
-    """An `Outbox` in a group of trainer ranks alone, which hands over to the workers on its device."""
+    """A `SendChannel` in a group of trainer ranks alone, which hands over to the workers on its device."""
 
     def __init__(self, ticket: UpdateTicket, device: torch.device, rank: int) -> None:
         """Join, and let the workers in; returns when everybody is there."""
-        self.name, self.plan, self.device, self.dtype = ticket.group, ticket.plan(), device, ticket.torch_dtype
+        self.name, self.plan, self.device, self.dtype = ticket.group, plan_of(ticket), device, dtype_of(ticket)
         self._rank, self._proxies = rank, ticket.proxies
         mine = [worker for worker, proxy in enumerate(ticket.proxies) if proxy == rank]
         self._buffers = [
@@ -84,27 +87,36 @@ class RelaySendChannel:
         self._wire = Wire(ticket, store, device, rank, self.plan.trainer.world)
         self._in_flight: list[int] = []
 
-    def _accept_workers(self, store: Any, ticket: UpdateTicket) -> None:
-        """Wait for every worker's connection; one that does not come is a fault of its mailbox."""
+    def _accept_workers(self, store: PrefixStore, ticket: UpdateTicket) -> None:
+        """Wait for every worker's connection; raises TransferError if one does not come."""
         waiting = {buffer.worker: buffer for buffer in self._buffers}
         with socket.create_server((LOOPBACK, 0)) as listener:
             listener.settimeout(min(ticket.timeout, JOIN_SECONDS))
             for worker in waiting:
-                store.set(f"mailbox-{worker}", str(listener.getsockname()[1]))
+                store.set(f"worker-{worker}", str(listener.getsockname()[1]))
             while waiting:
                 try:
                     connection = JsonConnection(listener.accept()[0], ticket.timeout)
-                    greeting = connection.receive()
+                    greeting = self._greeting(connection)
                 except OSError as error:
                     missing = ", ".join(str(worker) for worker in waiting)
                     raise TransferError(f"worker {missing} did not come for its weights: {error}") from None
-                if compare_digest(str(greeting["key"]).encode(), read_key().encode()) and greeting["worker"] in waiting:
-                    waiting.pop(greeting["worker"]).connect(connection)
+                if greeting is not None and greeting.worker in waiting:
+                    waiting.pop(greeting.worker).connect(connection)
                 else:
                     connection.close()
 
+    @staticmethod
+    def _greeting(connection: JsonConnection) -> WorkerGreeting | None:
+        """Who connects; None for a process that is not of this job."""
+        try:
+            greeting = connection.receive(WorkerGreeting)
+        except MessageError:
+            return None
+        return greeting if compare_digest(greeting.key.encode(), read_key().encode()) else None
+
     def send(self, number: int, packed: list[tuple[Message, Tensor]]) -> None:
-        """See `Outbox`: what goes to a worker of this rank is copied, what goes elsewhere is sent to its proxy."""
+        """See `SendChannel`: what goes to a worker of this rank is copied, what goes elsewhere is sent to its proxy."""
         own = {message.peer: data for message, data in packed if self._proxies[message.peer] == self._rank}
         # Both ends go through a round by worker: messages between two ranks meet in this order.
         transfers = [
@@ -132,7 +144,7 @@ class RelaySendChannel:
         return number * self.plan.workers + worker
 
     def _deliver(self, most_left: int) -> None:
-        """Hand over the rounds that have come, until so many are left on the wire."""
+        """Hand over the rounds that have arrived, until at most `most_left` are in flight."""
         for _ in self._wire.finish(most_left):
             pass
         while len(self._in_flight) > most_left:
@@ -145,41 +157,41 @@ class RelaySendChannel:
                     buffer.hand_over(number)
 
     def finish(self) -> None:
-        """See `Outbox`."""
+        """See `SendChannel`."""
         self._deliver(0)
         for buffer in self._buffers:
             buffer.finish()
 
     def close(self) -> None:
-        """See `Outbox`."""
+        """See `SendChannel`."""
         for buffer in self._buffers:
             buffer.close()
         self._wire.close()
 
 
 class SharedMemoryReceiveChannel:
-    """An `Inbox` that its proxy fills."""
+    """A `ReceiveChannel` that its proxy fills."""
 
     def __init__(self, ticket: UpdateTicket, device: torch.device, worker: int) -> None:
-        """Open the mailbox that the proxy offers."""
-        self.name, self.plan, self.device, self.dtype = ticket.group, ticket.plan(), device, ticket.torch_dtype
+        """Open the memory that the proxy offers."""
+        self.name, self.plan, self.device, self.dtype = ticket.group, plan_of(ticket), device, dtype_of(ticket)
         self.rounds = in_rounds(self.plan.to_receive(worker))
         try:
-            port = int(open_store(ticket).get(f"mailbox-{worker}"))
+            port = int(open_store(ticket).get(f"worker-{worker}"))
             self._connection = JsonConnection(
                 socket.create_connection((LOOPBACK, port), timeout=ticket.timeout), ticket.timeout
             )
-            self._connection.send({"key": read_key(), "worker": worker})
-            self._memory = open_shared(self._connection.receive(), self.dtype, device)
-        except OSError as error:
+            self._connection.send(WorkerGreeting(key=read_key(), worker=worker))
+            self._memory = open_shared(self._connection.receive(SharedMemory), self.dtype, device)
+        except (OSError, MessageError) as error:
             raise TransferError(f"trainer rank {ticket.proxies[worker]} hands nothing over: {error}") from None
 
     def arrivals(self) -> Iterator[tuple[Message, Tensor]]:
-        """See `Inbox`."""
+        """See `ReceiveChannel`."""
         for index, (number, messages) in enumerate(self.rounds.items()):
             try:
-                received = self._connection.receive()
-            except OSError as error:
+                received = self._connection.receive(RoundNumber).number
+            except (OSError, MessageError) as error:
                 raise TransferError(f"the trainer stopped handing weights over: {error}") from None
             if received != number:
                 raise TransferError(f"the trainer hands over round {received} where round {number} is due")
@@ -187,8 +199,8 @@ class SharedMemoryReceiveChannel:
             yield from zip(messages, self._memory[index % PLACES][: sum(sizes)].split(sizes), strict=True)
             if self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()
-            self._connection.send(number)
+            self._connection.send(RoundNumber(number=number))
 
     def close(self) -> None:
-        """See `Inbox`."""
+        """See `ReceiveChannel`."""
         self._connection.close()

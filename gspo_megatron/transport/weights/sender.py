@@ -13,10 +13,11 @@ from torch import Tensor
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.parallel import Layout
 from gspo_megatron.transport.controller_client import ControllerClient
+from gspo_megatron.transport.update_messages import UpdateRequest, UpdateTicket, WeightTerms
 from gspo_megatron.transport.weights.checksum import MASK, Checksum, plane
 from gspo_megatron.transport.weights.ipc import device_name, open_send_channel
 from gspo_megatron.transport.weights.plan import Message, Slice
-from gspo_megatron.transport.weights.wire import SendChannel, TransferError, UpdateTicket
+from gspo_megatron.transport.weights.wire import SendChannel, TransferError
 
 BROKEN = "the weight update broke between the trainer and the servers"
 ATTEMPTS = 3
@@ -24,7 +25,7 @@ ATTEMPTS = 3
 
 
 def first_cause(faults: Sequence[str]) -> str:
-    """Of what the ranks say, what is no consequence of another's: an end of a connection has a reason elsewhere."""
+    """The fault that is no consequence of another rank's: a connection that ended has its reason elsewhere."""
     return min(faults, key=lambda fault: fault.startswith(BROKEN), default="")
 
 
@@ -47,7 +48,7 @@ class WeightSender:
         """Bring a version to all servers that are in use; a collective over the trainer ranks.
 
         Args:
-            link: the controller; on trainer rank 0 only.
+            controller: on trainer rank 0 only.
             version: of the weights.
             arch: the model.
             layout: of the trainer ranks.
@@ -61,16 +62,15 @@ class WeightSender:
         """
         dtype = str(next(iter(parameters.values())).dtype).removeprefix("torch.")
         fault = ""
-        devices = self._devices()
+        terms = WeightTerms(architecture=arch, dtype=dtype, trainer=layout)
+        request = UpdateRequest(version=version, terms=terms, devices=self._devices())
         for _ in range(ATTEMPTS):
-            received = [
-                controller.begin_update(version, arch, dtype, layout, devices) if controller is not None else None
-            ]
-            dist.broadcast_object_list(received, src=0)
-            assert received[0] is not None
+            tickets = [controller.begin_update(request) if controller is not None else None]
+            dist.broadcast_object_list(tickets, src=0)
+            assert tickets[0] is not None
             mine: list[int] | str
             try:
-                mine = self.send(received[0], dist.get_rank(), parameters)
+                mine = self.send(tickets[0], dist.get_rank(), parameters)
             except TransferError as error:
                 mine = str(error)
             sums: list[Any] = [None] * dist.get_world_size()
@@ -81,11 +81,11 @@ class WeightSender:
             self.close()
         raise TransferError(fault)
 
-    def send(self, ticket: dict[str, Any], rank: int, parameters: Mapping[str, Tensor]) -> list[int]:
+    def send(self, ticket: UpdateTicket, rank: int, parameters: Mapping[str, Tensor]) -> list[int]:
         """Send this rank's slices to the workers; all trainer ranks do so at the same time.
 
         Args:
-            ticket: the answer of `ControllerClient.begin_update`, the same on every rank.
+            ticket: the response of `ControllerClient.begin_update`, the same on every rank.
             rank: this trainer rank.
             parameters: this rank's parameters under their global Megatron names.
 
@@ -96,11 +96,10 @@ class WeightSender:
         Raises:
             TransferError: a server was lost, or a parameter is not what the plan says.
         """
-        terms = UpdateTicket(**ticket)
         try:
-            if self._channel is None or self._channel.name != terms.group:
+            if self._channel is None or self._channel.name != ticket.group:
                 self.close()
-                self._channel = open_send_channel(terms, self.device, rank)
+                self._channel = open_send_channel(ticket, self.device, rank)
             return _send(self._channel, parameters)
         except TransferError:
             self.close()
@@ -116,13 +115,13 @@ class WeightSender:
             self._channel.close()
         self._channel = None
 
-    def _devices(self) -> list[str]:
+    def _devices(self) -> tuple[str, ...]:
         """[trainer ranks] each one's `device_name`; empty where servers have devices of their own."""
         if not self._shares:
-            return []
+            return ()
         names: list[str] = [""] * dist.get_world_size()
         dist.all_gather_object(names, device_name(self.device))
-        return names
+        return tuple(names)
 
 
 def _send(channel: SendChannel, parameters: Mapping[str, Tensor]) -> list[int]:

@@ -1,43 +1,43 @@
-"""Memory that two processes of one device see, and the line on which they say what is in it."""
+"""Memory that two processes of one device map, and the connection over which they report its contents."""
 
 from __future__ import annotations
 
 import base64
-import json
 import logging
 import os
 import socket
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from gspo_megatron.transport.update_messages import CudaAllocation, RoundNumber, SharedMemory
 from gspo_megatron.transport.weights.plan import Message
 from gspo_megatron.transport.weights.wire import ROUNDS_IN_FLIGHT
+from gspo_megatron.transport.wire_message import MessageError, WireMessage
 
 log = logging.getLogger(__name__)
 PLACES = ROUNDS_IN_FLIGHT + 1
-"""Rounds that a mailbox holds: two on the wire, one that the worker unpacks."""
+"""Rounds that a shared buffer holds: two in flight, one that the worker unpacks."""
 
 
 class JsonConnection:
-    """One JSON value a line, over a connection of this host."""
+    """Messages of known classes, one a line, over a connection within this host."""
 
     def __init__(self, connection: socket.socket, timeout: float) -> None:
         connection.settimeout(timeout)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket, self._reader = connection, connection.makefile("rb")
 
-    def send(self, value: Any) -> None:
-        """Send one value."""
-        self._socket.sendall(json.dumps(value).encode() + b"\n")
+    def send(self, message: WireMessage) -> None:
+        """Send one message."""
+        self._socket.sendall(message.to_json().encode() + b"\n")
 
-    def receive(self) -> Any:
-        """The next value. Raises OSError when the other end is gone or silent for too long."""
-        connection = self._reader.readline()
-        if not connection.endswith(b"\n"):
+    def receive[M: WireMessage](self, kind: type[M]) -> M:
+        """The next message. Raises OSError when the other end is gone or silent, MessageError for another class."""
+        line = self._reader.readline()
+        if not line.endswith(b"\n"):
             raise ConnectionResetError("the other end of the hand-over is gone")
-        return json.loads(connection)
+        return kind.from_json(line)
 
     def close(self) -> None:
         """End the connection, also for the other end."""
@@ -72,10 +72,10 @@ class SharedBuffer:
         return list(place[: sum(sizes)].split(sizes))
 
     def hand_over(self, number: int) -> None:
-        """Tell the worker that a round is there."""
+        """Report a round to the worker."""
         if not self._lost and self._connection is not None:
             try:
-                self._connection.send(number)
+                self._connection.send(RoundNumber(number=number))
             except OSError as error:
                 self._lose(error)
 
@@ -87,14 +87,14 @@ class SharedBuffer:
     def _await_taken(self) -> None:
         try:
             if not self._lost and self._connection is not None:
-                self._connection.receive()
-        except OSError as error:
+                self._connection.receive(RoundNumber)
+        except (OSError, MessageError) as error:
             self._lose(error)
         self._free += 1
 
-    def _lose(self, error: OSError) -> None:
+    def _lose(self, error: Exception) -> None:
         self._lost = True
-        log.warning("worker %d does not take its weights any more: %s", self.worker, error)
+        log.warning("worker %d takes no more weights: %s", self.worker, error)
 
     def close(self) -> None:
         """Leave."""
@@ -102,25 +102,26 @@ class SharedBuffer:
             self._connection.close()
 
 
-def share(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
+def share(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, SharedMemory]:
     """Memory of [rows, columns] that another process of this device can open with the description."""
-    shape = [rows, max(columns, 1)]
+    shape = (rows, max(columns, 1))
     if device.type == "cuda":
-        return _share_card(torch.empty(shape, dtype=dtype, device=device))
+        memory = torch.empty(shape, dtype=dtype, device=device)
+        return memory, SharedMemory(shape=shape, cuda=_describe_allocation(memory))
     # Without a name: nothing is left behind, however this process ends.
-    handle = os.memfd_create("gspo-mailbox")
+    handle = os.memfd_create("gspo-weights")
     size = shape[0] * shape[1] * dtype.itemsize
     os.ftruncate(handle, size)
     memory = _map(f"/proc/self/fd/{handle}", size, dtype).view(shape)
-    return memory, {"file": f"/proc/{os.getpid()}/fd/{handle}", "shape": shape}
+    return memory, SharedMemory(shape=shape, file=f"/proc/{os.getpid()}/fd/{handle}")
 
 
-def open_shared(description: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+def open_shared(description: SharedMemory, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The memory that `share` describes, of another process."""
-    shape = description["shape"]
-    if device.type == "cuda":
-        return _open_card(description, dtype, device)
-    return _map(description["file"], shape[0] * shape[1] * dtype.itemsize, dtype).view(shape)
+    shape = description.shape
+    if description.cuda is not None:
+        return _open_allocation(description.cuda, dtype, device).view(shape)
+    return _map(description.file, shape[0] * shape[1] * dtype.itemsize, dtype).view(shape)
 
 
 def _map(file: str, size: int, dtype: torch.dtype) -> Tensor:
@@ -128,30 +129,29 @@ def _map(file: str, size: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(0, dtype=dtype).set_(storage)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
-def _share_card(memory: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """CUDA IPC by torch's own reductions, whose arguments are numbers and byte strings: no pickle crosses."""
+def _describe_allocation(memory: Tensor) -> CudaAllocation:
+    """CUDA IPC by torch's own reductions, whose arguments are numbers and byte strings."""
     (_, handle, size, offset, counter, counter_offset, event, waits) = memory.untyped_storage()._share_cuda_()
-    return memory, {
-        "shape": list(memory.shape),
-        "handle": base64.b64encode(handle).decode(),
-        "size": size,
-        "offset": offset,
-        "counter": base64.b64encode(counter).decode(),
-        "counter_offset": counter_offset,
-        "event": base64.b64encode(event).decode(),
-        "waits": waits,
-    }
+    return CudaAllocation(
+        handle=base64.b64encode(handle).decode(),
+        size=size,
+        offset=offset,
+        counter=base64.b64encode(counter).decode(),
+        counter_offset=counter_offset,
+        event=base64.b64encode(event).decode(),
+        waits=waits,
+    )
 
 
-def _open_card(description: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _open_allocation(allocation: CudaAllocation, dtype: torch.dtype, device: torch.device) -> Tensor:
     storage = torch.UntypedStorage._new_shared_cuda(
         device.index if device.index is not None else torch.cuda.current_device(),
-        base64.b64decode(description["handle"]),
-        description["size"],
-        description["offset"],
-        base64.b64decode(description["counter"]),
-        description["counter_offset"],
-        base64.b64decode(description["event"]),
-        description["waits"],
+        base64.b64decode(allocation.handle),
+        allocation.size,
+        allocation.offset,
+        base64.b64decode(allocation.counter),
+        allocation.counter_offset,
+        base64.b64decode(allocation.event),
+        allocation.waits,
     )
-    return torch.empty(0, dtype=dtype, device=device).set_(storage).view(description["shape"])  # pyright: ignore[reportCallIssue, reportArgumentType]
+    return torch.empty(0, dtype=dtype, device=device).set_(storage)  # pyright: ignore[reportCallIssue, reportArgumentType]

@@ -1,7 +1,8 @@
 """The wire of a weight update: a process group of all trainer ranks and all server workers, in which packed slices go
-point to point. Where servers share the trainer's devices, `handover.py` takes the workers' place in it.
+point to point. Where servers share the trainer's devices, `ipc.py` brings the slices to the workers.
 
-Torch only: the trainer side (`sender.py`) must not import vllm, the server side (`worker.py`) must not import megatron.
+Torch only: the trainer side (`sender.py`) must not import vllm, the server side (`inference/vllm_worker.py`) must not
+import megatron.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from itertools import groupby
 from typing import Any, Protocol
@@ -18,9 +19,8 @@ import torch
 from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
-from gspo_megatron.models import architecture_of
-from gspo_megatron.models.vllm_layout import ServerLayout, ServerParameter
-from gspo_megatron.parallel import Layout
+from gspo_megatron.models.vllm_layout import ServerParameter
+from gspo_megatron.transport.update_messages import UpdateTicket
 from gspo_megatron.transport.weights.checksum import plane
 from gspo_megatron.transport.weights.plan import Message, TransferPlan
 from gspo_megatron.types import ITEM_BYTES
@@ -35,46 +35,17 @@ class TransferError(RuntimeError):
     """A weight update that broke on the wire or in what was handed to it; one sentence."""
 
 
-@dataclass(frozen=True, slots=True)
-class UpdateTicket:
-    """Where the two sides of a weight update meet and what they agreed on; `POST /weights/begin` answers with one."""
+def plan_of(ticket: UpdateTicket) -> TransferPlan:
+    """What moves where; the same for every process that holds this ticket."""
+    terms = ticket.terms
+    return TransferPlan(
+        terms.architecture, terms.trainer, ticket.servers, ITEM_BYTES[terms.dtype], ticket.bucket_mib * MIB
+    )
 
-    store_host: str
-    """Host of the rendezvous store, which lives in the controller."""
-    store_port: int
-    """Its port."""
-    group: str
-    """Name of the process group; a group that both sides still hold under this name is used again."""
-    bucket_mib: int
-    """Most bytes that a worker receives in one round, MiB."""
-    timeout: float
-    """Seconds that one message may take, and joining if it is less than JOIN_SECONDS."""
-    architecture: dict[str, Any]
-    """Fields of the trainer's `Architecture`."""
-    dtype: str
-    """A key of `ITEM_BYTES`: of every value that is sent."""
-    trainer: dict[str, Any]
-    """Fields of the trainer's `Layout`; its ranks are the first of the group."""
-    servers: list[dict[str, Any]]
-    """Fields of the `ServerLayout` of each server; their workers follow in this order."""
-    proxies: list[int] = field(default_factory=list)
-    """[workers] the trainer rank on each worker's device, which hands over what is for it; empty = workers are ranks of
-    the group. Two ranks of one NCCL group cannot share a device."""
 
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """Of every value that is sent."""
-        return getattr(torch, self.dtype)
-
-    def plan(self) -> TransferPlan:
-        """What moves where; the same for everybody who holds this ticket."""
-        return TransferPlan(
-            architecture_of(self.architecture),
-            Layout(**self.trainer),
-            [ServerLayout(**server) for server in self.servers],
-            ITEM_BYTES[self.dtype],
-            self.bucket_mib * MIB,
-        )
+def dtype_of(ticket: UpdateTicket) -> torch.dtype:
+    """Of every value that is sent."""
+    return getattr(torch, ticket.terms.dtype)
 
 
 def open_store(ticket: UpdateTicket) -> PrefixStore:
@@ -107,7 +78,7 @@ class BufferTransfer:
 
 
 class Wire:
-    """A process group beside torch.distributed's default one, whose state it never touches; it carries rounds."""
+    """A process group of its own, which leaves torch.distributed's default group alone; it carries rounds."""
 
     def __init__(self, ticket: UpdateTicket, store: PrefixStore, device: torch.device, rank: int, world: int) -> None:
         """Join; returns when everybody has."""
@@ -148,7 +119,7 @@ class Wire:
         )
 
     def finish(self, most_left: int) -> Iterator[BufferTransfer]:
-        """Wait for the oldest rounds until so many are left in flight; their parcels."""
+        """Wait for the oldest rounds until at most `most_left` are in flight; their transfers."""
         while len(self._in_flight) > most_left:
             while self._in_flight[0][0]:
                 self._in_flight[0][0][-1].wait()
@@ -197,7 +168,7 @@ class ReceiveChannel(Protocol):
     """What this worker receives, by round."""
 
     def arrivals(self) -> Iterator[tuple[Message, Tensor]]:
-        """Every message of an update with its values, which are only there until the next one is asked for."""
+        """Every message of an update with its values, which are only there until the next one is requested."""
         ...
 
     def close(self) -> None:
@@ -206,18 +177,18 @@ class ReceiveChannel(Protocol):
 
 
 class GroupSendChannel:
-    """An `Outbox` in one group with all trainer ranks and all workers."""
+    """A `SendChannel` in one group with all trainer ranks and all workers."""
 
     def __init__(self, ticket: UpdateTicket, device: torch.device, rank: int) -> None:
         """Join; returns when everybody has."""
-        self.name, self.plan, self.device, self.dtype = ticket.group, ticket.plan(), device, ticket.torch_dtype
+        self.name, self.plan, self.device, self.dtype = ticket.group, plan_of(ticket), device, dtype_of(ticket)
         self.rounds = in_rounds(self.plan.to_send(rank))
         self._first_worker = self.plan.trainer.world
         world = self._first_worker + self.plan.workers
         self._wire = Wire(ticket, open_store(ticket), device, rank, world)
 
     def send(self, number: int, packed: list[tuple[Message, Tensor]]) -> None:
-        """See `Outbox`."""
+        """See `SendChannel`."""
         self._wire.start(
             [
                 BufferTransfer(message, data, self._first_worker + message.peer, number, leaves=True)
@@ -227,26 +198,26 @@ class GroupSendChannel:
         deque(self._wire.finish(ROUNDS_IN_FLIGHT), maxlen=0)
 
     def finish(self) -> None:
-        """See `Outbox`."""
+        """See `SendChannel`."""
         deque(self._wire.finish(0), maxlen=0)
 
     def close(self) -> None:
-        """See `Outbox`."""
+        """See `SendChannel`."""
         self._wire.close()
 
 
 class GroupReceiveChannel:
-    """An `Inbox` in one group with all trainer ranks and all workers."""
+    """A `ReceiveChannel` in one group with all trainer ranks and all workers."""
 
     def __init__(self, ticket: UpdateTicket, device: torch.device, worker: int) -> None:
         """Join; returns when everybody has."""
-        self.name, self.plan, self.device, self.dtype = ticket.group, ticket.plan(), device, ticket.torch_dtype
+        self.name, self.plan, self.device, self.dtype = ticket.group, plan_of(ticket), device, dtype_of(ticket)
         self.rounds = in_rounds(self.plan.to_receive(worker))
         first = self.plan.trainer.world
         self._wire = Wire(ticket, open_store(ticket), device, first + worker, first + self.plan.workers)
 
     def arrivals(self) -> Iterator[tuple[Message, Tensor]]:
-        """See `Inbox`; while values are given out, the next rounds are on their way."""
+        """See `ReceiveChannel`; while values are given out, the next rounds are on their way."""
         for number, messages in self.rounds.items():
             buffers = [torch.empty(message.size, dtype=self.dtype, device=self.device) for message in messages]
             self._wire.start(
@@ -259,14 +230,14 @@ class GroupReceiveChannel:
         yield from ((transfer.message, transfer.buffer) for transfer in self._wire.finish(0))
 
     def close(self) -> None:
-        """See `Inbox`."""
+        """See `ReceiveChannel`."""
         self._wire.close()
 
 
 def receive(channel: ReceiveChannel, parameters: Iterable[ServerParameter]) -> Iterator[tuple[ServerParameter, Tensor]]:
     """Give out a worker's parameters one by one, each when its last slice has arrived.
 
-    A parameter that was given out is forgotten here: on the way are only those of the layers under way.
+    A parameter that was given out is forgotten here: only those of the layers in flight are held.
 
     Raises:
         TransferError: the plan and the parameters do not fit.

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import subprocess
 import sys
-import time
 from typing import Any
 
 import pytest
 
 from gspo_megatron.transport.auth import KeyGuard, has_key, key_header, read_key
 from tests.processes import runs
+from tests.waiting import wait_until
 
 FAMILY = """
 import os, time
@@ -21,11 +20,8 @@ bind_forked_children()
 child = os.fork()
 if child == 0:
     grandchild = os.fork()
-    if grandchild == 0:
-        print(os.getpid(), flush=True)
-    else:
-        print(os.getpid(), flush=True)
-time.sleep(600)
+    os.write(1, f"{os.getpid()}\\n".encode())  # one write: two print at the same time
+time.sleep(3600)
 """
 
 
@@ -36,10 +32,7 @@ def test_a_killed_process_takes_its_descendants_along() -> None:
     assert all(runs(pid) for pid in family)
     parent.kill()
     parent.wait()
-    deadline = time.monotonic() + 10
-    while any(runs(pid) for pid in family) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not any(runs(pid) for pid in family)
+    wait_until(lambda: not any(runs(pid) for pid in family), "end of the descendants")
 
 
 def test_an_orphan_ends_at_once() -> None:
@@ -49,7 +42,7 @@ def test_an_orphan_ends_at_once() -> None:
     assert done.returncode == 1 and done.stdout == ""
 
 
-def ask_guard(scope: dict[str, Any]) -> list[Any]:
+async def ask_guard(scope: dict[str, Any]) -> list[Any]:
     seen: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -61,22 +54,22 @@ def ask_guard(scope: dict[str, Any]) -> list[Any]:
     async def receive() -> None:
         return None
 
-    asyncio.run(KeyGuard(app)({"headers": [], "path": "/pause", **scope}, receive, send))
+    await KeyGuard(app)({"headers": [], "path": "/pause", **scope}, receive, send)
     return seen
 
 
-def test_the_guard_lets_only_the_key_and_health_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_guard_lets_only_the_key_and_health_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GSPO_JOB_KEY", "secret")
     right = [(b"authorization", b"Bearer secret")]
-    assert ask_guard({"type": "http", "headers": right}) == ["served"]
-    assert ask_guard({"type": "http"})[0] == 401
-    assert ask_guard({"type": "http", "headers": [(b"authorization", b"Bearer secre")]})[0] == 401
-    assert ask_guard({"type": "http", "headers": [(b"authorization", b"Bearer \xff")]})[0] == 401
-    assert ask_guard({"type": "http", "path": "/health"}) == ["served"]
-    assert ask_guard({"type": "http", "path": "/health/../pause"})[0] == 401
-    assert ask_guard({"type": "websocket", "path": "/health"}) == ["websocket.close"]
-    assert ask_guard({"type": "websocket", "headers": right}) == ["websocket.close"]
-    assert ask_guard({"type": "lifespan"}) == ["served"]
+    assert await ask_guard({"type": "http", "headers": right}) == ["served"]
+    assert (await ask_guard({"type": "http"}))[0] == 401
+    assert (await ask_guard({"type": "http", "headers": [(b"authorization", b"Bearer secre")]}))[0] == 401
+    assert (await ask_guard({"type": "http", "headers": [(b"authorization", b"Bearer \xff")]}))[0] == 401
+    assert await ask_guard({"type": "http", "path": "/health"}) == ["served"]
+    assert (await ask_guard({"type": "http", "path": "/health/../pause"}))[0] == 401
+    assert await ask_guard({"type": "websocket", "path": "/health"}) == ["websocket.close"]
+    assert await ask_guard({"type": "websocket", "headers": right}) == ["websocket.close"]
+    assert await ask_guard({"type": "lifespan"}) == ["served"]
 
 
 def test_no_key_no_role(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import pytest
 from gspo_megatron.cluster import watchdog
 from gspo_megatron.cluster.attempts import ATTEMPT_FILE, ATTEMPT_VARIABLE
 from gspo_megatron.cluster.watchdog import Beat, Pulse, Watchdog, blame, follow
+from tests.waiting import HANG, wait_until
 
 NOW = 1000.0
 
@@ -42,40 +43,79 @@ def test_nobody_is_blamed_when_all_wait_in_one_place() -> None:
     )
 
 
-def test_a_stage_may_take_a_multiple_of_its_own_longest_time(monkeypatch: pytest.MonkeyPatch) -> None:
+class Clock:
+    """Stands in for `time` within the watchdog: a test moves it."""
+
+    def __init__(self) -> None:
+        self.now = NOW
+        self.sleep = time.sleep
+
+    def time(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(watchdog, "time", clock)
+    return clock
+
+
+def test_a_stage_may_take_a_multiple_of_its_own_longest_time(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     monkeypatch.setattr(watchdog, "SHORTEST", 0.0)
     pulse = Pulse()
     pulse.enter("train")
     assert pulse.limit() == watchdog.FIRST
-    time.sleep(0.05)
+    clock.now += 7.0
     pulse.leave()
     pulse.enter("train")
-    assert 5 * 0.05 <= pulse.limit() < 5 * 0.5
+    assert pulse.limit() == 35.0
 
 
 def test_one_rank_that_gets_on_is_enough_and_a_standstill_ends_the_attempt(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], clock: Clock
 ) -> None:
-    monkeypatch.setattr(watchdog, "SHORTEST", 0.4)
-    monkeypatch.setattr(watchdog, "FIRST", 0.4)
+    monkeypatch.setattr(watchdog, "SHORTEST", 1.0)
+    monkeypatch.setattr(watchdog, "FIRST", 1.0)
     ended: list[int] = []
     pulses = [Pulse(), Pulse()]
     dogs = [Watchdog(tmp_path, rank, 2, pulse, 0.05, ended.append) for rank, pulse in enumerate(pulses)]
     follow(tmp_path, "controller", 0.05)
     for dog in dogs:
         dog.start()
+
+    def pass_time() -> None:
+        """Less than what makes a rank silent; both ranks look once more."""
+        clock.now += 0.2
+        beats = dogs[0].read
+        wait_until(lambda: ended or [one.written for one in beats().values()] == [clock.now] * 2, "look of both ranks")
+
     for _ in range(12):  # rank 1 waits in one stage for longer than its limit, rank 0 sees answers come in
-        time.sleep(0.1)
+        pass_time()
         pulses[0].beat()
     assert not ended
     pulses[0].enter("train")
+    while not ended:
+        pass_time()
+        assert clock.now < NOW + 60
     for dog in dogs:
-        dog.join(5.0)
-    assert ended and set(ended) == {watchdog.FAILED}
-    time.sleep(0.2)
-    said = capfd.readouterr().err
+        dog.join(HANG)
+    assert set(ended) == {watchdog.FAILED}
+    said = read_until(capfd, "stacks of controller:")
     assert "trainer-1 is 1 stages behind, in start" in said
-    assert all(f"stacks of {role}:" in said for role in ("trainer-0", "trainer-1", "controller"))
+    assert all(f"stacks of {role}:" in said for role in ("trainer-0", "trainer-1"))
+
+
+def read_until(capfd: pytest.CaptureFixture[str], words: str) -> str:
+    """Standard error from here on until it holds the words."""
+    said: list[str] = []
+
+    def reached() -> bool:
+        said.append(capfd.readouterr().err)
+        return words in "".join(said)
+
+    wait_until(reached, f"{words!r} in the log")
+    return "".join(said)
 
 
 CHILD = """
@@ -97,8 +137,8 @@ def test_children_that_know_how_write_their_stacks_and_others_live_on(capfd: pyt
     for child in children.values():
         assert child.stdout is not None and child.stdout.readline() == b"ready\n"
     watchdog.ask_children("rollout-0")
-    said = capfd.readouterr().err
-    assert f"stacks of rollout-0, process {children['knows'].pid} " in said and "in busy_in_c" in said
+    said = read_until(capfd, "in busy_in_c")
+    assert f"stacks of rollout-0, process {children['knows'].pid} " in said
     assert str(children["not"].pid) not in said
     for child in children.values():
         assert child.poll() is None
@@ -114,10 +154,13 @@ def test_a_replaced_attempt_ends_within_an_interval(
     ended: list[int] = []
     dog = Watchdog(tmp_path, 0, 1, Pulse(), 0.05, ended.append)
     dog.start()
-    time.sleep(0.2)
+    for _ in range(3):
+        looked = time.time()
+        wait_until(lambda since=looked: any(one.written > since for one in dog.read().values()), "look")
     assert dog.is_alive() and not ended
-    (tmp_path / ATTEMPT_FILE).write_text("2 77\n")
-    dog.join(5.0)
+    (tmp_path / "newer").write_text("2 77\n")
+    (tmp_path / "newer").rename(tmp_path / ATTEMPT_FILE)
+    dog.join(HANG)
     assert ended == [watchdog.FAILED]
     assert f"attempt 1 was replaced by attempt 2 of {tmp_path}; this one ends" in capfd.readouterr().err
 

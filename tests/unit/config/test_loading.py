@@ -82,4 +82,5 @@ def test_rope_settings_are_read_in_both_spellings(tmp_path: Path) -> None:
     values |= {"rope_theta": 1e7, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
     (tmp_path / "config.json").write_text(json.dumps(values))
     found = load_recipe(TINY, override).arch
+    assert found.rope_scaling is not None
     assert (found.rope_theta, found.rope_scaling["factor"]) == (1e7, 4.0)

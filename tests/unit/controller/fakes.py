@@ -7,7 +7,6 @@ import json
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict
 from typing import Any
 
 from aiohttp import web
@@ -15,6 +14,8 @@ from aiohttp import web
 from gspo_megatron.controller.server_client import ServerClient
 from gspo_megatron.models.vllm_layout import ServerLayout
 from gspo_megatron.transport.auth import has_key
+from gspo_megatron.transport.messages import ServerIdentity, StreamState
+from gspo_megatron.transport.update_messages import WorkerLayout, WorkerReport
 from gspo_megatron.types import Problem, Prompt
 
 KEY = "unit-test-key"
@@ -36,6 +37,7 @@ class FakeServer:
         self.calls: list[str] = []
         self.bodies: list[dict[str, Any]] = []
         self.hang = False
+        self.tokens_a_look = 0
         """While true, generation waits."""
         self.tokens = 0
         """Sampled so far, by all requests."""
@@ -51,7 +53,7 @@ class FakeServer:
         self.delay = 0.0
         """Seconds a token takes."""
         self.device = "node 1 card 0"
-        self.identity: dict[str, Any] = {}
+        self.identity: ServerIdentity | None = None
         """What it says of itself."""
         self.aborts = 0
         self.missed_aborts = 0
@@ -67,6 +69,7 @@ class FakeServer:
         if path == "/inference/v1/generate":
             return await self._generate(request, await request.json())
         if path == "/metrics":
+            self.tokens += self.tokens_a_look
             return web.Response(
                 text=f'vllm:generation_tokens_total{{engine="0",model_name="policy"}} {self.tokens}.0\n'
             )
@@ -83,15 +86,15 @@ class FakeServer:
             return web.json_response({"results": [self._worker((await request.json())["method"])]})
         return web.json_response({"is_paused": self.paused} if path == "/is_paused" else {})
 
-    def _worker(self, method: str) -> dict[str, Any] | str | None:
+    def _worker(self, method: str) -> str | None:
         if method == "device_name":
             return self.device
         if method == "identity":
-            return self.identity
+            return self.identity.to_json() if self.identity is not None else "{}"
         if method == "weight_layout":
-            return asdict(ServerLayout())
-        report = {"checksum": self.checksum, "tensors": 1, "seconds": 0.1, "received_bytes": 8, "needed_bytes": 8}
-        return report if method == "weight_report" else None
+            return WorkerLayout(layout=ServerLayout()).to_json()
+        report = WorkerReport(checksum=self.checksum, tensors=1, seconds=0.1, received_bytes=8, needed_bytes=8)
+        return report.to_json() if method == "weight_report" else None
 
     async def _generate(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         self.bodies.append(body)
@@ -176,7 +179,7 @@ class Prompts:
         return [make_prompt(-1 - index) for index in range(count)]
 
     def state(self) -> dict[str, Any]:
-        return {"index": self.index}
+        return StreamState(index=self.index, position=0, skipped={}, fingerprint="").model_dump()
 
     def restore(self, state: dict[str, Any]) -> None:
         self.index = state["index"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
@@ -21,13 +20,13 @@ from gspo_megatron.controller.multi_turn import MultiTurnScheduler, Thinking
 from gspo_megatron.controller.process_pool import ProcessPool
 from gspo_megatron.controller.servers import ServerSet
 from gspo_megatron.data.samples import build_samples
-from gspo_megatron.data.store import read_ref
 from gspo_megatron.environments import Turn
 from gspo_megatron.models import parse_recipe
+from gspo_megatron.transport.messages import ControllerState, Empty, EvaluationRequest, RolloutRequest
 from gspo_megatron.types import Masked, Problem, Segment
+from tests.unit.controller.controllers import controlling, set_scorer
 from tests.unit.controller.fakes import FakeServer, make_prompt
-from tests.unit.controller.test_controller import controlling
-from tests.unit.controller.test_group_buffer import check_accounting, recipe, set_version
+from tests.unit.controller.group_batches import check_accounting, recipe, set_version
 
 STOP, CALL, END = 0, 7, 4
 """Ids that end an answer, a call and a thinking."""
@@ -79,33 +78,30 @@ def follow(turns: Sequence[Sequence[int]]) -> Callable[[dict[str, Any]], Sequenc
     return lambda body: turns[int(body["request_id"].split("-")[2])]
 
 
-def test_an_environment_speaks_between_the_turns(tmp_path: Path) -> None:
-    async def run() -> None:
-        fake, partner, judged = FakeServer(), Partner(), []
-        fake.ids = follow([[5, CALL], [6, 6, CALL], [8, STOP]])
-        async with talking(tmp_path, fake, partner, settings=one_prompt(CALCULATOR)) as controller:
-            controller._scoring._scorer = lambda problem, text, reason: judged.append((text, reason)) or 1.0
-            batch = await controller.rollout(1)
-            row = read_ref(batch["samples"][0])
-            sample = build_samples([row], [1.0], controller._store)[0]
-            check_accounting(batch, controller, fake)
-        # Ids are appended: each request starts from exactly what was there, and what the environment said.
-        asked = [body for body in fake.bodies if body["request_id"].startswith("0-0-")]
-        assert [body["token_ids"] for body in asked] == [
-            [1], [1, 5, CALL, 35, 35], [1, 5, CALL, 35, 35, 6, 6, CALL, 36, 36],
-        ]  # fmt: skip
-        assert [body["sampling_params"]["max_tokens"] for body in asked] == [12, 8, 3]
-        assert all(body["sampling_params"]["stop_token_ids"] == [STOP, CALL] for body in asked)
-        assert partner.heard[:1] == [(None, [5, CALL])] and (1, [6, 6, CALL]) in partner.heard
-        assert row.masked == (Masked(2, 4, "observation"), Masked(7, 9, "observation"))
-        assert row.segments == (Segment(0, 0, 11),) and (row.answer_length, row.trained_length) == (11, 7)
-        assert sample.loss_mask.tolist() == [False] + [True] * 2 + [False] * 2 + [True] * 3 + [False] * 2 + [True] * 2
-        assert sample.rollout_logprobs.tolist() == [0.0, -0.5, -0.5, 0, 0, -0.5, -0.5, -0.5, 0, 0, -0.5, -0.5]
-        assert judged == [("8", "stop")] * 3, "the model is judged by what it says last"
-        assert batch["tokens"] == 3 * 7 and batch["measures"]["tool_calls"] == 2.0
-        assert batch["measures"]["masked_tokens"] == pytest.approx(4 / 11)
-
-    asyncio.run(run())
+async def test_an_environment_speaks_between_the_turns(tmp_path: Path) -> None:
+    fake, partner, judged = FakeServer(), Partner(), []
+    fake.ids = follow([[5, CALL], [6, 6, CALL], [8, STOP]])
+    async with talking(tmp_path, fake, partner, settings=one_prompt(CALCULATOR)) as controller:
+        set_scorer(controller, lambda problem, text, reason: judged.append((text, reason)) or 1.0)
+        batch = await controller.rollout(RolloutRequest(step=1))
+        row = batch.samples[0]
+        sample = build_samples([row], controller._store)[0]
+        check_accounting(batch, controller, fake)
+    # Ids are appended: each request starts from exactly what was there, and what the environment said.
+    asked = [body for body in fake.bodies if body["request_id"].startswith("0-0-")]
+    assert [body["token_ids"] for body in asked] == [
+        [1], [1, 5, CALL, 35, 35], [1, 5, CALL, 35, 35, 6, 6, CALL, 36, 36],
+    ]  # fmt: skip
+    assert [body["sampling_params"]["max_tokens"] for body in asked] == [12, 8, 3]
+    assert all(body["sampling_params"]["stop_token_ids"] == [STOP, CALL] for body in asked)
+    assert partner.heard[:1] == [(None, [5, CALL])] and (1, [6, 6, CALL]) in partner.heard
+    assert row.masked == (Masked(2, 4, "observation"), Masked(7, 9, "observation"))
+    assert row.segments == (Segment(0, 0, 11),) and (row.answer_length, row.trained_length) == (11, 7)
+    assert sample.loss_mask.tolist() == [False] + [True] * 2 + [False] * 2 + [True] * 3 + [False] * 2 + [True] * 2
+    assert sample.rollout_logprobs.tolist() == [0.0, -0.5, -0.5, 0, 0, -0.5, -0.5, -0.5, 0, 0, -0.5, -0.5]
+    assert judged == [("8", "stop")] * 3, "the model is judged by what it says last"
+    assert batch.tokens == 3 * 7 and batch.measures["tool_calls"] == 2.0
+    assert batch.measures["masked_tokens"] == pytest.approx(4 / 11)
 
 
 @pytest.mark.parametrize(
@@ -119,70 +115,66 @@ def test_an_environment_speaks_between_the_turns(tmp_path: Path) -> None:
         ([[5] * 11 + [CALL]], (9,), "", 12, []),
     ],
 )
-def test_what_cuts_a_conversation(
+async def test_what_cuts_a_conversation(
     tmp_path: Path, turns: list[list[int]], says: tuple[int, ...], fault: str, length: int, masked: list[Any]
 ) -> None:
-    async def run() -> None:
-        fake, partner = FakeServer(), Partner()
-        fake.ids, partner.fault, partner.says = follow(turns), fault, lambda action: says
-        async with talking(tmp_path, fake, partner, settings=one_prompt(CALCULATOR)) as controller:
-            batch = await controller.rollout(1)
-            check_accounting(batch, controller, fake)
-        for row in batch["samples"]:
-            spans = [(span["start"], span["end"]) for span in row["masked"]]
-            assert (row["stop_reason"], row["answer_length"], spans) == ("length", length, masked)
-        assert batch["accounting"]["unscored"] == ({fault: 3} if fault else {})
-
-    asyncio.run(run())
+    fake, partner = FakeServer(), Partner()
+    fake.ids, partner.fault, partner.says = follow(turns), fault, lambda action: says
+    async with talking(tmp_path, fake, partner, settings=one_prompt(CALCULATOR)) as controller:
+        batch = await controller.rollout(RolloutRequest(step=1))
+        check_accounting(batch, controller, fake)
+    for row in batch.samples:
+        spans = [(span.start, span.end) for span in row.masked]
+        assert (row.stop_reason, row.answer_length, spans) == ("length", length, masked)
+    assert batch.unscored == ({fault: 3} if fault else {})
 
 
-def test_a_conversation_goes_on_where_a_checkpoint_caught_it(tmp_path: Path) -> None:
+async def test_a_conversation_goes_on_where_a_checkpoint_caught_it(tmp_path: Path) -> None:
     """Between a call and its reply, with a state and behind a stop token: nothing is asked twice, nothing left out."""
 
-    async def run() -> None:
-        fake, partner = FakeServer(), Partner()
-        async with talking(tmp_path / "samples", fake, partner, settings=one_prompt(CALCULATOR)) as controller:
-            await controller.buffer._admit()  # not taking: nothing is begun
-            fake.hang = True
-            taking = asyncio.create_task(controller.rollout(1))
-            while len(fake.bodies) < 3:
-                await asyncio.sleep(0.01)
-            called, answered, ended = controller.buffer.groups[0].generations
-            called.extend([5, CALL], [-0.5] * 2, 0)
-            answered.extend([5, CALL], [-0.5] * 2, 0)
-            answered.put_in([35, 35], "observation")
-            answered.state = 1
-            ended.extend([5, STOP], [-0.5] * 2, 0)
-            state = json.loads(json.dumps(await controller.state()))
-            taking.cancel()
-        fake = FakeServer()
-        fake.ids = lambda body: [6, CALL] if body["request_id"].startswith("0-1-1") else [8, STOP]
-        async with talking(tmp_path / "samples", fake, partner, settings=one_prompt(CALCULATOR)) as controller:
-            await controller.restore(state)
-            batch = await controller.rollout(1)
-            ids = [controller._store.read(read_ref(row))[0].tolist() for row in batch["samples"]]
-        assert ids == [
-            [1, 5, CALL, 35, 35, 8, STOP],
-            [1, 5, CALL, 35, 35, 6, CALL, 36, 36, 8, STOP],
-            [1, 5, STOP],
-        ]
-        assert partner.heard == [(None, [5, CALL]), (1, [6, CALL])]
-        assert [len(row["masked"]) for row in batch["samples"]] == [1, 2, 0]
-        assert {body["request_id"][:3] for body in fake.bodies} == {"0-0", "0-1"}
-
-    asyncio.run(run())
+    fake, partner = FakeServer(), Partner()
+    async with talking(tmp_path / "samples", fake, partner, settings=one_prompt(CALCULATOR)) as controller:
+        await controller.buffer._admit()  # not taking: nothing is begun
+        fake.hang = True
+        taking = asyncio.create_task(controller.rollout(RolloutRequest(step=1)))
+        while len(fake.bodies) < 3:
+            await asyncio.sleep(0.01)
+        called, answered, ended = controller.buffer.groups[0].generations
+        called.extend([5, CALL], [-0.5] * 2, 0)
+        answered.extend([5, CALL], [-0.5] * 2, 0)
+        answered.put_in([35, 35], "observation")
+        answered.state = 1
+        ended.extend([5, STOP], [-0.5] * 2, 0)
+        state = ControllerState.from_json((await controller.state(Empty())).to_json())
+        taking.cancel()
+    fake = FakeServer()
+    fake.ids = lambda body: [6, CALL] if body["request_id"].startswith("0-1-1") else [8, STOP]
+    async with talking(tmp_path / "samples", fake, partner, settings=one_prompt(CALCULATOR)) as controller:
+        await controller.restore(state)
+        batch = await controller.rollout(RolloutRequest(step=1))
+        ids = [controller._store.read(row)[0].tolist() for row in batch.samples]
+    assert ids == [
+        [1, 5, CALL, 35, 35, 8, STOP],
+        [1, 5, CALL, 35, 35, 6, CALL, 36, 36, 8, STOP],
+        [1, 5, STOP],
+    ]
+    assert partner.heard == [(None, [5, CALL]), (1, [6, CALL])]
+    assert [len(row.masked) for row in batch.samples] == [1, 2, 0]
+    assert {body["request_id"][:3] for body in fake.bodies} == {"0-0", "0-1"}
 
 
 CLOSING = Thinking(budget=3, end_id=END, closing=(8, END))
 
 
 @pytest.mark.parametrize(("ids", "reason"), [([5, STOP], "stop"), ([5, 6, 8], "length")])
-def test_an_answer_that_had_ended_when_a_checkpoint_caught_it_is_not_sampled_on(ids: list[int], reason: str) -> None:
+async def test_an_answer_that_had_ended_when_a_checkpoint_caught_it_is_not_sampled_on(
+    ids: list[int], reason: str
+) -> None:
     """It was still being scored: a request for 0 tokens would cost the server, and nothing may follow a stop token."""
     turns = MultiTurnScheduler(ServerSet([]), lambda: 1, None, None, lambda *_: None)
     generation = Generation(make_prompt(0), 0)
     generation.extend(ids, [0.0] * len(ids), 1)
-    assert asyncio.run(asyncio.wait_for(turns.complete(generation, Sampling(1.0, 3, (STOP,), 0)), 5)) == reason
+    assert await turns.complete(generation, Sampling(1.0, 3, (STOP,), 0)) == reason
     assert generation.token_ids.tolist() == ids and generation.parts == 0
 
 
@@ -197,28 +189,25 @@ def test_an_answer_that_had_ended_when_a_checkpoint_caught_it_is_not_sampled_on(
     ],
     ids=["thinks on", "is done by itself", "is short", "goes on to the limit", "leaves room for one word"],
 )
-def test_thinking_is_closed_at_its_budget(
+async def test_thinking_is_closed_at_its_budget(
     tmp_path: Path, budget: int, turns: list[list[int]], ids: list[int], masked: list[Any]
 ) -> None:
-    async def run() -> None:
-        fake = FakeServer()
-        fake.ids = follow(turns)
-        settings = one_prompt(thinking={"budget": budget})
-        thinking = replace(CLOSING, budget=budget)
-        async with talking(tmp_path, fake, thinking=thinking, settings=settings) as controller:
-            batch = await controller.rollout(1)
-            check_accounting(batch, controller, fake)
-            ref = read_ref(batch["samples"][0])
-            stored, start, logprobs = controller._store.read(ref)
-        assert stored[start:].tolist() == ids
-        assert [(span.start, span.end) for span in ref.masked] == masked
-        assert all(span.why == "closing" for span in ref.masked)
-        put_in = {place for start, end in masked for place in range(start, end)}
-        assert [place for place, value in enumerate(logprobs) if value == 0] == sorted(put_in)
-        assert batch["measures"]["thinking_closed"] == len(masked)
-        assert fake.bodies[0]["sampling_params"]["max_tokens"] == budget, "the budget ends the first request"
-
-    asyncio.run(run())
+    fake = FakeServer()
+    fake.ids = follow(turns)
+    settings = one_prompt(thinking={"budget": budget})
+    thinking = replace(CLOSING, budget=budget)
+    async with talking(tmp_path, fake, thinking=thinking, settings=settings) as controller:
+        batch = await controller.rollout(RolloutRequest(step=1))
+        check_accounting(batch, controller, fake)
+        ref = batch.samples[0]
+        stored, start, logprobs = controller._store.read(ref)
+    assert stored[start:].tolist() == ids
+    assert [(span.start, span.end) for span in ref.masked] == masked
+    assert all(span.why == "closing" for span in ref.masked)
+    put_in = {place for start, end in masked for place in range(start, end)}
+    assert [place for place, value in enumerate(logprobs) if value == 0] == sorted(put_in)
+    assert batch.measures["thinking_closed"] == len(masked)
+    assert fake.bodies[0]["sampling_params"]["max_tokens"] == budget, "the budget ends the first request"
 
 
 def test_a_prompt_that_closes_the_thinking_leaves_nothing_to_close() -> None:
@@ -231,61 +220,57 @@ def test_a_prompt_that_closes_the_thinking_leaves_nothing_to_close() -> None:
     assert CLOSING.left(generation) == 2
 
 
-def test_every_answer_has_the_limit_of_the_step_that_began_it(tmp_path: Path) -> None:
+async def test_every_answer_has_the_limit_of_the_step_that_began_it(tmp_path: Path) -> None:
     stages = [{"until_step": 1, "max_answer_tokens": 4}, {"until_step": 2, "max_answer_tokens": 6}]
 
-    async def run() -> None:
-        fake = FakeServer()
-        fake.ids = lambda body: [5] * 99
-        settings = recipe(prompts=2, length_stages=stages, max_staleness=1, over_provision=0.5)
-        fake.gate = 3
-        async with controlling(tmp_path / "samples", fake, recipe=settings) as controller:
-            taking = asyncio.create_task(controller.rollout(1))
-            while len(fake.bodies) < 8:
-                await asyncio.sleep(0.01)
-            state = json.loads(json.dumps(await controller.state()))
-            fake.gate = 99
-            first = await taking
-            set_version(controller, 1, fake)
-            second = await controller.rollout(2)
-            assert (await controller.evaluate(1, 1, 0.0))["mean_length"] == 12, "evaluations compare over the steps"
-        assert {row["answer_length"] for row in first["samples"]} == {4}
-        assert all(row["limit"] == row["answer_length"] for row in [*first["samples"], *second["samples"]])
-        lengths = {row["prompt_index"]: row["answer_length"] for row in second["samples"]}
-        assert lengths.pop(2) == 4 and set(lengths.values()) == {6}, "prompt 2 was begun in the first stage"
-        assert (first["measures"]["answer_limit"], second["measures"]["answer_limit"]) == (4, 6)
-        async with controlling(tmp_path / "samples", fake, recipe=settings) as controller:
-            await controller.restore(state)
-            set_version(controller, 1, fake)
-            again = await controller.rollout(2)
-        assert {row["answer_length"] for row in again["samples"]} == {4}, "the limit is carried with the answer"
-
-    asyncio.run(run())
-
-
-def test_an_answer_that_repeats_itself_is_halted_and_counted(tmp_path: Path) -> None:
-    async def run() -> None:
-        fake = FakeServer()
-        fake.reason = "repetition"
-        settings = one_prompt(repetition_halt={"longest_pattern": 5, "times": 4})
-        async with controlling(tmp_path, fake, recipe=settings) as controller:
-            reasons: list[str] = []
-            controller._scoring._scorer = lambda problem, text, reason: reasons.append(reason) or 1.0
-            batch = await controller.rollout(1)
-            check_accounting(batch, controller, fake)
-        wanted = {"max_pattern_size": 5, "min_count": 4}
-        assert fake.bodies[0]["sampling_params"]["repetition_detection"] == wanted
-        assert reasons == ["repetition"] * 3 and batch["measures"]["halted"] == 1.0
-        assert batch["measures"]["truncated"] == 0.0
-
-    asyncio.run(run())
+    fake = FakeServer()
+    fake.ids = lambda body: [5] * 99
+    settings = recipe(prompts=2, length_stages=stages, max_staleness=1, over_provision=0.5)
+    fake.gate = 3
+    async with controlling(tmp_path / "samples", fake, recipe=settings) as controller:
+        taking = asyncio.create_task(controller.rollout(RolloutRequest(step=1)))
+        while len(fake.bodies) < 8:
+            await asyncio.sleep(0.01)
+        state = ControllerState.from_json((await controller.state(Empty())).to_json())
+        fake.gate = 99
+        first = await taking
+        set_version(controller, 1, fake)
+        second = await controller.rollout(RolloutRequest(step=2))
+        assert (
+            await controller.evaluate(EvaluationRequest(problems=1, answers=1, temperature=0.0))
+        ).mean_length == 12, "evaluations compare over the steps"
+    assert {row.answer_length for row in first.samples} == {4}
+    assert all(row.limit == row.answer_length for row in [*first.samples, *second.samples])
+    lengths = {row.prompt_index: row.answer_length for row in second.samples}
+    assert lengths.pop(2) == 4 and set(lengths.values()) == {6}, "prompt 2 was begun in the first stage"
+    assert (first.measures["answer_limit"], second.measures["answer_limit"]) == (4, 6)
+    async with controlling(tmp_path / "samples", fake, recipe=settings) as controller:
+        await controller.restore(state)
+        set_version(controller, 1, fake)
+        again = await controller.rollout(RolloutRequest(step=2))
+    assert {row.answer_length for row in again.samples} == {4}, "the limit is carried with the answer"
 
 
-def test_the_environment_is_asked_with_the_problem() -> None:
+async def test_an_answer_that_repeats_itself_is_halted_and_counted(tmp_path: Path) -> None:
+    fake = FakeServer()
+    fake.reason = "repetition"
+    settings = one_prompt(repetition_halt={"longest_pattern": 5, "times": 4})
+    async with controlling(tmp_path, fake, recipe=settings) as controller:
+        reasons: list[str] = []
+        set_scorer(controller, lambda problem, text, reason: reasons.append(reason) or 1.0)
+        batch = await controller.rollout(RolloutRequest(step=1))
+        check_accounting(batch, controller, fake)
+    wanted = {"max_pattern_size": 5, "min_count": 4}
+    assert fake.bodies[0]["sampling_params"]["repetition_detection"] == wanted
+    assert reasons == ["repetition"] * 3 and batch.measures["halted"] == 1.0
+    assert batch.measures["truncated"] == 0.0
+
+
+async def test_the_environment_is_asked_with_the_problem() -> None:
     seen: list[Problem] = []
     partner = Partner()
     partner.ask = lambda *job: seen.append(job[0]) or Partner.ask(partner, *job)  # type: ignore[method-assign]
     generation = Generation(make_prompt(3), 0)
     generation.extend([5, CALL], [-0.5] * 2, 0)
-    asyncio.run(EnvironmentPool((CALL,), 1, partner).step(generation))
+    await EnvironmentPool((CALL,), 1, partner).step(generation)
     assert seen == [generation.prompt.problem]

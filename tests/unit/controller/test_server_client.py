@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import pytest
 
-from gspo_megatron.controller.generation import Generation, Sampling, answer_seed
+from gspo_megatron.controller.generation import Generation, Sampling, response_seed
 from gspo_megatron.controller.server_admin import ServerError
-from gspo_megatron.controller.server_client import ServerClient, read_segments
+from gspo_megatron.controller.server_client import ServerClient
+from gspo_megatron.controller.vllm_format import FormatError, GenerationChunk, read_chunk
 from gspo_megatron.types import Segment, StopReason
 from tests.unit.controller.fakes import CONTEXT, KEY, VOCAB, FakeServer, make_prompt, serving
 
@@ -23,42 +25,44 @@ async def generate(client: ServerClient, prompt, sample: int = 0, sampling: Samp
     return await client.generate(Generation(prompt, sample), sampling, version)
 
 
-def test_a_request_says_everything_that_decides_the_answer() -> None:
-    async def run() -> None:
-        fake = FakeServer()
-        async with serving(fake) as [client]:
-            generation = Generation(make_prompt(5), 2)
-            answer = generation.answer(await client.generate(generation, SAMPLED, version))
-        assert fake.bodies[0]["token_ids"] == [1, 2, 3]
-        assert fake.bodies[0]["sampling_params"] == {
-            "n": 1,
-            "temperature": 0.8,
-            "top_p": 1.0,
-            "top_k": 0,
-            "max_tokens": 4,
-            "stop_token_ids": [0, 9],
-            "ignore_eos": True,
-            "detokenize": False,
-            "seed": answer_seed(3, 5, 2, 0),
-            "logprobs": 0,
-        }
-        assert (answer.prompt_index, answer.sample_index, answer.stop_reason) == (5, 2, "length")
-        assert answer.token_ids.tolist() == [3, 3, 3] and answer.logprobs.tolist() == [-0.5] * 3
-        assert answer.segments == (Segment(0, 0, 3),)
-
-    asyncio.run(run())
+async def test_a_request_says_everything_that_decides_the_answer() -> None:
+    fake = FakeServer()
+    async with serving(fake) as [client]:
+        generation = Generation(make_prompt(5), 2)
+        answer = generation.response(await client.generate(generation, SAMPLED, version))
+    assert fake.bodies[0]["token_ids"] == [1, 2, 3]
+    assert fake.bodies[0]["sampling_params"] == {
+        "n": 1,
+        "temperature": 0.8,
+        "top_p": 1.0,
+        "top_k": 0,
+        "max_tokens": 4,
+        "stop_token_ids": [0, 9],
+        "ignore_eos": True,
+        "detokenize": False,
+        "seed": response_seed(3, 5, 2, 0),
+        "logprobs": 0,
+    }
+    assert (answer.prompt_index, answer.sample_index, answer.stop_reason) == (5, 2, "length")
+    assert answer.token_ids.tolist() == [3, 3, 3] and answer.logprobs.tolist() == [-0.5] * 3
+    assert answer.segments == (Segment(0, 0, 3),)
 
 
 def test_seeds_differ_between_runs_prompts_samples_and_segments() -> None:
-    seeds = {answer_seed(a, b, c, d) for a in (0, 1) for b in (-1, 0, 11) for c in (0, 1, 2) for d in (0, 1)}
+    seeds = {response_seed(a, b, c, d) for a in (0, 1) for b in (-1, 0, 11) for c in (0, 1, 2) for d in (0, 1)}
     assert len(seeds) == 36
     assert all(0 <= seed < 2**63 for seed in seeds), "vLLM's seeds are signed 64-bit numbers"
-    assert answer_seed(0, 1, 2, 0) == answer_seed(0, 1, 2, 0)
+    assert response_seed(0, 1, 2, 0) == response_seed(0, 1, 2, 0)
 
 
-def test_version_spans_become_segments() -> None:
+def test_a_chunk_of_vllms_stream_becomes_typed_values() -> None:
     spans = [{"version": "3", "start": 0, "end": 224}, {"version": "4", "start": 224, "end": 1000}]
-    assert read_segments(spans) == (Segment(3, 0, 224), Segment(4, 224, 1000))
+    choice = {"token_ids": [7], "logprobs": {"content": [{"logprob": -0.25}]}, "finish_reason": "stop"}
+    line = b"data: " + json.dumps({"choices": [{**choice, "weight_versions": spans}]}).encode()
+    assert read_chunk(line) == GenerationChunk((7,), (-0.25,), "stop", (Segment(3, 0, 224), Segment(4, 224, 1000)))
+    assert read_chunk(b"data: [DONE]") is None and read_chunk(b"\n") is None
+    with pytest.raises(FormatError, match="KeyError: 'choices'"):
+        read_chunk(b'data: {"error": "the engine is dead"}')
 
 
 @pytest.mark.parametrize(
@@ -70,94 +74,87 @@ def test_version_spans_become_segments() -> None:
         ((1,) * 20, 5, "a prompt of 20 tokens and an answer of up to 5 exceed the server's context of 24"),
     ],
 )
-def test_what_would_kill_the_server_is_not_sent(token_ids, max_tokens: int, sentence: str) -> None:
-    async def run() -> None:
-        fake = FakeServer()
-        async with serving(fake) as [client]:
-            with pytest.raises(ValueError, match=sentence):
-                client.check(token_ids, max_tokens)
-            with pytest.raises(ValueError, match=sentence):
-                await generate(client, make_prompt(0, token_ids), 0, Sampling(1.0, max_tokens, (0,), 0))
-        assert fake.calls == []
-
-    asyncio.run(run())
+async def test_what_would_kill_the_server_is_not_sent(token_ids, max_tokens: int, sentence: str) -> None:
+    fake = FakeServer()
+    async with serving(fake) as [client]:
+        with pytest.raises(ValueError, match=sentence):
+            client.check(token_ids, max_tokens)
+        with pytest.raises(ValueError, match=sentence):
+            await generate(client, make_prompt(0, token_ids), 0, Sampling(1.0, max_tokens, (0,), 0))
+    assert fake.calls == []
 
 
-def test_the_longest_allowed_request_is_sent() -> None:
-    async def run() -> None:
-        async with serving(FakeServer()) as [client]:
-            await generate(client, make_prompt(0, (1,) * (CONTEXT - 4)))
-
-    asyncio.run(run())
+async def test_the_longest_allowed_request_is_sent() -> None:
+    async with serving(FakeServer()) as [client]:
+        await generate(client, make_prompt(0, (1,) * (CONTEXT - 4)))
 
 
-def test_a_refusal_and_a_dead_server_are_sentences() -> None:
-    async def run() -> None:
-        fake = FakeServer()
-        fake.fail["/inference/v1/generate"] = 500
-        async with serving(fake) as [client]:
-            with pytest.raises(
-                ServerError, match=f"server {fake.url} answered /inference/v1/generate with 500: .*told to fail"
-            ):
-                await generate(client, make_prompt(0))
-            assert await client.is_healthy()
-            stranger = ServerClient(fake.url, "wrong", VOCAB, CONTEXT, 1)
-            with pytest.raises(ServerError, match="with 401"):
-                await stranger.is_paused()
-            await stranger.close()
-        gone = ServerClient(fake.url, KEY, VOCAB, CONTEXT, 1)
-        assert not await gone.is_healthy()
-        with pytest.raises(ServerError, match=f"server {fake.url} is gone"):
-            await generate(gone, make_prompt(0))
-        await gone.close()
-
-    asyncio.run(run())
+async def test_a_refusal_and_a_dead_server_are_sentences() -> None:
+    fake = FakeServer()
+    fake.fail["/inference/v1/generate"] = 500
+    async with serving(fake) as [client]:
+        with pytest.raises(
+            ServerError, match=f"server {fake.url} answered /inference/v1/generate with 500: .*told to fail"
+        ):
+            await generate(client, make_prompt(0))
+        assert await client.is_healthy()
+        stranger = ServerClient(fake.url, "wrong", VOCAB, CONTEXT, 1)
+        with pytest.raises(ServerError, match="with 401"):
+            await stranger.is_paused()
+        await stranger.close()
+    gone = ServerClient(fake.url, KEY, VOCAB, CONTEXT, 1)
+    assert not await gone.is_healthy()
+    with pytest.raises(ServerError, match=f"server {fake.url} is gone"):
+        await generate(gone, make_prompt(0))
+    await gone.close()
 
 
-def test_an_answer_that_misses_the_abort_gets_another() -> None:
-    async def run() -> None:
-        fake = FakeServer()
-        fake.gate, fake.missed_aborts = 2, 2
-        async with serving(fake) as [client]:
-            generation = Generation(make_prompt(0), 0)
-            waiting = asyncio.create_task(client.generate(generation, SAMPLED, version))
-            while len(generation) < 2:
-                await asyncio.sleep(0.01)
-            await client.interrupt()
-            assert await waiting == "abort" and len(generation) == 2
-            assert fake.calls.count("/pause") == 3 and not fake.paused
-
-    asyncio.run(run())
+async def test_an_answer_that_misses_the_abort_gets_another() -> None:
+    fake = FakeServer()
+    fake.gate, fake.missed_aborts = 2, 2
+    async with serving(fake) as [client]:
+        generation = Generation(make_prompt(0), 0)
+        waiting = asyncio.create_task(client.generate(generation, SAMPLED, version))
+        while len(generation) < 2:
+            await asyncio.sleep(0.01)
+        await client.interrupt()
+        assert await waiting == "abort" and len(generation) == 2
+        assert fake.calls.count("/pause") == 3 and not fake.paused
 
 
-def test_a_server_without_progress_is_given_up() -> None:
-    async def run() -> None:
-        fake = FakeServer()
-        fake.hang = True
-        async with serving(fake) as [client]:
-            waiting = [asyncio.create_task(generate(client, make_prompt(i))) for i in range(8)]
-            await client.watch(stall_seconds=0.4)
-            for result in await asyncio.gather(*waiting, return_exceptions=True):
-                assert isinstance(result, ServerError) and "made no progress on 8 answers" in str(result)
-
-    asyncio.run(run())
+async def look(fake: FakeServer, times: int) -> None:
+    """Wait until the client has looked at the server's progress so many times more: 4 in the time of a stall."""
+    enough = fake.calls.count("/metrics") + times
+    while fake.calls.count("/metrics") < enough:
+        await asyncio.sleep(0.01)
 
 
-def test_progress_and_idleness_are_no_stall() -> None:
-    async def run() -> None:
-        fake = FakeServer()
-        fake.hang = True
-        async with serving(fake) as [client]:
-            watcher = asyncio.create_task(client.watch(stall_seconds=0.4))
-            await asyncio.sleep(0.8)
-            waiting = asyncio.create_task(generate(client, make_prompt(0)))
-            for _ in range(8):
-                await asyncio.sleep(0.1)
-                fake.tokens += 1
-            assert not client.fault
-            waiting.cancel()
-            watcher.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await waiting
+async def test_a_server_without_progress_is_given_up() -> None:
+    fake = FakeServer()
+    fake.hang = True
+    async with serving(fake) as [client]:
+        waiting = [asyncio.create_task(generate(client, make_prompt(i))) for i in range(8)]
+        while len(fake.bodies) < 8:
+            await asyncio.sleep(0.01)
+        await client.watch(stall_seconds=0.4)
+        for result in await asyncio.gather(*waiting, return_exceptions=True):
+            assert isinstance(result, ServerError) and "made no progress on 8 answers" in str(result)
 
-    asyncio.run(run())
+
+async def test_progress_and_idleness_are_no_stall() -> None:
+    fake = FakeServer()
+    fake.hang = True
+    async with serving(fake) as [client]:
+        watcher = asyncio.create_task(client.watch(stall_seconds=0.4))
+        await look(fake, 8)
+        # From here on every look finds one more token than the one before.
+        fake.tokens_a_look = 1
+        waiting = asyncio.create_task(generate(client, make_prompt(0)))
+        while not fake.bodies:
+            await asyncio.sleep(0.01)
+        await look(fake, 8)
+        assert not client.fault
+        waiting.cancel()
+        watcher.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting

@@ -10,7 +10,7 @@ import pytest
 
 from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.task_sections import DataSection
-from gspo_megatron.data.problems import JsonlProblems, open_problems, read_jsonl
+from gspo_megatron.data.problems import JsonlProblems, ProblemSource, open_problems, read_jsonl
 
 ADDITION = {
     "operators": ["+"],
@@ -79,19 +79,25 @@ def test_unicode_line_separators_do_not_break_lines(tmp_path: Path) -> None:
     assert [problem.question for problem in read_jsonl(path).values()] == ["a\u2028b"]
 
 
+def draw_id(source: ProblemSource, index: int) -> str:
+    problem = source.draw("train", 0, index)
+    assert problem is not None
+    return problem.id
+
+
 def test_jsonl_split_ignores_order_of_lines(tmp_path: Path) -> None:
     lines = [json.dumps({"prompt": f"{i} + 1", "answer": i + 1}) for i in range(50)]
     one = open_file(write_lines(tmp_path / "a", lines), 10)
     other = open_file(write_lines(tmp_path / "b", lines[::-1]), 10)
     assert one.held_out == other.held_out
-    drawn = {one.draw("train", 0, i).id for i in range(40)}
+    drawn = {draw_id(one, i) for i in range(40)}
     assert len(drawn) == 40
     assert not drawn & {problem.id for problem in one.held_out}
 
 
 def test_jsonl_passes_differ_and_are_complete(tmp_path: Path) -> None:
     source = open_file(write_problems(tmp_path / "p", 30), 0)
-    first, second = ([source.draw("train", 0, start + i).id for i in range(30)] for start in (0, 30))
+    first, second = ([draw_id(source, start + i) for i in range(30)] for start in (0, 30))
     assert sorted(first) == sorted(second)
     assert first != second
 
@@ -121,7 +127,7 @@ def test_gym_training_never_meets_a_held_out_question() -> None:
 
 def test_gym_stream_goes_on_after_a_block() -> None:
     source = open_problems(DataSection(source="reasoning_gym", task="basic_arithmetic", options={}, held_out=0))
-    assert len({source.draw("train", 0, i).id for i in range(990, 1010)}) == 20
+    assert len({draw_id(source, i) for i in range(990, 1010)}) == 20
 
 
 def test_gym_seeds_and_stages_differ_and_repeat() -> None:

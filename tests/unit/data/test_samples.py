@@ -24,6 +24,9 @@ class Shelf:
         answer = np.arange(ref.answer_length, dtype=np.int32)
         return np.concatenate([np.array([7, 7], dtype=np.int32), answer]), 2, -answer.astype(np.float32)
 
+    def read_routes(self, ref: SampleRef) -> None:
+        return None
+
 
 def test_rows_by_hand() -> None:
     (row,) = build_samples([make_ref(0)], Shelf())

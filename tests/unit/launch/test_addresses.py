@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import pytest
@@ -18,7 +17,9 @@ def test_hosts_of_the_job_are_let_in_and_others_are_not(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(("client", "status"), [("10.0.0.1", 200), ("10.0.0.9", 401)])
-def test_a_servers_guard_asks_for_the_address_too(monkeypatch: pytest.MonkeyPatch, client: str, status: int) -> None:
+async def test_a_servers_guard_asks_for_the_address_too(
+    monkeypatch: pytest.MonkeyPatch, client: str, status: int
+) -> None:
     monkeypatch.setenv(ADDRESSES_VARIABLE, "10.0.0.1")
     monkeypatch.setenv(KEY_VARIABLE, "secret")
     sent: list[dict[str, Any]] = []
@@ -33,5 +34,5 @@ def test_a_servers_guard_asks_for_the_address_too(monkeypatch: pytest.MonkeyPatc
 
     headers = [(name.lower().encode(), value.encode()) for name, value in key_header("secret").items()]
     scope = {"type": "http", "path": "/pause", "headers": headers, "client": (client, 40000)}
-    asyncio.run(KeyGuard(app)(scope, receive, send))
+    await KeyGuard(app)(scope, receive, send)
     assert sent[0]["status"] == status

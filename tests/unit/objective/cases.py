@@ -16,6 +16,7 @@ from torch import Tensor
 from gspo_megatron.objective import BatchTotals, LossInputs, LossOutput, ObjectiveSpec, add_sums, policy_loss
 from tests.places import DATA
 from tests.reference import Response
+from tests.waiting import HANG
 
 FIXTURES: dict[str, Any] = json.loads((DATA / "objective_vectors.json").read_text())
 EXAMPLES = settings(deadline=None, derandomize=True, max_examples=25)
@@ -140,6 +141,12 @@ def zigzag(length: int, context: int, rank: int) -> list[int]:
     return [at for at in mine if at < length]
 
 
+def known(values: Tensor | None) -> Tensor:
+    """Log-probs that an answer must have for this case."""
+    assert values is not None
+    return values
+
+
 def loss_inputs(
     rows: Sequence[Row],
     totals: BatchTotals,
@@ -153,8 +160,8 @@ def loss_inputs(
     keep = [torch.tensor(zigzag(row.length, context, rank), dtype=torch.int64) for row in rows]
     lengths = [k.numel() for k in keep]
 
-    def packed(values: Sequence[Tensor]) -> Tensor:
-        parts = [row.full(v.to(row.leaf.dtype))[k] for row, v, k in zip(rows, values, keep, strict=True)]
+    def packed(values: Sequence[Tensor | None]) -> Tensor:
+        parts = [row.full(known(v).to(row.leaf.dtype))[k] for row, v, k in zip(rows, values, keep, strict=True)]
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
 
     mask = [row.mask()[k] for row, k in zip(rows, keep, strict=True)]
@@ -212,7 +219,7 @@ def over_context(context: int, run: Callable[[int, Callable[[Tensor], Tensor]], 
     """Run every context-parallel rank in a thread of its own, with a sum that waits for all of them."""
     if context == 1:
         return [run(0, lambda values: values)]
-    barrier, slots = threading.Barrier(context, timeout=20), [torch.empty(0)] * context
+    barrier, slots = threading.Barrier(context, timeout=HANG), [torch.empty(0)] * context
     results: list[LossOutput | None] = [None] * context
     errors: list[BaseException] = []
 

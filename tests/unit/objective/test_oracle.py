@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -134,7 +136,7 @@ def test_before_any_update_every_ratio_is_one(name: str) -> None:
 def test_a_divergence_in_the_loss_is_its_estimator(kind: str) -> None:
     spec = preset("grpo").replace(kl=kind, kl_coefficient=0.05)
 
-    def objective(answers: list[reference.Response]) -> torch.Tensor:
+    def objective(answers: Sequence[reference.Response]) -> torch.Tensor:
         def charge(a: reference.Response, t: int) -> torch.Tensor:
             assert a.reference is not None
             x = a.logp[t] - a.reference[t]

@@ -91,7 +91,6 @@ def accepted() -> set[Layout]:
     return {layout for layout in (verdict(mutate(rng)) for _ in range(MUTATIONS - BY_COMMAND)) if layout is not None}
 
 
-@pytest.mark.timeout(900)
 def test_mutations_end_in_a_verdict() -> None:
     assert len(accepted()) >= 20, "hardly any mutation is accepted: the test below checks nothing"
 
@@ -117,7 +116,6 @@ def groups(layout: Layout, along: tuple[str, ...], among: tuple[str, ...]) -> li
     return sorted([rank for _, rank in members] for _, members in itertools.groupby(table, key=lambda row: row[0]))
 
 
-@pytest.mark.timeout(900)
 def test_accepted_rank_tables_are_those_of_megatron() -> None:
     from megatron.core.parallel_state import RankGenerator
 

@@ -30,10 +30,11 @@ def starts(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
 
 
-def inputs(tokens: int) -> list[Tensor]:
+def inputs(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = [(tokens, heads, WIDTH) for heads in (HEADS, GROUPS, GROUPS)]
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+    query, key, value = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return query.requires_grad_(), key.requires_grad_(), value.requires_grad_()
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], ranks: int) -> Tensor:
@@ -76,10 +77,10 @@ def test_blocks_give_what_the_whole_matrix_gives(ranks: int, budget: int, monkey
 
 def test_both_passes_are_the_same_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "SCORE_BUDGET", 2**10)
-    tensors = [part.detach().float().requires_grad_() for part in inputs(sum(LENGTHS))]
+    query, key, value = (part.detach().float().requires_grad_() for part in inputs(sum(LENGTHS)))
     with torch.no_grad():
-        scored = attend(*tensors, LENGTHS, 2)
-    assert torch.equal(scored, attend(*tensors, LENGTHS, 2))
+        scored = attend(query, key, value, LENGTHS, 2)
+    assert torch.equal(scored, attend(query, key, value, LENGTHS, 2))
 
 
 def test_memory_is_linear_in_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

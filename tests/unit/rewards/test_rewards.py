@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pickle
 import threading
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
@@ -23,11 +24,11 @@ def gym(**rules: Any) -> Scorer:
 
 
 def mathematics(**rules: Any) -> Scorer:
-    return Scorer(RewardSection(name="math_verify", **rules), DataSection(path="unused.jsonl"))
+    return Scorer(RewardSection(name="math_verify", **rules), DataSection(path=Path("unused.jsonl")))
 
 
 def test_every_name_of_the_schema_has_a_score() -> None:
-    assert set(SCORES) == set(RewardSection.model_fields["name"].annotation.__args__)
+    assert set(SCORES) == set(get_args(RewardSection.model_fields["name"].annotation))
 
 
 @pytest.mark.parametrize(

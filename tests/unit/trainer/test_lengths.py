@@ -14,7 +14,7 @@ from gspo_megatron.models import parse_recipe
 from gspo_megatron.objective import BatchTotals, group_advantages
 from gspo_megatron.trainer.step import Trainer
 from gspo_megatron.types import Masked, SampleRef
-from tests.unit.controller.test_group_buffer import recipe
+from tests.unit.controller.group_batches import recipe
 
 LIMIT, BUFFER = 12, 4
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,12 @@ from gspo_megatron.controller.weight_update import WeightUpdater
 from gspo_megatron.models import load_recipe
 from gspo_megatron.models.qwen3.architecture import Qwen3Architecture
 from gspo_megatron.transport.identity import Identity, hash_vocabulary, read_run_id
+from gspo_megatron.transport.messages import ServerIdentity
+from gspo_megatron.transport.update_messages import UpdateRequest
+from tests.unit.controller.controllers import ARCHITECTURE
 from tests.unit.controller.fakes import FakeServer, serving
-from tests.unit.controller.test_controller import ARCHITECTURE
-from tests.unit.controller.test_weight_update import TERMS, NoStore
+from tests.unit.controller.weight_terms import TERMS, NoStore
+from tests.waiting import HANG
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 DENSE = {"model_type": "qwen3", "num_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0}
@@ -28,12 +30,13 @@ def identity(**architecture: Any) -> Identity:
     return Identity("run-1", "00ff", Qwen3Architecture.model_validate(ARCHITECTURE | architecture), "bfloat16", 64)
 
 
-def report(directory: Path, own: Identity, **changes: Any) -> dict[str, Any]:
+def report(directory: Path, own: Identity, **changes: Any) -> ServerIdentity:
     """What a server says that was started from this identity's own config.json, as transformers reads it."""
     config = own.architecture.to_hugging_face(own.dtype) | changes.pop("config", {})
     (directory / "config.json").write_text(json.dumps(config))
-    read = json.loads(AutoConfig.from_pretrained(directory).to_json_string(use_diff=False))
-    return {"run": "run-1", "tokenizer": "00ff", "config": read, "dtype": "bfloat16", "context": 64, **changes}
+    read = AutoConfig.from_pretrained(directory).to_json_string(use_diff=False)
+    usual = ServerIdentity(run="run-1", tokenizer="00ff", config=read, dtype="bfloat16", context=64)
+    return usual.model_copy(update=changes)
 
 
 @pytest.mark.parametrize("architecture", [{}, {"rope_scaling": YARN}, DENSE, {"tie_word_embeddings": True}])
@@ -68,34 +71,28 @@ def test_another_stretch_of_the_context_is_named(tmp_path: Path) -> None:
     assert "rope_scaling is None there" in own.fault_of(report(tmp_path, identity()))
 
 
-def test_a_server_that_changed_hands_gets_neither_a_pause_nor_a_weight(tmp_path: Path) -> None:
-    async def run() -> None:
-        own, kept, lost = identity(), FakeServer(), FakeServer()
-        kept.identity = lost.identity = report(tmp_path, own)
-        async with serving(kept, lost) as clients:
-            updater = WeightUpdater(ServerSet(clients, own), WeightUpdateSection(), "127.0.0.1", sleeps=False)
-            updater._store = NoStore()
-            await updater._servers.wait_healthy(5)
-            lost.identity = report(tmp_path, own, run="run-2")
-            ticket = await updater.begin(0, TERMS)
-            assert len(ticket["servers"]) == 1 and "/pause" in kept.calls and "/pause" not in lost.calls
-            assert "belongs to run run-2, this is run run-1" in updater._servers.faults()[lost.url]
-            kept.identity = lost.identity
-            with pytest.raises(Refused, match=r"no server is left: .* belongs to run run-2"):
-                await updater.begin(1, TERMS)
-
-    asyncio.run(run())
+async def test_a_server_that_changed_hands_gets_neither_a_pause_nor_a_weight(tmp_path: Path) -> None:
+    own, kept, lost = identity(), FakeServer(), FakeServer()
+    kept.identity = lost.identity = report(tmp_path, own)
+    async with serving(kept, lost) as clients:
+        updater = WeightUpdater(ServerSet(clients, own), WeightUpdateSection(), "127.0.0.1", sleeps=False)
+        updater._store = NoStore()  # type: ignore[assignment]
+        await updater._servers.wait_healthy(HANG)
+        lost.identity = report(tmp_path, own, run="run-2")
+        ticket = await updater.begin(UpdateRequest(version=0, terms=TERMS))
+        assert len(ticket.servers) == 1 and "/pause" in kept.calls and "/pause" not in lost.calls
+        assert "belongs to run run-2, this is run run-1" in updater._servers.faults()[lost.url]
+        kept.identity = lost.identity
+        with pytest.raises(Refused, match=r"no server is left: .* belongs to run run-2"):
+            await updater.begin(UpdateRequest(version=1, terms=TERMS))
 
 
-def test_a_foreign_server_ends_the_start_with_its_sentence(tmp_path: Path) -> None:
-    async def run() -> None:
-        own, fake = identity(), FakeServer()
-        fake.identity = report(tmp_path, own, context=63)
-        async with serving(fake) as clients:
-            with pytest.raises(Refused, match=f"server {fake.url} takes 63 tokens"):
-                await ServerSet(clients, own).wait_healthy(5)
-
-    asyncio.run(run())
+async def test_a_foreign_server_ends_the_start_with_its_sentence(tmp_path: Path) -> None:
+    own, fake = identity(), FakeServer()
+    fake.identity = report(tmp_path, own, context=63)
+    async with serving(fake) as clients:
+        with pytest.raises(Refused, match=f"server {fake.url} takes 63 tokens"):
+            await ServerSet(clients, own).wait_healthy(HANG)
 
 
 def test_all_roles_of_a_run_directory_read_one_id(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore
 
-from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.models.vllm_layout import ServerLayout, server_parameters
 from gspo_megatron.parallel import Layout
+from gspo_megatron.transport.update_messages import UpdateRequest, UpdateTicket, WeightTerms
 from gspo_megatron.transport.weights.checksum import Checksum, plane
 from gspo_megatron.transport.weights.ipc import open_receive_channel, open_send_channel
 from gspo_megatron.transport.weights.sender import ATTEMPTS, WeightSender
-from gspo_megatron.transport.weights.wire import TransferError, UpdateTicket, open_store, receive
+from gspo_megatron.transport.weights.wire import TransferError, open_store, receive
 from tests.shards import ARCH, CPU, TrainerRanks, cut_shards, make_tensors
 
 TRAINER = Layout(4, tensor=2, pipeline=2, expert=2)
@@ -39,19 +38,23 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 def make_ticket(way: str) -> Iterator[Any]:
     stores = []
 
-    def make(
-        servers: list[ServerLayout] = SERVERS, dtype: str = "float32", trainer: Layout = TRAINER
-    ) -> dict[str, Any]:
+    def make(servers: list[ServerLayout] = SERVERS, dtype: str = "float32", trainer: Layout = TRAINER) -> UpdateTicket:
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=10))
         stores.append(store)
-        layouts = [asdict(server) for server in servers]
-        ticket = UpdateTicket(
-            "127.0.0.1", store.port, "test", 1, 20.0, ARCH.model_dump(), dtype, asdict(trainer), layouts
-        )
+        terms = WeightTerms(architecture=ARCH, dtype=dtype, trainer=trainer)
         workers = sum(server.world for server in servers)
         # Some ranks have no worker, and with many workers some have two.
         proxies = [worker * 3 % trainer.world for worker in range(workers)]
-        return asdict(replace(ticket, proxies=proxies if way == "hand-over" else []))
+        return UpdateTicket(
+            store_host="127.0.0.1",
+            store_port=store.port,
+            group="test",
+            bucket_mib=1,
+            timeout=20.0,
+            terms=terms,
+            servers=tuple(servers),
+            proxies=tuple(proxies) if way == "hand-over" else (),
+        )
 
     yield make
 
@@ -60,9 +63,9 @@ def owners(servers: list[ServerLayout]) -> list[tuple[ServerLayout, int]]:
     return [(server, rank) for server in servers for rank in range(server.world)]
 
 
-def take(ticket: dict[str, Any], worker: int, server: ServerLayout, rank: int, rounds: int) -> list[Any]:
+def take(ticket: UpdateTicket, worker: int, server: ServerLayout, rank: int, rounds: int) -> list[Any]:
     """What one worker gets in so many updates: (parameters by name, checksum)."""
-    group = open_receive_channel(UpdateTicket(**ticket), CPU, worker)
+    group = open_receive_channel(ticket, CPU, worker)
     found = []
     try:
         for _ in range(rounds):
@@ -77,8 +80,8 @@ def take(ticket: dict[str, Any], worker: int, server: ServerLayout, rank: int, r
     return found
 
 
-def start_workers(pool: ThreadPoolExecutor, ticket: dict[str, Any], rounds: int) -> list[Future[list[Any]]]:
-    servers = [ServerLayout(**server) for server in ticket["servers"]]
+def start_workers(pool: ThreadPoolExecutor, ticket: UpdateTicket, rounds: int) -> list[Future[list[Any]]]:
+    servers = list(ticket.servers)
     return [pool.submit(take, ticket, n, server, rank, rounds) for n, (server, rank) in enumerate(owners(servers))]
 
 
@@ -146,7 +149,7 @@ def test_a_lost_worker_is_a_sentence(way: str, make_ticket: Any) -> None:
     shards = cut_shards(ARCH, TRAINER, make_tensors())
     with ThreadPoolExecutor(2) as pool:
         pool.submit(take, ticket, 0, ServerLayout(1), 0, 9)
-        pool.submit(lambda: open_receive_channel(UpdateTicket(**ticket), CPU, 1).close())
+        pool.submit(lambda: open_receive_channel(ticket, CPU, 1).close())
         ranks = TrainerRanks(TRAINER.world)
         with pytest.raises(TransferError, match="the weight update broke between the trainer and the servers"):
             for _ in range(3):
@@ -168,10 +171,10 @@ def test_a_lost_worker_takes_nothing_from_the_others(way: str, updates: int, mak
 
 @pytest.mark.parametrize("way", ["hand-over"], indirect=True)
 def test_a_stranger_gets_no_weights(way: str, make_ticket: Any) -> None:
-    ticket = UpdateTicket(**make_ticket([ServerLayout(1)], trainer=Layout(1)))
+    ticket = make_ticket([ServerLayout(1)], trainer=Layout(1))
     with ThreadPoolExecutor(1) as pool:
         channel = pool.submit(open_send_channel, ticket, CPU, 0)
-        port = int(open_store(ticket).get("mailbox-0"))
+        port = int(open_store(ticket).get("worker-0"))
         with socket.create_connection(("127.0.0.1", port)) as stranger:
             stranger.sendall(b'{"key": "guessed", "worker": 0}\n')
             assert stranger.recv(100) == b""
@@ -182,13 +185,11 @@ def test_a_stranger_gets_no_weights(way: str, make_ticket: Any) -> None:
 class Controller:
     """Gives out one ticket after another."""
 
-    def __init__(self, *tickets: dict[str, Any]) -> None:
-        self.tickets, self.begun = list(tickets), []
+    def __init__(self, *tickets: UpdateTicket) -> None:
+        self.tickets, self.requests = list(tickets), list[UpdateRequest]()
 
-    def begin_update(
-        self, version: int, arch: Architecture, dtype: str, layout: Layout, devices: list[str]
-    ) -> dict[str, Any]:
-        self.begun.append((version, arch, dtype, layout))
+    def begin_update(self, request: UpdateRequest) -> UpdateTicket:
+        self.requests.append(request)
         return self.tickets.pop(0)
 
 
@@ -204,25 +205,25 @@ def alone(tmp_path: Path) -> Iterator[None]:
 def test_a_server_lost_on_the_way_costs_another_attempt_without_it(way: str, alone: None, make_ticket: Any) -> None:
     trainer, tensors = Layout(1), make_tensors()
     both, rest = (
-        make_ticket(servers, trainer=trainer) | {"group": f"try-{len(servers)}"}
+        make_ticket(servers, trainer=trainer).model_copy(update={"group": f"try-{len(servers)}"})
         for servers in ([ServerLayout(1)] * 2, [ServerLayout(1)])
     )
     controller = Controller(both, rest)
     with ThreadPoolExecutor(3) as pool:
         stays = pool.submit(take, both, 0, ServerLayout(1), 0, 1)
-        pool.submit(lambda: open_receive_channel(UpdateTicket(**both), CPU, 1).close())
+        pool.submit(lambda: open_receive_channel(both, CPU, 1).close())
         again = pool.submit(take, rest, 0, ServerLayout(1), 0, 1)
         shard = cut_shards(ARCH, trainer, tensors)[0]
         sums = WeightSender(CPU, shares=True).update(controller, 7, ARCH, trainer, shard)  # type: ignore[arg-type]
         assert isinstance(stays.exception(30), RuntimeError)
         assert [again.result(30)[0][1]] == sums
-    assert controller.begun == [(7, ARCH, "float32", trainer)] * 2
+    assert [(it.version, it.terms) for it in controller.requests] == [(7, both.terms)] * 2
 
 
 def test_a_fault_of_the_trainer_itself_is_not_tried_for_ever(alone: None, make_ticket: Any) -> None:
     trainer = Layout(1)
     ticket = make_ticket([ServerLayout(1)], trainer=trainer)
-    controller = Controller(*(ticket | {"group": f"try-{n}"} for n in range(9)))
+    controller = Controller(*(ticket.model_copy(update={"group": f"try-{n}"}) for n in range(9)))
     shard = cut_shards(ARCH, trainer, make_tensors())[0]
     del shard["decoder.layers.3.mlp.router.weight"]
     with ThreadPoolExecutor(3) as pool:
@@ -230,4 +231,4 @@ def test_a_fault_of_the_trainer_itself_is_not_tried_for_ever(alone: None, make_t
         with pytest.raises(TransferError, match=r"the trainer has no parameter decoder\.layers\.3\.mlp\.router"):
             WeightSender(CPU, shares=True).update(controller, 7, ARCH, trainer, shard)  # type: ignore[arg-type]
         assert all(isinstance(worker.exception(30), RuntimeError) for worker in workers)
-    assert len(controller.begun) == ATTEMPTS
+    assert len(controller.requests) == ATTEMPTS

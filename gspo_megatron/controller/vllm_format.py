@@ -1,0 +1,154 @@
+"""vLLM's own HTTP formats (0.32), written and read in one place.
+
+Our side of each is a typed value: `Sampling` and `Generation` go in, `GenerationChunk` and plain values come out. The
+readers raise FormatError for a body that vLLM would not send.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gspo_megatron.controller.generation import Generation, Sampling, response_seed
+from gspo_megatron.transport.update_messages import JoinRequest
+from gspo_megatron.types import Segment
+
+DATA, DONE = b"data: ", b"data: [DONE]"
+GENERATED_TOKENS = re.compile(rb"^vllm:generation_tokens_total\{[^}]*\} ([0-9.e+]+)", re.MULTILINE)
+
+
+class FormatError(ValueError):
+    """A body that is not in vLLM's format."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationChunk:
+    """What a stream delivers at a time."""
+
+    token_ids: tuple[int, ...]
+    """[n] sampled ids."""
+    logprobs: tuple[float, ...]
+    """[n]; empty for greedy requests."""
+    finish_reason: str | None
+    """vLLM's word for why the response ended; None = it has not."""
+    segments: tuple[Segment, ...]
+    """In the last chunk: weight versions of all tokens of the request, counted from its first one."""
+
+
+def write_generation(generation: Generation, sampling: Sampling, left: int) -> bytes:
+    """The request for the rest of a response, of at most `left` tokens."""
+    greedy = sampling.temperature == 0
+    place = (generation.prompt.index, generation.sample_index, generation.parts)
+    parameters: dict[str, Any] = {
+        "n": 1,
+        "temperature": sampling.temperature,
+        "top_p": 1.0,
+        "top_k": 0,
+        "max_tokens": left,
+        "stop_token_ids": list(sampling.stop_ids),
+        # Only the ids above stop: a model's own end-of-text id may differ from the tokenizer's.
+        "ignore_eos": True,
+        "detokenize": False,
+        "seed": response_seed(sampling.seed, *place),
+    }
+    if not greedy:
+        parameters["logprobs"] = 0
+    if sampling.halt is not None:
+        halt = {"max_pattern_size": sampling.halt.longest_pattern, "min_count": sampling.halt.times}
+        parameters["repetition_detection"] = halt
+    name = "-".join(map(str, (*place, "greedy" if greedy else "sampled")))
+    return _write(
+        {"request_id": name, "token_ids": generation.request_ids, "sampling_params": parameters, "stream": True}
+    )
+
+
+def read_chunk(line: bytes) -> GenerationChunk | None:
+    """One line of a stream; None for a line without tokens."""
+    if not line.startswith(DATA) or line.startswith(DONE):
+        return None
+    try:
+        choice = json.loads(line[len(DATA) :])["choices"][0]
+        entries = choice["logprobs"]["content"] if choice["logprobs"] else ()
+        return GenerationChunk(
+            tuple(choice["token_ids"] or ()),
+            tuple(entry["logprob"] for entry in entries),
+            choice["finish_reason"],
+            tuple(
+                Segment(int(span["version"]), span["start"], span["end"]) for span in choice["weight_versions"] or ()
+            ),
+        )
+    except (ValueError, LookupError, TypeError) as error:
+        raise FormatError(f"{type(error).__name__}: {error}") from None
+
+
+def write_scoring(token_ids: Sequence[int]) -> bytes:
+    """The request for the log-probs of a prompt."""
+    parameters = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
+    return _write({"token_ids": list(token_ids), "sampling_params": parameters})
+
+
+def read_scores(body: bytes, token_ids: Sequence[int]) -> list[float]:
+    """Log-probs of token_ids[1:], [length - 1]."""
+    try:
+        rows = json.loads(body)["prompt_logprobs"][1:]
+        return [float(row[str(token)]["logprob"]) for row, token in zip(rows, token_ids[1:], strict=True)]
+    except (ValueError, LookupError, TypeError) as error:
+        raise FormatError(f"{type(error).__name__}: {error}") from None
+
+
+def write_worker_call(method: str) -> bytes:
+    """The request that calls a method of `WorkerExtension` in every worker."""
+    return _write({"method": method})
+
+
+def read_worker_replies(body: bytes) -> list[str | None]:
+    """[workers] what each method returned: text, or None."""
+    replies = _read_field(body, "results")
+    if not isinstance(replies, list) or not all(reply is None or isinstance(reply, str) for reply in replies):
+        raise FormatError(f"results are no list of texts: {str(replies)[:100]}")
+    return replies
+
+
+def write_joining(request: JoinRequest) -> bytes:
+    """The body of `/init_weight_transfer_engine`; vLLM passes `init_info` on to `JoinInfo` of our worker."""
+    return _write({"init_info": {"request": request.to_json()}})
+
+
+def write_reception() -> bytes:
+    """The body of `/update_weights`; the ticket has said everything."""
+    return _write({"update_info": {}})
+
+
+def write_version(version: int) -> bytes:
+    """The body of `/finish_weight_update`: the label of the new weights."""
+    return _write({"weight_version": str(version)})
+
+
+def read_version(body: bytes) -> str:
+    """The label of a server's weights."""
+    return str(_read_field(body, "weight_version"))
+
+
+def read_is_paused(body: bytes) -> bool:
+    """Whether the engine is paused."""
+    return bool(_read_field(body, "is_paused"))
+
+
+def read_generated_tokens(body: bytes) -> int:
+    """Tokens generated since the server started, from its metrics page."""
+    found = GENERATED_TOKENS.search(body)
+    return int(float(found.group(1))) if found else 0
+
+
+def _write(body: dict[str, Any]) -> bytes:
+    return json.dumps(body).encode()
+
+
+def _read_field(body: bytes, name: str) -> Any:
+    try:
+        return json.loads(body)[name]
+    except (ValueError, LookupError, TypeError) as error:
+        raise FormatError(f"{type(error).__name__}: {error}") from None
