@@ -144,7 +144,8 @@ OWN_VALUES = {"Generation", "Sampling", "GenerationChunk", "StopReason"}
 
 
 def annotations_of(function: Any) -> Iterator[Any]:
-    hints = typing.get_type_hints(function)
+    own_types = {parameter.__name__: parameter for parameter in function.__type_params__}
+    hints = typing.get_type_hints(function, localns=own_types)
     parameters = [name for name in inspect.signature(function).parameters if name not in ("self", "cls")]
     assert {*parameters, "return"} <= hints.keys(), f"{function.__qualname__} has a parameter without a type"
     yield from (hints[name] for name in (*parameters, "return"))
