@@ -146,16 +146,6 @@ class WorkerGreeting(WireMessage):
     worker: int
 
 
-class SharedMemory(WireMessage):
-    """The memory that the trainer rank offers: a file of this host, or a CUDA allocation."""
-
-    shape: tuple[int, int]
-    """[rounds, values of the largest round]."""
-    file: str = ""
-    """Path of an unnamed file; empty on a GPU."""
-    cuda: CudaAllocation | None = None
-
-
 class CudaAllocation(WireMessage):
     """Arguments of torch's own CUDA IPC, byte strings in base64: no pickle crosses."""
 
@@ -166,6 +156,16 @@ class CudaAllocation(WireMessage):
     counter_offset: int
     event: str
     waits: bool
+
+
+class SharedMemory(WireMessage):
+    """The memory that the trainer rank offers: a file of this host, or a CUDA allocation."""
+
+    shape: tuple[int, int]
+    """[rounds, values of the largest round]."""
+    file: str = ""
+    """Path of an unnamed file; empty on a GPU."""
+    cuda: CudaAllocation | None = None
 
 
 class RoundNumber(WireMessage):
