@@ -16,6 +16,7 @@ from gspo_megatron.controller.group_buffer import GroupBuffer
 from gspo_megatron.controller.groups import TokenCounter
 from gspo_megatron.controller.scheduler import Scheduler
 from gspo_megatron.controller.servers import ServerSet
+from gspo_megatron.models import parse_recipe
 from gspo_megatron.types import Problem, Prompt, SampleRef, StopReason
 from tools.simulated_engine import PROMPT_TOKENS, EngineModel, Lengths, SimulatedServer
 
@@ -126,7 +127,7 @@ async def _run(scenario: Scenario, recipe: Recipe, pool_class: type[GroupBuffer]
 
     scheduler = Scheduler(ServerSet(servers), current)  # type: ignore[arg-type]
     sampling = Sampling(1.0, scenario.lengths.limit, (0,), 0)
-    chosen = Recipe.model_validate(values)
+    chosen = parse_recipe(values)
     pool = pool_class(
         chosen, scheduler, draw, score, lambda ref: None, sampling, current, scenario.overlaps, Unwritten()
     )

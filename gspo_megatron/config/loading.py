@@ -11,7 +11,6 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from gspo_megatron.config.field_rules import read_section, section_of
-from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.override_text import read_override
 from gspo_megatron.config.refusal import RecipeError, key_text, quote, refuse
 from gspo_megatron.config.resolved_file import save_resolved
@@ -19,70 +18,73 @@ from gspo_megatron.config.schema import Recipe
 from gspo_megatron.config.yaml_text import read_yaml_file
 from gspo_megatron.types import Finding
 
-__all__ = ["RecipeError", "load", "load_resolved", "parse", "read_architecture", "refuse", "save_resolved"]
+__all__ = [
+    "RecipeError",
+    "explain_faults",
+    "parse",
+    "read_model_config",
+    "read_resolved_tree",
+    "read_tree",
+    "refuse",
+    "save_resolved",
+]
 
 
-def load(path: Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read a recipe, its bases and the overrides.
+def read_tree(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Read a recipe file, its bases and the overrides.
 
     Args:
         path: YAML file; its `base:` is a path relative to it.
         overrides: `section.key=value` items. The type of the key decides how the value is read (`field_rules`).
 
+    Returns:
+        One tree of texts and values, not checked against the schema yet.
+
     Raises:
-        RecipeError: unreadable file, unknown key, wrong type, broken rule; every fault at once.
+        RecipeError: unreadable file or override, or sections that do not fit their base.
     """
     merged = _read(Path(path), seen=())
     for item in overrides:
         merged = _merge(merged, read_override(item), quote(item), ())
-    return parse(merged)
+    return merged
 
 
-def load_resolved(path: Path) -> Recipe:
+def read_resolved_tree(path: Path) -> dict[str, Any]:
     """Read a `recipe.resolved.yaml`, which has neither base nor overrides left. Raises RecipeError."""
-    return parse(_mapping(read_yaml_file(Path(path), by_hand=False), path))
+    return _mapping(read_yaml_file(Path(path), by_hand=False), path)
 
 
 def parse(tree: Mapping[str, Any]) -> Recipe:
-    """Check a tree of texts and values against the schema and fill in what `model.path` says. Raises RecipeError."""
+    """Check a tree against the schema. `model.architecture` stays a mapping, which `models.resolve` reads.
+
+    Raises:
+        RecipeError: unknown key, wrong type or broken rule. It holds every fault.
+    """
     values, faults = read_section(tree, Recipe)
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         wrong = [fault.key for fault in faults]
         # The schema only repeats what is said of a value, and cannot judge the sections around it.
-        others = [_explain(fault) for fault in error.errors()]
+        others = explain_faults(error, Recipe)
         faults += [other for other in others if not any(f"{key}.".startswith(f"{other.key}.") for key in wrong)]
         raise RecipeError(faults) from None
     if faults:
         raise RecipeError(faults)
-    if recipe.model.architecture is None and recipe.model.path is not None:
-        architecture = read_architecture(recipe.model.path)
-        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"architecture": architecture})})
     return recipe
 
 
-def read_architecture(directory: Path) -> Architecture:
-    """The typed part of a Hugging Face `config.json`. Raises RecipeError naming the missing file or key."""
+def read_model_config(directory: Path) -> dict[str, Any]:
+    """Read the `config.json` of a Hugging Face directory. Raises RecipeError with the name of a missing file."""
     file = Path(directory) / "config.json"
     if not file.is_file():
         raise refuse(
             "model-file-missing", "model.path", f"{file} does not exist", "name a Hugging Face model directory"
         )
     try:
-        values = json.loads(file.read_text())
-    except ValueError as error:
-        raise refuse("model-file-broken", "model.path", f"{file} is not JSON: {error}", "mend it") from None
-    # transformers 5 writes the rotary settings as `rope_parameters`, the published files as `rope_theta`.
-    rope = dict(values.get("rope_parameters") or {})
-    values.setdefault("rope_theta", rope.pop("rope_theta", 1e6))
-    if rope.get("rope_type", "default") != "default":
-        values.setdefault("rope_scaling", rope)
-    known = {name: values[name] for name in Architecture.model_fields if values.get(name) is not None}
-    try:
-        return Architecture.model_validate(known)
-    except ValidationError as error:
-        raise RecipeError([_explain(fault, prefix=("model", "architecture")) for fault in error.errors()]) from None
+        return dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise refuse("model-file-broken", "model.path", f"{file} is not a JSON object: {error}", "fix it") from None
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -138,12 +140,24 @@ def _merge(below: dict[str, Any], above: Mapping[str, Any], where: str, key: tup
     return merged
 
 
-def _explain(fault: Any, prefix: tuple[str, ...] = ()) -> Finding:
+def explain_faults(error: ValidationError, model: type[BaseModel], prefix: tuple[str, ...] = ()) -> list[Finding]:
+    """Turn each fault that pydantic found into a finding.
+
+    Args:
+        error: the error that the validation raised.
+        model: the class that was validated.
+        prefix: path of that class in the recipe, e.g. `("model", "architecture")`.
+    """
+    return [_explain(fault, model, prefix) for fault in error.errors()]
+
+
+def _explain(fault: Any, model: type[BaseModel], prefix: tuple[str, ...]) -> Finding:
     """One sentence for one pydantic fault."""
-    path = prefix + tuple(str(part) for part in fault["loc"])
+    inner = tuple(str(part) for part in fault["loc"])
+    path = prefix + inner
     key = key_text(path) or "recipe"
     if fault["type"] == "extra_forbidden":
-        names = _fields_at(path[:-1])
+        names = _fields_at(model, inner[:-1])
         close = difflib.get_close_matches(path[-1][:100], names, n=1)
         fix = f"known keys here: {', '.join(sorted(names))}" if names else "remove it"
         fix = f"did you mean {close[0]}?" if close else fix
@@ -161,13 +175,12 @@ def _explain(fault: Any, prefix: tuple[str, ...] = ()) -> Finding:
         "error",
         key,
         f"{quote(fault['input'])}: {message[0].lower()}{message[1:]}",
-        "set a value of that kind",
+        "set a value of that type",
     )
 
 
-def _fields_at(path: Sequence[str]) -> list[str]:
-    """Names of the keys a recipe may hold at a dotted place."""
-    model: type[BaseModel] = Recipe
+def _fields_at(model: type[BaseModel], path: Sequence[str]) -> list[str]:
+    """Return the keys that a section may hold at a dotted path."""
     for part in path:
         if part not in model.model_fields:
             return []

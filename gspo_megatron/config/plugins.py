@@ -1,4 +1,4 @@
-"""Objects that a user keeps in a file of their own, by name."""
+"""Load a user's object by the name `file.py:NAME` or `package.module:NAME`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 
 
 def load_object(reference: str) -> Any:
-    """The object behind `path/to/file.py:NAME` or `package.module:NAME`.
+    """Return the object at `path/to/file.py:NAME` or `package.module:NAME`.
 
     Raises:
-        ValueError: no such file, module or name.
+        ValueError: the file, the module or the name does not exist.
     """
     place, _, name = reference.rpartition(":")
     module = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
@@ -36,7 +36,7 @@ def _load_module(place: str) -> ModuleType:
 
 def _load_file(path: Path) -> ModuleType:
     resolved = path.resolve()
-    # One module a file: a rule and a preset of one file see the same globals, however often they are named.
+    # One module per file: a trust rule and a preset of one file share their globals, however often they are loaded.
     name = f"gspo_plugin_{resolved.stem}_{abs(hash(resolved)):x}"
     if name in sys.modules:
         return sys.modules[name]

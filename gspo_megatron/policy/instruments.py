@@ -23,8 +23,7 @@ class RouterInstruments:
     """Collects over one step; `reduce` gives the step's metrics and starts anew. A dense model gives none."""
 
     def __init__(self, policy: Policy) -> None:
-        arch = policy.recipe.model.architecture
-        assert arch is not None
+        arch = policy.recipe.arch
         self.policy, self.num_layers, self.num_experts = policy, arch.num_hidden_layers, arch.num_experts
         self._probe: list[Routes] | None = None
         self._start()

@@ -44,7 +44,7 @@ LossFunction = Callable[[MicroBatch, Scored, int], tuple[Tensor, dict[str, Tenso
 
 
 class Policy:
-    """A Qwen3 model over the trainer ranks."""
+    """A model over the trainer ranks."""
 
     def __init__(self, recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None) -> None:
         self.recipe, self.device = recipe, device
@@ -56,9 +56,8 @@ class Policy:
         bare = build_chunks(recipe, device, dtype)
         self.config = bare[0].config
         assert_settings(self.config, recipe.trainer)
-        assert recipe.model.architecture is not None
-        self.weights = ShardedWeights(recipe.model.architecture, self.layout, dist.get_rank(), bare)
-        self.routing = Routing(bare, recipe.model.architecture.num_experts, self.at.tensor, self.layout.tensor)
+        self.weights = ShardedWeights(recipe.arch, self.layout, dist.get_rank(), bare)
+        self.routing = Routing(bare, recipe.arch.num_experts, self.at.tensor, self.layout.tensor)
         # Any: megatron annotates lists of its own base class, of which the wrapper is no subtype for a type checker.
         self.chunks: list[Any] = [self._wrap(chunk) for chunk in bare]
         self.config.finalize_model_grads_func = finalize_model_grads

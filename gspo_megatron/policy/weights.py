@@ -1,4 +1,4 @@
-"""Weights of this rank from and to Hugging Face tensors, through the table of `gspo_megatron.weights`."""
+"""Weights of this rank from and to Hugging Face tensors, through the weight table of `models/`."""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from gspo_megatron.cluster.attempts import ATTEMPT_FILE
 from gspo_megatron.config import Recipe
-from gspo_megatron.config.loading import load_resolved, refuse
+from gspo_megatron.config.loading import refuse
+from gspo_megatron.models import load_resolved
 
 MAY_CHANGE = (
     "run.directory",

@@ -141,21 +141,30 @@ def main() -> int:
     """Run, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", default="1/1", help="I/N: the I-th of N parts of the list")
+    parser.add_argument(
+        "--bits", type=Path, help="write each row's digests of gradients and weights here, nothing else"
+    )
     parser.add_argument("--test", action="store_true", help="only the rows of make test")
     chosen = parser.parse_args()
     index, count = map(int, chosen.part.split("/"))
     wanted = [row for row in ROWS if row.in_test or not chosen.test]
     rows = wanted[len(wanted) * (index - 1) // count : len(wanted) * index // count]
     figures = read_figures(FIGURES)
+    bits: dict[str, dict[str, Any]] = {}
     failed = False
     for ranks in sorted({row.ranks for row in rows}):
         with tempfile.TemporaryDirectory() as directory:
             results = run_rows([row for row in rows if row.ranks == ranks], Path(directory), timeout=3600)
         for result in results:
+            taken = {form: result[form].pop("bits") for form in FORMS["float32"] if form in result}
+            bits[f"{result['name']}, {result['dtype']}"] = taken
             said = broken_bounds(result)
             failed = failed or bool(said)
             print(f"{result['name']}, {result['dtype']}, {result['seconds']:.1f} s: {'; '.join(said) or 'equal'}")
             figures.setdefault(result["name"], {})[result["dtype"]] = result
+    if chosen.bits:
+        chosen.bits.write_text(json.dumps(bits, indent=1) + "\n")
+        return int(failed)
     known = {row.name for row in ROWS}
     figures = {name: found for name, found in figures.items() if name in known}
     FIGURES.write_text(json.dumps(figures, indent=1) + "\n")

@@ -26,7 +26,7 @@ from gspo_megatron.cluster import watchdog
 from gspo_megatron.cluster.attempts import ATTEMPT_FILE
 from gspo_megatron.cluster.supervisor import free_ports
 from gspo_megatron.cluster.watchdog import Pulse
-from gspo_megatron.config import load
+from gspo_megatron.models import load_recipe
 from gspo_megatron.policy import mesh
 from gspo_megatron.policy.policy import Policy
 from gspo_megatron.policy.snapshot import MOMENTS, random_states, stepped
@@ -138,7 +138,7 @@ def run_rank(
 
 def train(run_dir: Path, case: dict, interruption: dict | None, mark: Path) -> int:
     torch.set_num_threads(1)
-    recipe = load(Path("recipes/tiny_moe.yaml"), case["overrides"])
+    recipe = load_recipe(Path("recipes/tiny_moe.yaml"), case["overrides"])
     device = mesh.start_world()
     first = dist.get_rank() == 0
     log = RunLog(run_dir, owns_terminal=first)

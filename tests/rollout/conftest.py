@@ -20,7 +20,7 @@ import httpx
 import pytest
 from aiohttp import web
 
-from gspo_megatron.config.loading import load_resolved, save_resolved
+from gspo_megatron.config.loading import save_resolved
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.controller.api import Service
 from gspo_megatron.controller.controller import Controller
@@ -30,6 +30,7 @@ from gspo_megatron.controller.scoring import ScoringPool
 from gspo_megatron.controller.server_client import ServerClient
 from gspo_megatron.controller.servers import ServerSet
 from gspo_megatron.data.store import SampleStore
+from gspo_megatron.models import load_resolved
 from gspo_megatron.transport.auth import KEY_VARIABLE, key_header
 from gspo_megatron.transport.controller_client import ControllerClient
 from gspo_megatron.transport.identity import Identity

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 
 from gspo_megatron.config.model_section import Architecture
+from gspo_megatron.models import architecture_of
 from gspo_megatron.models.hf_table import count_parameters
 
 
@@ -20,7 +22,7 @@ def parameters(arch: Architecture) -> int:
 
 @lru_cache(maxsize=32)
 def _parameters(key: str) -> int:
-    return count_parameters(Architecture.model_validate_json(key))
+    return count_parameters(architecture_of(json.loads(key)))
 
 
 def active_parameters(arch: Architecture) -> int:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
-from gspo_megatron.config.model_section import Architecture
+from gspo_megatron.models import architecture_of
 from gspo_megatron.models.manifest import ITEM_BYTES
 from gspo_megatron.models.vllm_layout import ServerLayout, ServerParameter
 from gspo_megatron.parallel import Layout
@@ -69,7 +69,7 @@ class UpdateTicket:
     def plan(self) -> TransferPlan:
         """What moves where; the same for everybody who holds this ticket."""
         return TransferPlan(
-            Architecture.model_validate(self.architecture),
+            architecture_of(self.architecture),
             Layout(**self.trainer),
             [ServerLayout(**server) for server in self.servers],
             ITEM_BYTES[self.dtype],

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from gspo_megatron.config import Recipe, RecipeError, load, load_resolved, save_resolved
+from gspo_megatron.config import Recipe, RecipeError, save_resolved
+from gspo_megatron.models import load_recipe as load
+from gspo_megatron.models import load_resolved
 
 TINY = Path("recipes/tiny_moe.yaml")
 OLD = Path(__file__).with_name("resolved_by_3b203e7.yaml")

@@ -19,6 +19,7 @@ from gspo_megatron.controller.controller import Controller
 from gspo_megatron.controller.scoring import Scorer, ScoringPool
 from gspo_megatron.controller.servers import Refused, ServerSet
 from gspo_megatron.data.store import SampleStore
+from gspo_megatron.models import parse_recipe
 from gspo_megatron.transport.controller_client import ControllerClient, ControllerError
 from gspo_megatron.types import Problem
 from tests.unit.controller.fakes import KEY, FakeServer, Prompts, Tokenizer, serving
@@ -36,7 +37,7 @@ ARCHITECTURE = {
     "num_experts_per_tok": 1,
     "max_position_embeddings": 64,
 }
-RECIPE = Recipe.model_validate(
+RECIPE = parse_recipe(
     {
         "model": {"architecture": ARCHITECTURE},
         "data": {"path": "unused"},

@@ -14,6 +14,7 @@ from gspo_megatron.config.schema import Recipe
 from gspo_megatron.controller.controller import Controller
 from gspo_megatron.controller.generation import Generation, answer_seed
 from gspo_megatron.controller.servers import Refused
+from gspo_megatron.models import parse_recipe
 from gspo_megatron.types import SampleRef, Segment
 from tests.unit.controller.fakes import FakeServer, make_prompt
 from tests.unit.controller.test_controller import RECIPE, controlling
@@ -26,7 +27,7 @@ def recipe(prompts: int = 4, limit: int = 12, filters: str = "none", **rollout: 
     values["batch"] = {"prompts": prompts, "answers": ANSWERS, "updates": 1}
     values["rollout"] |= {"max_answer_tokens": limit, **rollout}
     values["objective"] |= {"group_filter": filters}
-    return Recipe.model_validate(values)
+    return parse_recipe(values)
 
 
 def prompt_of(body: dict[str, Any]) -> int:

@@ -23,6 +23,7 @@ from gspo_megatron.controller.servers import ServerSet
 from gspo_megatron.data.samples import build_samples
 from gspo_megatron.data.store import read_ref
 from gspo_megatron.environments import Turn
+from gspo_megatron.models import parse_recipe
 from gspo_megatron.types import Masked, Problem, Segment
 from tests.unit.controller.fakes import FakeServer, make_prompt
 from tests.unit.controller.test_controller import controlling
@@ -70,7 +71,7 @@ async def talking(
 def one_prompt(environment: dict[str, Any] | None = None, **rollout: Any) -> Recipe:
     """A batch is one prompt with three answers."""
     values = recipe(prompts=1, **rollout).model_dump(mode="json")
-    return Recipe.model_validate(values | {"environment": environment})
+    return parse_recipe(values | {"environment": environment})
 
 
 def follow(turns: Sequence[Sequence[int]]) -> Callable[[dict[str, Any]], Sequence[int]]:

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from gspo_megatron.config.loading import load
-from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe, WeightUpdateSection
 from gspo_megatron.controller.servers import Refused, ServerSet
 from gspo_megatron.controller.weight_update import WeightUpdater
+from gspo_megatron.models import load_recipe
+from gspo_megatron.models.qwen3.architecture import Qwen3Architecture
 from gspo_megatron.transport.identity import Identity, hash_vocabulary, read_run_id
 from tests.unit.controller.fakes import FakeServer, serving
 from tests.unit.controller.test_controller import ARCHITECTURE
@@ -25,7 +25,7 @@ DENSE = {"model_type": "qwen3", "num_experts": 0, "num_experts_per_tok": 0, "moe
 
 
 def identity(**architecture: Any) -> Identity:
-    return Identity("run-1", "00ff", Architecture.model_validate(ARCHITECTURE | architecture), "bfloat16", 64)
+    return Identity("run-1", "00ff", Qwen3Architecture.model_validate(ARCHITECTURE | architecture), "bfloat16", 64)
 
 
 def report(directory: Path, own: Identity, **changes: Any) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def test_all_roles_of_a_run_directory_read_one_id(tmp_path: Path) -> None:
 
 def test_the_hash_is_of_what_decides_ids(tmp_path: Path) -> None:
     def recipe(path: Path) -> Recipe:
-        return load(Path("recipes/tiny_moe.yaml"), [f"tokenizer.path={path}"])
+        return load_recipe(Path("recipes/tiny_moe.yaml"), [f"tokenizer.path={path}"])
 
     (tmp_path / "one").write_bytes(b"pieces")
     (tmp_path / "two").write_bytes(b"other pieces")

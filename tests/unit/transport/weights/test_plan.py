@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.models.hf_table import hf_shapes, local_parameters
+from gspo_megatron.models.qwen3.architecture import Qwen3Architecture
 from gspo_megatron.models.vllm_layout import ServerLayout, needed_values, server_parameters
 from gspo_megatron.parallel import Layout
 from gspo_megatron.transport.weights.flows import fair_shares
@@ -34,7 +35,7 @@ def architecture(**changes) -> Architecture:
         "num_experts_per_tok": 2,
         "max_position_embeddings": 64,
     }
-    return Architecture.model_validate({**shape, **changes})
+    return Qwen3Architecture.model_validate({**shape, **changes})
 
 
 def dense(**changes) -> Architecture:
