@@ -93,10 +93,18 @@ def is_text(annotation: Any) -> bool:
     return all(option in (str, Path) for option in options_of(annotation)[0])
 
 
-def read_section(tree: Mapping[str, Any], model: type[BaseModel]) -> tuple[dict[str, Any], list[Finding]]:
-    """Turn the texts of a tree into values by the types of a section, and report what does not follow its rule."""
+def read_section(
+    tree: Mapping[str, Any], model: type[BaseModel], prefix: tuple[str, ...] = ()
+) -> tuple[dict[str, Any], list[Finding]]:
+    """Turn the texts of a tree into values by the types of a section, and report what does not follow its rule.
+
+    Args:
+        tree: `Scalar`s as they were read, or Python values.
+        model: class of the section.
+        prefix: path of the section in the recipe.
+    """
     reader = _Reader()
-    return reader.section(tree, model, ()), reader.faults
+    return reader.section(tree, model, prefix), reader.faults
 
 
 class _Reader:
@@ -129,8 +137,8 @@ class _Reader:
             return self.sequence(value, options, key)
         if isinstance(value, bool) and not ({bool, Any} & set(options)):
             return self.fault(key, value, "is true or false where another kind of value belongs", "write that")
-        if type(value) is int and options == (bool,):
-            return self.fault(key, value, f"is not {RULES[bool].words}", RULES[bool].fix)
+        if (type(value) is int and options == (bool,)) or (type(value) is float and options == (int,)):
+            return self.fault(key, value, f"is not {RULES[options[0]].words}", RULES[options[0]].fix)
         if type(value) is int and abs(value) >= 10**_MOST_DIGITS:
             return self.fault(key, "an integer", f"is not {RULES[int].words}", "take a smaller number")
         if isinstance(value, float) and not math.isfinite(value):

@@ -19,9 +19,11 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from gspo_megatron.config import Recipe, RecipeError, load, load_resolved, save_resolved
+from gspo_megatron.config import Recipe, RecipeError, save_resolved
 from gspo_megatron.config.field_rules import is_text, section_of
-from gspo_megatron.config.loading import parse
+from gspo_megatron.models import load_recipe as load
+from gspo_megatron.models import load_resolved
+from gspo_megatron.models import parse_recipe as parse
 from gspo_megatron.plan.explain import all_keys
 from tests.unit.config.test_recipe_text import value_of
 
@@ -74,6 +76,9 @@ def file_of(content: str | bytes) -> Iterator[Path]:
 def text_keys() -> list[str]:
     found = []
     for key in all_keys():
+        # The keys of an architecture are those of its family, and a name of the family is no free text.
+        if key.startswith("model.architecture."):
+            continue
         annotation: Any = Recipe
         for part in key.split("."):
             section = section_of(annotation)
