@@ -12,7 +12,7 @@ from gspo_megatron.config.schema import TrainerSection
 
 @dataclass(frozen=True, slots=True)
 class Coordinates:
-    """Where one rank stands in each dimension of the layout."""
+    """The position of one rank in each dimension of the layout."""
 
     tensor: int
     """Position among the tensor-parallel ranks; fastest varying."""
@@ -59,6 +59,11 @@ class Layout:
         return self.world // (self.tensor * self.pipeline * self.context)
 
     @property
+    def pad_multiple(self) -> int:
+        """Each sequence is padded to a multiple of this: 2 CP chunks, each of which divides over TP."""
+        return (2 * self.context if self.context > 1 else 1) * self.tensor
+
+    @property
     def expert_data(self) -> int:
         """Replicas of each expert."""
         return self.world // (self.expert * self.expert_tensor * self.pipeline)
@@ -83,7 +88,7 @@ class Layout:
         """Layers of each pipeline stage.
 
         Raises:
-            ValueError: layers that do not divide, with the numbers and the mend.
+            ValueError: layers that do not divide; the message has the numbers and the fix.
         """
         sizes: list[int | None] = [None] * self.pipeline
         if self.first_stage_layers is not None:
@@ -120,8 +125,13 @@ class Layout:
         raise ValueError(f"layer {layer} is not one of {num_layers} layers")
 
 
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple that is not below the value."""
+    return -(-value // multiple) * multiple
+
+
 def layout_of(trainer: TrainerSection, world: int) -> Layout:
-    """The layout a recipe asks for on `world` ranks."""
+    """The layout of a recipe on `world` ranks."""
     return Layout(
         world=world,
         tensor=trainer.tensor_parallel,

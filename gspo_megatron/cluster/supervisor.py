@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from gspo_megatron.cluster.exit_codes import BY_SIGNAL, STOPPED
 from gspo_megatron.cluster.hosts import Host, Ports, Spread, tasks
-from gspo_megatron.cluster.machines import find_gpus
+from gspo_megatron.cluster.machines import count_gpus
 from gspo_megatron.config.schema import Recipe
-from gspo_megatron.types import STOPPED
 
 LOOPBACK = "127.0.0.1"
 STOP = signal.SIGUSR1
@@ -54,14 +54,14 @@ class Interrupted(Exception):
 
     def __init__(self, number: int) -> None:
         super().__init__(f"ended by {signal.Signals(number).name}")
-        self.code = 128 + number
+        self.code = BY_SIGNAL + number
 
 
 def plan_roles(recipe: Recipe, run_dir: Path, ranks: int) -> list[Role]:
     """The processes of a run on one machine: those of a job of one node, on ports that are free here."""
     free = free_ports(2 + recipe.rollout.servers)
     ports, here = Ports(free[0], free[1], tuple(free[2:])), Host("localhost", LOOPBACK)
-    over = Spread((here,), ranks, (here,), recipe.rollout.servers, find_gpus()[1] or 0)
+    over = Spread((here,), ranks, (here,), recipe.rollout.servers, count_gpus())
     key = {"GSPO_JOB_KEY": secrets.token_hex(16)}
     # Servers may have an environment of their own, as on a cluster (launch/local.sh).
     programs = {"rollout": os.environ.get("GSPO_ROLLOUT_PYTHON", sys.executable)}

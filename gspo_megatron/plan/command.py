@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from gspo_megatron.cluster.exit_codes import REFUSED
 from gspo_megatron.cluster.machines import DEVICES
 from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.models import load_recipe
 from gspo_megatron.plan.run_plan import Plan, add_not_built, make_plan, with_placement
-
-REFUSED = 2
 
 
 def add_arguments(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

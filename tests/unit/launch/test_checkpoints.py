@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from gspo_megatron.cluster.attempts import refuse_if_replaced
-from gspo_megatron.trainer.checkpoint import complete, is_whole
+from gspo_megatron.run_dir import complete_checkpoints
+from gspo_megatron.trainer.checkpoint import is_whole
 
 
 def make(directory: Path, name: str, marked: bool) -> Path:
@@ -23,8 +24,8 @@ def test_only_marked_directories_count_and_the_newest_is_last(tmp_path: Path) ->
     make(tmp_path, "step_000011", marked=False)
     make(tmp_path, ".step_000012.partial", marked=True)
     make(tmp_path, "final", marked=True)
-    assert complete(tmp_path) == [older, newest]
-    assert complete(tmp_path / "none") == []
+    assert complete_checkpoints(tmp_path) == [older, newest]
+    assert complete_checkpoints(tmp_path / "none") == []
 
 
 def test_an_attempt_that_was_replaced_does_not_publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
