@@ -72,6 +72,8 @@ def test_null_is_the_word_null_where_a_key_may_be_null(tmp_path: Path) -> None:
     recipe = load(TINY, ["reward.answer_marker=null", "data.path=null", "trainer.ranks=null", "run.name=null"])
     assert (recipe.reward.answer_marker, recipe.data.path, recipe.trainer.ranks) == (None, None, None)
     assert recipe.run.name == "null"
+    # Of the objective's axes null is the preset's value.
+    assert load(TINY, ["objective.trust=null", "objective.preset=null", "objective.kl=null"]).objective.trust == "clip"
     quoted = load(recipe_file(tmp_path, "reward: {answer_marker: 'null'}\n"))
     assert quoted.reward.answer_marker == "null"
     save_resolved(quoted, tmp_path / "recipe.yaml")
