@@ -24,14 +24,13 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 from pydantic import BaseModel
 
 from gspo_megatron.config.refusal import key_text, quote
-from gspo_megatron.config.yaml_text import Scalar
+from gspo_megatron.config.yaml_text import NOT_ONE_LINE, Scalar
 from gspo_megatron.types import Finding
 
 _WHOLE = re.compile(r"[+-]?[0-9]+")
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
-# Line feed and tab are text; a lone surrogate is what a byte outside UTF-8 becomes on the command line.
+# Line feed and tab are text.
 _NOT_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-_NOT_PATH = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029]")
 _MOST_DIGITS = 18
 _NULL_LIKE = ("", "~", "Null", "NULL")
 _WRONG = object()
@@ -94,10 +93,18 @@ def is_text(annotation: Any) -> bool:
     return all(option in (str, Path) for option in options_of(annotation)[0])
 
 
-def read_section(tree: Mapping[str, Any], model: type[BaseModel]) -> tuple[dict[str, Any], list[Finding]]:
-    """Turn the texts of a tree into values by the types of a section, and report what does not follow its rule."""
+def read_section(
+    tree: Mapping[str, Any], model: type[BaseModel], prefix: tuple[str, ...] = ()
+) -> tuple[dict[str, Any], list[Finding]]:
+    """Turn the texts of a tree into values by the types of a section, and report what does not follow its rule.
+
+    Args:
+        tree: `Scalar`s as they were read, or Python values.
+        model: class of the section.
+        prefix: path of the section in the recipe.
+    """
     reader = _Reader()
-    return reader.section(tree, model, ()), reader.faults
+    return reader.section(tree, model, prefix), reader.faults
 
 
 class _Reader:
@@ -130,8 +137,10 @@ class _Reader:
             return self.sequence(value, options, key)
         if isinstance(value, bool) and not ({bool, Any} & set(options)):
             return self.fault(key, value, "is true or false where another kind of value belongs", "write that")
-        if type(value) is int and options == (bool,):
-            return self.fault(key, value, f"is not {RULES[bool].words}", RULES[bool].fix)
+        if (type(value) is int and options == (bool,)) or (type(value) is float and options == (int,)):
+            return self.fault(key, value, f"is not {RULES[options[0]].words}", RULES[options[0]].fix)
+        if type(value) is int and abs(value) >= 10**_MOST_DIGITS:
+            return self.fault(key, "an integer", f"is not {RULES[int].words}", "take a smaller number")
         if isinstance(value, float) and not math.isfinite(value):
             return self.fault(key, value, f"is not {RULES[float].words}", RULES[float].fix)
         return self.text(value, options, key) if isinstance(value, str) else value
@@ -149,6 +158,9 @@ class _Reader:
         if inner is None and Any not in options:
             return self.fault(key, _plain(value), "is a mapping where a value belongs", "write the value alone")
         inner = Any if inner is None else inner
+        wrong = next((name for name in value if NOT_ONE_LINE.search(str(name))), None)
+        if wrong is not None:
+            return self.fault(key, str(wrong), "is a key with control characters", "leave them out")
         return {name: self.value(item, inner, (*key, str(name))) for name, item in value.items()}
 
     def sequence(self, value: list[Any] | tuple[Any, ...], options: tuple[Any, ...], key: tuple[str, ...]) -> Any:
@@ -203,7 +215,7 @@ class _Reader:
         return self.checked(value, key)
 
     def checked(self, value: str, key: tuple[str, ...], path: bool = False) -> Any:
-        found = (_NOT_PATH if path else _NOT_TEXT).search(value)
+        found = (NOT_ONE_LINE if path else _NOT_TEXT).search(value)
         if found:
             fix = "leave it out; in a file, write text with backslashes in single quotes"
             return self.fault(key, value, f"holds the character U+{ord(found[0]):04X}", fix)

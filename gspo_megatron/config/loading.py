@@ -20,13 +20,13 @@ from gspo_megatron.types import Finding
 
 __all__ = [
     "RecipeError",
-    "explain_faults",
     "parse",
     "read_model_config",
     "read_resolved_tree",
     "read_tree",
     "refuse",
     "save_resolved",
+    "validate",
 ]
 
 
@@ -60,30 +60,48 @@ def parse(tree: Mapping[str, Any]) -> Recipe:
     Raises:
         RecipeError: unknown key, wrong type or broken rule. It holds every fault.
     """
-    values, faults = read_section(tree, Recipe)
+    return validate(tree, Recipe)
+
+
+def validate[M: BaseModel](tree: Mapping[str, Any], model: type[M], prefix: tuple[str, ...] = ()) -> M:
+    """Read the texts of a tree by the types of a section, and check them against it.
+
+    Args:
+        tree: texts and values.
+        model: class of the section.
+        prefix: path of the section in the recipe, e.g. `("model", "architecture")`.
+
+    Raises:
+        RecipeError: every fault.
+    """
+    values, faults = read_section(tree, model, prefix)
     try:
-        recipe = Recipe.model_validate(values)
+        checked = model.model_validate(values)
     except ValidationError as error:
         wrong = [fault.key for fault in faults]
         # The schema only repeats what is said of a value, and cannot judge the sections around it.
-        others = explain_faults(error, Recipe)
+        others = [_explain(fault, model, prefix) for fault in error.errors()]
         faults += [other for other in others if not any(f"{key}.".startswith(f"{other.key}.") for key in wrong)]
         raise RecipeError(faults) from None
     if faults:
         raise RecipeError(faults)
-    return recipe
+    return checked
 
 
 def read_model_config(directory: Path) -> dict[str, Any]:
     """Read the `config.json` of a Hugging Face directory. Raises RecipeError with the name of a missing file."""
     file = Path(directory) / "config.json"
-    if not file.is_file():
-        raise refuse(
-            "model-file-missing", "model.path", f"{file} does not exist", "name a Hugging Face model directory"
-        )
     try:
-        return dict(json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+        message = f"{file} does not exist" if missing else f"{key_text([str(file)])} cannot be read: {error.strerror}"
+        raise refuse("model-file-missing", "model.path", message, "name a Hugging Face model directory") from None
+    except ValueError as error:
+        raise refuse("model-file-broken", "model.path", f"{file} is not UTF-8: {error}", "fix it") from None
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError, RecursionError) as error:
         raise refuse("model-file-broken", "model.path", f"{file} is not a JSON object: {error}", "fix it") from None
 
 
@@ -138,17 +156,6 @@ def _merge(below: dict[str, Any], above: Mapping[str, Any], where: str, key: tup
             raise refuse("recipe-unreadable", "recipe", message, "keep sections sections, lists lists")
         merged[name] = value
     return merged
-
-
-def explain_faults(error: ValidationError, model: type[BaseModel], prefix: tuple[str, ...] = ()) -> list[Finding]:
-    """Turn each fault that pydantic found into a finding.
-
-    Args:
-        error: the error that the validation raised.
-        model: the class that was validated.
-        prefix: path of that class in the recipe, e.g. `("model", "architecture")`.
-    """
-    return [_explain(fault, model, prefix) for fault in error.errors()]
 
 
 def _explain(fault: Any, model: type[BaseModel], prefix: tuple[str, ...]) -> Finding:

@@ -73,8 +73,9 @@ class ObjectiveSection(Axes):
     def axes_come_from_the_preset(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        axes = ObjectiveSpec.preset(str(values.get("preset") or "gspo")).model_dump(exclude={"name"})
-        changed = {key: value for key, value in values.items() if value is not None}
+        # An override of a text axis is the text `null`.
+        changed = {key: value for key, value in values.items() if value is not None and value != "null"}
+        axes = ObjectiveSpec.preset(str(changed.get("preset") or "gspo")).model_dump(exclude={"name"})
         if isinstance(changed.get("options"), dict):
             changed["options"] = {**axes["options"], **changed["options"]}
         return {**axes, **changed}

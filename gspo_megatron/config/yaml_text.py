@@ -24,7 +24,8 @@ _LINE_END = re.compile("\r\n|\r|\n")
 _UNREADABLE = Reader.NON_PRINTABLE
 # YAML 1.1 ends a line at these, YAML 1.2 does not: the parser would fold them into a blank or a line feed.
 _OTHER_LINE_ENDS = re.compile("[\x85\u2028\u2029]")
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+NOT_ONE_LINE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029]")
+"""What no key and no path holds. A lone surrogate is what a byte outside UTF-8 becomes on the command line."""
 _ESCAPE = re.compile(r"\\(\r\n|.)", re.DOTALL)
 _PLAIN_ESCAPES = frozenset('nt"\\/ xuU\r\n') | {"\r\n"}
 # Commands of LaTeX that begin like the escapes for a tab and a line feed, without their first letter.
@@ -114,7 +115,7 @@ class _Builder:
             return self.parser.get_event()
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
-            problem = _CONTROL.sub("?", error.problem or error.context or "is not YAML")
+            problem = NOT_ONE_LINE.sub("?", error.problem or error.context or "is not YAML")
             fix = "correct the line, and write text with special characters in single quotes"
             if "escape" in problem:
                 fix = _SINGLE_QUOTES
@@ -186,7 +187,7 @@ class _Builder:
             name = self.value(event, (*key, event.value))
             if name.plain and name == "<<":
                 self.refuse(key, line, "merges with <<, which YAML 1.2 does not have", "write the keys out")
-            if _CONTROL.search(name):
+            if NOT_ONE_LINE.search(name):
                 self.refuse(key, line, f"has the key {quote(str(name))}", "leave control characters out of keys")
             if name in items:
                 message = f"is written twice, first in line {lines[name] + 1}"

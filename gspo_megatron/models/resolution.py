@@ -6,17 +6,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from gspo_megatron.config.field_rules import read_section
 from gspo_megatron.config.loading import (
     RecipeError,
-    explain_faults,
     parse,
     read_model_config,
     read_resolved_tree,
     read_tree,
     refuse,
+    validate,
 )
 from gspo_megatron.config.model_section import Architecture, ModelSection
 from gspo_megatron.config.schema import Recipe
@@ -122,9 +120,9 @@ def _typed(config: Mapping[str, Any], keys: Mapping[str, Any], where: str) -> Ar
     ]  # fmt: skip
     try:
         fields = {name: value for name, value in keys.items() if name not in family.only_values}
-        arch = cls.model_validate({"model_type": DEFAULT_TYPE, **fields})
-    except ValidationError as error:
-        raise RecipeError([*found, *explain_faults(error, cls, PLACE)]) from None
+        arch = validate({"model_type": DEFAULT_TYPE, **fields}, cls, PLACE)
+    except RecipeError as error:
+        raise RecipeError([*found, *error.findings]) from None
     if found:
         raise RecipeError(found)
     return arch

@@ -72,6 +72,8 @@ def test_null_is_the_word_null_where_a_key_may_be_null(tmp_path: Path) -> None:
     recipe = load(TINY, ["reward.answer_marker=null", "data.path=null", "trainer.ranks=null", "run.name=null"])
     assert (recipe.reward.answer_marker, recipe.data.path, recipe.trainer.ranks) == (None, None, None)
     assert recipe.run.name == "null"
+    # Of the objective's axes null is the preset's value.
+    assert load(TINY, ["objective.trust=null", "objective.preset=null", "objective.kl=null"]).objective.trust == "clip"
     quoted = load(recipe_file(tmp_path, "reward: {answer_marker: 'null'}\n"))
     assert quoted.reward.answer_marker == "null"
     save_resolved(quoted, tmp_path / "recipe.yaml")
@@ -116,6 +118,9 @@ WRONG = [
     *(("tokenizer.enable_thinking", text) for text in ("yes", "1", "~", "None", "")),
     *(("placement.walltime_hours", text) for text in ("4:00:00", "0x4", "4h", "~")),
     *(("placement.gpu", text) for text in ("no", "~", "", "H100", " h100")),
+    *(("model.architecture.hidden_size", text) for text in ("yes", "true", "1_000", "0x80", "128.0", "1e3", "~", "")),
+    *(("model.architecture.tie_word_embeddings", text) for text in ("yes", "on", "1", "0", "True", "~")),
+    *(("model.architecture.rope_theta", text) for text in ("1_0", "true", "4:00", "1e400")),
     *(("objective.advantage_ddof", text) for text in ("true", "1.0", "0x1", "2")),
     *(("optimizer.betas", text) for text in (
         "0.9,0.95", "[0.9]", "[0.9, yes]", "[0.9, 0x1]", "[0.9, 0.9", "[0.9, 4:00]", "{a: 1}", "[0.9, .inf]", "[0.9, ]",
@@ -174,8 +179,8 @@ def test_options_follow_yaml_1_2() -> None:
     options = load(TINY, [f"data.options={text}", "data.options.m.n=####"]).data.options
     assert {key: options[key] for key in wanted} == wanted
     assert options["m"] == {"n": "####"}
-    rope = load(TINY, ["model.architecture.rope_scaling={rope_type: yarn, factor: 4.0, n: 8}"]).arch.rope_scaling
-    assert rope == {"rope_type": "yarn", "factor": 4.0, "n": 8}
+    arch = load(TINY, ["model.architecture.rope_scaling={rope_type: yarn, factor: 4.0, n: 8}"]).arch
+    assert arch.rope_scaling == {"rope_type": "yarn", "factor": 4.0, "n": 8}
 
 
 ESCAPES = (
