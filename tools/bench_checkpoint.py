@@ -1,8 +1,8 @@
-"""How long training stands still for a checkpoint: `python tools/bench_checkpoint.py [--json]`.
+"""Measure how long a checkpoint blocks training: `python tools/bench_checkpoint.py [--json]`.
 
-One process, no GPU needed. Beside each other in one run: a copy of the same bytes in memory (the least that any
-asynchronous save can take), ours asynchronous, ours synchronous, and `torch.distributed.checkpoint.async_save`. Each is
-the median of several saves after a first one, which pays for memory and is reported apart.
+It uses one process and no GPU. One run compares a copy of the same bytes in memory (the lower bound of an asynchronous
+save), this package's asynchronous and synchronous saves, and `torch.distributed.checkpoint.async_save`. Each number is
+the median of several saves. The first save allocates memory and is reported separately.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Answers of 100K tokens through the whole path, native rotary embedding and YaRN: `python tools/long_context.py`.
+"""Run responses of 100K tokens through the whole system, with and without YaRN: `python tools/long_context.py`.
 
-For each of the two a `gspo train` of tools/long_context.yaml: weights go to a real vLLM server by the live update, it
-samples two answers to their limit, four context-parallel trainer ranks score and train on them, and the new weights go
-back. The memory is the largest that each process had in RAM (VmHWM).
+Each of the two cases is a `gspo train` of tools/long_context.yaml. A weight update fills a real vLLM server, the server
+samples two responses to their limit, four context-parallel trainer ranks score and train on them, and a second weight
+update follows. Memory is the peak resident size of each process (VmHWM).
 """
 
 from __future__ import annotations
@@ -34,11 +34,15 @@ ROPES = {"native": [], "yarn": [f"model.architecture.rope_scaling={YARN}"]}
 LARGEST, MEAN = 1e-4, 1e-6
 """Bounds of |sampler - trainer| of a token and of its signed mean, nats; the clip band is 3e-4."""
 SHARPNESS = 2.0
-"""Standard deviation of the attention scores: a query looks at exp(-4) of its keys, so that each one's place counts."""
+"""Standard deviation of the attention scores. A query attends to exp(-4) of its keys, so every position matters."""
 ROUTED = slice(1, 9)
-"""Places of the state that the routers look at."""
-ROLES = {"server": "rollout.server", "controller": "rollout.controller", "trainer": "gspo_megatron.trainer.loop"}
-"""What the command line of each role holds."""
+"""Entries of the hidden state that the routers read."""
+ROLES = {
+    "server": "gspo_megatron.inference.server",
+    "controller": "gspo_megatron.controller.main",
+    "trainer": "gspo_megatron.trainer.loop",
+}
+"""A part of the command line of each role."""
 KEPT = {
     "answer_length": "answer_tokens",
     "rollout_tokens": "rollout_tokens",

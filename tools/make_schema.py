@@ -1,4 +1,4 @@
-"""Write recipes/schema.json, by which editors complete and check recipes: `python tools/make_schema.py [--check]`."""
+"""Write recipes/schema.json, with which editors complete and check recipes: `python tools/make_schema.py [--check]`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TARGET = Path(__file__).parents[1] / "recipes" / "schema.json"
 
 
 def make_schema() -> str:
-    """The JSON schema of a sparse recipe: `base` is allowed, and nothing is required since a base may hold it."""
+    """Return the JSON schema of a sparse recipe: `base` is allowed, and no key is required since a base may hold it."""
     schema = Recipe.model_json_schema()
     _name_architectures(schema["$defs"])
     for part in (schema, *schema["$defs"].values()):
@@ -38,7 +38,7 @@ def _name_architectures(definitions: dict[str, Any]) -> None:
 
 
 def _allow_null_axes(objective: dict[str, Any]) -> None:
-    """An axis set to null takes the preset's value."""
+    """Allow null for every axis: it takes the preset's value."""
     for name, value in objective["properties"].items():
         objective["properties"][name] = {
             "anyOf": [value, {"type": "null"}],
@@ -47,9 +47,9 @@ def _allow_null_axes(objective: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    """Write the file, or say whether it is up to date."""
+    """Write the file. With --check, return 1 if it is out of date."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="only compare, exit 1 when the file is old")
+    parser.add_argument("--check", action="store_true", help="only compare; exit 1 if the file is out of date")
     made = make_schema()
     if parser.parse_args().check:
         return int(not TARGET.is_file() or TARGET.read_text() != made)

@@ -1,4 +1,4 @@
-"""A plan as one JSON object."""
+"""Convert a plan to one JSON object."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gspo_megatron.plan.run_plan import Plan
 
 
 def to_json(plan: Plan, with_ranks: bool = False) -> dict[str, Any]:
-    """The whole plan; parts that a refused recipe does not have are null.
+    """Convert the whole plan. Parts that a refused recipe does not have are null.
 
     Args:
         with_ranks: add the coordinates of every rank to `layout`.

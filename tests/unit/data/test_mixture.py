@@ -86,10 +86,10 @@ def test_the_window_keeps_what_can_be_learned_and_leaves_the_held_out_alone(path
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"mixture": {"algebra": 1, "geometry": 1}}, "3 problems come from 'puzzles' source; give it a number"),
+        ({"mixture": {"algebra": 1, "geometry": 1}}, "3 problems have the source 'puzzles', which has no share"),
         (
             {"mixture": {**SHARES, "logic": 1}},
-            "no problem is left of the source 'logic'; drop it; the file has",
+            "no problem is left of the source 'logic'; remove it; the file has",
         ),
         ({"pass_rate": (0.9, 0.95)}, "none of 39 problems lies within 0.9 to 0.95"),
         ({"mixture": SHARES, "pass_rate": (0.3, 1)}, "no problem is left of the source 'puzzles'"),

@@ -183,7 +183,11 @@ def test_batch_algebra_in_words() -> None:
     plan = make_plan(load_recipe(A3B))
     assert plan.batch is not None
     told = "\n".join(plan.batch.words())
-    for words in ("128 prompts x 16 answers = 2048 sequences", "32 whole groups = 512 sequences", "64 sequences each"):
+    for words in (
+        "128 prompts x 16 responses = 2048 sequences",
+        "32 whole groups = 512 sequences",
+        "64 sequences each",
+    ):
         assert words in told
 
 
