@@ -174,8 +174,8 @@ def test_options_follow_yaml_1_2() -> None:
     options = load(TINY, [f"data.options={text}", "data.options.m.n=####"]).data.options
     assert {key: options[key] for key in wanted} == wanted
     assert options["m"] == {"n": "####"}
-    rope = load(TINY, ["model.architecture.rope_scaling={rope_type: yarn, factor: 4.0, n: 8}"]).model.architecture
-    assert rope is not None and rope.rope_scaling == {"rope_type": "yarn", "factor": 4.0, "n": 8}
+    rope = load(TINY, ["model.architecture.rope_scaling={rope_type: yarn, factor: 4.0, n: 8}"]).arch
+    assert rope.rope_scaling == {"rope_type": "yarn", "factor": 4.0, "n": 8}
 
 
 ESCAPES = (
