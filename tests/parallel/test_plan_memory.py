@@ -83,7 +83,7 @@ def planned(overrides: list[str], size: int, rank: int) -> dict[str, int]:
     chunks = [Held.of(local_parameters(arch, layout, at, chunk)) for chunk in range(layout.virtual)]
     found = exact_bytes(chunks, layout, element_bytes(recipe), distributed=False, on_cpu=True)
     if recipe.model.dtype == "float32":
-        found["projection"] = Shape(arch, layout, recipe.trainer.recompute, TOKENS, 4).projection_bytes
+        found["projection"] = Shape(arch, layout, TOKENS, 4, recipe.trainer.recompute).projection_bytes
     if recipe.trainer.offload_activations and at.pipeline == 0:
         stages = stage_memory(recipe, layout, plan_batch(recipe, layout), machine_of(recipe, size))
         found["offloaded"] = stages[0].offloaded
