@@ -17,8 +17,9 @@ from gspo_megatron.config.loading import (
     validate,
 )
 from gspo_megatron.config.model_section import Architecture, ModelSection
+from gspo_megatron.config.refusal import quote
 from gspo_megatron.config.schema import Recipe
-from gspo_megatron.models.registry import BY_TYPE, DEFAULT_TYPE
+from gspo_megatron.models.registry import BY_TYPE, DEFAULT_TYPE, FAMILIES
 from gspo_megatron.types import Finding
 
 PLACE = ("model", "architecture")
@@ -79,6 +80,7 @@ def read_architecture(directory: Path) -> Architecture:
 
 
 def _faults_of(texts: Mapping[str, Any]) -> tuple[Finding, ...]:
+    """Findings about an architecture in a recipe that has other faults too."""
     section, faults = read_section({"architecture": texts}, ModelSection)
     if faults:  # `parse` has reported them
         return ()
@@ -91,11 +93,13 @@ def _faults_of(texts: Mapping[str, Any]) -> tuple[Finding, ...]:
 
 
 def _class_of(values: Mapping[str, Any], key: str) -> type[Architecture]:
+    """The class of a model type. Raises RecipeError at `key` with the types that run."""
     name = values.get("model_type", DEFAULT_TYPE)
     if not isinstance(name, str) or name not in BY_TYPE:
-        families = {family.name: ", ".join(family.architectures) for family in BY_TYPE.values()}
-        runs = "; ".join(f"{family}: {types}" for family, types in families.items())
-        raise refuse("model-type-unknown", key, f"model_type={name} is no model that runs here", f"choose of {runs}")
+        runs = "; ".join(f"{family.name}: {', '.join(family.architectures)}" for family in FAMILIES)
+        raise refuse(
+            "model-type-unknown", key, f"model_type={quote(name)} is no model that runs here", f"choose one of {runs}"
+        )
     return BY_TYPE[name].architectures[name]
 
 
@@ -112,7 +116,7 @@ def _typed(config: Mapping[str, Any], keys: Mapping[str, Any], where: str) -> Ar
     found = [
         Finding(
             "model-key-differs", "error", ".".join((*PLACE, name)),
-            f"{config[name]}: models/{family.name} computes {name}={value} only",
+            f"{quote(config[name])}: models/{family.name} computes {name}={value} only",
             f"set {name}={value} if the weights allow it, or take another model",
         )
         for name, value in family.only_values.items()

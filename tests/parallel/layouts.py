@@ -153,7 +153,7 @@ ROWS = [
     Row(4, "TP2 CP2", "dense"),
     Row(4, "TP2 PP2", "dense, tied", in_test=True),
     Row(4, "PP2 VPP2", "dense, tied"),
-    Row(4, "TP2", "qwen2", in_test=True),
+    Row(4, "TP2", "qwen2"),
     Row(4, "TP4", "qwen2", in_test=True),
     Row(4, "TP2 PP2", "qwen2, tied", in_test=True),
     Row(4, "PP2 VPP2 CP2", "qwen2"),

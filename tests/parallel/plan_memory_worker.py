@@ -62,7 +62,8 @@ def measure(overrides: list[str], device: torch.device) -> dict[str, int]:
         held[f"{side} optimizer"] += sum(map(_bytes, states))
         if parameter.data_ptr() not in ours:  # a float32 main copy of a bfloat16 weight
             held[f"{side} optimizer"] += _bytes(parameter)
-    if policy.recipe.model.dtype == "float32":  # norms keep a wider copy of anything narrower
+    # Norms keep their input, and a wider copy of anything narrower than float32; without norms attention keeps it.
+    if policy.recipe.model.dtype == "float32" and policy.config.qk_layernorm:
         held["projection"] = _projection_bytes(policy)
     if policy.recipe.trainer.offload_activations:
         offloaded = _offloaded_bytes(policy)  # on every rank; the last stage also moves its final norm's input

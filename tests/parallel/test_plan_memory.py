@@ -10,6 +10,7 @@ import pytest
 from gspo_megatron.cluster.machines import machine_of
 from gspo_megatron.models import load_recipe
 from gspo_megatron.models.hf_table import local_parameters
+from gspo_megatron.models.registry import family_of
 from gspo_megatron.plan.estimate.activations import Shape
 from gspo_megatron.plan.estimate.batch import plan_batch
 from gspo_megatron.plan.estimate.memory import Held, exact_bytes, stage_memory
@@ -82,7 +83,7 @@ def planned(overrides: list[str], size: int, rank: int) -> dict[str, int]:
     at = layout.coordinates(rank)
     chunks = [Held.of(local_parameters(arch, layout, at, chunk)) for chunk in range(layout.virtual)]
     found = exact_bytes(chunks, layout, ITEM_BYTES[recipe.model.dtype], distributed=False, on_cpu=True)
-    if recipe.model.dtype == "float32":
+    if recipe.model.dtype == "float32" and family_of(arch).megatron_settings(arch).transformer["qk_layernorm"]:
         found["projection"] = Shape(arch, layout, TOKENS, 4, recipe.trainer.recompute).projection_bytes
     if recipe.trainer.offload_activations and at.pipeline == 0:
         stages = stage_memory(recipe, layout, plan_batch(recipe, layout), machine_of(recipe, size))
