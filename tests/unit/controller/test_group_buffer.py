@@ -13,7 +13,7 @@ from gspo_megatron.controller.controller import Controller
 from gspo_megatron.controller.generation import Generation, response_seed
 from gspo_megatron.controller.servers import Refused
 from gspo_megatron.transport.messages import ControllerState, Empty, RolloutBatch, RolloutRequest, Staleness, TokenCount
-from gspo_megatron.types import Segment
+from gspo_megatron.types import SampleRef, Segment
 from tests.unit.controller.controllers import controlling, set_scorer
 from tests.unit.controller.fakes import FakeServer, make_prompt
 from tests.unit.controller.group_batches import ANSWERS, check_accounting, recipe, set_version
@@ -195,7 +195,7 @@ async def test_a_controller_goes_on_from_its_state(tmp_path: Path) -> None:
     carried = {row.prompt.index for row in state.groups}
     assert 1 in carried and first.accounting.in_flight.tokens > 0
 
-    def of_carried(batch: RolloutBatch) -> list[dict[str, Any]]:
+    def of_carried(batch: RolloutBatch) -> list[SampleRef]:
         return [row for row in batch.samples if row.prompt_index in carried]
 
     assert of_carried(found) == of_carried(wanted) != []
