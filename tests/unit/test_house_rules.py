@@ -6,8 +6,10 @@ import ast
 import graphlib
 import json
 import os
+import re
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -38,6 +40,15 @@ WITHOUT_TORCH = (
 )  # fmt: skip
 # Names that may stand in several folders of the package.
 LIKE_NAMED = {"__init__"}
+# Words of a README outside tables and code; those of three folders have more to say.
+MAX_README_WORDS, README_WORDS = 600, {"objective": 900, "controller": 900, "recipes": 900}
+# Words that a reader of the field has to translate first.
+FOREIGN = re.compile(
+    r"\b(mend(s|ed|ing)?|dearest|begun|gets on|got on|told|fences?|fenced|mailbox(es)?|drafts?|stands? for|stood for)\b"
+)
+# Tokens that are data: a key of state.json, which earlier versions wrote.
+PERSISTED = ('"drafts"',)
+WORDED = (tokenize.NAME, tokenize.STRING, tokenize.COMMENT, tokenize.FSTRING_MIDDLE)
 MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 70
 
@@ -222,3 +233,60 @@ def test_source_is_ascii() -> None:
     files = sources("gspo_megatron", "launch", "tools")
     wrong = [str(path.relative_to(ROOT)) for path in files if not path.read_text().isascii()]
     assert not wrong, f"{wrong} hold characters outside ASCII"
+
+
+def readmes() -> list[Path]:
+    """Every README of the repository."""
+    folders = ("gspo_megatron", "launch", "recipes", "requirements", "tests", "tools")
+    return [ROOT / "README.md", *sorted(path for folder in folders for path in (ROOT / folder).rglob("README.md"))]
+
+
+def prose(text: str) -> str:
+    """A README without its tables and code blocks."""
+    kept, is_code = [], False
+    for line in text.splitlines():
+        if line.lstrip().startswith("```"):
+            is_code = not is_code
+        elif not is_code and not line.lstrip().startswith("|"):
+            kept.append(line)
+    return "\n".join(kept)
+
+
+def test_prose_is_what_is_neither_table_nor_code() -> None:
+    assert prose("# One\n\n| a | b |\n```bash\nls\n```\ntwo three\n").split() == ["#", "One", "two", "three"]
+
+
+@pytest.mark.parametrize("readme", readmes(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_readmes_stay_short(readme: Path) -> None:
+    count, budget = len(prose(readme.read_text()).split()), README_WORDS.get(readme.parent.name, MAX_README_WORDS)
+    assert count <= budget, f"{count} words outside tables and code, {budget} are allowed; dated notes go to NOTES.md"
+
+
+def words_of(token: tokenize.TokenInfo) -> str:
+    """A token as plain words: `tokensToldOf` and `tokens_told_of` are `tokens told of`."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", token.string).replace("_", " ").lower()
+
+
+def foreign_words(path: Path) -> Iterator[str]:
+    """Where a README or a source uses a word that is not the field's: names, comments, docstrings and sentences."""
+    if path.suffix == ".md":
+        lines = enumerate(path.read_text().lower().splitlines(), 1)
+    else:
+        with path.open("rb") as source:
+            tokens = [token for token in tokenize.tokenize(source.readline) if token.string not in PERSISTED]
+        lines = ((token.start[0], words_of(token)) for token in tokens if token.type in WORDED)
+    for line, text in lines:
+        for found in FOREIGN.finditer(text):
+            yield f"{path}:{line}: {found.group()}"
+
+
+def test_foreign_words_are_found_in_names_comments_and_sentences(tmp_path: Path) -> None:
+    source = tmp_path / "source.py"
+    source.write_text('tokens_told = draftOf = f"it {1} gets on"  # begun\nfound = state["drafts"]\nrecommended = 1\n')
+    found = [entry.partition(": ")[2] for entry in foreign_words(source)]
+    assert found == ["told", "draft", "gets on", "begun"]
+
+
+def test_words_are_the_field_s() -> None:
+    found = [entry for path in [*readmes(), *sources("gspo_megatron")] for entry in foreign_words(path)]
+    assert not found, "say it in the field's words (CONTRIBUTING.md):\n" + "\n".join(found)
