@@ -1,4 +1,4 @@
-"""`model`: which model is trained. What an architecture holds beyond the common fields is said in `models/`."""
+"""`model`: which model is trained. Each family in `models/` adds its own fields."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gspo_megatron.config.base import Section
 
 
 class Architecture(Section):
-    """The shape of a decoder, under the names of its Hugging Face `config.json`; each family in `models/` has its own.
+    """The shape of a decoder, under the names of its Hugging Face `config.json`. Each family has a subclass.
 
     The fields here are those that code outside a family reads.
     """

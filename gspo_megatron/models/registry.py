@@ -7,9 +7,10 @@ from typing import Any
 
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.models.family import Family
+from gspo_megatron.models.llama import LLAMA
 from gspo_megatron.models.qwen3 import QWEN3
 
-FAMILIES = (QWEN3,)
+FAMILIES = (QWEN3, LLAMA)
 BY_TYPE: dict[str, Family] = {model_type: family for family in FAMILIES for model_type in family.architectures}
 DEFAULT_TYPE = "qwen3_moe"
 """Of an architecture that names none. Source: what the first recipes here train."""

@@ -59,7 +59,8 @@ def resolve(recipe: Recipe) -> Recipe:
 def read_architecture(directory: Path) -> Architecture:
     """The typed part of a Hugging Face `config.json`. Raises RecipeError naming the missing file or key."""
     values = read_model_config(directory)
-    # transformers 5 writes the rotary settings as `rope_parameters`, the published files as `rope_theta`.
+    # transformers 5 writes `num_local_experts` and `rope_parameters`, the published files `num_experts`, `rope_theta`.
+    values.setdefault("num_experts", values.get("num_local_experts"))
     rope = dict(values.get("rope_parameters") or {})
     if "rope_theta" in rope:
         values.setdefault("rope_theta", rope.pop("rope_theta"))

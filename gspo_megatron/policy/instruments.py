@@ -1,4 +1,4 @@
-"""What the routers do, told from their choices alone, so that it works without an auxiliary loss.
+"""Metrics of the routers, computed from their choices alone, so that they exist without an auxiliary loss.
 
 Every number is of trained tokens, summed over all ranks. L = layers of the model, E = experts, k = experts a token.
 """
@@ -20,7 +20,7 @@ PREFIX = "experts/"
 
 
 class RouterInstruments:
-    """Collects over one step; `reduce` gives the step's metrics and starts anew. A dense model gives none."""
+    """Collects over one step; `reduce` returns the step's metrics and resets. A dense model has none."""
 
     def __init__(self, policy: Policy) -> None:
         arch = policy.recipe.arch

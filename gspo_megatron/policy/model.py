@@ -61,7 +61,7 @@ def transformer_config(arch: Architecture, trainer: TrainerSection, dtype: torch
 
 
 def assert_settings(config: TransformerConfig, trainer: TrainerSection) -> None:
-    """What would change the objective without a word."""
+    """Check settings that would change the objective without an error."""
     assert not config.calculate_per_token_loss, "calculate_per_token_loss multiplies every gradient by the token count"
     assert config.moe_aux_loss_coeff == trainer.aux_loss_coefficient, (
         f"the built model has an auxiliary loss of {config.moe_aux_loss_coeff}, "

@@ -3,6 +3,8 @@
     python -m tests.parallel.parity                 all rows, in one world of 4 and one of 8 ranks
     python -m tests.parallel.parity --part 2/6      the second sixth of the rows; figures of the others stay
     python -m tests.parallel.parity --test          the rows of `make test`
+    python -m tests.parallel.parity --only qwen2    the rows of one model
+    python -m tests.parallel.parity --bits FILE     only digests, for two commits to compare
 
 Exits 1 when a bound is broken.
 """
@@ -144,10 +146,13 @@ def main() -> int:
     parser.add_argument(
         "--bits", type=Path, help="write each row's digests of gradients and weights here, nothing else"
     )
+    parser.add_argument(
+        "--only", default="", help="only the rows with this text in their name; figures of the others stay"
+    )
     parser.add_argument("--test", action="store_true", help="only the rows of make test")
     chosen = parser.parse_args()
     index, count = map(int, chosen.part.split("/"))
-    wanted = [row for row in ROWS if row.in_test or not chosen.test]
+    wanted = [row for row in ROWS if (row.in_test or not chosen.test) and chosen.only in row.name]
     rows = wanted[len(wanted) * (index - 1) // count : len(wanted) * index // count]
     figures = read_figures(FIGURES)
     bits: dict[str, dict[str, Any]] = {}

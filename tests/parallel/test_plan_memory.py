@@ -35,6 +35,13 @@ TWO_RANKS = {
         "trainer.offload_activations=true",
         "trainer.micro_batch_tokens=64",
     ],
+    "TP2 qwen2": [
+        "trainer.tensor_parallel=2",
+        "model.architecture.model_type=qwen2",
+        "model.architecture.num_experts=0",
+        "model.architecture.num_experts_per_tok=0",
+        "model.architecture.moe_intermediate_size=0",
+    ],
     "PP2 tied": ["trainer.pipeline_parallel=2", "model.architecture.tie_word_embeddings=true"],
 }
 FOUR_RANKS = {

@@ -7,15 +7,14 @@ from typing import Any
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.models.family import MegatronSettings
 from gspo_megatron.models.qwen3.architecture import Qwen3Architecture
-from gspo_megatron.models.rope import yarn_attributes
+from gspo_megatron.models.rope import megatron_rope
 
 
 def megatron_settings(arch: Architecture) -> MegatronSettings:
     """Normed queries and keys, no bias, YaRN where the model has it."""
     assert isinstance(arch, Qwen3Architecture)
     transformer = {"qk_layernorm": True, "add_bias_linear": False, **(_router(arch) if arch.num_experts else {})}
-    model = {"position_embedding_type": "yarn" if arch.rope_scaling else "rope"}
-    return MegatronSettings(transformer, model, yarn_attributes(arch.rope_scaling) if arch.rope_scaling else {})
+    return MegatronSettings(transformer, *megatron_rope(arch))
 
 
 def _router(arch: Qwen3Architecture) -> dict[str, Any]:

@@ -12,12 +12,11 @@ from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.objective_spec import ObjectiveSpec
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.models import read_architecture
+from gspo_megatron.models.registry import family_of
+from gspo_megatron.models.rope import scaling_findings
 from gspo_megatron.plan.rules import long_tail
 from gspo_megatron.plan.rules.objective import findings as objective_findings
 from gspo_megatron.types import Finding
-
-YARN_KEYS = {"rope_type", "type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
-"""Keys that megatron and vLLM read in the same way."""
 
 
 def findings(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[Finding]:
@@ -30,7 +29,7 @@ def findings(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[F
         max_answer_tokens=recipe.rollout.max_answer_tokens,
     )
     yield from _context(recipe, arch)
-    yield from _yarn(arch)
+    yield from scaling_findings(arch, family_of(arch).rope_types)
     yield from _sampler(recipe)
     yield from _router(recipe, arch)
     yield from _staleness(recipe, spec)
@@ -58,31 +57,6 @@ def _context(recipe: Recipe, arch: Architecture) -> Iterator[Finding]:
         f"original_max_position_embeddings {native}), take a model with a longer context, or stay within "
         f"{max(native, reach)}",
     )  # fmt: skip
-
-
-def _yarn(arch: Architecture) -> Iterator[Finding]:
-    scaling = arch.rope_scaling
-    if not scaling:
-        return
-    key = "model.architecture.rope_scaling"
-    kind = scaling.get("rope_type", scaling.get("type"))
-    if kind != "yarn":
-        yield Finding(
-            "yarn-differs", "error", key, f"rope_type={kind}: the servers would apply it, the trainer knows yarn only",
-            "set rope_type=yarn with factor and original_max_position_embeddings, or null",
-        )  # fmt: skip
-    for name in ("factor", "original_max_position_embeddings"):
-        if not isinstance(scaling.get(name), int | float):
-            yield Finding(
-                "yarn-differs", "error", key,
-                f"{name} is {scaling.get(name, 'missing')}: each engine would use its own default",
-                f"set {name}, as in the model's config.json",
-            )  # fmt: skip
-    for name in sorted(set(scaling) - YARN_KEYS):
-        yield Finding(
-            "yarn-differs", "error", key, f"{name}={scaling[name]} is read by the servers and not by the trainer",
-            f"remove {name}",
-        )  # fmt: skip
 
 
 def _sampler(recipe: Recipe) -> Iterator[Finding]:
