@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from gspo_megatron.controller.group_buffer import Pool
+from gspo_megatron.controller.group_buffer import GroupBuffer
 from gspo_megatron.controller.groups import Group
 from gspo_megatron.models import load_recipe
 from tools.rollout_simulation import Scenario, simulate, work_conserving_seconds
@@ -94,7 +94,7 @@ MEDIAN, SIGMA = 1_500.0, 0.7
 """The two fitted constants: answer lengths, which the document does not give."""
 
 
-class StreamingPool(Pool):
+class StreamingPool(GroupBuffer):
     """verl's rule: a version begins so many prompts, less what is left over; what is complete first is trained on."""
 
     share = 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +29,9 @@ def _load_module(place: str) -> ModuleType:
         return importlib.import_module(place)
     except ModuleNotFoundError as error:
         raise ValueError(f"module {error.name} of {place} cannot be found; put it on the Python path") from None
+    # The code of the module is the user's own and may raise anything; a name like `.a` is a TypeError.
+    except Exception as error:
+        raise _not_imported(place, error) from error
 
 
 def _load_file(path: Path) -> ModuleType:
@@ -36,7 +40,7 @@ def _load_file(path: Path) -> ModuleType:
     name = f"gspo_plugin_{resolved.stem}_{abs(hash(resolved)):x}"
     if name in sys.modules:
         return sys.modules[name]
-    if not resolved.is_file():
+    if not os.path.isfile(resolved):
         raise ValueError(f"{path} does not exist; give the path of a Python file, relative to where the run starts")
     spec = importlib.util.spec_from_file_location(name, resolved)
     assert spec is not None and spec.loader is not None
@@ -44,7 +48,13 @@ def _load_file(path: Path) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException as error:
         del sys.modules[name]
+        if isinstance(error, Exception):
+            raise _not_imported(str(path), error) from error
         raise
     return module
+
+
+def _not_imported(place: str, error: Exception) -> ValueError:
+    return ValueError(f"{place} cannot be imported ({type(error).__name__}: {error}); correct it, then import it alone")

@@ -8,10 +8,20 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from gspo_megatron.config.loading import RecipeError, explain_faults, parse, read_model_config, read_tree, refuse
-from gspo_megatron.config.model_section import Architecture
+from gspo_megatron.config.field_rules import read_section
+from gspo_megatron.config.loading import (
+    RecipeError,
+    explain_faults,
+    parse,
+    read_model_config,
+    read_resolved_tree,
+    read_tree,
+    refuse,
+)
+from gspo_megatron.config.model_section import Architecture, ModelSection
+from gspo_megatron.config.refusal import quote
 from gspo_megatron.config.schema import Recipe
-from gspo_megatron.models.registry import BY_TYPE, DEFAULT_TYPE
+from gspo_megatron.models.registry import BY_TYPE, DEFAULT_TYPE, FAMILIES
 from gspo_megatron.types import Finding
 
 PLACE = ("model", "architecture")
@@ -23,7 +33,7 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
 
     Args:
         path: YAML file; its `base:` is a path relative to it.
-        overrides: `section.key=value` items, values in YAML syntax.
+        overrides: `section.key=value` items, read by the type of the key.
 
     Raises:
         RecipeError: unreadable file, unknown key, wrong type, broken rule; every fault at once.
@@ -33,11 +43,11 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
 
 def load_resolved(path: Path) -> Recipe:
     """Read a `recipe.resolved.yaml`, which has neither base nor overrides left."""
-    return load_recipe(path)
+    return parse_recipe(read_resolved_tree(path))
 
 
-def parse_recipe(tree: dict[str, Any]) -> Recipe:
-    """A resolved recipe from a plain tree. Raises RecipeError with every fault at once."""
+def parse_recipe(tree: Mapping[str, Any]) -> Recipe:
+    """A resolved recipe from a tree of texts and values. Raises RecipeError with every fault at once."""
     try:
         recipe = parse(tree)
     except RecipeError as error:
@@ -71,7 +81,12 @@ def read_architecture(directory: Path) -> Architecture:
     return _typed(given, {name: given[name] for name in cls.model_fields if name in given}, "model.path")
 
 
-def _faults_of(values: Mapping[str, Any]) -> tuple[Finding, ...]:
+def _faults_of(texts: Mapping[str, Any]) -> tuple[Finding, ...]:
+    """Findings about an architecture in a recipe that has other faults too."""
+    section, faults = read_section({"architecture": texts}, ModelSection)
+    if faults:  # `parse` has reported them
+        return ()
+    values = section["architecture"]
     try:
         _typed(values, values, ".".join((*PLACE, "model_type")))
     except RecipeError as error:
@@ -80,11 +95,13 @@ def _faults_of(values: Mapping[str, Any]) -> tuple[Finding, ...]:
 
 
 def _class_of(values: Mapping[str, Any], key: str) -> type[Architecture]:
+    """The class of a model type. Raises RecipeError at `key` with the types that run."""
     name = values.get("model_type", DEFAULT_TYPE)
     if not isinstance(name, str) or name not in BY_TYPE:
-        families = {family.name: ", ".join(family.architectures) for family in BY_TYPE.values()}
-        runs = "; ".join(f"{family}: {types}" for family, types in families.items())
-        raise refuse("model-type-unknown", key, f"model_type={name} is no model that runs here", f"choose of {runs}")
+        runs = "; ".join(f"{family.name}: {', '.join(family.architectures)}" for family in FAMILIES)
+        raise refuse(
+            "model-type-unknown", key, f"model_type={quote(name)} is no model that runs here", f"choose one of {runs}"
+        )
     return BY_TYPE[name].architectures[name]
 
 
@@ -101,7 +118,7 @@ def _typed(config: Mapping[str, Any], keys: Mapping[str, Any], where: str) -> Ar
     found = [
         Finding(
             "model-key-differs", "error", ".".join((*PLACE, name)),
-            f"{config[name]}: models/{family.name} computes {name}={value} only",
+            f"{quote(config[name])}: models/{family.name} computes {name}={value} only",
             f"set {name}={value} if the weights allow it, or take another model",
         )
         for name, value in family.only_values.items()

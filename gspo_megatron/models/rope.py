@@ -9,7 +9,7 @@ from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.types import Finding
 
 YARN_KEYS = {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
-"""What both engines read in the same way."""
+"""Keys that megatron and vLLM read in the same way."""
 LLAMA3_VALUES = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 """What megatron-core 0.19 computes llama3 with, whatever a model says (`RotaryEmbedding._apply_scaling`).
 
@@ -61,13 +61,13 @@ def scaling_findings(arch: Architecture, rope_types: tuple[str, ...]) -> Iterato
     kind = rope_type_of(scaling)
     if kind not in rope_types:
         yield _differs(
-            f"rope_type={kind}: the servers would apply it, the trainer only knows {' and '.join(rope_types)}",
+            f"rope_type={kind}: the servers would apply it, the trainer knows {' and '.join(rope_types)} only",
             f"set rope_type={rope_types[-1]} with factor and original_max_position_embeddings, or null",
         )
     for name in ("factor", "original_max_position_embeddings"):
         if not isinstance(scaling.get(name), int | float):
             yield _differs(
-                f"{name} is {scaling.get(name, 'missing')}: each engine would fill in its own",
+                f"{name} is {scaling.get(name, 'missing')}: each engine would use its own default",
                 f"set {name}, as in the model's config.json",
             )
     if kind == "llama3":

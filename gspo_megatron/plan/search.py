@@ -210,4 +210,5 @@ def _lines(machine: Machine, layouts: list[Candidate], servers: list[Servers]) -
 
 
 def _overrides(change: dict[str, Any]) -> str:
-    return " ".join(f"{key}={'null' if value is None else value}" for key, value in change.items())
+    # As JSON: a recipe takes `true` and `null`, not `True` and `None`.
+    return " ".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in change.items())

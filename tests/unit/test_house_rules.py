@@ -22,7 +22,7 @@ PACKAGE = ROOT / "gspo_megatron"
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"types", "config"}),
     frozenset({"models", "parallel"}),
-    frozenset({"cluster", "plan", "run_log"}),
+    frozenset({"cluster", "plan", "run_dir", "run_log"}),
     frozenset({"objective", "data", "rewards", "environments"}),
     frozenset({"transport", "report"}),
     frozenset({"policy"}),

@@ -42,7 +42,7 @@ def test_a_recipe_inherits_and_overrides_its_base() -> None:
         ("tariner.max_steps=2", "unknown-key", "tariner", "did you mean trainer?"),
         ("batch.updates=5", "rule", "batch", "set prompts to a multiple"),
         ("trainer.max_steps=-1", "wrong-value", "trainer.max_steps", "set a value of that type"),
-        ("rollout.temperature=hot", "wrong-value", "rollout.temperature", "set a value of that type"),
+        ("rollout.temperature=hot", "wrong-value", "rollout.temperature", "write e.g. 0.5 or 1e-6"),
         ("max_steps", "override-form", "max_steps", "write e.g. trainer.max_steps=10"),
         ("model.architecture.num_key_value_heads=3", "rule", "model.architecture", "choose one that is"),
     ],

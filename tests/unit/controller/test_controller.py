@@ -17,7 +17,7 @@ from gspo_megatron.config.schema import Recipe
 from gspo_megatron.controller.api import Service
 from gspo_megatron.controller.controller import Controller
 from gspo_megatron.controller.scoring import Scorer, ScoringPool
-from gspo_megatron.controller.servers import Fleet, Refused
+from gspo_megatron.controller.servers import Refused, ServerSet
 from gspo_megatron.data.store import SampleStore
 from gspo_megatron.models import parse_recipe
 from gspo_megatron.transport.controller_client import ControllerClient, ControllerError
@@ -77,8 +77,10 @@ async def controlling(
     async with serving(*servers) as clients:
         scoring = InThread(score_first_problem_half)
         store = SampleStore(directory)
-        fleet = Fleet(clients)
-        controller = Controller(recipe, fleet, Prompts(), Tokenizer(), scoring, store, "127.0.0.1", overlaps, sleeps)
+        server_set = ServerSet(clients)
+        controller = Controller(
+            recipe, server_set, Prompts(), Tokenizer(), scoring, store, "127.0.0.1", overlaps, sleeps
+        )
         controller.updater.version = version
         yield controller
         await controller.close()

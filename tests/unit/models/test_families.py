@@ -182,7 +182,7 @@ def test_what_the_trainer_would_leave_out_is_refused_with_its_value(
 ) -> None:
     overrides = write_config(tmp_path, **SHAPE, **MODELS[name], **{key: value})
     assert [(place, message) for place, message, _ in refusals(*overrides)] == [
-        (f"model.architecture.{key}", f"{value}: models/llama computes {key}={family_value(name, key)} only")
+        (f"model.architecture.{key}", f"{value!r}: models/llama computes {key}={family_value(name, key)} only")
     ]
 
 
@@ -192,7 +192,7 @@ def family_value(name: str, key: str) -> Any:
 
 def test_an_unknown_model_type_names_the_families_that_run(tmp_path: Path) -> None:
     ((key, message, fix),) = refusals("model.architecture.model_type=mamba")
-    assert (key, message) == ("model.architecture.model_type", "model_type=mamba is no model that runs here")
+    assert (key, message) == ("model.architecture.model_type", "model_type='mamba' is no model that runs here")
     assert all(model_type in fix for model_type in BY_TYPE)
     ((key, _, _),) = refusals(*write_config(tmp_path, model_type="mamba"))
     assert key == "model.path"

@@ -140,7 +140,7 @@ def test_what_search_proposes_is_planned_without_findings(capsys: pytest.Capture
     recipe = load_recipe(Path(A3B), ["placement.nodes=2", "placement.gpu=h200"])
     _, layouts, servers = search(recipe)
     changes = {**layouts[0].change, **servers[0].change}
-    overrides = [f"{key}={'null' if value is None else value}" for key, value in changes.items()]
+    overrides = [f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in changes.items()]
     assert plan(A3B, "--nodes", "2", "--gpu", "h200", *overrides, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert [finding for finding in found["findings"] if finding["severity"] != "info"] == []

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoConfig
 
 from gspo_megatron.config.schema import Recipe, WeightUpdateSection
-from gspo_megatron.controller.servers import Fleet, Refused
+from gspo_megatron.controller.servers import Refused, ServerSet
 from gspo_megatron.controller.weight_update import WeightUpdater
 from gspo_megatron.models import load_recipe
 from gspo_megatron.models.qwen3.architecture import Qwen3Architecture
@@ -73,13 +73,13 @@ def test_a_server_that_changed_hands_gets_neither_a_pause_nor_a_weight(tmp_path:
         own, kept, lost = identity(), FakeServer(), FakeServer()
         kept.identity = lost.identity = report(tmp_path, own)
         async with serving(kept, lost) as clients:
-            updater = WeightUpdater(Fleet(clients, own), WeightUpdateSection(), "127.0.0.1", sleeps=False)
+            updater = WeightUpdater(ServerSet(clients, own), WeightUpdateSection(), "127.0.0.1", sleeps=False)
             updater._store = NoStore()
-            await updater._fleet.wait_healthy(5)
+            await updater._servers.wait_healthy(5)
             lost.identity = report(tmp_path, own, run="run-2")
             ticket = await updater.begin(0, TERMS)
             assert len(ticket["servers"]) == 1 and "/pause" in kept.calls and "/pause" not in lost.calls
-            assert "belongs to run run-2, this is run run-1" in updater._fleet.faults()[lost.url]
+            assert "belongs to run run-2, this is run run-1" in updater._servers.faults()[lost.url]
             kept.identity = lost.identity
             with pytest.raises(Refused, match=r"no server is left: .* belongs to run run-2"):
                 await updater.begin(1, TERMS)
@@ -93,7 +93,7 @@ def test_a_foreign_server_ends_the_start_with_its_sentence(tmp_path: Path) -> No
         fake.identity = report(tmp_path, own, context=63)
         async with serving(fake) as clients:
             with pytest.raises(Refused, match=f"server {fake.url} takes 63 tokens"):
-                await Fleet(clients, own).wait_healthy(5)
+                await ServerSet(clients, own).wait_healthy(5)
 
     asyncio.run(run())
 
