@@ -1,4 +1,4 @@
-"""From YAML to a checked `Recipe`: `base:` inheritance, dotted overrides, errors as sentences."""
+"""Read a YAML file into a checked `Recipe`: `base:` inheritance, dotted overrides, errors as sentences."""
 
 from __future__ import annotations
 
@@ -153,7 +153,9 @@ def _merge(below: dict[str, Any], above: Mapping[str, Any], where: str, key: tup
         elif (isinstance(old, dict) and isinstance(value, list)) or (isinstance(old, list) and isinstance(value, dict)):
             kinds = ("a list", "a mapping") if isinstance(value, list) else ("a mapping", "a list")
             message = f"{where} does not fit its base: {key_text(here)} is {kinds[0]} over {kinds[1]}"
-            raise refuse("recipe-unreadable", "recipe", message, "keep sections sections, lists lists")
+            raise refuse(
+                "recipe-unreadable", "recipe", message, "override a section with a section and a list with a list"
+            )
         merged[name] = value
     return merged
 

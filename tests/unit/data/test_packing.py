@@ -66,7 +66,7 @@ def test_slots_of_an_expert_group_meet_their_like() -> None:
 
 @pytest.mark.parametrize(("count", "span", "worst"), [(512, 4, 1.04), (512, 1, 1.01), (128, 1, 1.05)])
 def test_long_tails_are_balanced(count: int, span: int, worst: float) -> None:
-    """Lognormal lengths, median 9K, cut at 100K, 8 ranks: time over the lower bound max(mean, dearest sequence)."""
+    """Lognormal lengths, median 9K, cut at 100K, 8 ranks: time over the lower bound max(mean, costliest sequence)."""
     random = np.random.default_rng(0)
     lengths = np.clip(random.lognormal(np.log(9000), 1.0, count), 64, 100_000).astype(int).tolist()
     costs = [attention_cost(length) for length in lengths]

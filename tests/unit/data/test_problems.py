@@ -1,4 +1,4 @@
-"""Problem sources: what a broken file is told, and the cut into training and held-out questions."""
+"""Problem sources: the errors of a broken file, and the split into training and held-out questions."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def test_a_step_is_ids_in_and_ids_out() -> None:
     assert codec.decode(turn.token_ids) == "[2]" and turn.state == 1
     again = step(PROBLEM, turn.state, codec.encode_text("<1> or <2*21>"))
     assert codec.decode(again.token_ids) == "[42]" and again.state == 2, "the last call of a turn counts"
-    assert codec.decode(step(PROBLEM, 2, codec.encode_text("2*21>")).token_ids) == "[error]", "no call was begun"
+    assert codec.decode(step(PROBLEM, 2, codec.encode_text("2*21>")).token_ids) == "[error]", "there was no call"
     whole = make_step(SECTION.model_copy(update={"call_start": ""}), codec)
     assert codec.decode(whole(PROBLEM, None, codec.encode_text("2*21>")).token_ids) == "[42]"
 

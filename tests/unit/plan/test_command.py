@@ -77,8 +77,8 @@ def test_a_refused_layout_is_null_in_json(capsys: pytest.CaptureFixture[str]) ->
 
 def test_nodes_and_gpu_replace_the_placement(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan(A3B, "--nodes", "2", "--gpu", "h200") == 2
-    told = capsys.readouterr().out
-    assert "16 servers x 2 GPUs = 32, but 2 node(s) have 16; set rollout.servers=8" in told
+    shown = capsys.readouterr().out
+    assert "16 servers x 2 GPUs = 32, but 2 node(s) have 16; set rollout.servers=8" in shown
     assert plan(A3B, "--nodes", "2", "--gpu", "h200", "rollout.servers=8") == 0
 
 
@@ -100,18 +100,18 @@ def test_every_key_is_explained() -> None:
     for key in all_keys():
         if key.startswith("cold_start."):
             continue
-        told = explain(key, recipe)
-        assert "no description" not in told, key
-        assert len(told.splitlines()) >= 2, key
+        shown = explain(key, recipe)
+        assert "no description" not in shown, key
+        assert len(shown.splitlines()) >= 2, key
 
 
 def test_every_chosen_default_names_its_source() -> None:
     neutral = {"null", "0", "1", "0.0", "1.0", "false", "none", "off", "run", "()", "{}"}
     for key in all_keys():
-        told = explain(key)
-        lines = dict(line.split(maxsplit=1) for line in told.splitlines() if line.startswith("  default"))
+        shown = explain(key)
+        lines = dict(line.split(maxsplit=1) for line in shown.splitlines() if line.startswith("  default"))
         default = lines.get("default", "null")
-        assert default in neutral or default.startswith("none: it must") or "\n  from" in told, told
+        assert default in neutral or default.startswith("none: it must") or "\n  from" in shown, shown
 
 
 def test_explain_names_the_nearest_key(capsys: pytest.CaptureFixture[str]) -> None:

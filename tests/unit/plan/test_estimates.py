@@ -182,13 +182,13 @@ def test_235b_at_100k_is_near_the_first_order_numbers(overrides: str, first: int
 def test_batch_algebra_in_words() -> None:
     plan = make_plan(load_recipe(A3B))
     assert plan.batch is not None
-    told = "\n".join(plan.batch.words())
+    text = "\n".join(plan.batch.words())
     for words in (
         "128 prompts x 16 responses = 2048 sequences",
         "32 whole groups = 512 sequences",
         "64 sequences each",
     ):
-        assert words in told
+        assert words in text
 
 
 def test_check_takes_the_ranks_of_this_machine() -> None:

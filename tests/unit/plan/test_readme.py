@@ -56,11 +56,11 @@ def allocated(stage: StageMemory) -> int:
 
 
 def published_rows() -> Iterator[str]:
-    for told, recipe, overrides, measured in PUBLISHED:
+    for run, recipe, overrides, measured in PUBLISHED:
         plan = make_plan(load_recipe(Path(f"recipes/{recipe}.yaml"), overrides.split()))
         assert plan.memory is not None
         peak = max(map(allocated, plan.memory)) / GIB
-        yield f"| {told} | {measured:.1f} GiB | {peak:.1f} GiB | {peak / measured - 1:+.1%} |"
+        yield f"| {run} | {measured:.1f} GiB | {peak:.1f} GiB | {peak / measured - 1:+.1%} |"
 
 
 @pytest.mark.parametrize("name", PLANNED)
