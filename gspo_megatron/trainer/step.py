@@ -71,9 +71,9 @@ class Trainer:
 
     def on_first_rank(self, ask: Callable[[ControllerClient], Any]) -> Any:
         """What the controller returns to rank 0, on every rank."""
-        heard = [ask(self.controller) if self.controller is not None else None]
-        dist.broadcast_object_list(heard, src=0)
-        return heard[0]
+        answer = [ask(self.controller) if self.controller is not None else None]
+        dist.broadcast_object_list(answer, src=0)
+        return answer[0]
 
     def start_reinforcement(self) -> None:
         """A fresh optimizer for the reinforcement learning phase."""
