@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     convert_command = commands.add_parser("convert", help="checkpoint to Hugging Face directory, or back to a layout")
     convert_command.add_argument("source", type=Path, help="a checkpoint directory, or a Hugging Face directory")
     convert_command.add_argument("out", type=Path, help="directory to write; an older one is replaced")
-    convert_command.add_argument("recipe", type=Path, nargs="?", help="whose layout a Hugging Face directory is cut to")
+    convert_command.add_argument("recipe", type=Path, nargs="?", help="recipe with the layout for such a directory")
     convert_command.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the recipe")
     debug_command = commands.add_parser("debug", help="examine an update that a run kept under alarms/")
     debug_command.add_argument("bundle", type=Path)

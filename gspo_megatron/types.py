@@ -1,4 +1,4 @@
-"""The data contracts: what the roles hand to each other.
+"""The data contracts between the parts of a run.
 
 Frozen, free of torch, one docstring a field with its shape, its unit and an example. Ids in and out
 everywhere: a text is tokenized once, when it becomes a prompt, and never again.
@@ -26,12 +26,12 @@ def are_equal(rewards: Sequence[float]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that `gspo plan`, a loader or a running job has to say about a recipe."""
+    """One statement of `gspo plan`, of a loader or of a running job about a recipe."""
 
     code: str
     """Stable name, kebab-case: `clip-too-wide`."""
     severity: Severity
-    """`error` stops the run before it starts, `warning` needs a reason, `info` is only said."""
+    """`error` stops the run before it starts, `warning` needs a reason, `info` is only printed."""
     key: str
     """The dotted recipe key it is about: `objective.clip_high`."""
     message: str
@@ -50,9 +50,9 @@ class Problem:
     id: str
     """Unique and stable over runs: a hash of the question text."""
     question: str
-    """What the model is asked, without any template: `Calculate 879 + 974.`"""
+    """The text of the task, without any template: `Calculate 879 + 974.`"""
     reference: dict[str, Any]
-    """What the scorer needs to judge an answer: `{"answer": "1853"}` or a reasoning-gym entry."""
+    """What the scorer needs to judge a response: `{"answer": "1853"}` or a reasoning-gym entry."""
     source: str = ""
     """Which collection it comes from: `aime`; empty = its file does not say."""
     pass_rate: float | None = None
@@ -73,36 +73,36 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A run of answer tokens that were sampled under one version of the weights."""
+    """A stretch of response tokens that were sampled under one version of the weights."""
 
     version: int
     """Weight version; 0 = the weights the run started with."""
     start: int
-    """First answer token of the segment."""
+    """First response token of the segment."""
     end: int
-    """One past its last answer token."""
+    """One past its last response token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Masked:
-    """A run of answer tokens that were not sampled: nobody reports a log-prob for them and none is trained on."""
+    """A stretch of response tokens that were not sampled: they have no log-prob and none is trained on."""
 
     start: int
-    """First answer token of the run."""
+    """First response token of the stretch."""
     end: int
-    """One past its last; equal to `start` where there was nothing to say."""
+    """One past its last; equal to `start` where the inserted text was empty."""
     why: Literal["observation", "closing"]
-    """`observation` = what an environment answered; `closing` = words that end a thinking which went on too long."""
+    """`observation` = reply of an environment; `closing` = text that ends a thinking beyond its budget."""
 
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """One sampled answer, complete or partial."""
+    """One sampled response, complete or partial."""
 
     prompt_index: int
-    """`Prompt.index` of the prompt it answers."""
+    """`Prompt.index` of its prompt."""
     sample_index: int
-    """Which of the G answers to that prompt, 0..G-1."""
+    """Which of the G responses to that prompt, 0..G-1."""
     token_ids: np.ndarray
     """[answer_length] int32, the stop token included when the sampler emitted one."""
     logprobs: np.ndarray
@@ -110,13 +110,13 @@ class Response:
     segments: tuple[Segment, ...]
     """Cover [0, answer_length) in order."""
     stop_reason: StopReason
-    """`stop` = a stop token was sampled; `length` = cut at the answer limit."""
+    """`stop` = a stop token was sampled; `length` = cut at the response limit."""
     routes: np.ndarray | None = None
-    """[rows, layers, k] expert of each token of prompt and answer, -1 = not recorded; the last rows may be missing."""
+    """[rows, layers, k] expert of each token, prompt included, -1 = not recorded; the last rows may be missing."""
     masked: tuple[Masked, ...] = ()
     """In order; versions of masked tokens are those of the token before."""
     limit: int | None = None
-    """Most tokens that it might get, of the step that began it; None = `rollout.max_answer_tokens`."""
+    """Limit of its tokens in the step that started it; None = `rollout.max_answer_tokens`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,38 +126,38 @@ class SampleRef:
     path: str
     """File name within the sample store of the run directory."""
     prompt_index: int
-    """Group key: the answers to one prompt share it."""
+    """Group key: the responses to one prompt share it."""
     sample_index: int
     """Place in the group."""
     prompt_length: int
     """Tokens of the prompt."""
     answer_length: int
-    """Tokens of the answer, stop token included."""
+    """Tokens of the response, stop token included."""
     reward: float
     """Score in [0, 1]."""
     stop_reason: StopReason
-    """Why the answer ended."""
+    """Why the response ended."""
     segments: tuple[Segment, ...]
-    """Weight versions of the answer's tokens."""
+    """Weight versions of the response tokens."""
     masked: tuple[Masked, ...] = ()
-    """Answer tokens that were not sampled."""
+    """Response tokens that were not sampled."""
     limit: int | None = None
-    """Most tokens that the answer might get; None = `rollout.max_answer_tokens`."""
+    """Limit of the response tokens; None = `rollout.max_answer_tokens`."""
 
     @property
     def trained_length(self) -> int:
-        """Answer tokens that were sampled, which is what an answer's length is to the objective."""
+        """Response tokens that were sampled: the length |y| of the objective."""
         return self.answer_length - sum(span.end - span.start for span in self.masked)
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A training sequence: prompt and answer in one row of token ids."""
+    """A training sequence: prompt and response in one row of token ids."""
 
     token_ids: np.ndarray
-    """[length] int32: prompt, then answer."""
+    """[length] int32: prompt, then response."""
     loss_mask: np.ndarray
-    """[length] bool, True on trained tokens: the answer with its stop token; prompt and tool output are False."""
+    """[length] bool, True on trained tokens: the response with its stop token; prompt and tool output are False."""
     rollout_logprobs: np.ndarray
     """[length] float32, the sampler's log-prob of each token; 0 where `loss_mask` is False."""
     ref: SampleRef

@@ -1,8 +1,8 @@
 """The bin assignment behind `pack`: a greedy start, then moves and swaps while the slowest expert group gets faster.
 
 Legend: K slots, R ranks of an expert group, E expert groups, B = E*K*R bins; a bin is (group, slot, rank), flat in
-that order, and slots are flat as (group, slot). A slot takes as long as its dearest bin, a group as long as its slots
-together.
+that order, and slots are flat as (group, slot). The time of a slot is the largest cost of its bins, the time of a group
+is the sum over its slots.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class _Bins:
     """[n] bin of each sequence, -1 before it has one."""
 
     def slot_times(self) -> np.ndarray:
-        """[E*K]: the dearest bin of each slot."""
+        """[E*K]: the largest cost of a bin in each slot."""
         return self.loads.reshape(-1, self.shape[2]).max(axis=1)
 
     def group_times(self) -> np.ndarray:
-        """[E]: the slots of each group together."""
+        """[E]: the sum over the slots of each group."""
         return self.slot_times().reshape(self.shape[0], -1).sum(axis=1)
 
 
@@ -62,7 +62,7 @@ def balance(
 def _fill(
     order: np.ndarray, tokens: np.ndarray, costs: np.ndarray, shape: tuple[int, int, int], max_tokens: int
 ) -> _Bins | None:
-    """Dearest first, each sequence into the bin where its group stays fastest; None if one fits nowhere."""
+    """Put each sequence, most costly first, into the bin where its group stays fastest; None if one fits nowhere."""
     groups, slots, ranks = shape
     count = groups * slots * ranks
     bins = _Bins(shape, np.zeros(count, dtype=np.int64), np.zeros(count), np.full(len(costs), -1))
@@ -75,7 +75,7 @@ def _fill(
         best = after.min()
         if best == np.inf:
             return None
-        # Among equals the fullest bin: it leaves the wide gaps to sequences that need them.
+        # Among equals the fullest bin, which leaves the wide gaps for long sequences.
         chosen = int(np.where(after <= best * (1 + 1e-12), bins.loads, -1.0).argmax())
         bins.home[index] = chosen
         bins.tokens[chosen] += tokens[index]
@@ -86,7 +86,7 @@ def _fill(
 
 
 def _improve(bins: _Bins, tokens: np.ndarray, costs: np.ndarray, max_tokens: int) -> None:
-    """Exchange sequences of the dearest bins of the slowest group with other bins until nothing helps any more."""
+    """Exchange sequences of the most costly bins of the slowest group with other bins until no exchange helps."""
     groups, slots, ranks = bins.shape
     for _ in range(MOST_EXCHANGES):
         times = bins.group_times()
@@ -146,7 +146,7 @@ def _best_exchange(
 
 
 def _largest_of_the_others(bins: _Bins, source: int) -> np.ndarray:
-    """[B]: the dearest other bin of each bin's slot, `source` left out too."""
+    """[B]: the largest cost among the other bins of each bin's slot, without `source`."""
     ranks = bins.shape[2]
     loads = bins.loads.copy()
     loads[source] = 0.0
@@ -155,8 +155,8 @@ def _largest_of_the_others(bins: _Bins, source: int) -> np.ndarray:
         return np.zeros(len(loads))
     ordered = np.sort(table, axis=1)
     first, second = ordered[:, -1:], ordered[:, -2:-1]
-    dearest = table.argmax(axis=1)[:, None] == np.arange(ranks)[None, :]
-    return np.where(dearest, second, first).reshape(-1)
+    most_costly = table.argmax(axis=1)[:, None] == np.arange(ranks)[None, :]
+    return np.where(most_costly, second, first).reshape(-1)
 
 
 def _exchange(bins: _Bins, give: int, take: int | None, target: int, tokens: np.ndarray, costs: np.ndarray) -> None:
@@ -171,7 +171,7 @@ def _exchange(bins: _Bins, give: int, take: int | None, target: int, tokens: np.
 
 
 def _read_out(bins: _Bins) -> list[list[list[int]]]:
-    """Lists by slot and rank; the dearest slots first, so that slots of like cost meet across expert groups."""
+    """Lists by slot and rank; the most costly slots first, so that slots of like cost meet across expert groups."""
     groups, slots, ranks = bins.shape
     times = bins.slot_times().reshape(groups, slots)
     result: list[list[list[int]]] = [[[] for _ in range(groups * ranks)] for _ in range(slots)]

@@ -37,7 +37,7 @@ class PackedBatch:
     lengths: np.ndarray
     """[S] int32, tokens without padding."""
     refs: tuple[SampleRef, ...]
-    """[S], shorter by one in an empty batch, whose single sequence comes from nowhere."""
+    """[S], shorter by one in an empty batch: its single sequence is padding."""
     routes: np.ndarray | None = None
     """[T, layers, k] int16, the sampler's experts of `token_ids`, -1 = not recorded; None = no sample has any."""
 
@@ -56,7 +56,7 @@ def pack(
 
     Args:
         lengths: Tokens of each sequence, padding included.
-        cost: Cost of a sequence of so many tokens.
+        cost: Cost of a sequence by its number of tokens.
         num_ranks: Data-parallel ranks.
         max_tokens: Most tokens of a bin.
         ranks_per_expert_group: Ranks that share one set of experts and wait for each other in every slot.

@@ -36,7 +36,7 @@ class SampleStore:
         self.directory.mkdir(parents=True, exist_ok=True)
 
     def write(self, prompt: Prompt, answer: Response, reward: float) -> SampleRef:
-        """Store one finished answer; the file appears under its name only when it is complete."""
+        """Store one finished response; the file appears under its name only when it is complete."""
         first, last = (answer.segments[0].version, answer.segments[-1].version) if answer.segments else (0, 0)
         name = f"{answer.prompt_index:08d}-{answer.sample_index:04d}-v{first}-{last}.sample"
         ids = np.concatenate([np.asarray(prompt.token_ids, np.int32), np.asarray(answer.token_ids, np.int32)])
@@ -67,20 +67,20 @@ class SampleStore:
         return SampleStore(self.directory.parent / name)
 
     def prune(self, prefix: str, keep: int) -> None:
-        """Remove all but the last stores beside this one whose names begin so."""
+        """Remove the stores beside this one that have this prefix, all but the last `keep`."""
         for old in sorted(self.directory.parent.glob(f"{prefix}*"))[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
 
     def remove(self, ref: SampleRef) -> None:
-        """Forget a sample that is not trained on."""
+        """Remove a sample that is not trained on."""
         (self.directory / ref.path).unlink(missing_ok=True)
 
     def holds(self, ref: SampleRef) -> bool:
-        """Whether a sample is still there."""
+        """Whether the file of a sample exists."""
         return (self.directory / ref.path).is_file()
 
     def sweep(self, keeps: Callable[[int, str], bool]) -> None:
-        """Remove every sample that is not kept, told by the index of its prompt and its path."""
+        """Remove every sample for which `keeps`(index of its prompt, file name) is False."""
         for file in self.directory.glob("*.sample"):
             if not keeps(int(file.name.split("-")[0]), file.name):
                 file.unlink()

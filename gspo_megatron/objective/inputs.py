@@ -45,7 +45,7 @@ class LossInputs:
     reference_logprobs: Tensor | None = None
     """[T] under the reference policy of the KL axis."""
     token_advantages: bool | None = None
-    """Whether `advantages` is one a token; None = told by its shape, and [S] where S == T."""
+    """Whether `advantages` is one a token; None = decided by its shape, and [S] where S == T."""
 
     @property
     def advantages_per_token(self) -> bool:

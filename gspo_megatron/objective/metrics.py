@@ -91,7 +91,7 @@ def _log_s_sums(packed: Packed, log_s: Tensor) -> dict[str, Tensor]:
     # log2 / 2 - 3 is 0 at 64 tokens and rises by one with every factor of four.
     bucket = (torch.log2(packed.num_tokens.clamp(min=1)) / 2 - 3).ceil().clamp(0, len(BUCKET_NAMES) - 1).long()
     magnitude = torch.log10(log_s.abs().clamp(min=10.0 ** (SMALLEST_EXPONENT - 1))) - SMALLEST_EXPONENT
-    # A NaN would become an index out of bounds, which on a GPU ends the process; nonfinite_tokens tells of it.
+    # A NaN would become an index out of bounds, which on a GPU ends the process; nonfinite_tokens counts it.
     step = (magnitude * BINS_PER_DECADE).floor().clamp(-1, SIDE_BINS - 1).nan_to_num(-1.0).long() + 1
     where = bucket * HISTOGRAM_BINS + SIDE_BINS + torch.where(log_s < 0, -step, step)
     counts = torch.zeros(len(BUCKET_NAMES) * HISTOGRAM_BINS, dtype=torch.float64, device=log_s.device)

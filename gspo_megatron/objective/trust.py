@@ -25,7 +25,7 @@ class Surrogate:
     objective: Tensor
     """Term of each token, before aggregation."""
     low: Tensor
-    """bool: tokens whose gradient the rule took away on the left side."""
+    """bool: tokens that lost their gradient on the left side."""
     high: Tensor
     """bool: on the right side."""
 

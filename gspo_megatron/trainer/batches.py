@@ -49,7 +49,7 @@ class ScoredMicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class TrainingMicroBatch(ScoredMicroBatch):
-    """A scored micro-batch whose sequences have their advantages."""
+    """A scored micro-batch with the advantages of its sequences."""
 
     advantages: Tensor
     """[S] float64; one 0 in a micro-batch that only fills a slot."""

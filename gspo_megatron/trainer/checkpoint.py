@@ -1,12 +1,12 @@
-"""Checkpoints of a run: copied while training stands still, written while it goes on, marked, then renamed.
+"""Checkpoints of a run: copied while training waits, written while it continues, marked, then renamed.
 
-    checkpoints/step_000012/    rank_00000.safetensors ...   weights and optimizer (policy/checkpoint.py)
+    checkpoints/step_000012/    rank_00000.safetensors ...   weights and optimizer (policy/snapshot.py)
                                 state.json                   counters, controller, layout, objective, file sizes
                                 recipe.resolved.yaml         the recipe that was running
                                 COMPLETE                     written last
 
-A half-written one has another name, so it is never picked up. An attempt that another one has replaced (a node that
-was cut off and comes back) may not publish any more: the run directory's `attempt` file names the newest.
+A half-written one has another name, so it is never loaded. An attempt that a newer one has replaced (a node that was
+cut off and comes back) publishes nothing: the run directory's `attempt` file names the newest attempt.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ class CheckpointWriter:
         """
         Args:
             directory: `checkpoints` of the run directory.
-            kept: how many complete ones stay.
-            log: of this rank; hears that the run gets on while the ranks wait together for a slow disk.
+            kept: number of complete checkpoints that stay.
+            log: of this rank; its pulse shows progress while the ranks wait together for a slow disk.
         """
         self.directory, self.kept, self._log = directory, kept, log
         self.seconds = 0.0
-        """How long the last save took from its start to its marker, as rank 0 saw it."""
+        """Seconds of the last save from its start to its marker, on rank 0."""
         self._snapshot = Snapshot()
         self._thread: threading.Thread | None = None
         self._fault: str | None = None
@@ -69,7 +69,7 @@ class CheckpointWriter:
 
     def _save(self, trainer: Trainer, step: int) -> None:
         self.wait()
-        began = time.monotonic()
+        start = time.monotonic()
         # Before anything is copied: the data position belongs to the end of this step.
         controller, token = trainer.on_first_rank(lambda controller: (controller.state(), secrets.token_hex(4)))
         partial = self.directory / partial_name(step, token)
@@ -85,14 +85,14 @@ class CheckpointWriter:
             "controller": controller.model_dump(mode="json", by_alias=True),
             "layout": asdict(trainer.policy.layout),
         }
-        self._thread = threading.Thread(target=self._write, args=(partial, state, began, dist.get_rank()), daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(partial, state, start, dist.get_rank()), daemon=True)
         self._thread.start()
 
     def check(self) -> None:
-        """Tell, without waiting, whether the save under way has failed on any rank.
+        """Check, without waiting, whether the running save has failed on any rank.
 
         Raises:
-            CheckpointError: it has.
+            CheckpointError: it has failed.
         """
         with self._log.time("check"):
             busy, failed = self._agree()
@@ -106,7 +106,7 @@ class CheckpointWriter:
             self._thread = None
 
     def wait(self) -> None:
-        """Wait until the save under way is published.
+        """Wait until the running save is published.
 
         Raises:
             CheckpointError: it failed on some rank.
@@ -125,7 +125,7 @@ class CheckpointWriter:
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         return bool(flags[0]), bool(flags[1])
 
-    def _write(self, partial: Path, state: dict[str, Any], began: float, rank: int) -> None:
+    def _write(self, partial: Path, state: dict[str, Any], start: float, rank: int) -> None:
         """The background part of a save: this rank's file, and on rank 0 the publication."""
         file = rank_file(partial, rank)
         unfinished = file.with_suffix(".unfinished")
@@ -134,7 +134,7 @@ class CheckpointWriter:
             unfinished.rename(file)
             if rank == 0 and self._all_written(partial):
                 self._publish(partial, state)
-                self.seconds = time.monotonic() - began
+                self.seconds = time.monotonic() - start
         except (OSError, ValueError) as error:
             self._fault = str(error)
             unfinished.unlink(missing_ok=True)
@@ -167,7 +167,7 @@ class CheckpointWriter:
 
 
 def find_latest(directory: Path) -> Path | None:
-    """The newest complete checkpoint whose files have the sizes that were written; every rank hears the same."""
+    """The newest complete checkpoint with files of the sizes that were written; every rank gets the same."""
     found: list[Path | None] = [None]
     if dist.get_rank() == 0:
         found = [next((path for path in reversed(complete_checkpoints(directory)) if is_whole(path)), None)]
@@ -176,7 +176,7 @@ def find_latest(directory: Path) -> Path | None:
 
 
 def load(trainer: Trainer, checkpoint: Path) -> int:
-    """Go on from a checkpoint of any layout. Every rank calls it; the servers need a `sync` afterwards.
+    """Resume from a checkpoint of any layout. Every rank calls it; the servers need a `sync` afterwards.
 
     Returns:
         Steps done.
@@ -184,7 +184,7 @@ def load(trainer: Trainer, checkpoint: Path) -> int:
     state: dict[str, Any] = json.loads(CheckpointDir(checkpoint).state.read_text())
     saved = SavedPolicy(checkpoint, trainer.policy.weights.arch, Layout(**state["layout"]))
     restore(trainer.policy, saved, state["optimizer_steps"])
-    # `sync` counts on: the version that the servers get first is the one they had.
+    # `sync` adds one: the first version that the servers get is the one that they had.
     trainer.version, trainer.updates, trainer.skipped = state["version"] - 1, state["updates"], state["skipped"]
     trainer.wait_for_servers()
     saved_state = ControllerState.from_json(json.dumps(state["controller"]))

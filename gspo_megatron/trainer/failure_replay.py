@@ -1,4 +1,4 @@
-"""`gspo debug BUNDLE`: the loss of a kept update again, offline, and the tokens and sequences that stand out."""
+"""`gspo debug BUNDLE`: compute the loss of a failure dump again, and list tokens and sequences that stand out."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from gspo_megatron.objective import BatchTotals, LossInputs, policy_loss
 
 BUNDLE = "bundle.json"
 SHOWN = 5
-"""Tokens and sequences that are listed."""
+"""Most tokens and most sequences that are listed."""
 LOGPROBS = ("logprobs", "old_logprobs", "rollout_logprobs", "reference_logprobs")
 
 
 def replay_bundle(directory: Path) -> str:
-    """What happened in a kept update, as text.
+    """Examine a failure dump; returns the text to print.
 
     Raises:
-        ValueError: the directory is no bundle.
+        ValueError: the directory is no failure dump.
     """
     if not (directory / BUNDLE).is_file():
         raise ValueError(f"{directory} holds no {BUNDLE}; name a directory under alarms/ of a run")
@@ -47,7 +47,7 @@ def replay_bundle(directory: Path) -> str:
 
 
 def micro_batches(directory: Path, context: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """(name, tensors) of every micro-batch, its context-parallel parts put together."""
+    """(name, tensors) of every micro-batch, its context-parallel parts joined."""
     files = sorted(directory.glob("rank_*.safetensors"))
     for start in range(0, len(files), context):
         parts = [load_file(file) for file in files[start : start + context]]
