@@ -6,18 +6,20 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
 from gspo_megatron import __version__
-from gspo_megatron.cluster.supervisor import plan_roles, run_roles
+from gspo_megatron.cluster.attempts import attempt_name, attempts
+from gspo_megatron.cluster.exit_codes import REFUSED
+from gspo_megatron.cluster.local_backend import plan_roles, run_roles
 from gspo_megatron.config import Recipe, RecipeError, load, save_resolved
+from gspo_megatron.config.loading import refuse
 from gspo_megatron.plan import check
 from gspo_megatron.plan import command as plan_command
 from gspo_megatron.plan.rules.not_built import not_built
-
-REFUSED = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,8 +77,11 @@ def train(path: Path, overrides: Sequence[str]) -> int:
         f"{recipe.run.name}: {ranks} trainer ranks, {recipe.rollout.servers} rollout server(s), all goes to {run_dir}",
         flush=True,
     )
-    attempt = 1 + sum(1 for _ in (run_dir / "logs").glob("attempt_*"))
-    return run_roles(plan_roles(recipe, run_dir, ranks), run_dir / "logs" / f"attempt_{attempt}")
+    logs = run_dir / "logs"
+    attempt = 1 + max(attempts(logs), default=0)
+    with refuse_unwritable(run_dir):
+        (logs / attempt_name(attempt)).mkdir(parents=True)
+    return run_roles(plan_roles(recipe, run_dir, ranks), logs / attempt_name(attempt))
 
 
 def convert(source: Path, out: Path, recipe: Path | None, overrides: Sequence[str]) -> int:
@@ -121,17 +126,30 @@ def prepare_run(recipe: Recipe) -> Path:
     """Make the run directory: resolved recipe, objective sentence, the servers' model description."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     run_dir = recipe.run.directory or Path("runs") / f"{recipe.run.name}-{stamp}"
-    (run_dir / "model").mkdir(parents=True, exist_ok=True)
-    save_resolved(recipe, run_dir / "recipe.resolved.yaml")
-    batch = recipe.batch
-    spec = recipe.objective.spec(recipe.rollout.max_answer_tokens)
-    sentence = spec.describe(batch.prompts * batch.answers // batch.updates, batch.updates)
-    (run_dir / "objective.txt").write_text(sentence + "\n")
-    print(sentence, flush=True)
-    arch = recipe.model.architecture
-    assert arch is not None
-    (run_dir / "model" / "config.json").write_text(json.dumps(arch.to_hugging_face(recipe.model.dtype), indent=1))
+    with refuse_unwritable(run_dir):
+        (run_dir / "model").mkdir(parents=True, exist_ok=True)
+        save_resolved(recipe, run_dir / "recipe.resolved.yaml")
+        batch = recipe.batch
+        spec = recipe.objective.spec(recipe.rollout.max_answer_tokens)
+        sentence = spec.describe(batch.prompts * batch.answers // batch.updates, batch.updates)
+        (run_dir / "objective.txt").write_text(sentence + "\n")
+        print(sentence, flush=True)
+        arch = recipe.model.architecture
+        assert arch is not None
+        (run_dir / "model" / "config.json").write_text(json.dumps(arch.to_hugging_face(recipe.model.dtype), indent=1))
     return run_dir
+
+
+@contextmanager
+def refuse_unwritable(run_dir: Path) -> Iterator[None]:
+    """Turn the system's refusal to write a run directory into one sentence. Raises RecipeError."""
+    try:
+        yield
+    except OSError as error:
+        raise refuse(
+            "run-directory", "run.directory", f"{error.filename or run_dir} cannot be written ({error.strerror})",
+            "name a directory that you can write, on a file system with room",
+        ) from None  # fmt: skip
 
 
 def count_gpus() -> int:

@@ -14,8 +14,6 @@ if TYPE_CHECKING:  # only named in annotations: a launcher that reads recipes ne
 
 StopReason = Literal["stop", "length", "repetition", "abort"]
 Severity = Literal["error", "warning", "info"]
-STOPPED = 85
-"""Exit code of a trainer that saved itself and stopped because it was asked to: the same command goes on."""
 
 
 @dataclass(frozen=True, slots=True)

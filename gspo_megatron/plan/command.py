@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from gspo_megatron.cluster.exit_codes import REFUSED
 from gspo_megatron.cluster.machines import DEVICES
 from gspo_megatron.config.loading import RecipeError, load
 from gspo_megatron.plan.run_plan import Plan, make_plan, tell_not_built, with_placement
-
-REFUSED = 2
 
 
 def add_arguments(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

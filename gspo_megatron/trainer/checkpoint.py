@@ -24,14 +24,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gspo_megatron.cluster.attempts import refuse_if_replaced
+from gspo_megatron.cluster.attempts import (
+    COMPLETE,
+    checkpoint_name,
+    complete_checkpoints,
+    is_partial_checkpoint,
+    partial_checkpoint_name,
+    refuse_if_replaced,
+)
 from gspo_megatron.parallel import Layout
 from gspo_megatron.policy.restore import SavedPolicy, restore
 from gspo_megatron.policy.snapshot import Snapshot, optimizer_steps, rank_file
 from gspo_megatron.run_log import RunLog
 from gspo_megatron.trainer.step import Trainer
 
-MARKER = "COMPLETE"
 STATE = "state.json"
 RECIPE = "recipe.resolved.yaml"
 POLL_SECONDS = 0.02
@@ -73,7 +79,7 @@ class CheckpointWriter:
         began = time.monotonic()
         # Before anything is copied: the data position belongs to the end of this step.
         controller, token = trainer.on_first_rank(lambda controller: (controller.state(), secrets.token_hex(4)))
-        partial = self.directory / f".step_{step:06d}.{token}.partial"
+        partial = self.directory / partial_checkpoint_name(step, token)
         partial.mkdir(parents=True, exist_ok=True)
         self._snapshot.take(trainer.policy)
         state = {
@@ -148,7 +154,7 @@ class CheckpointWriter:
         return not waiting
 
     def _publish(self, partial: Path, state: dict[str, Any]) -> None:
-        final = self.directory / f"step_{state['step']:06d}"
+        final = self.directory / checkpoint_name(state["step"])
         files = sorted(partial.glob("rank_*"))
         written = {**state, "files": {file.name: file.stat().st_size for file in files}}
         (partial / STATE).write_text(json.dumps(written, indent=1))
@@ -157,12 +163,13 @@ class CheckpointWriter:
             shutil.copyfile(recipe, partial / RECIPE)
         _sync(partial / STATE)
         refuse_if_replaced(self.directory.parent)
-        (partial / MARKER).touch()
+        (partial / COMPLETE).touch()
         _sync(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         _sync(self.directory)
-        for old in [*complete(self.directory)[: -self.kept], *self.directory.glob(".step_*.partial")]:
+        cut_short = [path for path in self.directory.iterdir() if is_partial_checkpoint(path.name)]
+        for old in [*complete_checkpoints(self.directory)[: -self.kept], *cut_short]:
             shutil.rmtree(old, ignore_errors=True)
 
 
@@ -170,7 +177,7 @@ def find_latest(directory: Path) -> Path | None:
     """The newest complete checkpoint whose files have the sizes that were written; every rank hears the same."""
     found: list[Path | None] = [None]
     if dist.get_rank() == 0:
-        found = [next((path for path in reversed(complete(directory)) if is_whole(path)), None)]
+        found = [next((path for path in reversed(complete_checkpoints(directory)) if is_whole(path)), None)]
     dist.broadcast_object_list(found, src=0)
     return found[0]
 
@@ -193,11 +200,6 @@ def load(trainer: Trainer, checkpoint: Path) -> int:
     if state["objective"] != trainer.objective_sentence():
         trainer.log.say(f"with another objective; until now it was: {state['objective']}")
     return state["step"]
-
-
-def complete(directory: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(path for path in directory.glob("step_*") if (path / MARKER).is_file())
 
 
 def is_whole(checkpoint: Path) -> bool:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from gspo_megatron.cluster.child_processes import die_with_parent
+from gspo_megatron.cluster.exit_codes import STOPPED
 from gspo_megatron.cluster.machines import takes_turns
 from gspo_megatron.cluster.watchdog import Watchdog
 from gspo_megatron.config import RecipeError, load_resolved
@@ -30,7 +31,6 @@ from gspo_megatron.trainer.start import start
 from gspo_megatron.trainer.step import Trainer
 from gspo_megatron.transport.controller_client import ControllerClient, ControllerError
 from gspo_megatron.transport.weights.wire import TransferError
-from gspo_megatron.types import STOPPED
 
 
 def train(trainer: Trainer, checkpoints: Path) -> bool:

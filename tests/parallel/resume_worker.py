@@ -24,7 +24,8 @@ import torch.distributed as dist
 import gspo_megatron.policy  # noqa: F401  the device layer must be in before megatron
 from gspo_megatron.cluster import watchdog
 from gspo_megatron.cluster.attempts import ATTEMPT_FILE
-from gspo_megatron.cluster.supervisor import free_ports
+from gspo_megatron.cluster.exit_codes import STOPPED
+from gspo_megatron.cluster.local_backend import free_ports
 from gspo_megatron.config import load
 from gspo_megatron.policy import mesh
 from gspo_megatron.policy.policy import Policy
@@ -33,7 +34,6 @@ from gspo_megatron.run_log import RunLog
 from gspo_megatron.trainer import loop
 from gspo_megatron.trainer.batches import MiniBatch
 from gspo_megatron.trainer.step import Trainer
-from gspo_megatron.types import STOPPED
 from tests.parallel.recorded import NoServers, RecordedLink
 
 FAILED = 1

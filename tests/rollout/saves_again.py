@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from gspo_megatron import cli
-from gspo_megatron.cluster import supervisor
+from gspo_megatron.cluster import local_backend
 from gspo_megatron.config.schema import Recipe
 
 AGAIN = "again"
@@ -19,9 +19,9 @@ AGAIN = "again"
 LOOP, HERE = "gspo_megatron.trainer.loop", "tests.rollout.saves_again"
 
 
-def plan_roles(recipe: Recipe, run_dir: Path, ranks: int) -> list[supervisor.Role]:
+def plan_roles(recipe: Recipe, run_dir: Path, ranks: int) -> list[local_backend.Role]:
     """The roles of the run, trainers started through this file."""
-    planned = supervisor.plan_roles(recipe, run_dir, ranks)
+    planned = local_backend.plan_roles(recipe, run_dir, ranks)
     return [replace(role, command=tuple(HERE if word == LOOP else word for word in role.command)) for role in planned]
 
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gspo_megatron.cluster.attempts import complete_checkpoints
 from gspo_megatron.config import load_resolved
 from gspo_megatron.data.store import HEADER
 from gspo_megatron.data.stream import PromptStream
 from gspo_megatron.data.tokenizers import load_tokenizer
-from gspo_megatron.trainer.checkpoint import complete
 from tests.rollout.saves_again import AGAIN, HERE
 from tests.rollout.test_lost_server import rows_of, wait_for
 from tests.rollout.test_main_job import assert_all_ended, start
@@ -47,7 +47,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     assert_all_ended(directory)
     run_dir = directory / "run"
     kept = directory / "kept"
-    shutil.copytree(complete(run_dir / "checkpoints")[-1], kept)
+    shutil.copytree(complete_checkpoints(run_dir / "checkpoints")[-1], kept)
     job = start(directory, *SHAPE, module=HERE)
     try:
         said, _ = job.communicate(timeout=600)
@@ -64,7 +64,7 @@ def state_of(checkpoint: Path) -> dict[str, Any]:
 
 def test_what_was_restored_is_saved_again_bit_for_bit(run: tuple[Path, Path]) -> None:
     run_dir, kept = run
-    (again,) = complete(run_dir / AGAIN)
+    (again,) = complete_checkpoints(run_dir / AGAIN)
     files = sorted(path.name for path in kept.glob("rank_*"))
     assert len(files) == 2 and files == sorted(path.name for path in again.glob("rank_*"))
     for name in files:

@@ -33,7 +33,7 @@ def test_a_silent_rank_is_named_before_one_that_is_behind() -> None:
 
 def test_the_rank_that_entered_fewest_stages_is_behind() -> None:
     beats = {0: beat(7, 900), 1: beat(5, 800, stage="pack"), 2: beat(6, 850)}
-    assert "nothing got on for 100 s: trainer-1 is 2 stages behind, in pack" in blame(beats, NOW, interval=2.0)
+    assert "no progress for 100 s: trainer-1 is 2 stages behind, in pack" in blame(beats, NOW, interval=2.0)
 
 
 def test_nobody_is_blamed_when_all_wait_in_one_place() -> None:
@@ -53,7 +53,7 @@ def test_a_stage_may_take_a_multiple_of_its_own_longest_time(monkeypatch: pytest
     assert 5 * 0.05 <= pulse.limit() < 5 * 0.5
 
 
-def test_one_rank_that_gets_on_is_enough_and_a_standstill_ends_the_attempt(
+def test_one_rank_that_makes_progress_is_enough_and_a_standstill_ends_the_attempt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(watchdog, "SHORTEST", 0.4)
