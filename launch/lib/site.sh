@@ -5,7 +5,9 @@
 load_site() {
     # `sbatch --export=NONE` leaves the job without these; the PATH that bash takes then may end in the present directory.
     export PATH=${PATH%:.} HOME=${HOME:-~}
-    local name site_file=${GSPO_SITE:-$home/launch/site.sh}
+    local name
+    # Not local: bash leaves its functions before it runs the EXIT trap.
+    site_file=${GSPO_SITE:-$home/launch/site.sh}
     if [ -e "$site_file" ]; then
         source_site_file
     elif [ -n "${GSPO_SITE:-}" ]; then
@@ -18,14 +20,15 @@ load_site() {
 }
 
 source_site_file() { # without -eu: what a module system does is not written for them
-    local fault site_line=1
+    local fault
+    site_line=1
     fault=$(bash -n "$site_file" 2>&1) ||
         refuse "the site file cannot be read: ${fault%%$'\n'*}; correct that line (launch/site.example.sh shows the form)"
     set +eu -T
     # Within the EXIT trap bash counts lines from 1 again.
-    trap '[[ ${BASH_SOURCE[0]} != "$site_file" || $LINENO -lt $site_line ]] || site_line=$LINENO' DEBUG
+    trap '[[ ${BASH_SOURCE[0]-} != "$site_file" || $LINENO -lt $site_line ]] || site_line=$LINENO' DEBUG
     trap 'site_command_failed $? "$LINENO" "$BASH_COMMAND"' ERR
-    trap 'site_file_ended $?' EXIT
+    trap site_file_ended EXIT
     # shellcheck source=/dev/null
     . "$site_file"
     trap - DEBUG ERR EXIT
@@ -43,9 +46,9 @@ site_command_failed() { # STATUS LINE COMMAND: a program that is missing is an e
     echo "gspo: $where ended with $1 and the job goes on; correct the line, or add \`|| true\` if that is expected" >&2
 }
 
-site_file_ended() { # STATUS: `exit`, or bash itself, as for ${NAME:?}
+site_file_ended() { # `exit`, or bash itself, as for ${NAME:?}
     trap - DEBUG ERR EXIT
-    refuse "the site file $site_file, line $site_line, ended the script with $1; correct the line (bash's own message, if any, is above), and use no exit"
+    refuse "the site file $site_file, line $site_line, ended the script; correct the line (bash's own message, if any, is above), and use no exit"
 }
 
 refuse() { # one sentence, exit 2
