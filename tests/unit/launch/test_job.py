@@ -74,7 +74,8 @@ def test_two_jobs_that_start_in_one_second_get_different_attempts_and_one_is_ref
 def test_a_job_that_has_ended_or_is_started_again_holds_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_attempt(tmp_path / "logs", "6"), make_attempt(tmp_path / "logs", "7")
+    make_attempt(tmp_path / "logs", "6")
+    make_attempt(tmp_path / "logs", "7")
     number, _, earlier = make_attempt(tmp_path / "logs", "7")
     monkeypatch.setattr(files, "running_jobs", lambda user: ["7"])
     claim_attempt(plan_of(tmp_path, number, tuple(earlier)), "7")
