@@ -15,8 +15,9 @@ from gspo_megatron import __version__
 from gspo_megatron.cluster.attempts import attempt_name, attempts
 from gspo_megatron.cluster.exit_codes import REFUSED
 from gspo_megatron.cluster.local_backend import plan_roles, run_roles
-from gspo_megatron.config import Recipe, RecipeError, load, save_resolved
+from gspo_megatron.config import Recipe, RecipeError, save_resolved
 from gspo_megatron.config.loading import refuse
+from gspo_megatron.models import load_recipe
 from gspo_megatron.plan import check
 from gspo_megatron.plan import command as plan_command
 from gspo_megatron.plan.rules.not_built import not_built
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(path: Path, overrides: Sequence[str]) -> int:
     """Run a recipe with all its roles on this machine."""
-    recipe = load(path, overrides)
+    recipe = load_recipe(path, overrides)
     gpus = count_gpus()
     ranks = recipe.trainer.ranks or gpus or 2
     findings = [*check(recipe, ranks), *not_built(recipe)]
@@ -86,7 +87,7 @@ def train(path: Path, overrides: Sequence[str]) -> int:
 
 def convert(source: Path, out: Path, recipe: Path | None, overrides: Sequence[str]) -> int:
     """Convert weights between a checkpoint and a Hugging Face directory."""
-    wanted = load(recipe, overrides) if recipe else None
+    wanted = load_recipe(recipe, overrides) if recipe else None
     from gspo_megatron import convert as conversion
 
     try:
@@ -134,8 +135,7 @@ def prepare_run(recipe: Recipe) -> Path:
         sentence = spec.describe(batch.prompts * batch.answers // batch.updates, batch.updates)
         (run_dir / "objective.txt").write_text(sentence + "\n")
         print(sentence, flush=True)
-        arch = recipe.model.architecture
-        assert arch is not None
+        arch = recipe.arch
         (run_dir / "model" / "config.json").write_text(json.dumps(arch.to_hugging_face(recipe.model.dtype), indent=1))
     return run_dir
 

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gspo_megatron.config import Recipe, load_resolved, save_resolved
+from gspo_megatron.config import Recipe, save_resolved
+from gspo_megatron.models import load_resolved
 from gspo_megatron.models.hf_table import Piece, hf_shapes, local_parameters
 from gspo_megatron.parallel import Layout, layout_of
 from gspo_megatron.policy.restore import SavedPolicy
@@ -49,8 +50,7 @@ def convert(source: Path, out: Path, recipe: Recipe | None) -> str:
 
 def to_hugging_face(checkpoint: Path, recipe: Recipe, out: Path) -> None:
     """Weights of a checkpoint, in the type of its recipe."""
-    arch = recipe.model.architecture
-    assert arch is not None
+    arch = recipe.arch
     saved = SavedPolicy(checkpoint, arch, Layout(**json.loads((checkpoint / STATE).read_text())["layout"]))
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -62,8 +62,7 @@ def to_hugging_face(checkpoint: Path, recipe: Recipe, out: Path) -> None:
 
 def to_layout(source: Path, recipe: Recipe, layout: Layout, out: Path) -> None:
     """A Hugging Face directory in the files of a checkpoint that no optimizer has touched."""
-    arch = recipe.model.architecture
-    assert arch is not None
+    arch = recipe.arch
     read = safetensors_pieces(source, arch)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

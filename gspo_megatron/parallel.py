@@ -12,7 +12,7 @@ from gspo_megatron.config.schema import TrainerSection
 
 @dataclass(frozen=True, slots=True)
 class Coordinates:
-    """Where one rank stands in each dimension of the layout."""
+    """The position of one rank in each dimension of the layout."""
 
     tensor: int
     """Position among the tensor-parallel ranks; fastest varying."""
@@ -83,7 +83,7 @@ class Layout:
         """Layers of each pipeline stage.
 
         Raises:
-            ValueError: layers that do not divide, with the numbers and the mend.
+            ValueError: layers that do not divide; the message has the numbers and the fix.
         """
         sizes: list[int | None] = [None] * self.pipeline
         if self.first_stage_layers is not None:
@@ -121,7 +121,7 @@ class Layout:
 
 
 def layout_of(trainer: TrainerSection, world: int) -> Layout:
-    """The layout a recipe asks for on `world` ranks."""
+    """The layout of a recipe on `world` ranks."""
     return Layout(
         world=world,
         tensor=trainer.tensor_parallel,

@@ -10,13 +10,14 @@ import torch
 
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.models.hf_table import hf_shapes, local_parameters
+from gspo_megatron.models.qwen3.architecture import Qwen3Architecture
 from gspo_megatron.parallel import Layout
 from gspo_megatron.transport.weights.checksum import MASK
 from gspo_megatron.transport.weights.sender import WeightSender, first_cause
 from gspo_megatron.transport.weights.wire import TransferError
 
 CPU = torch.device("cpu")
-ARCH = Architecture(
+ARCH = Qwen3Architecture(
     vocab_size=96,
     hidden_size=64,
     num_hidden_layers=4,

@@ -1,8 +1,8 @@
-"""How long training stands still for a checkpoint: `python tools/bench_checkpoint.py [--json]`.
+"""Measure how long a checkpoint blocks training: `python tools/bench_checkpoint.py [--json]`.
 
-One process, no GPU needed. Beside each other in one run: a copy of the same bytes in memory (the least that any
-asynchronous save can take), ours asynchronous, ours synchronous, and `torch.distributed.checkpoint.async_save`. Each is
-the median of several saves after a first one, which pays for memory and is reported apart.
+It uses one process and no GPU. One run compares a copy of the same bytes in memory (the lower bound of an asynchronous
+save), this package's asynchronous and synchronous saves, and `torch.distributed.checkpoint.async_save`. Each number is
+the median of several saves. The first save allocates memory and is reported separately.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch.distributed.checkpoint as dcp
 
 import gspo_megatron.policy  # noqa: F401  the device layer must be in before megatron
 from gspo_megatron.cluster.local_backend import free_ports
-from gspo_megatron.config import load
+from gspo_megatron.models import load_recipe
 from gspo_megatron.policy import mesh
 from gspo_megatron.policy.policy import OptimizerSettings, Policy
 from gspo_megatron.policy.snapshot import MOMENTS, stepped
@@ -43,10 +43,9 @@ LIMIT = 1.25
 
 def make_policy() -> Policy:
     """A policy whose optimizer holds moments, as after its first step."""
-    recipe = load(Path("recipes/tiny_moe.yaml"), [f"model.architecture.{setting}" for setting in MODEL])
-    assert recipe.model.architecture is not None
+    recipe = load_recipe(Path("recipes/tiny_moe.yaml"), [f"model.architecture.{setting}" for setting in MODEL])
     policy = Policy(recipe, mesh.start_world())
-    policy.load(random_pieces(recipe.model.architecture, 0))
+    policy.load(random_pieces(recipe.arch, 0))
     policy.start_optimizer(OptimizerSettings(1e-4, (0.9, 0.95), 1e-8, 0.0, 1.0))
     for run in stepped(policy):
         state: dict[str, Any] = {kind: torch.rand_like(run.main) for kind in MOMENTS}

@@ -1,10 +1,10 @@
-"""The log-prob head: operations, memory and error beside a reference that holds the logits in float64.
+"""Measure FLOPs, memory and error of the log-prob head against a reference that holds the logits in float64.
 
     python tools/bench_head.py [--json]
 
-On a machine with no GPU hidden size and vocabulary are scaled down, and the result says so; one more case has the whole
-vocabulary, because the workspace grows with chunk * vocabulary and with nothing else. Each case is a process of its
-own, tensor-parallel size 1. Exits 1 when a bound is broken.
+Without a GPU, hidden size and vocabulary are scaled down, and the result says so. One more case has the whole
+vocabulary, because the workspace grows with chunk * vocabulary only. Each case runs in a separate process with
+tensor-parallel size 1. Exits with 1 if a bound is broken.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ ROOT = Path(__file__).resolve().parents[1]
 TEMPERATURE = 0.8
 REFERENCE_ROWS = 2048
 WORKSPACE_BOUND = 1.5e9
-"""Bytes beside hidden states, weight and their gradients, at the whole vocabulary."""
+"""Most bytes besides hidden states, weight and their gradients, at the whole vocabulary."""
 STABILITY_BOUND = 1e-6
 """Largest relative difference of a gradient between two chunk sizes, float32."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One size."""
+    """The sizes of one measurement."""
 
     tokens: int
     hidden: int
@@ -46,7 +46,7 @@ class Case:
     scaled: bool
     """Whether hidden size or vocabulary are smaller than Qwen3-30B-A3B's 2048 and 151,936."""
     reference: bool = True
-    """Whether the reference is worth its time."""
+    """Whether the reference is computed; it takes too long at large sizes."""
 
 
 HOST_CASES = [Case(tokens, 128, 9496, chunk, "float32", True) for tokens in (4096, 32768) for chunk in (1024, 256)]
@@ -56,7 +56,7 @@ GPU_CASES.append(Case(131_072, 2048, 151_936, 1024, "bfloat16", False, reference
 
 
 class CountProducts(TorchDispatchMode):
-    """Adds up the operations of matrix products, two for each multiplied pair."""
+    """Counts the FLOPs of matrix products, two for each multiply-add."""
 
     def __init__(self) -> None:
         super().__init__()

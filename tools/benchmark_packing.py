@@ -1,8 +1,8 @@
-"""How evenly `pack` spreads long-tailed lengths: `python tools/benchmark_packing.py`.
+"""Measure how evenly `pack` distributes long-tailed lengths: `python tools/benchmark_packing.py`.
 
-8 data-parallel ranks, at most 131,072 tokens a bin, costs of Qwen3-30B-A3B, 10 seeds. Lengths: `math` is lognormal
+8 data-parallel ranks, at most 131,072 tokens per bin, costs of Qwen3-30B-A3B, 10 seeds. Lengths: `math` is lognormal
 with median 9K and sigma 1.0, `agent` with median 24K and sigma 0.75, both cut at 100K. W is the time of the slowest
-expert group over a perfect spread; no packing gets below max(1, dearest sequence / a rank's mean).
+expert group over the time of a perfect distribution. Its lower bound is max(1, costliest sequence / mean of a rank).
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ CASES = (("math", 512, 1), ("math", 512, 4), ("math", 512, 8), ("math", 128, 4),
 
 
 def draw_lengths(shape: str, count: int, seed: int) -> list[int]:
-    """Tokens of each sequence."""
+    """Draw the tokens of each sequence."""
     median, sigma = SHAPES[shape]
     drawn = np.random.default_rng(seed).lognormal(np.log(median), sigma, count)
     return np.clip(drawn, 64, 100_000).astype(int).tolist()
 
 
 def cost(length: int) -> float:
-    """Forward FLOPs of a sequence: linear layers, and causal attention's square."""
+    """Return the forward FLOPs of a sequence: linear layers, and the quadratic part of causal attention."""
     return 6.08e9 * length + 393_216.0 * length**2
 
 
 def measure(shape: str, count: int, span: int, seed: int) -> tuple[float, float, float]:
-    """W, W over its lower bound, and seconds."""
+    """Return W, W over its lower bound, and seconds."""
     lengths = draw_lengths(shape, count, seed)
     costs = [cost(length) for length in lengths]
     began = time.perf_counter()
@@ -42,7 +42,7 @@ def measure(shape: str, count: int, span: int, seed: int) -> tuple[float, float,
 
 
 def main() -> None:
-    """Print the table of data/README.md."""
+    """Print the table of gspo_megatron/data/NOTES.md."""
     print("| lengths | sequences | ranks per expert group | W mean | W worst | W / bound, mean | ms |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     for shape, count, span in CASES:

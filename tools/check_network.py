@@ -1,6 +1,6 @@
-"""A small all-reduce over the nodes of a job, one GPU of each: `srun ... python tools/check_network.py PLAN.json`.
+"""Run a small all-reduce over the nodes of a job, one GPU each: `srun ... python tools/check_network.py PLAN.json`.
 
-The launcher runs it before the roles start. Prints the bus bandwidth; exit 1 when the sum is wrong.
+The launcher runs it before the roles start. It prints the bus bandwidth and exits with 1 if the sum is wrong.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TIMEOUT = timedelta(seconds=120)
 
 
 def main() -> int:
-    """Entry: the world is the tasks of the srun step."""
+    """Run the all-reduce. The ranks are the tasks of the srun step."""
     plan = json.loads(Path(sys.argv[1]).read_text())
     rank, world = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
     place = next(task["environment"] for task in plan["tasks"] if task["kind"] == "trainer")

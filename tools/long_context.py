@@ -1,8 +1,8 @@
-"""Answers of 100K tokens through the whole path, native rotary embedding and YaRN: `python tools/long_context.py`.
+"""Run responses of 100K tokens through the whole system, with and without YaRN: `python tools/long_context.py`.
 
-For each of the two a `gspo train` of tools/long_context.yaml: weights go to a real vLLM server by the live update, it
-samples two answers to their limit, four context-parallel trainer ranks score and train on them, and the new weights go
-back. The memory is the largest that each process had in RAM (VmHWM).
+Each of the two cases is a `gspo train` of tools/long_context.yaml. A weight update fills a real vLLM server, the server
+samples two responses to their limit, four context-parallel trainer ranks score and train on them, and a second weight
+update follows. Memory is the peak resident size of each process (VmHWM).
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import gspo_megatron.policy  # noqa: F401  the device layer must be in before megatron
-from gspo_megatron.config import Recipe, load
+from gspo_megatron.config import Recipe
 from gspo_megatron.data.tokenizers import load_tokenizer
+from gspo_megatron.models import load_recipe
 from gspo_megatron.models.hf_table import Piece, hf_shapes
 from gspo_megatron.policy.weights import random_pieces, save_hf
 from gspo_megatron.run_log import read_rows
@@ -33,11 +34,15 @@ ROPES = {"native": [], "yarn": [f"model.architecture.rope_scaling={YARN}"]}
 LARGEST, MEAN = 1e-4, 1e-6
 """Bounds of |sampler - trainer| of a token and of its signed mean, nats; the clip band is 3e-4."""
 SHARPNESS = 2.0
-"""Standard deviation of the attention scores: a query looks at exp(-4) of its keys, so that each one's place counts."""
+"""Standard deviation of the attention scores. A query attends to exp(-4) of its keys, so every position matters."""
 ROUTED = slice(1, 9)
-"""Places of the state that the routers look at."""
-ROLES = {"server": "rollout.server", "controller": "rollout.controller", "trainer": "gspo_megatron.trainer.loop"}
-"""What the command line of each role holds."""
+"""Entries of the hidden state that the routers read."""
+ROLES = {
+    "server": "gspo_megatron.inference.server",
+    "controller": "gspo_megatron.controller.main",
+    "trainer": "gspo_megatron.trainer.loop",
+}
+"""A part of the command line of each role."""
 KEPT = {
     "answer_length": "answer_tokens",
     "rollout_tokens": "rollout_tokens",
@@ -62,8 +67,7 @@ def write_weights(recipe: Recipe, directory: Path) -> None:
     by a margin. Of 400,000 choices by the whole state some are closer than the rounding of either engine; where the two
     choose differently, a token differs by tenths of a nat, and says nothing about its length.
     """
-    arch = recipe.model.architecture
-    assert arch is not None
+    arch = recipe.arch
     factor = float((arch.rope_scaling or {}).get("factor", 1))
     attention_factor = 1.0 + 0.1 * math.log(factor)  # YaRN's, on queries and keys alike
     read = random_pieces(arch, recipe.run.seed)
@@ -90,7 +94,7 @@ def write_weights(recipe: Recipe, directory: Path) -> None:
 def run(rope: str, overrides: Sequence[str], directory: Path) -> dict[str, Any]:
     """One run; its row of the table."""
     settings = [*ROPES[rope], *overrides]
-    write_weights(load(RECIPE, settings), directory / "weights")
+    write_weights(load_recipe(RECIPE, settings), directory / "weights")
     settings += [f"model.path={directory / 'weights'}", f"run.directory={directory / 'run'}"]
     job = subprocess.Popen([sys.executable, "-m", "gspo_megatron.cli", "train", str(RECIPE), *settings])
     peaks: dict[int, tuple[str, int]] = {}
@@ -145,7 +149,7 @@ def main() -> int:
     parser.add_argument("--rope", choices=list(ROPES), help="only this one")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of tools/long_context.yaml")
     arguments = parser.parse_args()
-    tokens = load(RECIPE, arguments.overrides).rollout.max_answer_tokens
+    tokens = load_recipe(RECIPE, arguments.overrides).rollout.max_answer_tokens
     rows, broken = [], []
     for rope in [arguments.rope] if arguments.rope else ROPES:
         with tempfile.TemporaryDirectory() as directory:

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gspo_megatron.config import load
 from gspo_megatron.config.model_section import Architecture
+from gspo_megatron.models import load_recipe
 from gspo_megatron.models.hf_table import count_parameters, local_parameters
 from gspo_megatron.models.vllm_layout import ServerLayout, needed_values
 from gspo_megatron.parallel import Layout
@@ -77,8 +77,7 @@ def main() -> None:
     """Print one row, or one JSON object, for every pair of layouts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one object instead of a table")
-    arch = load(RECIPE).model.architecture
-    assert arch is not None
+    arch = load_recipe(RECIPE).arch
     as_json = parser.parse_args().json
     rows = [
         {"trainer": of, "servers": to, **measure(arch, trainer, servers)}

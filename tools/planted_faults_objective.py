@@ -1,9 +1,9 @@
-"""Does the test suite of the objective see the faults that other implementations shipped?
+"""Check that the objective's tests detect faults that other implementations shipped.
 
-Each fault is a small edit of a copy of the package; the tests run on the copy until the first one fails. Prints a table
-and exits 1 when a fault survives, or when the copy without a fault is not green.
+Each fault is a small edit of a copy of the package. The tests run on the copy until the first one fails. Prints a table
+and exits with 1 if a fault is not detected, or if the copy without a fault fails.
 
-    python tools/planted_faults_objective.py [WORD ...]     only faults whose name holds one of the words
+    python tools/planted_faults_objective.py [WORD ...]     only faults with one of the words in their name
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Do the parity rows see the faults that other implementations shipped?
+"""Check that the parity rows detect faults that other implementations shipped.
 
-Each fault of tests/parallel/faults.py is planted in the running policy, in the layouts that it names, in one started
-world of 4 gloo ranks. Prints a table, writes it to tools/results/planted_faults_policy.md, and exits 1 when a fault
-breaks no bound, or when a row without a fault breaks one.
+Each fault of tests/parallel/faults.py is planted in the running policy, in the layouts that it names, in one world of
+4 gloo ranks. Prints a table, writes it to tools/results/planted_faults_policy.md, and exits with 1 if a fault breaks
+no bound, or if a row without a fault breaks one.
 
     python tools/planted_faults_policy.py
 """
@@ -20,14 +20,14 @@ TIMEOUT = 1800.0
 
 
 def main() -> int:
-    """Run all faults, print and write the table."""
+    """Run all faults; print and write the table."""
     sys.path.insert(0, str(ROOT))
     from tests.parallel.faults import FAULTS
     from tests.parallel.layouts import ROWS
     from tests.parallel.parity import broken_bounds, run_rows
 
     layouts = {layout for planted_in, _ in FAULTS.values() for layout in planted_in}
-    # The tied model is the only one that a fault of the tied head can show in.
+    # A fault of the tied head shows in the tied model only.
     rows = [row for row in ROWS if row.ranks == 4 and row.layout in layouts and row.in_test]
     with tempfile.TemporaryDirectory() as directory:
         results = run_rows(
@@ -37,10 +37,10 @@ def main() -> int:
     survivors = 0
     for name in (None, *FAULTS):
         found = [result for result in results if result["fault"] == name]
-        broken = [(result["name"], said) for result in found if (said := broken_bounds(result))]
+        broken = [(result["name"], bounds) for result in found if (bounds := broken_bounds(result))]
         survivors += bool(broken) == (name is None)
-        for layout, said in broken:
-            lines.append(f"| {name} | {layout} | {_shorten(said)} |")
+        for layout, bounds in broken:
+            lines.append(f"| {name} | {layout} | {_shorten(bounds)} |")
         if not broken:
             lines.append(f"| {name or 'no fault'} | {', '.join(r['name'] for r in found)} | nothing |")
     text = "\n".join(lines)
@@ -51,9 +51,9 @@ def main() -> int:
     return int(survivors > 0)
 
 
-def _shorten(said: list[Any]) -> str:
-    """The first broken bound, and how many more there are."""
-    return str(said[0]) + (f" (and {len(said) - 1} more)" if len(said) > 1 else "")
+def _shorten(bounds: list[Any]) -> str:
+    """Format the first broken bound and the number of further ones."""
+    return str(bounds[0]) + (f" (and {len(bounds) - 1} more)" if len(bounds) > 1 else "")
 
 
 if __name__ == "__main__":

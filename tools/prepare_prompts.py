@@ -1,13 +1,13 @@
-"""Turn a file of mathematics problems into our JSONL: one object with `prompt` and `answer` a line.
+"""Convert a file of mathematics problems to JSONL: one object with `prompt` and `answer` per line.
 
-Reads JSON, JSONL and Parquet (with pyarrow installed) as DAPO-Math-17k, AIME and their relatives are published:
+It reads JSON, JSONL and Parquet (with pyarrow installed) in the published formats of DAPO-Math-17k, AIME and similar:
 
     python tools/prepare_prompts.py DAPO-Math-17k/data/dapo-math-17k.parquet data/dapo_math_17k.jsonl
     python tools/prepare_prompts.py AIME_2024/aime_2024.jsonl data/aime_2024.jsonl --instruction boxed
 
-`--source` names the collection in every line (`data.mixture` draws the sources of several files, put into one, in
-shares), `--pass-rate-key` copies a measured share of right answers (`data.pass_rate` keeps a window): 0.875, "7/8" or a
-list of scores. Nothing is downloaded: fetch the files as their publishers say, and mind their licences.
+`--source` writes the collection's name into every line: `data.mixture` mixes the sources of a joined file in shares.
+`--pass-rate-key` copies a measured share of right answers (0.875, "7/8" or a list of scores) for `data.pass_rate`.
+Nothing is downloaded: get the files from their publishers, under their licences.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 PROMPTS = ("prompt", "problem", "question", "Problem", "Question", "query", "input")
-"""Names under which a problem is published."""
+"""Usual field names of a problem."""
 ANSWERS = (
     "answer",
     "Answer",
@@ -33,12 +33,12 @@ ANSWERS = (
     "reward_model",
     "target",
 )
-"""Names under which its answer is; `reward_model` is an object with `ground_truth` (DAPO-Math-17k)."""
+"""Usual field names of an answer. `reward_model` is an object with `ground_truth` (DAPO-Math-17k)."""
 INSTRUCTIONS = {
     "keep": "",
     "boxed": "\n\nPlease reason step by step, and put your final answer within \\boxed{}.",
 }
-"""Added behind the problem: nothing, or the words that Qwen's model cards ask for."""
+"""Text added after the problem: nothing, or the instruction from Qwen's model cards."""
 WRAPPINGS = (
     (
         "Solve the following math problem step by step. The last line of your response should be of the form "
@@ -46,15 +46,15 @@ WRAPPINGS = (
         '\n\nRemember to put your answer on its own line after "Answer:".',
     ),
 )
-"""Instructions that a published set has around every problem; taken off when another one is asked for."""
+"""Instructions around every problem of a published set. They are removed if another instruction is chosen."""
 
 
 class BadFile(ValueError):
-    """A file that cannot be turned, in one sentence."""
+    """The file cannot be converted. The message is one sentence."""
 
 
 def main() -> int:
-    """Write the JSONL and say what was dropped; exit 2 with one sentence for a file that cannot be read."""
+    """Write the JSONL and print what was dropped. Returns 2 for a file that cannot be read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="JSON, JSONL or Parquet file")
     parser.add_argument("target", type=Path, help="JSONL file to write")
@@ -78,13 +78,13 @@ def main() -> int:
         json.dumps({"prompt": prompt, **fields, **named}, ensure_ascii=False) for prompt, fields in problems.items()
     ]
     chosen.target.write_text("\n".join(lines) + "\n")
-    told = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items())) or "none"
-    print(f"{len(problems)} problems of {len(rows)} rows to {chosen.target}; dropped: {told}")
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items())) or "none"
+    print(f"{len(problems)} problems of {len(rows)} rows to {chosen.target}; dropped: {reasons}")
     return 0
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a JSON list, JSON lines or a Parquet table."""
+    """Yield the rows of a JSON list, JSON lines or a Parquet table."""
     if not path.is_file():
         raise BadFile("does not exist; give the path of a downloaded file")
     if path.suffix == ".parquet":
@@ -107,7 +107,7 @@ def _lines(text: str) -> list[str]:
 
 def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        parquet = importlib.import_module("pyarrow.parquet")  # wanted for Parquet files only, so not pinned
+        parquet = importlib.import_module("pyarrow.parquet")  # used for Parquet files only, so not pinned
     except ModuleNotFoundError:
         raise BadFile("is Parquet, and pyarrow is not installed; install it or convert the file to JSONL") from None
     yield from parquet.read_table(path).to_pylist()
@@ -120,10 +120,9 @@ def convert(
     instruction: str = "keep",
     rate_key: str | None = None,
 ) -> tuple[dict[str, dict[str, Any]], Counter[str]]:
-    """Problems with `answer` and, where it is asked for, `pass_rate`, in order; how many rows were dropped for what.
+    """Return the problems in order, with `answer` and optionally `pass_rate`, and the number of dropped rows by reason.
 
-    A problem that comes twice is kept once; one that comes with different answers is dropped, since neither is known
-    to be right.
+    A repeated problem is kept once. A problem with two different answers is dropped: neither is known to be right.
     """
     if not rows:
         raise BadFile("holds no row")
@@ -164,7 +163,7 @@ def _find(row: dict[str, Any], names: tuple[str, ...], option: str) -> str:
 
 
 def _text(value: Any) -> str:
-    """The text of a field: itself, the last user message of a chat, the ground truth of a reward entry."""
+    """Return the text of a field: a string, the last message of a chat, or the ground truth of a reward entry."""
     if isinstance(value, dict):
         return _text(value.get("ground_truth", value.get("content")))
     if isinstance(value, list):
@@ -177,7 +176,7 @@ def _text(value: Any) -> str:
 
 
 def _rate(value: Any) -> float | None:
-    """A share of right answers: a number, `7/8`, or a list of scores of single answers; None for anything else."""
+    """Read a share of right answers: a number, `7/8`, or a list of scores. Returns None for anything else."""
     if isinstance(value, list) and value and all(isinstance(score, bool | int | float) for score in value):
         return sum(score >= 1 for score in value) / len(value)
     right, _, of = str(value).partition("/")
@@ -189,7 +188,7 @@ def _rate(value: Any) -> float | None:
 
 
 def _ask(prompt: str, instruction: str) -> str:
-    """The problem with the wanted instruction; `keep` leaves a published one in place."""
+    """Return the problem with the chosen instruction. `keep` keeps the published one."""
     if instruction == "keep":
         return prompt
     for before, after in WRAPPINGS:

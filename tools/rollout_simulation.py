@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.controller.generation import Generation, Sampling
-from gspo_megatron.controller.group_buffer import Pool
-from gspo_megatron.controller.groups import Tally
+from gspo_megatron.controller.group_buffer import GroupBuffer
+from gspo_megatron.controller.groups import TokenCounter
 from gspo_megatron.controller.scheduler import Scheduler
-from gspo_megatron.controller.servers import Fleet
+from gspo_megatron.controller.servers import ServerSet
+from gspo_megatron.models import parse_recipe
 from gspo_megatron.types import Problem, Prompt, SampleRef, StopReason
 from tools.simulated_engine import PROMPT_TOKENS, EngineModel, Lengths, SimulatedServer
 
@@ -44,7 +45,7 @@ class _Jump(selectors.SelectSelector):
         return super().select(0)
 
 
-class Unwritten(Tally):
+class Unwritten(TokenCounter):
     """A count of tokens without a file: no attempt follows on a simulated one."""
 
     def __init__(self) -> None:
@@ -92,7 +93,7 @@ class Outcome:
     largest_staleness: int
 
 
-def simulate(scenario: Scenario, recipe: Recipe, pool_class: type[Pool] = Pool) -> Outcome:
+def simulate(scenario: Scenario, recipe: Recipe, pool_class: type[GroupBuffer] = GroupBuffer) -> Outcome:
     """Run a scenario on the real pool and dispatcher."""
     loop = SimulatedTime()
     try:
@@ -101,7 +102,7 @@ def simulate(scenario: Scenario, recipe: Recipe, pool_class: type[Pool] = Pool) 
         loop.close()
 
 
-async def _run(scenario: Scenario, recipe: Recipe, pool_class: type[Pool]) -> Outcome:
+async def _run(scenario: Scenario, recipe: Recipe, pool_class: type[GroupBuffer]) -> Outcome:
     values = recipe.model_dump(mode="json")
     values["batch"] |= {"prompts": scenario.prompts, "answers": scenario.answers, "updates": 1}
     values["rollout"] |= {"max_staleness": scenario.staleness, "over_provision": scenario.over_provision}
@@ -115,7 +116,7 @@ async def _run(scenario: Scenario, recipe: Recipe, pool_class: type[Pool]) -> Ou
         ids = (0,) * PROMPT_TOKENS
         return [Prompt(index, Problem(str(index), "", {}), ids) for index in range(drawn - count, drawn)]
 
-    async def judge(generation: Generation, reason: StopReason) -> SampleRef:
+    async def score(generation: Generation, reason: StopReason) -> SampleRef:
         segments = tuple(generation.segments)
         return SampleRef(
             "", generation.prompt.index, generation.sample_index, 1, len(generation), 0.0, reason, segments
@@ -124,11 +125,11 @@ async def _run(scenario: Scenario, recipe: Recipe, pool_class: type[Pool]) -> Ou
     def current() -> int | None:
         return version[0]
 
-    scheduler = Scheduler(Fleet(servers), current)  # type: ignore[arg-type]
+    scheduler = Scheduler(ServerSet(servers), current)  # type: ignore[arg-type]
     sampling = Sampling(1.0, scenario.lengths.limit, (0,), 0)
-    chosen = Recipe.model_validate(values)
+    chosen = parse_recipe(values)
     pool = pool_class(
-        chosen, scheduler, draw, judge, lambda ref: None, sampling, current, scenario.overlaps, Unwritten()
+        chosen, scheduler, draw, score, lambda ref: None, sampling, current, scenario.overlaps, Unwritten()
     )
     loop = asyncio.get_running_loop()
     marks, lags, started, before = [], [], 0.0, pool.accounting.report(())

@@ -1,9 +1,9 @@
 """Set up `.venv`: Python 3.12, the pinned packages of this machine's stack, and this package in editable form.
 
-`make setup` runs it under whichever python3 the machine has, so it uses the standard library alone. What is there is
-re-used: a second run compares one hash and returns.
+`make setup` runs it under any python3 of the machine, so it uses the standard library only. An existing environment is
+reused: a second run compares one hash and returns.
 
-Environment: GSPO_STACK=cpu|cuda chooses the stack (default: cuda where an NVIDIA GPU is seen, otherwise cpu).
+Environment: GSPO_STACK=cpu|cuda chooses the stack (default: cuda on a machine with an NVIDIA GPU, otherwise cpu).
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ VENV_PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "gspo-setup"
 TOOLS = ROOT / ".venv-tools"
 REQUIREMENTS = ROOT / "requirements"
-# On disk, unpacked, bytes. The CPU figure was measured; the CUDA one is an estimate from the wheels' sizes.
+# Bytes on disk, unpacked. The CPU figure is measured; the CUDA figure is estimated from the sizes of the wheels.
 NEEDED = {"cpu": 7e9, "cuda": 16e9}
 OLDEST_UV = (0, 8)
 PROBE = "import ensurepip, sys; print(sys.version_info[:2] == (3, 12))"
 
 
 class SetupError(Exception):
-    """What is missing and how to mend it, in one sentence."""
+    """Something is missing. The message says what and how to fix it, in one sentence."""
 
 
 def main() -> None:
     check_platform()
-    # The machine's certificates, as pip uses them: a company's proxy has its own, which uv's built-in list lacks.
+    # Use the machine's certificates, as pip does: uv's built-in list lacks the certificate of a company's proxy.
     os.environ.setdefault("UV_SYSTEM_CERTS", "true")
     stack = choose_stack(os.environ)
     with open(ROOT / ".venv.lock", "w") as lock:
-        # Two `make` at once would install into one environment at the same time.
+        # Two `make` processes must not install into one environment at the same time.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if is_current(stack):
             say(f".venv is up to date ({stack} stack)")
@@ -65,12 +65,12 @@ def check_platform() -> None:
     if (system, machine) != ("Linux", "x86_64"):
         raise SetupError(
             f"this machine is {system} on {machine}, and the pins in requirements/ are for Linux on x86_64; "
-            "resolve them anew there (requirements/README.md says how)"
+            "resolve them again there (requirements/README.md says how)"
         )
 
 
 def choose_stack(environ: Mapping[str, str]) -> str:
-    """`cpu` or `cuda`."""
+    """Return `cpu` or `cuda`."""
     chosen = environ.get("GSPO_STACK")
     if chosen is None:
         return "cuda" if has_nvidia_gpu() else "cpu"
@@ -86,19 +86,19 @@ def has_nvidia_gpu() -> bool:
     return nvidia_smi is not None and "GPU 0" in output_of([nvidia_smi, "-L"])
 
 
-# The stamp: its first line says for what the environment was made, its second is the fingerprint of what is in it.
+# The stamp file: line 1 is the identity of the environment, line 2 the fingerprint of its contents.
 
 
 def identity(stack: str) -> str:
-    """For what the environment was made; one of another identity is made anew.
+    """Return stack and path of the environment. An environment with another identity is made again.
 
-    Both vLLM builds own the module `vllm`, and an environment's scripts hold its path.
+    Both vLLM builds own the module `vllm`, and the scripts of an environment contain its path.
     """
     return f"{stack} {ROOT}"
 
 
 def fingerprint(stack: str) -> str:
-    """Hash of everything the environment is made from."""
+    """Return the hash of everything that the environment is made from."""
     files = (REQUIREMENTS / f"{stack}.txt", ROOT / "pyproject.toml", Path(__file__))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
@@ -120,7 +120,7 @@ def is_current(stack: str) -> bool:
 
 
 def find_uv() -> str:
-    """The uv on the PATH when it is recent enough, otherwise our own in `.venv-tools`."""
+    """Return the uv on the PATH if it is recent enough, otherwise install one into `.venv-tools`."""
     on_path = shutil.which("uv")
     if on_path is not None and uv_version(on_path) >= OLDEST_UV:
         return on_path
@@ -149,11 +149,11 @@ def uv_version(uv: str) -> tuple[int, ...]:
 
 
 def find_python() -> str | None:
-    """A Python 3.12 of this machine: on the PATH, then among pyenv's versions."""
+    """Return a Python 3.12 of this machine: on the PATH, then among pyenv's versions."""
     candidates = [str(folder / name) for name in ("python3.12", "python3") for folder in path_folders()]
     for root in pyenv_roots():
         candidates += sorted(glob.glob(str(root / "versions" / "3.12.*" / "bin" / "python3.12")))
-    # python3.12 can be a pyenv shim that fails, so only one that answers counts.
+    # python3.12 can be a pyenv shim that fails, so each candidate is run.
     return next((path for path in candidates if output_of([path, "-c", PROBE]) == "True"), None)
 
 
@@ -168,7 +168,7 @@ def pyenv_roots() -> list[Path]:
 
 
 def make_venv(uv: str, stack: str) -> None:
-    """`.venv` with Python 3.12, unless one of the same identity is there already (an interrupted or older set-up)."""
+    """Make `.venv` with Python 3.12, unless one of the same identity exists (from an interrupted or older set-up)."""
     stamp = read_stamp()
     if stamp and stamp[0] == identity(stack) and VENV_PYTHON.exists():
         return
@@ -191,7 +191,7 @@ def make_venv(uv: str, stack: str) -> None:
 
 
 def check_compiler() -> None:
-    """pycosat, which reasoning-gym wants, comes as source only; vLLM's CPU build compiles as it runs."""
+    """Check for a C compiler: pycosat (of reasoning-gym) comes as source, and vLLM's CPU build compiles at run time."""
     if shutil.which("gcc") is None and shutil.which("cc") is None:
         raise SetupError(
             "no C compiler was found (gcc or cc on the PATH) and some packages come as source; install one (Debian and "
@@ -200,7 +200,7 @@ def check_compiler() -> None:
 
 
 def check_disk(stack: str, uv: str) -> None:
-    """uv unpacks into its cache and links from there, so both places must have room (one and the same, usually)."""
+    """Check the free disk space. uv unpacks into its cache and links from there, so both places must have room."""
     for place in (ROOT, Path(output_of([uv, "cache", "dir"]) or Path.home())):
         folder = next(parent for parent in (place, *place.parents) if parent.exists())
         free = shutil.disk_usage(folder).free
@@ -215,7 +215,7 @@ def check_disk(stack: str, uv: str) -> None:
 
 
 def install(uv: str, stack: str) -> None:
-    """The pins, without resolving again; then this package, in editable form."""
+    """Install the pinned packages without resolving, then this package in editable form."""
     pins, built_here = split_pins((REQUIREMENTS / f"{stack}.txt").read_text())
     say(f"installing {len(pins)} packages of requirements/{stack}.txt ({NEEDED[stack] / 1e9:.1f} GB on disk)")
     if pip_install(uv, "--no-deps", "-r", "-", lines=pins):
@@ -225,15 +225,15 @@ def install(uv: str, stack: str) -> None:
             "warning: transformer-engine could not be built (uv's message is above), so training will use the slower "
             "torch layers; install CUDA's compiler and cuDNN's headers, then `make clean setup`"
         )
-    # Built with the environment's own, pinned setuptools: nothing more is downloaded.
+    # Built with the pinned setuptools of the environment: nothing else is downloaded.
     if pip_install(uv, "--quiet", "--no-deps", "--no-build-isolation", "-e", str(ROOT)):
         raise SetupError("uv could not install this package into .venv; its message is above")
 
 
 def split_pins(text: str) -> tuple[list[str], list[str]]:
-    """The `name==version` lines of a requirement file: those installed as wheels, and transformer-engine's.
+    """Split the `name==version` lines of a requirement file into wheels and transformer-engine.
 
-    Its PyTorch part is compiled against the torch that must be there already.
+    The PyTorch part of transformer-engine is compiled against the installed torch, so it comes last.
     """
     pins = [line for line in text.splitlines() if re.match(r"[A-Za-z0-9]", line)]
     built_here = [pin for pin in pins if pin.startswith("transformer-engine")]
@@ -241,13 +241,13 @@ def split_pins(text: str) -> tuple[list[str], list[str]]:
 
 
 def pip_install(uv: str, *arguments: str, lines: list[str] | None = None) -> int:
-    """Exit code of `uv pip install`; uv draws its own progress bars on a terminal."""
+    """Run `uv pip install` and return its exit code. uv draws progress bars on a terminal."""
     command = [uv, "pip", "install", "--python", str(VENV_PYTHON), *arguments]
     return subprocess.run(command, input="\n".join(lines or []), text=True, cwd=ROOT).returncode
 
 
 def diagnose(uv: str, what: str) -> str:
-    """Why an installation failed: the disk is full, the index is out of reach, or what uv has said."""
+    """Return why an installation failed: full disk, unreachable index, or see uv's message."""
     if shutil.disk_usage(ROOT).free < 0.5e9:
         return f"the disk became full while installing {what}; free some and run this again: what is downloaded is kept"
     ask = [uv, "pip", "compile", "--quiet", "--no-cache", "--no-deps", "--python", str(VENV_PYTHON), "-"]
@@ -260,7 +260,7 @@ def diagnose(uv: str, what: str) -> str:
 
 
 def output_of(command: list[str]) -> str:
-    """What a command prints, stripped; empty when it cannot be run or fails."""
+    """Return the output of a command, stripped; empty if it cannot be run or fails."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
@@ -278,4 +278,4 @@ if __name__ == "__main__":
     except SetupError as error:
         sys.exit(f"setup: {error}")
     except KeyboardInterrupt:
-        sys.exit("setup: interrupted; run it again to go on")
+        sys.exit("setup: interrupted; run it again to continue")

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from gspo_megatron.config import load
-from gspo_megatron.controller.group_buffer import Pool
+from gspo_megatron.controller.group_buffer import GroupBuffer
 from gspo_megatron.controller.groups import Group
+from gspo_megatron.models import load_recipe
 from tools.rollout_simulation import Scenario, simulate, work_conserving_seconds
 from tools.simulated_engine import EngineModel, Lengths
 
@@ -52,7 +52,7 @@ POLICIES: dict[str, dict[str, Any]] = {
 
 def compare_policies() -> Iterator[dict[str, Any]]:
     """Every policy on every distribution: seconds a step, and its share of the work-conserving bound."""
-    recipe = load(Path(RECIPE), [])
+    recipe = load_recipe(Path(RECIPE), [])
     for name, lengths in DISTRIBUTIONS.items():
         draws = [lengths.of(prompt, sample) for prompt, sample in product(range(512), range(16))]
         resident = 256 + sum(length**2 for length in draws) / (2 * sum(draws))
@@ -94,7 +94,7 @@ MEDIAN, SIGMA = 1_500.0, 0.7
 """The two fitted constants: answer lengths, which the document does not give."""
 
 
-class StreamingPool(Pool):
+class StreamingPool(GroupBuffer):
     """verl's rule: a version begins so many prompts, less what is left over; what is complete first is trained on."""
 
     share = 0.0
@@ -118,7 +118,7 @@ class StreamingPool(Pool):
 
 def predict_published(median: float, sigma: float, rows: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """Speed-ups over the synchronous run on as many GPUs: published and simulated."""
-    recipe = load(Path(RECIPE), [])
+    recipe = load_recipe(Path(RECIPE), [])
     lengths = Lengths(median, sigma, 28_672)
     shape = {"model": H20, "lengths": lengths, "answers": 16, "update_seconds": 5.0, "steps": 8, "warmup": 3}
     for name in rows:

@@ -1,7 +1,7 @@
 """Train the character tokenizer of the tiny recipes: `python tools/train_tokenizer.py [OUTPUT]`.
 
-Deterministic: the corpus is written here, so the same SentencePiece gives the same pieces. 93 pieces: 3 control
-pieces, 12 whole words and 78 characters; a model pads them to 96 rows.
+It is deterministic: the corpus is in this file, so the same SentencePiece gives the same pieces. There are 93 pieces:
+3 control pieces, 12 marks and phrases, and 78 characters. The tiny model pads them to 96 rows.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from pathlib import Path
 import sentencepiece
 
 SPACE = "\u2581"
-"""How SentencePiece writes a space. A user-defined piece with a plain space never matches, and nothing warns."""
+"""SentencePiece's character for a space. A user-defined piece with a plain space never matches, without a warning."""
 
 CONTROLS = ("<unk>", "</s>", "<pad>")
 MARKS = ("<q>", "<a>", "<|work|>")
-"""Start of a question, start of an answer, start of worked columns."""
+"""Start of a question, of a response, and of worked columns."""
 PHRASES = ("Calculate ", "What is ", "Solve ", "Compute ", "Evaluate: ", " + ", " - ", " * ", " / ")
-"""What a reasoning-gym arithmetic question is made of besides its numbers."""
+"""Parts of a reasoning-gym arithmetic question besides its numbers."""
 CHARACTERS = " 0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,:;?!'\"+-*/=()"
 
 NUM_PIECES = len(CONTROLS) + len(MARKS) + len(PHRASES) + len(CHARACTERS)
 
 
 def corpus() -> list[str]:
-    """Prefixes of the character list: each character occurs more often than the next, which orders the pieces."""
+    """Return prefixes of the character list. Each character occurs more often than the next; this orders them."""
     return [CHARACTERS[: index + 1] for index in range(len(CHARACTERS))]
 
 
 def train() -> bytes:
-    """The serialized SentencePiece model."""
+    """Train and return the serialized SentencePiece model."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus()),

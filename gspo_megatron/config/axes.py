@@ -16,41 +16,43 @@ Correction = Literal["tis", "mis", "icepop", "geometric_mask", "sequence_product
 
 
 class Axes(Section):
-    """Every axis of the objective; the defaults are GSPO as published."""
+    """Every axis of the objective. The defaults are GSPO as published."""
 
     advantage: Literal["std", "mean", "rloo", "batch_std"] = "std"
-    """Within a group: (r - mean)/std; r - mean; r - mean of the others; (r - group mean)/std of the batch.
+    """How rewards r of a group become advantages. `std`: (r - mean) / std. `mean`: r - mean.
+    `rloo`: r - mean of the other responses. `batch_std`: (r - group mean) / std of the batch.
 
     Source: GSPO, arXiv 2507.18071, eq. 6.
     """
     advantage_ddof: Literal[0, 1] = 0
-    """Degrees of freedom taken off in the standard deviation."""
+    """Delta degrees of freedom of the standard deviation: 0 divides by n, 1 by n - 1."""
     advantage_eps: float = Field(default=0.0, ge=0)
-    """Added to the standard deviation. 0 is safe: a group without variance gets exactly 0."""
+    """Added to the standard deviation. 0 is safe: a group without variance gets advantage 0 exactly."""
     ratio_level: Literal["token", "sequence", "sequence_token"] = "sequence"
-    """Unit of the importance ratio; `sequence` takes one advantage an answer, `sequence_token` also one a token.
+    """Unit of the importance ratio. `sequence` takes one advantage per response, `sequence_token` also one per token.
 
     Source: GSPO, eq. 7.
     """
     ratio_reference: Literal["recomputed", "sampler"] = "recomputed"
-    """Denominator of the ratio: the trainer's own log-probs of the old weights, or what the sampler reported.
+    """Denominator of the ratio: log-probs that the trainer recomputes with the old weights, or the sampler's own.
 
-    Source: GSPO; the sampler's log-probs differ by more than its band is wide.
+    Source: GSPO. The two engines' log-probs differ by more than the width of its clip band.
     """
     trust: str = "clip"
-    """How far the ratio may carry: a name of TRUST_RULES, or `file.py:function` of your own. Source: GSPO, eq. 5."""
+    """Rule that limits the ratio: clip, dual_clip, detached_clip, soft_gate, mask, log_clip, none, or
+    `file.py:function`. Source: GSPO, eq. 5."""
     clip_low: float = Field(default=3e-4, ge=0)
-    """Left width of the band: ratios below 1 - clip_low stop a negative advantage. Nats for log_clip.
+    """Left width of the clip band: below 1 - clip_low a negative advantage gives no gradient. In nats for log_clip.
 
     Source: GSPO, section 5.1.
     """
     clip_high: float = Field(default=4e-4, ge=0)
-    """Right width of the band: ratios above 1 + clip_high stop a positive advantage. Nats for log_clip.
+    """Right width of the clip band: above 1 + clip_high a positive advantage gives no gradient. In nats for log_clip.
 
     Source: GSPO, section 5.1.
     """
     dual_clip_bound: float = Field(default=3.0, gt=1)
-    """dual_clip: a negative advantage counts at most this many times. Source: dual-clip PPO, which takes 3."""
+    """dual_clip: largest ratio that multiplies a negative advantage. Source: dual-clip PPO, which uses 3."""
     ratio_cap: float = Field(default=5.0, gt=0)
     """detached_clip: the largest weight of a token. Source: CISPO, MiniMax-M1, arXiv 2506.13585."""
     tau_positive: float = Field(default=1.0, gt=0)
@@ -58,59 +60,59 @@ class Axes(Section):
     tau_negative: float = Field(default=1.05, gt=0)
     """soft_gate: temperature of the gate where the advantage is negative. Source: SAPO, arXiv 2511.20347."""
     options: dict[str, float] = Field(default_factory=dict)
-    """Numbers for a trust rule of your own, read there as `terms.options`."""
+    """Numbers for a trust rule from `file.py:function`, which reads them as `terms.options`."""
     correction: tuple[Correction, ...] = ()
-    """Detached factors for the gap between sampler and trainer; several multiply. They never change |y_i|."""
+    """Detached weights that correct the gap between sampler and trainer. Several multiply; |y_i| does not change."""
     tis_cap: float = Field(default=2.0, gt=0)
-    """tis, sequence_product: largest weight. Source: the value that public TIS recipes agree on."""
+    """tis, sequence_product: largest weight. Source: the value that public TIS recipes use."""
     mask_low: float | None = Field(default=None, ge=0)
-    """mis, icepop: smallest weight kept; null = 0 and 0.5."""
+    """mis, icepop: smallest weight that is kept; null = 0 for mis, 0.5 for icepop."""
     mask_high: float | None = Field(default=None, gt=0)
-    """mis, icepop: largest weight kept; null = 2 and 5."""
+    """mis, icepop: largest weight that is kept; null = 2 for mis, 5 for icepop."""
     geometric_low: float = Field(default=0.99, ge=0)
-    """geometric_mask: smallest geometric mean of the weights of a sequence that is kept.
+    """geometric_mask: smallest geometric mean of a sequence's token weights that is kept.
 
-    Source: ours; published masks of 0.999 reject typical answers of a mixture of experts in bf16.
+    Source: chosen here. Published masks of 0.999 reject typical responses of a mixture of experts in bfloat16.
     """
     geometric_high: float = Field(default=1.01, gt=0)
-    """geometric_mask: largest one kept.
+    """geometric_mask: largest geometric mean of a sequence's token weights that is kept.
 
-    Source: ours; published masks of 0.999 reject typical answers of a mixture of experts in bf16.
+    Source: chosen here, as geometric_low.
     """
     opsm_delta: float = Field(default=1e-4, ge=0)
-    """opsm: negative answers are dropped above this mean of (sampler's log-prob - current log-prob), nats a token.
-
-    Source: the value that slime ships.
+    """opsm: mean of (sampler's log-prob - current log-prob), nats per token, above which a response with a negative
+    advantage is dropped. Source: the default of slime.
     """
     veto_below: float = Field(default=1e-4, gt=0)
-    """veto: an answer with any token weight below it is dropped.
+    """veto: a response is dropped if any of its token weights is below this value.
 
     Source: the strictest of the published values, 1e-4 to 1e-6.
     """
     aggregation: Literal["seq_mean_token_mean", "token_mean", "seq_mean_token_sum", "constant"] = "seq_mean_token_mean"
-    """How token terms become one number; `constant` divides the token sum by sequences x aggregation_length.
+    """How token terms are averaged into the loss. `constant` divides their sum by sequences x aggregation_length.
 
     Source: GSPO, eq. 5.
     """
     aggregation_length: int | None = Field(default=None, gt=0)
-    """constant: tokens; null = rollout.max_answer_tokens."""
+    """constant: divisor of the token sum of a sequence, tokens; null = rollout.max_answer_tokens."""
     kl: Literal["none", "k1", "k2", "k3", "k3_unbiased"] = "none"
-    """Estimator of the divergence from the reference policy."""
+    """Estimator of the KL divergence from the reference policy; `none` = no reference pass."""
     kl_in: Literal["loss", "reward"] = "loss"
-    """Where the divergence is charged: in the loss at every token, or in the reward as a sum over the answer.
+    """Where the KL term is added: to the loss of every token, or to the reward as a sum over the response.
 
-    Source: where GRPO puts it, arXiv 2402.03300.
+    Source: GRPO, arXiv 2402.03300.
     """
     kl_coefficient: float = Field(default=0.0, ge=0)
-    """Weight of the divergence."""
+    """Weight of the KL term."""
     overlong: Literal["none", "soft", "zero", "filter"] = "none"
-    """Long answers: soft = a penalty over the last tokens; truncated ones get reward 0, or are not trained on."""
+    """Treatment of long responses. `soft`: a reward penalty over the last overlong_buffer tokens. `zero`: reward 0 for
+    truncated responses. `filter`: truncated responses are not trained on."""
     overlong_buffer: int | None = Field(default=None, gt=0)
-    """soft: tokens before the answer limit over which the penalty grows from 0 to 1."""
+    """soft: tokens before the response limit over which the penalty grows from 0 to 1."""
     group_filter: Literal["none", "dynamic_sampling"] = "none"
-    """dynamic_sampling: groups whose rewards are all equal are replaced by others."""
+    """dynamic_sampling: a group of equal rewards is replaced by another group."""
     replay: Literal["off", "trainer", "sampler"] = "off"
-    """Experts are chosen again as recorded in the old log-prob forward (trainer) or while sampling (sampler)."""
+    """Routing replay: reuse the experts chosen in the old log-prob pass (trainer) or during sampling (sampler)."""
 
     @field_validator("trust")
     @classmethod
@@ -127,6 +129,6 @@ class Axes(Section):
         return value
 
     def mask_bounds(self, name: str) -> tuple[float, float]:
-        """Weights that the token mask `mis` or `icepop` keeps: what the recipe says, or the published bounds."""
+        """Return the smallest and largest weight that `mis` or `icepop` keeps: the recipe's, or the published ones."""
         low, high = (0.5, 5.0) if name == "icepop" else (0.0, 2.0)
         return (low if self.mask_low is None else self.mask_low, high if self.mask_high is None else self.mask_high)

@@ -6,9 +6,12 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """A part of a recipe: frozen, typed, unknown keys are errors, every field has a description with its unit."""
+    """A section of a recipe. It is frozen and typed, and an unknown key is an error.
 
-    # An infinity would come back as null from the resolved recipe's JSON.
+    The docstring under a field is its description: `gspo plan --explain` prints it and schema.json holds it.
+    """
+
+    # JSON has no infinity: the resolved recipe would read it back as null.
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
     )

@@ -4,199 +4,188 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
-from yaml import YAMLError
 
-from gspo_megatron.config.model_section import Architecture
+from gspo_megatron.config.field_rules import read_section, section_of
+from gspo_megatron.config.override_text import read_override
+from gspo_megatron.config.refusal import RecipeError, key_text, quote, refuse
+from gspo_megatron.config.resolved_file import save_resolved
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.config.yaml_text import read_yaml_file
 from gspo_megatron.types import Finding
 
-
-class RecipeError(ValueError):
-    """A recipe that cannot be used; `findings` holds one entry a fault."""
-
-    def __init__(self, findings: Sequence[Finding]) -> None:
-        super().__init__("\n".join(str(finding) for finding in findings))
-        self.findings = tuple(findings)
-
-
-def refuse(code: str, key: str, message: str, fix: str) -> RecipeError:
-    """A `RecipeError` of one finding."""
-    return RecipeError([Finding(code, "error", key, message, fix)])
+__all__ = [
+    "RecipeError",
+    "explain_faults",
+    "parse",
+    "read_model_config",
+    "read_resolved_tree",
+    "read_tree",
+    "refuse",
+    "save_resolved",
+]
 
 
-def load(path: Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read a recipe, its bases and the overrides.
+def read_tree(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Read a recipe file, its bases and the overrides.
 
     Args:
         path: YAML file; its `base:` is a path relative to it.
-        overrides: `section.key=value` items, values in YAML syntax.
+        overrides: `section.key=value` items. The type of the key decides how the value is read (`field_rules`).
+
+    Returns:
+        One tree of texts and values, not checked against the schema yet.
 
     Raises:
-        RecipeError: unreadable file, unknown key, wrong type, broken rule; every fault at once.
+        RecipeError: unreadable file or override, or sections that do not fit their base.
     """
     merged = _read(Path(path), seen=())
     for item in overrides:
-        merged = _merge(merged, _read_override(item), item)
-    return parse(_to_plain(merged, str(path)))
+        merged = _merge(merged, read_override(item), quote(item), ())
+    return merged
 
 
-def load_resolved(path: Path) -> Recipe:
-    """Read a `recipe.resolved.yaml`, which has neither base nor overrides left."""
-    return load(path)
+def read_resolved_tree(path: Path) -> dict[str, Any]:
+    """Read a `recipe.resolved.yaml`, which has neither base nor overrides left. Raises RecipeError."""
+    return _mapping(read_yaml_file(Path(path), by_hand=False), path)
 
 
-def parse(tree: dict[str, Any]) -> Recipe:
-    """Check a plain tree against the schema and fill in what `model.path` says. Raises RecipeError."""
+def parse(tree: Mapping[str, Any]) -> Recipe:
+    """Check a tree against the schema. `model.architecture` stays a mapping, which `models.resolve` reads.
+
+    Raises:
+        RecipeError: unknown key, wrong type or broken rule. It holds every fault.
+    """
+    values, faults = read_section(tree, Recipe)
     try:
-        recipe = Recipe.model_validate(tree)
+        recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError([_explain(fault) for fault in error.errors()]) from None
-    if recipe.model.architecture is None and recipe.model.path is not None:
-        architecture = read_architecture(recipe.model.path)
-        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"architecture": architecture})})
+        wrong = [fault.key for fault in faults]
+        # The schema only repeats what is said of a value, and cannot judge the sections around it.
+        others = explain_faults(error, Recipe)
+        faults += [other for other in others if not any(f"{key}.".startswith(f"{other.key}.") for key in wrong)]
+        raise RecipeError(faults) from None
+    if faults:
+        raise RecipeError(faults)
     return recipe
 
 
-def read_architecture(directory: Path) -> Architecture:
-    """The typed part of a Hugging Face `config.json`. Raises RecipeError naming the missing file or key."""
+def read_model_config(directory: Path) -> dict[str, Any]:
+    """Read the `config.json` of a Hugging Face directory. Raises RecipeError with the name of a missing file."""
     file = Path(directory) / "config.json"
     if not file.is_file():
         raise refuse(
             "model-file-missing", "model.path", f"{file} does not exist", "name a Hugging Face model directory"
         )
     try:
-        values = json.loads(file.read_text())
-    except ValueError as error:
-        raise refuse("model-file-broken", "model.path", f"{file} is not JSON: {error}", "mend it") from None
-    # transformers 5 writes the rotary settings as `rope_parameters`, the published files as `rope_theta`.
-    rope = dict(values.get("rope_parameters") or {})
-    values.setdefault("rope_theta", rope.pop("rope_theta", 1e6))
-    if rope.get("rope_type", "default") != "default":
-        values.setdefault("rope_scaling", rope)
-    known = {name: values[name] for name in Architecture.model_fields if values.get(name) is not None}
+        return dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise refuse("model-file-broken", "model.path", f"{file} is not a JSON object: {error}", "fix it") from None
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    # A name that is no path (too long, with a NUL) is no file either.
     try:
-        return Architecture.model_validate(known)
-    except ValidationError as error:
-        raise RecipeError([_explain(fault, prefix=("model", "architecture")) for fault in error.errors()]) from None
-
-
-def save_resolved(recipe: Recipe, path: Path) -> None:
-    """Write the complete recipe, as it will be run."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump(mode="json"))))
-
-
-def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
-    resolved = path.resolve()
-    if not path.is_file():
+        resolved, found = path.resolve(), path.is_file()
+    except (OSError, ValueError):
+        resolved, found = path, False
+    if not found:
         raise refuse(
             "recipe-missing",
             "recipe",
-            f"{path} does not exist",
+            f"{key_text([str(path)])} does not exist or is no file",
             "give the path of a YAML recipe, e.g. recipes/tiny_moe.yaml",
         )
     if resolved in seen:
         raise refuse("base-cycle", "base", f"{path} inherits from itself", "remove one `base:` of the cycle")
-    try:
-        tree = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise refuse(
-            "recipe-unreadable", "recipe", f"{path} is not YAML: {' '.join(str(error).split())}", "mend the line"
-        ) from None
-    if not isinstance(tree, DictConfig):
-        raise refuse("recipe-unreadable", "recipe", f"{path} holds no mapping", "write `section:` keys at its top")
+    tree = dict(_mapping(read_yaml_file(path), path))
     base = tree.pop("base", None)
-    if base is None:
+    if base is None or base == "null":
         return tree
-    return _merge(_read(path.parent / str(base), (*seen, resolved)), tree, str(path))
+    values, faults = read_section({"base": base}, _Base)
+    if faults or not isinstance(values["base"], str):
+        fix = "give the path of a recipe, relative to this file"
+        raise RecipeError(faults) if faults else refuse("base-form", "base", f"{path}: is not a path", fix)
+    return _merge(_read(path.parent / values["base"], (*seen, resolved)), tree, str(path), ())
 
 
-def _merge(below: DictConfig, above: DictConfig, where: str) -> DictConfig:
-    try:
-        merged = OmegaConf.merge(below, above)
-    # OmegaConf tells a list over a mapping by a bare TypeError.
-    except (OmegaConfBaseException, TypeError, ValueError) as error:
-        told = " ".join(str(error).split())
-        raise refuse(
-            "recipe-unreadable",
-            "recipe",
-            f"{where} does not fit its base: {told}",
-            "keep sections sections, lists lists",
-        ) from None
-    assert isinstance(merged, DictConfig)
+class _Base(BaseModel):
+    """The one key of a recipe file that is not a key of the recipe."""
+
+    base: Path
+
+
+def _mapping(tree: Any, path: Path) -> dict[str, Any]:
+    if isinstance(tree, dict):
+        return tree
+    raise refuse("recipe-unreadable", "recipe", f"{path} holds no mapping", "write `section:` keys at its top")
+
+
+def _merge(below: dict[str, Any], above: Mapping[str, Any], where: str, key: tuple[str, ...]) -> dict[str, Any]:
+    """Lay one tree over another: mappings are merged, anything else is replaced."""
+    merged = dict(below)
+    for name, value in above.items():
+        old, here = below.get(name), (*key, name)
+        if isinstance(old, dict) and isinstance(value, dict):
+            value = _merge(old, value, where, here)
+        elif (isinstance(old, dict) and isinstance(value, list)) or (isinstance(old, list) and isinstance(value, dict)):
+            kinds = ("a list", "a mapping") if isinstance(value, list) else ("a mapping", "a list")
+            message = f"{where} does not fit its base: {key_text(here)} is {kinds[0]} over {kinds[1]}"
+            raise refuse("recipe-unreadable", "recipe", message, "keep sections sections, lists lists")
+        merged[name] = value
     return merged
 
 
-def _read_override(item: str) -> DictConfig:
-    key, sign, _ = item.partition("=")
-    if not sign or not key or key.startswith("-"):
-        raise refuse("override-form", item, "is not of the form section.key=value", "write e.g. trainer.max_steps=10")
-    try:
-        return OmegaConf.from_dotlist([item])
-    except (YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise refuse(
-            "override-form",
-            key,
-            f"{item} cannot be read: {' '.join(str(error).split())}",
-            "quote the value as YAML wants it",
-        ) from None
+def explain_faults(error: ValidationError, model: type[BaseModel], prefix: tuple[str, ...] = ()) -> list[Finding]:
+    """Turn each fault that pydantic found into a finding.
+
+    Args:
+        error: the error that the validation raised.
+        model: the class that was validated.
+        prefix: path of that class in the recipe, e.g. `("model", "architecture")`.
+    """
+    return [_explain(fault, model, prefix) for fault in error.errors()]
 
 
-def _to_plain(tree: Any, where: str) -> dict[str, Any]:
-    try:
-        plain = OmegaConf.to_container(tree, resolve=True)
-    except OmegaConfBaseException as error:
-        raise refuse(
-            "recipe-unreadable", "recipe", f"{where}: {' '.join(str(error).split())}", "mend the reference"
-        ) from None
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
-
-
-def _explain(fault: Any, prefix: tuple[str, ...] = ()) -> Finding:
+def _explain(fault: Any, model: type[BaseModel], prefix: tuple[str, ...]) -> Finding:
     """One sentence for one pydantic fault."""
-    path = prefix + tuple(str(part) for part in fault["loc"])
-    key = ".".join(path) or "recipe"
+    inner = tuple(str(part) for part in fault["loc"])
+    path = prefix + inner
+    key = key_text(path) or "recipe"
     if fault["type"] == "extra_forbidden":
-        names = _fields_at(path[:-1])
-        close = difflib.get_close_matches(path[-1], names, n=1)
-        fix = f"did you mean {close[0]}?" if close else f"known keys here: {', '.join(sorted(names))}"
+        names = _fields_at(model, inner[:-1])
+        close = difflib.get_close_matches(path[-1][:100], names, n=1)
+        fix = f"known keys here: {', '.join(sorted(names))}" if names else "remove it"
+        fix = f"did you mean {close[0]}?" if close else fix
         return Finding("unknown-key", "error", key, "is not a key of the recipe", fix)
     if fault["type"] == "missing":
         return Finding("missing-key", "error", key, "is missing", "set it")
-    message = str(fault["msg"]).removeprefix("Value error, ")
+    message = "".join(c if c.isprintable() else " " for c in str(fault["msg"]).removeprefix("Value error, "))
     if fault["type"] == "value_error":
-        said, _, fix = message.rpartition("; ")
-        return Finding("rule", "error", key, said or message, fix if said else "see the key's documentation")
+        rule, _, fix = message.rpartition("; ")
+        rule, fix = (rule, fix) if rule else (message, "see the key's documentation")
+        # A rule repeats the value, which may be of any length.
+        return Finding("rule", "error", key, rule if len(rule) < 400 else f"{rule[:400]}...", fix)
     return Finding(
         "wrong-value",
         "error",
         key,
-        f"{fault['input']!r}: {message[0].lower()}{message[1:]}",
-        "set a value of that kind",
+        f"{quote(fault['input'])}: {message[0].lower()}{message[1:]}",
+        "set a value of that type",
     )
 
 
-def _fields_at(path: Sequence[str]) -> list[str]:
-    """Names of the keys a recipe may hold at a dotted place."""
-    model: type[BaseModel] = Recipe
+def _fields_at(model: type[BaseModel], path: Sequence[str]) -> list[str]:
+    """Return the keys that a section may hold at a dotted path."""
     for part in path:
         if part not in model.model_fields:
             return []
-        found = _section_of(model.model_fields[part].annotation)
+        found = section_of(model.model_fields[part].annotation)
         if found is None:
             return []
         model = found
     return list(model.model_fields)
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    return next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)

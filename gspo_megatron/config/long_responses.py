@@ -1,4 +1,4 @@
-"""What shortens the longest answers, and what an answer may ask between its tokens."""
+"""Sections for long responses (repetition halt, thinking budget, length stages) and for environments."""
 
 from __future__ import annotations
 
@@ -15,47 +15,51 @@ BUDGET_WORDS = (
 
 
 class RepetitionHalt(Section):
-    """`rollout.repetition_halt`: an answer ends where it has said the same thing so many times in a row."""
+    """`rollout.repetition_halt`: end a response that repeats one pattern of tokens."""
 
     longest_pattern: int = Field(default=64, gt=0)
-    """Tokens of the longest pattern that is looked for; all shorter ones are too. Source: ours: a few lines of text."""
+    """Tokens of the longest pattern that is searched for; so are all shorter ones. Source: chosen here: a few lines."""
     times: int = Field(default=16, ge=2)
-    """Times that a pattern stands at the end of an answer, one behind the other. Source: ours: no proof needs 16."""
+    """Consecutive repetitions at the end of a response that halt it. Source: chosen here: no proof needs 16."""
 
 
 class ThinkingBudget(Section):
-    """`rollout.thinking`: thinking that goes on for too long is closed by force, and the answer goes on from there."""
+    """`rollout.thinking`: close thinking that exceeds a budget; the response continues after it."""
 
     budget: int = Field(gt=0)
-    """Tokens of thinking, counted from the start of the answer (of the turn, in an environment)."""
+    """Most tokens of thinking, counted from the start of the response (of the turn, with an environment)."""
     end: str = "</think>"
-    """What closes the thinking; must be one token. An answer that has it is not thinking any more. Source: Qwen3."""
+    """Text that closes the thinking; must be one token. Source: Qwen3."""
     closing: str = BUDGET_WORDS
-    """Put behind the budget's last token, `end` included; masked. Source: Qwen3 technical report, arXiv 2505.09388."""
+    """Text appended when the budget is used up; contains `end`; not trained on.
+
+    Source: Qwen3 technical report, arXiv 2505.09388.
+    """
 
 
 class LengthStage(Section):
-    """An entry of `rollout.length_stages`."""
+    """`rollout.length_stages`: one stage with a shorter response limit."""
 
     until_step: int = Field(gt=0)
     """Last step of the stage."""
     max_answer_tokens: int = Field(gt=0)
-    """Longest answer to a prompt that is begun in it, stop token included."""
+    """Longest response to a prompt that is started in the stage, tokens, stop token included."""
 
 
 class EnvironmentSection(Section):
-    """`environment`: what answers the model between its turns. Its words are masked; ids are appended, never rewritten.
+    """`environment`: the tool that replies to the model between its turns.
 
-    The turns of an answer share `rollout.max_answer_tokens`, the environment's words included.
+    Its tokens are appended as ids and not trained on. All turns of a response, replies included, share
+    `rollout.max_answer_tokens`.
     """
 
     name: Literal["calculator"]
-    """`calculator` = arithmetic, in a process of its own without files or network."""
+    """Which environment. `calculator` = arithmetic, evaluated in a separate process without files or network."""
     max_turns: int = Field(default=8, gt=0)
-    """Calls that an answer may make; one more cuts it. Source: ours."""
+    """Most calls per response; the next call ends it as truncated. Source: chosen here."""
     call_start: str = "<tool_call>"
-    """The text behind its last occurrence in a turn is the call; empty = all of the turn. Source: Qwen3."""
+    """The call is the text after the last occurrence in a turn; empty = the whole turn. Source: Qwen3."""
     call_end: str = "</tool_call>"
-    """What ends a call and hands the turn over; must be one token. Source: Qwen3."""
+    """Text that ends a call and the turn; must be one token. Source: Qwen3."""
     reply: str = "\n<tool_response>\n{result}\n</tool_response>\n"
-    """What the model reads behind its call, `{result}` replaced. Source: Qwen3, within the assistant's turn."""
+    """Text appended after a call, with `{result}` replaced. Source: Qwen3, within the assistant's turn."""

@@ -1,7 +1,8 @@
-"""What the model is: the keys of a Hugging Face `config.json`, typed, and where its weights are."""
+"""`model`: which model is trained. Each family in `models/` adds its own fields."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,10 +12,13 @@ from gspo_megatron.config.base import Section
 
 
 class Architecture(Section):
-    """A Qwen3 or Qwen3-MoE model, under the names of its Hugging Face `config.json`."""
+    """The shape of a decoder, under the names of its Hugging Face `config.json`. Each family has a subclass.
 
-    model_type: Literal["qwen3_moe", "qwen3"] = "qwen3_moe"
-    """`qwen3_moe` = every layer a mixture of experts; `qwen3` = dense. Source: what the recipes here train."""
+    The fields here are those that code outside a family reads.
+    """
+
+    model_type: str
+    """Which model it is, as Hugging Face calls it; it decides the family."""
     vocab_size: int = Field(gt=0)
     """Rows of the embedding and of the head, padding rows included."""
     hidden_size: int = Field(gt=0)
@@ -30,49 +34,32 @@ class Architecture(Section):
     intermediate_size: int = Field(gt=0)
     """Width of a dense feed-forward layer; unused where every layer is a mixture of experts."""
     moe_intermediate_size: int = Field(default=0, ge=0)
-    """Width of one expert."""
+    """Width of one expert; 0 for a dense model."""
     num_experts: int = Field(default=0, ge=0, le=1024)
     """Experts a layer; 0 for a dense model."""
     num_experts_per_tok: int = Field(default=0, ge=0)
-    """Experts a token is sent to (top-k)."""
-    norm_topk_prob: bool = True
-    """Renormalise the chosen experts' probabilities. transformers' class default is false, the models say true.
-
-    Source: config.json of Qwen3-30B-A3B and 235B-A22B.
-    """
-    rope_theta: float = Field(default=1e6, gt=0)
-    """Base of the rotary embedding. Source: config.json of the Qwen3 releases; the 2507 ones have 1e7 and 5e6."""
+    """Experts a token is sent to (top-k); 0 for a dense model."""
+    rope_theta: float = Field(gt=0)
+    """Base of the rotary embedding."""
     rope_scaling: dict[str, float | int | str] | None = None
-    """YaRN parameters as in `config.json`, or null."""
+    """Parameters of a scaled rotary embedding as in `config.json`, or null."""
     max_position_embeddings: int = Field(gt=0)
     """Native context, tokens."""
-    rms_norm_eps: float = Field(default=1e-6, gt=0)
-    """Epsilon of every RMSNorm. Source: config.json of every Qwen3."""
-    initializer_range: float = Field(default=0.02, gt=0)
-    """Standard deviation of a random initialisation. Source: config.json of every Qwen3."""
+    rms_norm_eps: float = Field(gt=0)
+    """Epsilon of every RMSNorm."""
+    initializer_range: float = Field(gt=0)
+    """Standard deviation of a random initialisation."""
     tie_word_embeddings: bool = False
     """Whether the head is the transposed embedding."""
 
+    @abstractmethod
     def to_hugging_face(self, dtype: str) -> dict[str, Any]:
         """The `config.json` that transformers and vLLM read."""
-        values = self.model_dump(exclude={"rope_theta", "rope_scaling"}, exclude_defaults=False)
-        rope: dict[str, Any] = {"rope_type": "default", **(self.rope_scaling or {}), "rope_theta": self.rope_theta}
-        name = "Qwen3MoeForCausalLM" if self.num_experts else "Qwen3ForCausalLM"
-        return {"architectures": [name], **values, "rope_parameters": rope, "dtype": dtype, "hidden_act": "silu"}
 
-    @model_validator(mode="after")
-    def experts_fit_the_model_type(self) -> Architecture:
-        if self.model_type == "qwen3" and self.num_experts:
-            raise ValueError(
-                f"num_experts={self.num_experts} with model_type=qwen3; use model_type=qwen3_moe or num_experts=0"
-            )
-        if self.model_type == "qwen3_moe" and not 0 < self.num_experts_per_tok <= self.num_experts:
-            raise ValueError(
-                f"num_experts_per_tok={self.num_experts_per_tok} is not in 1..num_experts={self.num_experts}; set both"
-            )
-        if self.model_type == "qwen3_moe" and not self.moe_intermediate_size:
-            raise ValueError("moe_intermediate_size=0 leaves the experts empty; set it")
-        return self
+    @property
+    def rope_parameters(self) -> dict[str, Any]:
+        """Rotary settings as transformers 5 writes them in `config.json`."""
+        return {"rope_type": "default", **(self.rope_scaling or {}), "rope_theta": self.rope_theta}
 
     @model_validator(mode="after")
     def query_heads_divide_into_groups(self) -> Architecture:
@@ -89,8 +76,8 @@ class ModelSection(Section):
 
     path: Path | None = None
     """Hugging Face directory (config.json and safetensors); null = start from random weights of `architecture`."""
-    architecture: Architecture | None = None
-    """Typed shape; read from `path`/config.json when null."""
+    architecture: dict[str, Any] | None = None
+    """Shape under the names of a `config.json`; read from `path`/config.json when null. Keys by model_type."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the trainer's and the sampler's weights; log-probs and the router are float32 in either.
 

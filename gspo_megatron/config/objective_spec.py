@@ -1,6 +1,6 @@
-"""The objective of a run: a preset, and the axes that the recipe moves.
+"""The objective of a run: a preset, and the axes that the recipe changes.
 
-Imports without torch, so that a plan can name the algorithm before anything is queued.
+This module imports without torch, so that `gspo plan` can name the algorithm before anything is queued.
 """
 
 from __future__ import annotations
@@ -17,18 +17,22 @@ from gspo_megatron.config.presets import PRESETS
 
 
 class ObjectiveSpec(Axes):
-    """A point in the table of axes: what `policy_loss` computes."""
+    """A value for every axis: the objective that `policy_loss` computes."""
 
     name: str = "gspo"
-    """The preset it started from."""
+    """The preset that it is based on."""
 
     @classmethod
     def preset(cls, name: str) -> ObjectiveSpec:
-        """A row of `PRESETS`, or `file.py:NAME` / `package.module:NAME` of an ObjectiveSpec of your own."""
+        """Return a row of `PRESETS`, or the ObjectiveSpec at `file.py:NAME` or `package.module:NAME`.
+
+        Raises:
+            ValueError: unknown preset, or the object is not an ObjectiveSpec.
+        """
         if ":" in name:
             found = load_object(name)
             if not isinstance(found, cls):
-                raise ValueError(f"{name} is a {type(found).__name__}, not an ObjectiveSpec; name one")
+                raise ValueError(f"{name} is a {type(found).__name__}, not an ObjectiveSpec; name an ObjectiveSpec")
             return found
         if name not in PRESETS:
             close = difflib.get_close_matches(name, PRESETS, n=1)
@@ -37,26 +41,26 @@ class ObjectiveSpec(Axes):
         return cls(name=name, **PRESETS[name])
 
     def replace(self, **changes: Any) -> ObjectiveSpec:
-        """The same point with some axes moved; checked like a recipe."""
+        """Return a copy with some axes changed. The values are checked like those of a recipe."""
         return type(self).model_validate({**self.model_dump(), **changes})
 
     @property
     def per_sequence(self) -> bool:
-        """Whether the ratio is one number a sequence."""
+        """Whether the ratio is one number per sequence."""
         return self.ratio_level != "token"
 
     def describe(self, sequences: int | None = None, updates: int | None = None) -> str:
-        """The objective in one sentence.
+        """Describe the objective in one sentence.
 
         Args:
             sequences: sequences of one mini-batch over all ranks.
-            updates: optimizer steps a rollout batch.
+            updates: optimizer steps per rollout batch.
         """
         return one_sentence(self.name, self, sequences, updates)
 
 
 class ObjectiveSection(Axes):
-    """`objective`: a preset, and every axis of it that this recipe moves; an axis left out or null is the preset's."""
+    """`objective`: a preset, and the axes that the recipe changes. A missing or null axis keeps the preset's value."""
 
     preset: str = "gspo"
     """gspo, gspo_token, grpo, grpo_replay, dr_grpo, dapo, cispo, sapo, gmpo, luspo, rloo, minirl, or `file.py:NAME`.
@@ -70,16 +74,17 @@ class ObjectiveSection(Axes):
         if not isinstance(values, dict):
             return values
         axes = ObjectiveSpec.preset(str(values.get("preset") or "gspo")).model_dump(exclude={"name"})
-        moved = {key: value for key, value in values.items() if value is not None}
-        if isinstance(moved.get("options"), dict):
-            moved["options"] = {**axes["options"], **moved["options"]}
-        return {**axes, **moved}
+        changed = {key: value for key, value in values.items() if value is not None}
+        if isinstance(changed.get("options"), dict):
+            changed["options"] = {**axes["options"], **changed["options"]}
+        return {**axes, **changed}
 
     def spec(self, max_answer_tokens: int | None = None) -> ObjectiveSpec:
-        """The point this section names.
+        """Return the objective that this section describes.
 
         Args:
-            max_answer_tokens: `rollout.max_answer_tokens`: what `aggregation=constant` divides by when nothing is set.
+            max_answer_tokens: `rollout.max_answer_tokens`, the divisor of `aggregation=constant` when
+                `aggregation_length` is null.
         """
         axes = self.model_dump(exclude={"preset"})
         if self.aggregation == "constant" and self.aggregation_length is None:

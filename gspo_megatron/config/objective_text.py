@@ -15,7 +15,10 @@ _FILTERS = {"dynamic_sampling": "groups of equal rewards replaced"}
 
 
 def one_sentence(name: str, spec: Axes, sequences: int | None, updates: int | None) -> str:
-    """One sentence that tells two objectives apart; group z-scores, no length rule and no group filter go unsaid."""
+    """Describe an objective so that two different ones read differently.
+
+    Defaults are left out: advantages normalised by the group's std, no rule for long responses, no group filter.
+    """
     old = {"recomputed": "recomputed old policy", "sampler": "sampler's log-probs"}[spec.ratio_reference]
     level = {"token": "token", "sequence": "sequence", "sequence_token": "sequence (token form)"}[spec.ratio_level]
     parts = [f"{name}: {level} ratio vs {old}", _trust(spec), _aggregation(spec, sequences)]

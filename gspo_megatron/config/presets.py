@@ -1,4 +1,4 @@
-"""Published objectives as points in the table of axes: only what differs from GSPO."""
+"""Published objectives as values of the axes. A row lists only what differs from GSPO."""
 
 from __future__ import annotations
 
@@ -7,29 +7,38 @@ from typing import Any
 _TOKEN_CLIP = {"ratio_level": "token", "clip_low": 0.2, "clip_high": 0.2}
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # 2507.18071: one ratio a sequence, 3e-4 / 4e-4, four updates a batch, no KL.
-    "gspo": {},
-    # The same with the ratio written at every token, for advantages that differ within an answer.
+    # arXiv 2507.18071: one ratio per sequence, clip 3e-4 / 4e-4, four updates per batch, no KL.
+    "gspo": {
+        "advantage": "std",
+        "ratio_level": "sequence",
+        "ratio_reference": "recomputed",
+        "trust": "clip",
+        "clip_low": 3e-4,
+        "clip_high": 4e-4,
+        "aggregation": "seq_mean_token_mean",
+        "kl": "none",
+    },
+    # The same ratio written at every token, for advantages that differ within a response.
     "gspo_token": {"ratio_level": "sequence_token"},
     # 2402.03300, with the band the GSPO paper tuned for it.
     "grpo": {"ratio_level": "token", "clip_low": 0.2, "clip_high": 0.27},
     # The GSPO paper's baseline on mixtures of experts.
     "grpo_replay": {"ratio_level": "token", "clip_low": 0.2, "clip_high": 0.27, "replay": "trainer"},
-    # 2503.20783: neither the length nor the spread of the rewards is divided by.
+    # 2503.20783: no division by the length or by the spread of the rewards.
     "dr_grpo": {**_TOKEN_CLIP, "advantage": "mean", "aggregation": "constant"},
     # 2503.14476; its soft overlong penalty needs a length: set overlong=soft and overlong_buffer.
     "dapo": {**_TOKEN_CLIP, "clip_high": 0.28, "aggregation": "token_mean", "group_filter": "dynamic_sampling"},
-    # 2506.13585: no token is dropped, its weight is capped.
+    # 2506.13585: no token is dropped; its weight is capped.
     "cispo": {"ratio_level": "token", "trust": "detached_clip", "ratio_cap": 5.0, "aggregation": "token_mean"},
     # 2511.20347: a smooth gate in place of the clip.
     "sapo": {"ratio_level": "token", "trust": "soft_gate"},
-    # 2507.20673: log-ratios are clipped token by token, then averaged.
+    # 2507.20673: log-ratios are clipped per token and then averaged.
     "gmpo": {"trust": "log_clip", "clip_low": 0.4, "clip_high": 0.4},
-    # 2602.05261: GSPO times the length.
+    # 2602.05261: GSPO multiplied by the length.
     "luspo": {"clip_low": 2e-3, "clip_high": 2.5e-3, "aggregation": "seq_mean_token_sum"},
-    # 2402.14740: leave-one-out baseline, the log-prob of the whole answer.
+    # 2402.14740: leave-one-out baseline, log-prob of the whole response.
     "rloo": {**_TOKEN_CLIP, "advantage": "rloo", "aggregation": "seq_mean_token_sum"},
-    # 2512.01374: the first-order token view; the sampler's gap is a capped factor.
+    # 2512.01374: first-order token objective; a capped weight corrects the sampler's gap.
     "minirl": {
         "ratio_level": "token",
         "trust": "mask",

@@ -15,14 +15,14 @@ from typing import Any, Protocol
 
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.controller.batch_metrics import Progress, measure_answers, measure_staleness
-from gspo_megatron.controller.environment_pool import Calls
+from gspo_megatron.controller.environment_pool import EnvironmentPool
 from gspo_megatron.controller.generation import Generation, Sampling
-from gspo_megatron.controller.group_buffer import Pool
-from gspo_megatron.controller.groups import Tally
-from gspo_megatron.controller.multi_turn import Thinking, Turns
+from gspo_megatron.controller.group_buffer import GroupBuffer
+from gspo_megatron.controller.groups import TokenCounter
+from gspo_megatron.controller.multi_turn import MultiTurnScheduler, Thinking
 from gspo_megatron.controller.scheduler import URGENT
 from gspo_megatron.controller.scoring import ScoringPool
-from gspo_megatron.controller.servers import Fleet, Refused
+from gspo_megatron.controller.servers import Refused, ServerSet
 from gspo_megatron.controller.state import describe_groups, forget_lost_members, read_groups, store_generations
 from gspo_megatron.controller.weight_update import Probe, WeightUpdater
 from gspo_megatron.data.store import SampleStore
@@ -30,7 +30,7 @@ from gspo_megatron.types import Prompt, Response, SampleRef, StopReason
 
 log = logging.getLogger(__name__)
 NUM_EXAMPLES = 3
-TALLY = "received_tokens"
+RECEIVED_TOKENS = "received_tokens"
 """File of the sample store."""
 KEPT_STATES = 3
 """Checkpoints whose unfinished answers are kept; the trainer keeps fewer."""
@@ -72,7 +72,7 @@ class Controller:
     def __init__(
         self,
         recipe: Recipe,
-        fleet: Fleet,
+        servers: ServerSet,
         prompts: Prompts,
         tokenizer: TextDecoder,
         scoring: ScoringPool,
@@ -81,12 +81,12 @@ class Controller:
         overlaps: bool,
         sleeps: bool,
         thinking: Thinking | None = None,
-        calls: Calls | None = None,
+        environment: EnvironmentPool | None = None,
     ) -> None:
         """
         Args:
             recipe: the run.
-            fleet: its servers.
+            servers: all servers of the run.
             prompts: where its prompts come from.
             tokenizer: turns answers into text for the scorer.
             scoring: scores them.
@@ -95,11 +95,11 @@ class Controller:
             overlaps: the servers have devices of their own and go on while the trainer works.
             sleeps: servers and trainer take turns on the same devices.
             thinking: limit of the thinking within an answer.
-            calls: the environment that answers between turns.
+            environment: the environment that replies between turns.
         """
         self.recipe = recipe
-        self.fleet = fleet
-        self.updater = WeightUpdater(fleet, recipe.weight_update, host, sleeps)
+        self.servers = servers
+        self.updater = WeightUpdater(servers, recipe.weight_update, host, sleeps)
         self.phase = "waiting for servers"
         self._progress = Progress()
         self._prompts = prompts
@@ -108,42 +108,44 @@ class Controller:
         self._store = store
         self._sleeps = sleeps
         self._unscored: Counter[str] = Counter()
-        self._calls = calls
-        self.scheduler = Turns(fleet, lambda: self.updater.version, thinking, calls, self._give_up)
-        self.pool = Pool(
+        self._environment = environment
+        self.scheduler = MultiTurnScheduler(servers, lambda: self.updater.version, thinking, environment, self._give_up)
+        self.buffer = GroupBuffer(
             recipe,
             self.scheduler,
             lambda count: asyncio.to_thread(prompts.next, count),
-            self._judge,
+            self._score_and_store,
             store.remove,
             self._sampling(recipe.rollout.temperature),
             lambda: self.updater.version,
             overlaps,
-            Tally(store.directory / TALLY),
+            TokenCounter(store.directory / RECEIVED_TOKENS),
         )
 
     async def start(self) -> None:
         """Wait until all servers are there; scoring processes start meanwhile."""
         self._scoring.start()
-        if self._calls is not None:
-            self._calls.pool.start()
+        if self._environment is not None:
+            self._environment.processes.start()
         try:
-            await asyncio.gather(self.fleet.wait_healthy(self.recipe.rollout.start_timeout), self.updater.open_store())
+            await asyncio.gather(
+                self.servers.wait_healthy(self.recipe.rollout.start_timeout), self.updater.open_store()
+            )
             if self._sleeps:
                 await self.updater.sleep()
         except Refused as error:
             self.phase = f"failed: {error}"
             raise
-        self.fleet.watch()
+        self.servers.watch()
         self.phase = "idle"
 
     async def close(self) -> None:
         """End what this controller started: answers under way, connections and scoring processes."""
-        await self.pool.close()
-        await self.fleet.close()
+        await self.buffer.close()
+        await self.servers.close()
         self._scoring.close()
-        if self._calls is not None:
-            self._calls.pool.close()
+        if self._environment is not None:
+            self._environment.processes.close()
 
     def status(self) -> dict[str, Any]:
         """Phase, progress, version, and the state of every server."""
@@ -151,23 +153,23 @@ class Controller:
             "phase": self.phase,
             "progress": self._progress.report(),
             "version": self.updater.version,
-            "servers": self.fleet.faults(),
+            "servers": self.servers.faults(),
         }
 
     async def rollout(self, step: int) -> dict[str, Any]:
         """One rollout batch: `batch.answers` stored and scored answers to each of `batch.prompts` prompts."""
         version = self._need_weights()
         batch, started = self.recipe.batch, time.monotonic()
-        self._progress = Progress(batch.prompts * batch.answers, started, *self.pool.done())
+        self._progress = Progress(batch.prompts * batch.answers, started, *self.buffer.done())
         self._unscored.clear()
-        self.pool.limit = self.recipe.rollout.answer_limit(step)
-        groups = await self.pool.take()
+        self.buffer.limit = self.recipe.rollout.answer_limit(step)
+        groups = await self.buffer.take()
         samples = [ref for group in groups for ref in group.members]
         tokens = sum(ref.trained_length for ref in samples)
         seconds = time.monotonic() - started
         log.info("step %d: %d answers, %d tokens in %.2f s", step, len(samples), tokens, seconds)
         accounting = {
-            **self.pool.accounting.report(self.pool.groups),
+            **self.buffer.accounting.report(self.buffer.groups),
             "unscored": dict(self._unscored),
             "skipped_prompts": dict(self._prompts.skipped),
         }
@@ -228,9 +230,9 @@ class Controller:
 
     async def state(self) -> dict[str, Any]:
         """What a checkpoint must hold of the controller; tokens of unfinished answers go to a store of their own."""
-        async with self.pool.admitting:
-            rows, answers = describe_groups(self.pool.groups)
-            accounting = self.pool.accounting.report(self.pool.groups)
+        async with self.buffer.admitting:
+            rows, answers = describe_groups(self.buffer.groups)
+            accounting = self.buffer.accounting.report(self.buffer.groups)
             stream = self._prompts.state()
         name = f"carried-{accounting['taken'].get('prompts', 0):08d}"
         generations = await asyncio.to_thread(store_generations, answers, self._store.beside(name)) if answers else []
@@ -240,13 +242,13 @@ class Controller:
     async def restore(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken; what came after it is gone, and counted as dropped."""
         self._prompts.restore(state["stream"])
-        carried = self._store.beside(state["store"]) if state["drafts"] else self._store
-        groups = await asyncio.to_thread(read_groups, state["groups"], state["drafts"], carried)
+        in_flight = self._store.beside(state["store"]) if state["drafts"] else self._store
+        groups = await asyncio.to_thread(read_groups, state["groups"], state["drafts"], in_flight)
         forget_lost_members(groups, self._store)
         known = {group.prompt.index: {ref.path for ref in group.members} for group in groups}
-        begun = state["stream"]["index"]
-        self._store.sweep(lambda index, path: index < begun and (index not in known or path in known[index]))
-        self.pool.restore(groups, state["accounting"])
+        started = state["stream"]["index"]
+        self._store.sweep(lambda index, path: index < started and (index not in known or path in known[index]))
+        self.buffer.restore(groups, state["accounting"])
 
     def _need_weights(self) -> int:
         if self.updater.version is None:
@@ -261,7 +263,7 @@ class Controller:
     async def _evaluated(self, generation: Generation, sampling: Sampling) -> Scored:
         return await self._score(generation, await self.scheduler.complete(generation, sampling, URGENT))
 
-    async def _judge(self, generation: Generation, reason: StopReason) -> SampleRef:
+    async def _score_and_store(self, generation: Generation, reason: StopReason) -> SampleRef:
         """Score and store one answer to a training prompt."""
         scored = await self._score(generation, reason)
         return await asyncio.to_thread(self._store.write, generation.prompt, scored.answer, scored.reward)

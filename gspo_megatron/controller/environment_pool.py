@@ -1,4 +1,4 @@
-"""An environment in processes of its own: one that hangs or dies costs an answer, not the run."""
+"""An environment in processes of its own: one that hangs or dies costs one response, not the run."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from gspo_megatron.controller.process_pool import ProcessPool
 from gspo_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from gspo_megatron.environments import Step, Turn, make_step, read_call_ids
 
-SECONDS = 10.0
+STEP_SECONDS = 10.0
 """Time limit of one reply."""
 
 
 @dataclass(frozen=True, slots=True)
-class Calls:
-    """An environment, as an answer meets it."""
+class EnvironmentPool:
+    """The environment of a run and the processes in which it computes."""
 
-    ids: tuple[int, ...]
-    """Each ends a turn that is a call."""
-    most: int
-    """Calls that an answer may make."""
-    pool: ProcessPool
-    """Asks it; see `environments.Step`."""
+    call_ids: tuple[int, ...]
+    """Token ids that end a turn with a call to the environment."""
+    max_calls: int
+    """Most calls of one response."""
+    processes: ProcessPool
+    """Compute its steps; see `environments.Step`."""
 
-    async def ask(self, generation: Generation) -> Turn | str:
-        """What the environment says to the last turn of a draft, or a sentence about why it says nothing."""
+    async def step(self, generation: Generation) -> Turn | str:
+        """The environment's reply to the last turn of a generation, or a sentence why there is none."""
         action = generation.token_ids[generation.turn_start :].tolist()
-        return await asyncio.wrap_future(self.pool.ask(generation.prompt.problem, generation.state, action))
+        return await asyncio.wrap_future(self.processes.ask(generation.prompt.problem, generation.state, action))
 
 
-def make_calls(recipe: Recipe, tokenizer: Tokenizer, workers: int) -> Calls | None:
+def make_environment_pool(recipe: Recipe, tokenizer: Tokenizer, workers: int) -> EnvironmentPool | None:
     """The environment of a recipe, if it has one. Raises RecipeError where the tokenizer does not fit it."""
     section = recipe.environment
     if section is None:
         return None
     make: Callable[[], Step] = functools.partial(_make_step, recipe)
-    pool = ProcessPool(make, workers, SECONDS, "environment")
-    return Calls(read_call_ids(section, tokenizer), section.max_turns, pool)
+    pool = ProcessPool(make, workers, STEP_SECONDS, "environment")
+    return EnvironmentPool(read_call_ids(section, tokenizer), section.max_turns, pool)
 
 
 def _make_step(recipe: Recipe) -> Step:

@@ -50,7 +50,7 @@ class Generation:
     """Cover the tokens in order."""
     parts: int = 0
     """Requests sent so far."""
-    born: int | None = None
+    first_version: int | None = None
     """Version of the weights when the first request was sent."""
     lost: int = 0
     """Tokens that were sampled and could not be kept."""

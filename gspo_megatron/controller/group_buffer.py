@@ -17,7 +17,7 @@ from typing import Any
 
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.controller.generation import Generation, Sampling
-from gspo_megatron.controller.groups import Accounting, Group, Tally
+from gspo_megatron.controller.groups import Accounting, Group, TokenCounter
 from gspo_megatron.controller.scheduler import Scheduler
 from gspo_megatron.controller.servers import Refused
 from gspo_megatron.types import Prompt, SampleRef, StopReason
@@ -26,7 +26,7 @@ MAX_FILTERED = 20
 """Batches' worth of groups in a row that may be filtered before the run is told that it learns nothing."""
 
 
-class Pool:
+class GroupBuffer:
     """Keeps as many groups under way as the recipe allows and hands out batches of complete ones."""
 
     def __init__(
@@ -34,12 +34,12 @@ class Pool:
         recipe: Recipe,
         scheduler: Scheduler,
         draw: Callable[[int], Awaitable[list[Prompt]]],
-        judge: Callable[[Generation, StopReason], Awaitable[SampleRef]],
+        score: Callable[[Generation, StopReason], Awaitable[SampleRef]],
         discard: Callable[[SampleRef], None],
         sampling: Sampling,
         version: Callable[[], int | None],
         overlaps: bool,
-        tally: Tally,
+        counter: TokenCounter,
     ) -> None:
         """
         Args:
@@ -60,13 +60,13 @@ class Pool:
         if self._staleness:
             self._extra = min(self._extra, self._staleness * self._size)
         self._filters = recipe.objective.group_filter == "dynamic_sampling"
-        self._scheduler, self._draw, self._judge, self._discard = scheduler, draw, judge, discard
+        self._scheduler, self._draw, self._judge, self._discard = scheduler, draw, score, discard
         self._sampling, self._version = sampling, version
         self.groups: list[Group] = []
         """Under way or complete, not handed out; in the order of their prompts."""
         self.accounting = Accounting()
-        self._tally = tally
-        self.accounting.settle((), tally)
+        self._counter = counter
+        self.accounting.settle((), counter)
         self.limit: int | None = None
         """Longest answer to a prompt that is begun now; None = the sampling's own limit."""
         self._taking = False
@@ -115,9 +115,9 @@ class Pool:
         self.groups[:] = groups
         for group in groups:
             for generation in group.generations:
-                generation.received = self._tally.add
+                generation.received = self._counter.add
         self.accounting.restore(report)
-        self.accounting.settle(groups, self._tally)
+        self.accounting.settle(groups, self._counter)
 
     async def close(self) -> None:
         """End all tasks."""
@@ -142,7 +142,7 @@ class Pool:
 
     def _last_version(self, group: Group, version: int) -> int:
         """Of the last batch that may train on a group; one that is not begun would begin now."""
-        return (version if group.born is None else group.born) + self._staleness
+        return (version if group.first_version is None else group.first_version) + self._staleness
 
     async def _drop_too_old(self) -> None:
         """Drop what cannot be trained on within the bound any more: a failed update leaves a version out."""
@@ -202,7 +202,9 @@ class Pool:
 
     def _begin(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
-            members = [Generation(prompt, i, received=self._tally.add, limit=self.limit) for i in range(self._answers)]
+            members = [
+                Generation(prompt, i, received=self._counter.add, limit=self.limit) for i in range(self._answers)
+            ]
             group = Group(prompt, members)
             self.groups.append(group)
             self._start(group)

@@ -28,9 +28,12 @@ class Group:
         return len(self.finished) == len(self.generations)
 
     @property
-    def born(self) -> int | None:
+    def first_version(self) -> int | None:
         """Version under which its first token was sampled; None before."""
-        return min((generation.born for generation in self.generations if generation.born is not None), default=None)
+        return min(
+            (generation.first_version for generation in self.generations if generation.first_version is not None),
+            default=None,
+        )
 
     @property
     def tokens(self) -> int:
@@ -43,7 +46,7 @@ class Group:
         return [self.finished[index] for index in sorted(self.finished)]
 
 
-class Tally:
+class TokenCounter:
     """Answer tokens that were received since the start of the run, in a file: it outlives a controller that is killed.
 
     What the controller restores is of the last checkpoint; the difference is what was sampled since, and lost.
@@ -89,21 +92,21 @@ class Accounting:
         self.taken = Counter(report["taken"])
         self.dropped = {reason: Counter(counts) for reason, counts in report["dropped"].items()}
 
-    def settle(self, carried: Sequence[Group], tally: Tally) -> None:
+    def settle(self, in_flight: Sequence[Group], counter: TokenCounter) -> None:
         """Count as dropped what was received and is nowhere: an earlier attempt took it with it."""
-        lost = tally.tokens - self.report(carried)["sampled_tokens"]
+        lost = counter.tokens - self.report(in_flight)["sampled_tokens"]
         if lost > 0:
             self.dropped.setdefault("attempt-lost", Counter()).update(tokens=lost)
         else:
-            tally.add(-lost)  # a run directory without its tally
+            counter.add(-lost)  # a run directory without its tally
 
-    def report(self, carried: Sequence[Group]) -> dict[str, Any]:
+    def report(self, in_flight: Sequence[Group]) -> dict[str, Any]:
         """As JSON: `sampled` = `taken` + every `dropped` + `carried`, in tokens."""
-        waiting = sum(group.tokens + sum(generation.lost for generation in group.generations) for group in carried)
+        waiting = sum(group.tokens + sum(generation.lost for generation in group.generations) for group in in_flight)
         dropped = sum(counts["tokens"] for counts in self.dropped.values())
         return {
             "sampled_tokens": self.taken["tokens"] + dropped + waiting,
             "taken": dict(self.taken),
             "dropped": {reason: dict(counts) for reason, counts in self.dropped.items()},
-            "carried": {"tokens": waiting, "prompts": len(carried)},
+            "carried": {"tokens": waiting, "prompts": len(in_flight)},
         }

@@ -18,17 +18,18 @@ from aiohttp import web
 from gspo_megatron.cluster.child_processes import die_with_parent
 from gspo_megatron.cluster.machines import machine_of, takes_turns
 from gspo_megatron.cluster.watchdog import follow
-from gspo_megatron.config.loading import RecipeError, load_resolved
+from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.controller.api import Service
 from gspo_megatron.controller.controller import Controller
-from gspo_megatron.controller.environment_pool import make_calls
+from gspo_megatron.controller.environment_pool import make_environment_pool
 from gspo_megatron.controller.multi_turn import make_thinking
 from gspo_megatron.controller.scheduler import with_reserve
 from gspo_megatron.controller.scoring import Scorer, ScoringPool
 from gspo_megatron.controller.server_client import ServerClient
-from gspo_megatron.controller.servers import Fleet
+from gspo_megatron.controller.servers import ServerSet
 from gspo_megatron.data.store import SampleStore
+from gspo_megatron.models import load_resolved
 from gspo_megatron.transport.auth import read_key
 from gspo_megatron.transport.identity import identity_of
 
@@ -45,19 +46,18 @@ def build(recipe: Recipe, run_dir: Path, host: str, urls: list[str], key: str) -
     from gspo_megatron.data.tokenizers import load_tokenizer
     from gspo_megatron.rewards import make_scorer
 
-    assert recipe.model.architecture is not None
     rollout = recipe.rollout
     context = rollout.max_prompt_tokens + rollout.max_answer_tokens
     tokenizer = load_tokenizer(recipe.tokenizer, recipe.model.path)
     make: Callable[[], Scorer] = functools.partial(make_scorer, recipe)
-    vocab = recipe.model.architecture.vocab_size
+    vocab = recipe.arch.vocab_size
     # Before the connections: a broken prompt file ends the controller with its sentence as the last line.
     stream = PromptStream(recipe, tokenizer)
     servers = [ServerClient(url, key, vocab, context, with_reserve(rollout.max_concurrency)) for url in urls]
     processes = min(MAX_SCORING_PROCESSES, os.cpu_count() or 1)
     return Controller(
         recipe,
-        Fleet(servers, identity_of(recipe, run_dir)),
+        ServerSet(servers, identity_of(recipe, run_dir)),
         stream,
         tokenizer,
         ScoringPool(make, processes, SCORING_SECONDS),
@@ -66,7 +66,7 @@ def build(recipe: Recipe, run_dir: Path, host: str, urls: list[str], key: str) -
         overlaps=not machine_of(recipe).colocated,
         sleeps=takes_turns(recipe),
         thinking=make_thinking(rollout.thinking, tokenizer),
-        calls=make_calls(recipe, tokenizer, processes),
+        environment=make_environment_pool(recipe, tokenizer, processes),
     )
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 
 from gspo_megatron.config.loading import refuse
 from gspo_megatron.config.long_responses import ThinkingBudget
-from gspo_megatron.controller.environment_pool import Calls
+from gspo_megatron.controller.environment_pool import EnvironmentPool
 from gspo_megatron.controller.generation import Generation, Sampling
 from gspo_megatron.controller.scheduler import TRAINING, Scheduler
-from gspo_megatron.controller.servers import Fleet
+from gspo_megatron.controller.servers import ServerSet
 from gspo_megatron.data.tokenizers import Tokenizer
 from gspo_megatron.types import StopReason
 
@@ -58,38 +58,42 @@ def make_thinking(section: ThinkingBudget | None, tokenizer: Tokenizer) -> Think
     return Thinking(section.budget, end[0], tuple(closing))
 
 
-class Turns(Scheduler):
+class MultiTurnScheduler(Scheduler):
     """A dispatcher whose answers may have several turns."""
 
     def __init__(
         self,
-        fleet: Fleet,
+        servers: ServerSet,
         version: Callable[[], int | None],
         thinking: Thinking | None,
-        calls: Calls | None,
+        environment: EnvironmentPool | None,
         on_fault: Callable[[Generation, str], None],
     ) -> None:
         """
         Args:
-            fleet: as `Scheduler`.
+            servers: as `Scheduler`.
             version: as `Scheduler`.
             thinking: how long a turn may think; None = to its end.
-            calls: the environment; None = an answer has one turn.
+            environment: answers calls; None = an answer has one turn.
             on_fault: told why the environment has nothing to say.
         """
-        super().__init__(fleet, version)
-        self._thinking, self._calls, self._on_fault = thinking, calls, on_fault
+        super().__init__(servers, version)
+        self._thinking, self._environment, self._on_fault = thinking, environment, on_fault
 
     async def complete(self, generation: Generation, sampling: Sampling, kind: int = TRAINING) -> StopReason:
         """As `Scheduler.complete`, through all turns; an answer with a call too many, or without a reply, is cut."""
         limit = sampling.max_tokens if generation.limit is None else generation.limit
-        stretch = replace(sampling, stop_ids=(*sampling.stop_ids, *(self._calls.ids if self._calls else ())))
+        stretch = replace(
+            sampling, stop_ids=(*sampling.stop_ids, *(self._environment.call_ids if self._environment else ()))
+        )
         with self.staying(generation.prompt.index):
             while generation.last_sampled not in sampling.stop_ids:
                 if len(generation) >= limit:
                     return "length"
-                if self._calls is not None and generation.last_sampled in self._calls.ids:
-                    if generation.calls == self._calls.most or not await self._observe(self._calls, generation, limit):
+                if self._environment is not None and generation.last_sampled in self._environment.call_ids:
+                    if generation.calls == self._environment.max_calls or not await self._observe(
+                        self._environment, generation, limit
+                    ):
                         return "length"
                     continue
                 left = self._thinking.left(generation) if self._thinking is not None else None
@@ -98,17 +102,21 @@ class Turns(Scheduler):
                     continue
                 until = limit if left is None else min(limit, len(generation) + left)
                 reason = await super().complete(generation, replace(stretch, max_tokens=until), kind)
-                called = self._calls is not None and reason == "stop" and generation.last_sampled in self._calls.ids
+                called = (
+                    self._environment is not None
+                    and reason == "stop"
+                    and generation.last_sampled in self._environment.call_ids
+                )
                 if not called and not (reason == "length" and until < limit):
                     return reason
         return "stop"
 
-    async def _observe(self, calls: Calls, generation: Generation, limit: int) -> bool:
+    async def _observe(self, environment: EnvironmentPool, generation: Generation, limit: int) -> bool:
         """Put in what the environment says to the last turn, as far as there is room; whether it said something."""
-        said = await calls.ask(generation)
-        if isinstance(said, str):
-            self._on_fault(generation, said)
+        reply = await environment.step(generation)
+        if isinstance(reply, str):
+            self._on_fault(generation, reply)
             return False
-        generation.state = said.state
-        generation.put_in(said.token_ids[: limit - len(generation)], "observation")
+        generation.state = reply.state
+        generation.put_in(reply.token_ids[: limit - len(generation)], "observation")
         return True

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from gspo_megatron.controller.generation import Generation, Sampling
 from gspo_megatron.controller.server_admin import ServerError
 from gspo_megatron.controller.server_client import ServerClient
-from gspo_megatron.controller.servers import Fleet, Refused
+from gspo_megatron.controller.servers import Refused, ServerSet
 from gspo_megatron.types import StopReason
 
 URGENT, TRAINING = 0, 1
@@ -34,7 +34,7 @@ def with_reserve(concurrency: int) -> int:
 
 
 @dataclass(order=True, slots=True)
-class _Turn:
+class QueuedGeneration:
     """A draft that waits for a server."""
 
     urgency: tuple[int, int, int]
@@ -45,18 +45,18 @@ class _Turn:
 
 
 class Scheduler:
-    """Brings drafts to their end on a fleet of servers."""
+    """Brings generations to their end on the servers of a run."""
 
-    def __init__(self, fleet: Fleet, version: Callable[[], int | None]) -> None:
+    def __init__(self, servers: ServerSet, version: Callable[[], int | None]) -> None:
         """
         Args:
-            fleet: the servers.
+            servers: all servers of the run.
             version: weights that all of them hold; None while those change, and then nothing is sent.
         """
-        self._fleet, self._version = fleet, version
-        self._turns: list[_Turn] = []
+        self._servers, self._version = servers, version
+        self._queued: list[QueuedGeneration] = []
         self._arrivals = itertools.count()
-        self._held: dict[ServerClient, set[Generation]] = {server: set() for server in fleet.servers}
+        self._held: dict[ServerClient, set[Generation]] = {server: set() for server in servers.all}
         self._homes: dict[int, ServerClient] = {}
         self._of_prompt: Counter[int] = Counter()
         self._loads: dict[ServerClient, tuple[float, int]] = {}
@@ -74,13 +74,15 @@ class Scheduler:
         """
         index = generation.prompt.index
         with self.staying(index):
-            while (server := await self._turn(generation, kind)) is not None:
+            while (server := await self._queue(generation, kind)) is not None:
                 try:
                     if self._version() is not None:
-                        generation.born = self._version() if generation.born is None else generation.born
+                        generation.first_version = (
+                            self._version() if generation.first_version is None else generation.first_version
+                        )
                         return await server.generate(generation, sampling, self._version)
                 except ServerError as error:
-                    self._fleet.drop(server, str(error))
+                    self._servers.drop(server, str(error))
                 except ValueError as error:
                     raise Refused(f"prompt {index}: {error}") from None
                 finally:
@@ -102,22 +104,24 @@ class Scheduler:
 
     def proceed(self) -> None:
         """Send what can be sent; to be called when servers, versions or `hold` have changed."""
-        if not self._fleet.live:
-            for turn in self._turns:
+        if not self._servers.live:
+            for turn in self._queued:
                 if not turn.server.done():
-                    turn.server.set_exception(Refused(f"no server is left: {'; '.join(self._fleet.faults().values())}"))
-            self._turns.clear()
-        while self._turns and self._version() is not None:
-            turn = self._turns[0]
+                    turn.server.set_exception(
+                        Refused(f"no server is left: {'; '.join(self._servers.faults().values())}")
+                    )
+            self._queued.clear()
+        while self._queued and self._version() is not None:
+            turn = self._queued[0]
             if turn.server.done():  # its task was cancelled
-                heapq.heappop(self._turns)
+                heapq.heappop(self._queued)
                 continue
             if self._training_waits and turn.urgency[0] == TRAINING:
                 return
             server = self._choose(turn.generation)
             if server is None:
                 return
-            heapq.heappop(self._turns)
+            heapq.heappop(self._queued)
             self._held[server].add(turn.generation)
             counted, load = self._loads.get(server, (-math.inf, 0))
             self._loads[server] = (counted, load + _tokens(turn.generation))
@@ -135,11 +139,11 @@ class Scheduler:
     async def interrupt(self) -> None:
         """End every training sample where it is, and every one to come: `complete` returns `abort` until `resume`."""
         self._interrupted = True
-        for turn in self._turns:
+        for turn in self._queued:
             if not turn.server.done():
                 turn.server.set_result(None)
-        self._turns.clear()
-        await asyncio.gather(*(self._interrupt(server) for server in self._fleet.live))
+        self._queued.clear()
+        await asyncio.gather(*(self._interrupt(server) for server in self._servers.live))
 
     async def _interrupt(self, server: ServerClient) -> None:
         if not self._held[server]:
@@ -147,21 +151,23 @@ class Scheduler:
         try:
             await server.interrupt()
         except ServerError as error:
-            self._fleet.drop(server, str(error))
+            self._servers.drop(server, str(error))
 
-    def _turn(self, generation: Generation, kind: int) -> asyncio.Future[ServerClient | None]:
-        born = 1 << 62 if generation.born is None else generation.born
-        turn = _Turn((kind, born, next(self._arrivals)), generation, asyncio.get_running_loop().create_future())
+    def _queue(self, generation: Generation, kind: int) -> asyncio.Future[ServerClient | None]:
+        first_version = 1 << 62 if generation.first_version is None else generation.first_version
+        turn = QueuedGeneration(
+            (kind, first_version, next(self._arrivals)), generation, asyncio.get_running_loop().create_future()
+        )
         if self._interrupted and kind == TRAINING:
             turn.server.set_result(None)
         else:
-            heapq.heappush(self._turns, turn)
+            heapq.heappush(self._queued, turn)
             self.proceed()
         return turn.server
 
     def _choose(self, generation: Generation) -> ServerClient | None:
         """The server with room and the least KV in use; the one that holds the prompt already, if it is not far off."""
-        open_ = [server for server in self._fleet.live if len(self._held[server]) < server.slots]
+        open_ = [server for server in self._servers.live if len(self._held[server]) < server.slots]
         if not open_:
             return None
         index = generation.prompt.index

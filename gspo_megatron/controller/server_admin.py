@@ -22,7 +22,7 @@ class ServerError(RuntimeError):
     """A server that is dead, does not answer or refuses; one sentence that names it."""
 
 
-class ServerControl:
+class ServerAdmin:
     """One vLLM server, as far as it does not sample. Use within one event loop; `close` at the end."""
 
     def __init__(self, url: str, key: str) -> None:

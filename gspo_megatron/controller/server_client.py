@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 
 from gspo_megatron.controller.generation import Generation, Sampling, request_body
-from gspo_megatron.controller.server_admin import CONTROL_SECONDS, ServerControl, ServerError
+from gspo_megatron.controller.server_admin import CONTROL_SECONDS, ServerAdmin, ServerError
 from gspo_megatron.transport.server_paths import GENERATE
 from gspo_megatron.types import Segment, StopReason
 
@@ -28,7 +28,7 @@ ABORT_SECONDS = 0.5
 """Time that aborted answers have to arrive before the abort is repeated."""
 
 
-class ServerClient(ServerControl):
+class ServerClient(ServerAdmin):
     """One vLLM server."""
 
     def __init__(self, url: str, key: str, vocab_size: int, context: int, concurrency: int) -> None:

@@ -19,7 +19,7 @@ class Refused(RuntimeError):
     """What the controller cannot or will not do; one sentence, sent to the caller as it is."""
 
 
-class Fleet:
+class ServerSet:
     """All servers of a run. One that is dropped serves again only as a new process, from the next weights on."""
 
     def __init__(self, servers: Sequence[ServerClient], identity: Identity | None = None) -> None:
@@ -28,7 +28,8 @@ class Fleet:
             servers: by address.
             identity: what each of them must be; None = they are not asked (engines that are simulated).
         """
-        self.servers = tuple(servers)
+        self.all = tuple(servers)
+        """Live or not, in the order of the command line."""
         self._identity = identity
         self._watchers: list[asyncio.Task[None]] = []
         self._returning: set[ServerClient] = set()
@@ -36,7 +37,7 @@ class Fleet:
     @property
     def live(self) -> list[ServerClient]:
         """The servers in use, in the order of the command line."""
-        return [server for server in self.servers if not server.fault]
+        return [server for server in self.all if not server.fault]
 
     def drop(self, server: ServerClient, reason: str) -> None:
         """Take a server out for good. Raises Refused with the reason if it was the last one."""
@@ -48,7 +49,7 @@ class Fleet:
 
     def faults(self) -> dict[str, str]:
         """By address: why a server is out, or an empty text."""
-        return {server.url: server.fault for server in self.servers}
+        return {server.url: server.fault for server in self.all}
 
     async def wait_healthy(self, timeout: float) -> None:
         """Wait until every server answers its health check and is what this run needs.
@@ -57,7 +58,7 @@ class Fleet:
             Refused: naming the first that does not, or is not.
         """
         deadline = asyncio.get_running_loop().time() + timeout
-        for server in self.servers:
+        for server in self.all:
             while not await server.is_healthy():
                 if asyncio.get_running_loop().time() > deadline:
                     raise Refused(
@@ -66,7 +67,7 @@ class Fleet:
                     )
                 await asyncio.sleep(0.25)
 
-        for server in self.servers:
+        for server in self.all:
             try:
                 await self.check(server)
             except ServerError as error:
@@ -79,7 +80,7 @@ class Fleet:
 
     def watch(self) -> None:
         """From now on, give up servers that hold answers and make no progress."""
-        self._watchers = [asyncio.create_task(server.watch()) for server in self.servers]
+        self._watchers = [asyncio.create_task(server.watch()) for server in self.all]
         self._watchers.append(asyncio.create_task(self._look_for_returning()))
 
     def take_back(self) -> None:
@@ -92,7 +93,7 @@ class Fleet:
 
     async def _look_for_returning(self) -> None:
         while True:
-            for server in self.servers:
+            for server in self.all:
                 if server.fault and await server.is_fresh():
                     self._returning.add(server)
             await asyncio.sleep(RETURN_SECONDS)
@@ -101,5 +102,5 @@ class Fleet:
         """Close all connections."""
         for watcher in self._watchers:
             watcher.cancel()
-        for server in self.servers:
+        for server in self.all:
             await server.close()

@@ -28,7 +28,7 @@ def describe_groups(groups: Sequence[Group]) -> tuple[list[dict[str, Any]], list
                 "answers": len(group.generations),
                 "limit": group.generations[0].limit,
                 "finished": [asdict(ref) for ref in group.members],
-                "born": {generation.sample_index: generation.born for generation in group.generations},
+                "born": {generation.sample_index: generation.first_version for generation in group.generations},
                 "drafts": [{name: getattr(generation, name) for name in KEPT} for generation in open_],
             }
         )
@@ -54,7 +54,7 @@ def read_groups(
         ended = {index: _finished_generation(prompt, ref) for index, ref in finished.items()}
         members = [(open_ | ended)[index] for index in range(row["answers"])]
         for generation in members:
-            generation.born, generation.limit = row["born"][str(generation.sample_index)], row["limit"]
+            generation.first_version, generation.limit = row["born"][str(generation.sample_index)], row["limit"]
         groups.append(Group(prompt, members, finished))
     return groups
 

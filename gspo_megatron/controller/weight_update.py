@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 from gspo_megatron.config.schema import WeightUpdateSection
 from gspo_megatron.controller.server_admin import ServerError
 from gspo_megatron.controller.server_client import ServerClient
-from gspo_megatron.controller.servers import Fleet, Refused
+from gspo_megatron.controller.servers import Refused, ServerSet
 from gspo_megatron.models.vllm_layout import ServerLayout
 
 T = TypeVar("T")
@@ -42,7 +42,7 @@ class Probe:
 
 
 @dataclass(slots=True)
-class _Flight:
+class PendingUpdate:
     """An update between `begin` and `finish`."""
 
     version: int
@@ -54,7 +54,7 @@ class _Flight:
 class WeightUpdater:
     """Brings new weights to every server of a fleet."""
 
-    def __init__(self, fleet: Fleet, settings: WeightUpdateSection, host: str, sleeps: bool) -> None:
+    def __init__(self, fleet: ServerSet, settings: WeightUpdateSection, host: str, sleeps: bool) -> None:
         """
         Args:
             fleet: the servers.
@@ -70,7 +70,7 @@ class WeightUpdater:
         self._host = host
         self._sleeps = sleeps
         self._store: Any = None
-        self._flight: _Flight | None = None
+        self._pending: PendingUpdate | None = None
         self._members: list[ServerClient] = []
         self._terms: dict[str, Any] = {}
         # A server outlives a controller: two controllers must never name two groups alike.
@@ -109,7 +109,7 @@ class WeightUpdater:
             raise Refused(f"weights of version {version} cannot follow version {self._newest}; versions only grow")
         self.version = None
         self._fleet.take_back()
-        if self._flight is not None:
+        if self._pending is not None:
             self._abandon()
         # Another process may answer at an address by now; it must get neither a pause nor a weight.
         await self._each(self._fleet.live, self._fleet.check)
@@ -134,12 +134,12 @@ class WeightUpdater:
             **terms,
             "servers": [asdict(layout) for layout in layouts.values()],
         }
-        self._flight = flight = _Flight(version, time.monotonic())
+        self._pending = pending = PendingUpdate(version, time.monotonic())
         first = 0
         for server, layout in layouts.items():
-            flight.first_workers[server] = first
+            pending.first_workers[server] = first
             reception = server.receive_weights(ticket, first, settings.timeout)
-            flight.receptions[server] = asyncio.create_task(reception)
+            pending.receptions[server] = asyncio.create_task(reception)
             first += layout.world
         return ticket
 
@@ -156,18 +156,18 @@ class WeightUpdater:
             `transfer_seconds` of the slowest worker, `received_over_needed` of the one that received most in excess,
             and `servers`: the differences by address.
         """
-        flight = self._flight
-        if flight is None or flight.version != version:
+        pending = self._pending
+        if pending is None or pending.version != version:
             raise Refused(f"no update to version {version} is under way; call /weights/begin first")
-        await asyncio.wait(flight.receptions.values())
-        self._flight = None
-        received = await self._each(list(flight.receptions), flight.receptions.__getitem__)
+        await asyncio.wait(pending.receptions.values())
+        self._pending = None
+        received = await self._each(list(pending.receptions), pending.receptions.__getitem__)
         for server, reports in received.items():
             fault = next((report["fault"] for report in reports if "fault" in report), "")
             if fault:
                 self._drop(server, f"server {server.url} did not receive the weights: {fault}")
                 continue
-            first = flight.first_workers[server]
+            first = pending.first_workers[server]
             theirs, ours = [report["checksum"] for report in reports], checksums[first : first + len(reports)]
             if theirs != [str(checksum) for checksum in ours]:
                 self._drop(
@@ -184,7 +184,7 @@ class WeightUpdater:
         reports = [report for server in canaries for report in received[server]]
         return {
             **_summary(everywhere),
-            "seconds": time.monotonic() - flight.started,
+            "seconds": time.monotonic() - pending.started,
             "transfer_seconds": max(report["seconds"] for report in reports),
             "received_over_needed": max(report["received_bytes"] / report["needed_bytes"] for report in reports),
             "servers": {server.url: _summary(differences) for server, differences in canaries.items()},
@@ -256,10 +256,10 @@ class WeightUpdater:
 
     def _abandon(self) -> None:
         """Forget an update that broke on the way; its servers are still paused and get a complete one."""
-        assert self._flight is not None
-        for reception in self._flight.receptions.values():
+        assert self._pending is not None
+        for reception in self._pending.receptions.values():
             reception.cancel()
-        self._flight = None
+        self._pending = None
         self._members = []
 
 

@@ -1,1 +1,1 @@
-"""From problems to packed rows of token ids: tokenizers, prompt streams, demonstrations, samples, packing."""
+"""Problems, prompts, samples and packed micro-batches of token ids."""

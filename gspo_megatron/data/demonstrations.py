@@ -1,4 +1,4 @@
-"""Worked answers for the cold start: a table of writers, and the training rows made of them."""
+"""Demonstrations for the cold start: a table of writers, and the training samples made from them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from gspo_megatron.data.tokenizers import Tokenizer
 from gspo_megatron.types import Problem, Sample, SampleRef
 
 Writer = Callable[[Problem, bool], str]
-"""(problem, worked) -> the text of a right answer, with its working or without."""
+"""(problem, worked) -> the text of a right answer, with or without its working."""
 
 
 def write_column_addition(problem: Problem, worked: bool) -> str:
-    """`<|work|>9413,7715,8918=1853` for 879 + 974, or `1853` when not worked.
+    """Write `<|work|>9413,7715,8918=1853` for 879 + 974, or `1853` if not worked.
 
-    One group a column from the right: digit, digit, carry out of the column, digit of the sum.
+    One group per column from the right: digit, digit, carry out of the column, digit of the sum.
+
+    Raises:
+        RecipeError: the question is not a sum of two whole numbers.
     """
     numbers = re.findall(r"\d+", problem.question)
     operators = re.findall(r"[-+*/]", problem.question)
@@ -29,7 +32,7 @@ def write_column_addition(problem: Problem, worked: bool) -> str:
             "demonstration-does-not-fit",
             "cold_start.demonstrations",
             f"column_addition writes sums of two whole numbers, not {problem.question!r}",
-            "choose a task it fits, or another writer",
+            "choose a task with sums, or another writer",
         )
     left, right = numbers
     total = str(int(left) + int(right))
@@ -44,34 +47,34 @@ def write_column_addition(problem: Problem, worked: bool) -> str:
 
 
 WRITERS: dict[str, Writer] = {"column_addition": write_column_addition}
-"""Names that `cold_start.demonstrations` may hold."""
+"""The values of `cold_start.demonstrations`."""
 
 
 def find_writer(name: str) -> Writer:
-    """The writer of a name. Raises RecipeError with the known names."""
+    """Return the writer of a name. Raises RecipeError with the known names."""
     if name not in WRITERS:
         raise refuse(
             "unknown-demonstrations",
             "cold_start.demonstrations",
-            f"{name} is no writer",
-            f"known: {', '.join(WRITERS)}",
+            f"{name} is not a writer of demonstrations",
+            f"use one of {', '.join(WRITERS)}",
         )
     return WRITERS[name]
 
 
 def is_worked(problem: Problem, worked_fraction: float) -> bool:
-    """Whether a demonstration shows its working: by hash of the question, so equal in every pass and for every seed."""
+    """Return whether a demonstration shows its working. The question's hash decides, for every seed and every pass."""
     digest = hashlib.sha256(f"style/{problem.question}".encode()).digest()
     return int.from_bytes(digest[:8]) < worked_fraction * 2**64
 
 
 def demonstrate(problem: Problem, section: ColdStartSection) -> str:
-    """The right answer to a problem in the style its hash says."""
+    """Write the right answer to a problem in the style that its hash selects."""
     return find_writer(section.demonstrations)(problem, is_worked(problem, section.worked_fraction))
 
 
 def build_demonstrations(problems: Iterable[Problem], section: ColdStartSection, tokenizer: Tokenizer) -> list[Sample]:
-    """Fine-tuning rows: the answer with its stop id is trained, the prompt is not; `advantage` is 1."""
+    """Make fine-tuning samples. The answer and its stop id are trained, the prompt is not; `advantage` is 1."""
     rows = []
     for index, problem in enumerate(problems):
         prompt = tokenizer.encode_prompt(problem.question)

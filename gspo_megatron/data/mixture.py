@@ -1,4 +1,4 @@
-"""Which problems of a file are drawn: a window of pass rates, and sources in fixed shares."""
+"""Selection of problems from a file: an interval of pass rates, and sources in fixed shares."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def keep_within(problems: Sequence[Problem], window: tuple[float, float]) -> list[Problem]:
-    """The problems whose pass rate lies in the window. Raises RecipeError if one has none, or none is left."""
+    """Keep the problems with a pass rate in the interval. Raises RecipeError if one has no rate, or none is left."""
     low, high = window
     without = next((problem for problem in problems if problem.pass_rate is None), None)
     if without is not None:
@@ -26,39 +26,41 @@ def keep_within(problems: Sequence[Problem], window: tuple[float, float]) -> lis
     if not kept:
         raise refuse(
             "no-training-problems", "data.pass_rate",
-            f"none of {len(problems)} problems lies within {low:g} to {high:g}", "widen it",
+            f"none of {len(problems)} problems lies within {low:g} to {high:g}", "widen the interval",
         )  # fmt: skip
     log.info("data.pass_rate keeps %d of %d problems", len(kept), len(problems))
     return kept
 
 
 class Mixture:
-    """Which source the problem at a position comes from: in a row of as many as all shares together, each has its own.
+    """The source of the problem at each position of a stream.
 
-    A pure function of the position, so that a stream resumes exactly; the order within a row is shuffled.
+    Positions form blocks. The length of a block is the sum of the shares, and each source occurs as often as its share
+    in every block, in shuffled order. The source is a pure function of the position, so a stream resumes exactly.
     """
 
     def __init__(self, shares: Mapping[str, int], problems: Sequence[Problem]) -> None:
-        """Raises RecipeError for a source that the file has and the shares have not, or the other way round."""
+        """Check the shares. Raises RecipeError for a source that is only in the file or only in the shares."""
         there = Counter(problem.source for problem in problems)
         for name in sorted(there.keys() - shares.keys()):
             raise refuse(
-                "mixture-incomplete", "data.mixture", f"{there[name]} problems come from {name or 'no'!r} source",
-                "give it a number; 0 leaves it out",
+                "mixture-incomplete", "data.mixture",
+                f"{there[name]} problems have " + (f"the source {name!r}, which has no share" if name else "no source"),
+                "give every source a number; 0 leaves it out",
             )  # fmt: skip
         for name in sorted(shares.keys() - there.keys()):
             if shares[name]:
                 raise refuse(
                     "mixture-without-problems", "data.mixture", f"no problem is left of the source {name!r}",
-                    f"drop it; the file has {', '.join(sorted(filter(None, there)))}",
+                    f"remove it; the file has {', '.join(sorted(filter(None, there)))}",
                 )  # fmt: skip
         self.shares = {name: share for name, share in sorted(shares.items()) if share}
-        self.row = sum(self.shares.values())
+        self.block = sum(self.shares.values())
 
     def place(self, stream: str, position: int) -> tuple[str, int]:
-        """The source of a position of a stream, and how many of that source came before."""
-        row, place = divmod(position, self.row)
+        """Return the source of a position of a stream, and the number of earlier problems from that source."""
+        block, place = divmod(position, self.block)
         names = [name for name, share in self.shares.items() for _ in range(share)]
-        random.Random(f"{stream}/mixture/{row}").shuffle(names)
+        random.Random(f"{stream}/mixture/{block}").shuffle(names)
         source = names[place]
-        return source, row * self.shares[source] + names[:place].count(source)
+        return source, block * self.shares[source] + names[:place].count(source)

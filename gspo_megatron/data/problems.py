@@ -1,4 +1,4 @@
-"""Where problems come from: reasoning-gym or a JSONL file, each with a held-out part cut by question text."""
+"""Problem sources: reasoning-gym tasks and JSONL files, each with a held-out set split by question text."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from gspo_megatron.data.mixture import Mixture, keep_within
 from gspo_megatron.types import Problem
 
 MOST_REFUSALS = 10_000
-"""Questions refused one after the other before a source is taken for exhausted."""
+"""Consecutive repeated questions after which a source counts as exhausted."""
 BLOCK = 1000
-"""Items of one reasoning-gym dataset."""
+"""Items per reasoning-gym dataset."""
 
 
 class ProblemSource(Protocol):
-    """Endless training problems by position, and a fixed held-out set that none of them shares a question with."""
+    """An endless sequence of training problems, and a fixed held-out set that shares no question with it."""
 
     @property
     def held_out(self) -> tuple[Problem, ...]:
-        """The same for every seed."""
+        """The held-out problems, the same for every seed."""
         ...
 
     def draw(self, stage: str, seed: int, position: int) -> Problem | None:
-        """The problem at a position of a stage's stream; None where a held-out question stands. A pure function."""
+        """Return the problem at a position of a stage's stream, or None for a held-out question. A pure function."""
         ...
 
     @property
     def span(self) -> int:
-        """Positions within which some problem must turn up, if there are any left."""
+        """Number of consecutive positions that contain a usable problem if the source has one."""
         ...
 
 
 def open_problems(section: DataSection) -> ProblemSource:
-    """The source that a recipe names."""
+    """Open the source that a recipe names."""
     if section.source == "jsonl":
         assert section.path is not None
         return JsonlProblems(section)
@@ -49,15 +49,15 @@ def open_problems(section: DataSection) -> ProblemSource:
 
 
 def problem_id(question: str) -> str:
-    """Stable name of a question: 16 hex digits of its SHA-256."""
+    """Return the stable id of a question: 16 hex digits of its SHA-256."""
     return hashlib.sha256(question.encode()).hexdigest()[:16]
 
 
 class GymProblems:
-    """A reasoning-gym task, read in blocks: each (stage, seed, block) is a dataset of its own.
+    """A reasoning-gym task, read in blocks. Each (stage, seed, block) is a separate dataset.
 
-    Item `i` of a dataset with seed `s` is drawn from `Random(s + i)`, so seeds that lie side by side share their
-    problems; ours are hashes. Blocks, because some tasks fix their items when they are made and end at their size.
+    Item `i` of a dataset with seed `s` is drawn from `Random(s + i)`, so neighbouring seeds share problems. Seeds are
+    therefore hashes of the block's name. Blocks are needed because some tasks have a fixed number of items.
     """
 
     span = MOST_REFUSALS
@@ -97,9 +97,9 @@ class GymProblems:
 
 
 def open_gym(task: str, options: dict[str, Any], seed: int) -> Any:
-    """A reasoning-gym dataset of one block; a task or an option it does not know is refused with its own words."""
+    """Open the dataset of one block. Raises RecipeError with reasoning-gym's message for an unknown task or option."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)  # from one of its dependencies, at the first import only
+        warnings.simplefilter("ignore", SyntaxWarning)  # one of its dependencies raises it at the first import
         import reasoning_gym
     try:
         return reasoning_gym.create_dataset(task, seed=seed, size=BLOCK, **options)
@@ -110,12 +110,12 @@ def open_gym(task: str, options: dict[str, Any], seed: int) -> Any:
 
 
 def _hashed_seed(name: str) -> int:
-    """31 bits: some tasks hand their seed to numpy, which takes 32."""
+    """Return 31 bits: some tasks pass their seed to numpy, which accepts 32."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) >> 1
 
 
 class JsonlProblems:
-    """A file of problems, shuffled anew for every pass. Equal questions count once."""
+    """A file of problems, shuffled again for every pass. Equal questions count once."""
 
     def __init__(self, section: DataSection) -> None:
         path, apart = section.path, section.held_out_path
@@ -124,7 +124,7 @@ class JsonlProblems:
         if apart is not None:
             kept_out = read_jsonl(apart, "data.held_out_path")
         else:
-            # Ordered by hash: the cut moves neither with the order of the lines nor with the seed.
+            # Ordered by hash: the split depends neither on the order of the lines nor on the seed.
             kept_out = dict(sorted(found.items())[: section.held_out])
         self.held_out = tuple(kept_out.values())
         training = [problem for name, problem in sorted(found.items()) if name not in kept_out]
@@ -137,18 +137,18 @@ class JsonlProblems:
             training = keep_within(training, section.pass_rate)
         self._mixture = Mixture(section.mixture, training) if section.mixture else None
         self._training: dict[str, list[Problem]] = {}
-        """By source where they are mixed, else all under an empty name."""
+        """Training problems by source if they are mixed, else all under an empty name."""
         for problem in training:
             self._training.setdefault(problem.source if self._mixture else "", []).append(problem)
         self._orders: dict[str, tuple[str, list[int]]] = {}
 
     @property
     def span(self) -> int:
-        """One pass over every source."""
+        """The length of one pass over every source."""
         if self._mixture is None:
             return len(self._training[""])
         shares = self._mixture.shares.items()
-        return self._mixture.row * max(-(-len(self._training[name]) // share) for name, share in shares)
+        return self._mixture.block * max(-(-len(self._training[name]) // share) for name, share in shares)
 
     def draw(self, stage: str, seed: int, position: int) -> Problem | None:
         """See `ProblemSource.draw`."""
@@ -162,42 +162,42 @@ class JsonlProblems:
         if self._orders.get(source, ("",))[0] != name:
             order = list(range(count))
             random.Random(name).shuffle(order)
-            self._orders[source] = name, order  # only the pass being read: a run makes many
+            self._orders[source] = name, order  # only the current pass: a run makes many
         return self._orders[source][1]
 
 
 def read_jsonl(path: Path, key: str = "data.path") -> dict[str, Problem]:
-    """Problems of a file by id, in the order of its lines. Raises RecipeError naming file, line and fault."""
+    """Read the problems of a file by id, in the order of its lines. Raises RecipeError with file, line and fault."""
     if not path.is_file():
-        raise refuse("prompt-file-missing", key, f"{path} does not exist", "name a file with one object a line")
+        raise refuse("prompt-file-missing", key, f"{path} does not exist", "name a file with one object per line")
     found: dict[str, Problem] = {}
     for number, line in _lines(path, key):
         problem = _read_line(line, f"{path} line {number}", key)
         first = found.setdefault(problem.id, problem)
         if first.reference != problem.reference:
-            told = f"{first.reference['answer']!r} and {problem.reference['answer']!r}"
+            answers = f"{first.reference['answer']!r} and {problem.reference['answer']!r}"
             raise refuse(
                 "prompt-file-broken",
                 key,
-                f"{path} line {number} repeats a prompt with another answer: {told}",
+                f"{path} line {number} repeats a prompt with another answer: {answers}",
                 "keep one of them",
             )
     if not found:
         raise refuse(
-            "prompt-file-empty", key, f"{path} holds no problem", "write one object with `prompt` and `answer` a line"
+            "prompt-file-empty", key, f"{path} holds no problem", "write one object with `prompt` and `answer` per line"
         )
     return found
 
 
 def _lines(path: Path, key: str) -> Iterator[tuple[int, str]]:
-    """Numbered lines that are not blank; only a line feed ends one, since JSON texts may hold other separators."""
+    """Yield the numbered lines that are not blank. Only a line feed ends one: JSON texts may hold other separators."""
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             try:
                 line = raw.decode()
             except UnicodeDecodeError as error:
                 raise refuse(
-                    "prompt-file-broken", key, f"{path} line {number} is not UTF-8: {error.reason}", "mend the line"
+                    "prompt-file-broken", key, f"{path} line {number} is not UTF-8: {error.reason}", "fix the line"
                 ) from None
             if line.strip():
                 yield number, line
@@ -208,7 +208,7 @@ def _read_line(line: str, where: str, key: str) -> Problem:
         values = json.loads(line)
     except json.JSONDecodeError as error:
         raise refuse(
-            "prompt-file-broken", key, f"{where} is not JSON: {error.msg} at column {error.colno}", "mend the line"
+            "prompt-file-broken", key, f"{where} is not JSON: {error.msg} at column {error.colno}", "fix the line"
         ) from None
     if not isinstance(values, dict):
         raise refuse("prompt-file-broken", key, f"{where} is not an object", 'write {"prompt": ..., "answer": ...}')

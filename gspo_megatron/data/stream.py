@@ -21,7 +21,7 @@ HELD_OUT = "held-out-question"
 
 
 class PromptStream:
-    """Problems of a recipe as prompts. Two streams of one recipe give the same prompts in the same order."""
+    """The prompts of a recipe. Two streams of one recipe give the same prompts in the same order."""
 
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer) -> None:
         self._source = open_problems(recipe.data)
@@ -33,10 +33,10 @@ class PromptStream:
         self._index = 0
         self._position = 0
         self.skipped: Counter[str] = Counter()
-        """Problems passed over so far, by reason."""
+        """Number of problems skipped so far, by reason."""
 
     def next(self, count: int) -> list[Prompt]:
-        """The next prompts of the training stream; indices go on from the last call's."""
+        """Return the next prompts of the training stream. Indices continue from the last call."""
         prompts = []
         for _ in range(count):
             problem, ids, self._position = self._draw("train", self._position, self.skipped)
@@ -45,9 +45,12 @@ class PromptStream:
         return prompts
 
     def held_out(self, count: int) -> list[Prompt]:
-        """The first prompts of the held-out set, the same at every call and for every seed.
+        """Return the first prompts of the held-out set, the same at every call and for every seed.
 
-        Their indices count down from -1, so that their answers cannot be taken for answers to training prompts.
+        Their indices count down from -1, so that their responses are never mistaken for responses to training prompts.
+
+        Raises:
+            RecipeError: fewer held-out prompts fit into the prompt limit.
         """
         fitting = []
         for problem in self._source.held_out:
@@ -59,17 +62,17 @@ class PromptStream:
         raise refuse(
             "held-out-too-few",
             "evaluation.problems",
-            f"{count} problems are wanted; of {len(self._source.held_out)} held-out ones {len(fitting)} fit into "
+            f"{count} problems are set, but of {len(self._source.held_out)} held-out ones {len(fitting)} fit into "
             f"{self._longest} prompt tokens",
             "set it lower, or hold out more (data.held_out)",
         )
 
     def training_problems(self, count: int, stage: str) -> list[Problem]:
-        """The first problems of another stage's stream, for fine-tuning. Moves nothing; never a held-out question.
+        """Return the first problems of another stage's stream, for fine-tuning. The stream's position does not change.
 
         Args:
-            count: How many.
-            stage: Name of the stream: `cold_start`. Each name has an order of its own.
+            count: number of problems.
+            stage: name of the stage, e.g. `cold_start`. Each stage has its own order.
         """
         if stage == "train":
             raise ValueError("stage 'train' is the reinforcement learning stream; choose another name")
@@ -80,7 +83,7 @@ class PromptStream:
         return problems
 
     def state(self) -> dict[str, Any]:
-        """Where the stream stands, for a checkpoint; JSON-able."""
+        """Return the position of the stream for a checkpoint, JSON-serialisable."""
         return {
             "index": self._index,
             "position": self._position,
@@ -89,7 +92,7 @@ class PromptStream:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on exactly where `state` was taken. Refuses the state of another data section, seed or prompt limit."""
+        """Continue where `state` was taken. Raises RecipeError for another data section, seed or prompt limit."""
         if state["fingerprint"] != self._fingerprint:
             raise refuse(
                 "resume-other-data",
@@ -101,7 +104,7 @@ class PromptStream:
         self.skipped = Counter(state["skipped"])
 
     def _draw(self, stage: str, position: int, skipped: Counter[str]) -> tuple[Problem, tuple[int, ...], int]:
-        """The first usable problem at or after a position, its ids, and the position after it."""
+        """Return the first usable problem at or after a position, its ids, and the position after it."""
         for refused in range(self._source.span):
             problem = self._source.draw(stage, self._seed, position + refused)
             if problem is None:
@@ -113,7 +116,7 @@ class PromptStream:
             skipped[TOO_LONG] += 1
             if skipped[TOO_LONG] == 1:
                 log.warning(
-                    "%s: problem %s is left out, and so is every other above %d tokens",
+                    "%s: problem %s is left out, as is every prompt of more than %d tokens",
                     TOO_LONG,
                     problem.id,
                     self._longest,
@@ -126,6 +129,6 @@ class PromptStream:
         )
 
     def _encode(self, problem: Problem) -> tuple[int, ...] | None:
-        """Ids of the prompt; None when they are too many."""
+        """Return the ids of the prompt, or None if there are more than the limit."""
         ids = tuple(self._tokenizer.encode_prompt(problem.question))
         return ids if len(ids) <= self._longest else None

@@ -1,4 +1,4 @@
-"""Text to token ids and back: one small interface over SentencePiece and Hugging Face tokenizers."""
+"""One interface over SentencePiece and Hugging Face tokenizers."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from gspo_megatron.config.task_sections import TokenizerSection
 
 
 class Tokenizer(Protocol):
-    """What the package needs of a tokenizer. A text becomes ids once; ids never go back to text and to ids again."""
+    """The tokenizer interface of the package. A text is tokenized once; ids are never decoded and tokenized again."""
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer; the first is the one written at the end of demonstrations."""
+        """Ids that end a response. The first one ends demonstrations."""
         ...
 
     @property
     def vocab_size(self) -> int:
-        """Ids that mean something, `0..vocab_size-1`; a model may have more rows."""
+        """Number of ids with a meaning, `0..vocab_size-1`. A model may have more rows."""
         ...
 
     def encode_prompt(self, question: str) -> list[int]:
-        """Ids of the question in its template, up to where the answer begins."""
+        """Return the ids of the question in its template, up to the start of the response."""
         ...
 
     def encode_response(self, text: str) -> list[int]:
-        """Ids of a whole answer, stop id appended."""
+        """Return the ids of a whole response, stop id appended."""
         ...
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of a text that stands within an answer, as it is."""
+        """Return the ids of a text within a response, without additions."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of sampled ids without stop ids. Takes any ids, those of a model's unused rows too."""
+        """Return the text of sampled ids without stop ids. Any id is accepted, also one of a model's unused rows."""
         ...
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model whose pieces `<q>` and `<a>` frame the question: `<q>` question `<a>` answer `</s>`."""
+    """A SentencePiece model with the pieces `<q>` and `<a>`: `<q>` question `<a>` response `</s>`."""
 
     def __init__(self, path: Path) -> None:
         from sentencepiece import SentencePieceProcessor
@@ -55,21 +55,21 @@ class SentencePieceTokenizer:
         self._question, self._answer = (self._piece(piece) for piece in ("<q>", "<a>"))
 
     def encode_prompt(self, question: str) -> list[int]:
-        """`<q>` question `<a>`. Raises ValueError on a character that the vocabulary lacks."""
+        """Return the ids of `<q>` question `<a>`. Raises ValueError on a character that the vocabulary lacks."""
         return [self._question, *self.encode_text(question), self._answer]
 
     def encode_response(self, text: str) -> list[int]:
-        """Text, then `</s>`. Raises ValueError on a character that the vocabulary lacks."""
+        """Return the ids of the text and `</s>`. Raises ValueError on a character that the vocabulary lacks."""
         return [*self.encode_text(text), *self.stop_ids]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Ids that no piece has (a model's padded rows can be sampled) read like the unknown piece."""
+        """Decode ids. An id without a piece (a model's padding rows can be sampled) becomes the unknown piece."""
         unknown = self._model.unk_id()
         kept = (int(i) for i in ids if i not in self.stop_ids)
         return self._model.decode([i if 0 <= i < self.vocab_size else unknown for i in kept])
 
     def encode_text(self, text: str) -> list[int]:
-        """Pieces of the text. Raises ValueError on a character that the vocabulary lacks."""
+        """Return the ids of the text. Raises ValueError on a character that the vocabulary lacks."""
         ids: list[int] = self._model.encode(text)
         if self._model.unk_id() in ids:
             lacking = sorted({char for char in text if self._model.unk_id() in self._model.encode(char)})
@@ -91,7 +91,7 @@ class SentencePieceTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A Hugging Face tokenizer directory, prompts written by its chat template."""
+    """A Hugging Face tokenizer directory. Prompts are written by its chat template."""
 
     def __init__(self, path: Path, system_prompt: str | None = None, enable_thinking: bool | None = None) -> None:
         from transformers import AutoTokenizer
@@ -110,7 +110,7 @@ class HuggingFaceTokenizer:
         self.stop_ids: tuple[int, ...] = _stop_ids(path, self._model)
 
     def encode_prompt(self, question: str) -> list[int]:
-        """The chat template with the question as the user's turn, opened for the assistant's."""
+        """Return the ids of the chat template: the question as the user's turn, then the start of the assistant's."""
         messages = [*self._system, {"role": "user", "content": question}]
         ids = self._model.apply_chat_template(
             messages, tokenize=True, add_generation_prompt=True, return_dict=False, **self._options
@@ -118,26 +118,26 @@ class HuggingFaceTokenizer:
         return [int(i) for i in ids]
 
     def encode_response(self, text: str) -> list[int]:
-        """Text as it is, then the stop id."""
+        """Return the ids of the text and the stop id."""
         return [*self.encode_text(text), self.stop_ids[0]]
 
     def encode_text(self, text: str) -> list[int]:
-        """Text as it is; the names of special tokens become them."""
+        """Return the ids of the text. Names of special tokens become special tokens."""
         return self._model.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Ids outside the vocabulary (a model's padded rows can be sampled) read as U+FFFD."""
+        """Decode ids. An id outside the vocabulary (a model's padding rows can be sampled) becomes U+FFFD."""
         kept = [int(i) for i in ids if i not in self.stop_ids]
         runs = groupby(kept, key=lambda i: 0 <= i < self.vocab_size)
         return "".join(self._model.decode(list(run)) if known else "\ufffd" * len(list(run)) for known, run in runs)
 
 
 def load_tokenizer(section: TokenizerSection, model_path: Path | None) -> Tokenizer:
-    """The tokenizer that a recipe names.
+    """Load the tokenizer that a recipe names.
 
     Args:
         section: `tokenizer` of the recipe.
-        model_path: `model.path` of the recipe, read when the section has no path of its own.
+        model_path: `model.path` of the recipe, used if the section has no path.
     """
     path = section.path or model_path
     if path is None:
@@ -164,7 +164,7 @@ def load_tokenizer(section: TokenizerSection, model_path: Path | None) -> Tokeni
 
 
 def _stop_ids(path: Path, model: Any) -> tuple[int, ...]:
-    """What the publisher stops at: `generation_config.json` first, since chat models often name several ids there."""
+    """Return the published stop ids. `generation_config.json` comes first: chat models often list several ids there."""
     file = Path(path) / "generation_config.json"
     named = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
     found = named if isinstance(named, list) else [named if named is not None else model.eos_token_id]

@@ -1,4 +1,4 @@
-"""What answers a model between its turns, in token ids: a table of names."""
+"""Environments: tools that reply to a model between its turns, in token ids."""
 
 from gspo_megatron.environments.environment import Environment, Step, TokenCodec, Turn
 from gspo_megatron.environments.table import ENVIRONMENTS, make_step, read_call_ids

@@ -1,7 +1,7 @@
-"""The program that evaluates one expression: `python -I -S arithmetic.py`, expression in, value out.
+"""Program that evaluates one expression: `python -I -S arithmetic.py`, expression on stdin, value on stdout.
 
-It gives up everything but its three pipes before it reads a byte of what a model wrote, and it knows arithmetic only:
-numbers, + - * / // % ** and parentheses. No name, no call, no attribute can be written.
+It drops every privilege but its three pipes before it reads text from a model. Its grammar is arithmetic only:
+numbers, + - * / // % ** and parentheses, without names, calls and attributes.
 """
 
 import ast
@@ -12,7 +12,7 @@ import sys
 PROCESSOR_SECONDS = 1
 MEMORY_BYTES = 256 << 20
 MAX_RESULT = 64
-"""Characters of a value; a longer one is no result."""
+"""Most characters of a value. A longer one is an error."""
 BINARY = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -26,10 +26,9 @@ UNARY = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 
 
 def confine() -> None:
-    """From here on: no new descriptor, so neither file nor socket nor pipe; a second, 256 MiB, no core dump.
+    """Set hard limits: no new descriptor (file, socket, pipe), 1 s of processor time, 256 MiB, no core dump.
 
-    The limits are hard ones: an ordinary user's process cannot raise them again. What is open already, standard
-    input and output, stays.
+    An ordinary user's process cannot raise hard limits again. Open descriptors, standard input and output, stay open.
     """
     for limit, most in (
         (resource.RLIMIT_CPU, PROCESSOR_SECONDS),
@@ -43,10 +42,10 @@ def confine() -> None:
 
 
 def evaluate(node: ast.AST) -> int | float:
-    """The value of a syntax tree of arithmetic. Raises ValueError for anything else in it."""
+    """Return the value of a syntax tree. Raises ValueError for anything but arithmetic."""
     if isinstance(node, ast.Expression):
         return evaluate(node.body)
-    # A truth value is an int to Python, and no number here.
+    # In Python a bool is an int; here it is not a number.
     if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and not isinstance(node.value, bool):
         return node.value
     if isinstance(node, ast.BinOp) and type(node.op) in BINARY:
@@ -57,7 +56,7 @@ def evaluate(node: ast.AST) -> int | float:
 
 
 def write(value: int | float) -> str:
-    """A whole number as it is, others with 12 digits. Raises ValueError for what is not a short real number."""
+    """Format a whole number exactly, others with 12 digits. Raises ValueError if it is not a short real number."""
     if isinstance(value, complex) or value != value or abs(value) == float("inf"):
         raise ValueError("not a number")
     text = str(value) if isinstance(value, int) else f"{value:.12g}"
@@ -70,6 +69,6 @@ if __name__ == "__main__":
     confine()
     try:
         print(write(evaluate(ast.parse(sys.stdin.read(), mode="eval"))))
-    # Whatever it is, it is no value: the caller reads the exit code.
+    # There is no value: the caller reads the exit code.
     except (ArithmeticError, ValueError, SyntaxError, MemoryError, RecursionError):
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""A calculator: the text of a call is arithmetic, which a process of its own evaluates."""
+"""A calculator: a call is an arithmetic expression, which a separate process evaluates."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from gspo_megatron.types import Problem
 
 PROGRAM = Path(__file__).with_name("arithmetic.py")
 SECONDS = 5.0
-"""Wall time of one call, the start of its process included; its own processor time is limited to 1 s."""
+"""Wall time of one call, start of the process included. Processor time is limited to 1 s."""
 MAX_CHARACTERS = 1000
-"""Of an expression; more is not evaluated."""
+"""Most characters of an expression. A longer one is an error."""
 MAX_OUTPUT = 4096
-"""Bytes that a process may say; one that says more is ended."""
+"""Most bytes of a process's output. A process that writes more is killed."""
 ERROR = "error"
-"""Result of everything that has none."""
+"""Result of a call without a value."""
 
 
 class Calculator:
-    """`reset` begins nothing: every call stands for itself. The state counts the calls."""
+    """Evaluates the expression of each call. Calls are independent; the state is the number of calls so far."""
 
     def __init__(self, section: EnvironmentSection, tokenizer: TokenCodec) -> None:
-        """Raises RecipeError where the tokenizer cannot write what a reply may hold."""
+        """Check that the tokenizer can write every reply. Raises RecipeError if it cannot."""
         self._section, self._tokenizer = section, tokenizer
         try:
             for result in (ERROR, "-0123456789.e+"):
                 self._reply(result)
         except ValueError as error:
             raise refuse(
-                "reply-not-writable", "environment.reply", f"{error}", "choose words that the vocabulary has"
+                "reply-not-writable", "environment.reply", f"{error}", "use characters that the vocabulary has"
             ) from None
 
     def reset(self, problem: Problem) -> int:
-        """No call yet."""
+        """Return the state of a new response: no calls."""
         return 0
 
     def step(self, state: Any, action: Sequence[int]) -> Turn:
-        """The value of the expression in the turn's call, in the words of `environment.reply`."""
+        """Evaluate the expression in the turn's call and format it with `environment.reply`."""
         section = self._section
         text = self._tokenizer.decode(action).removesuffix(section.call_end)
         _, start, call = text.rpartition(section.call_start) if section.call_start else ("", " ", text)
@@ -57,23 +57,23 @@ class Calculator:
 
 
 def calculate(expression: str) -> str:
-    """The value of an arithmetic expression as text; `error` where it has none, takes too long or grows too large."""
+    """Return the value of an expression as text, or `error` if it has none, takes too long or is too large."""
     if len(expression) > MAX_CHARACTERS:
         return ERROR
-    said = run_program([sys.executable, "-I", "-S", str(PROGRAM)], expression.strip().encode(), SECONDS, MAX_OUTPUT)
-    return ERROR if said is None else said.decode(errors="replace").strip() or ERROR
+    output = run_program([sys.executable, "-I", "-S", str(PROGRAM)], expression.strip().encode(), SECONDS, MAX_OUTPUT)
+    return ERROR if output is None else output.decode(errors="replace").strip() or ERROR
 
 
 def run_program(command: Sequence[str], given: bytes, seconds: float, most: int) -> bytes | None:
-    """What a program writes to its standard output; None if it fails, takes too long or writes more than `most` bytes.
+    """Return the standard output of a program, or None if it fails, takes too long or writes more than `most` bytes.
 
     Args:
-        command: the program; it gets no environment, no descriptor but three pipes, and confines itself.
-        given: its standard input, less than a pipe holds.
-        seconds: wall time.
-        most: bytes of output.
+        command: the program. It gets an empty environment and no descriptor but three pipes, and confines itself.
+        given: standard input, smaller than a pipe's buffer.
+        seconds: limit of wall time.
+        most: limit of the output, bytes.
     """
-    deadline, said = time.monotonic() + seconds, b""
+    deadline, output = time.monotonic() + seconds, b""
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={}, cwd="/"
     ) as process:
@@ -85,13 +85,13 @@ def run_program(command: Sequence[str], given: bytes, seconds: float, most: int)
                 waiting.register(process.stdout, selectors.EVENT_READ)
                 while waiting.select(max(0.0, deadline - time.monotonic())):
                     part = os.read(process.stdout.fileno(), most + 1)
-                    said += part
-                    if not part or len(said) > most:
+                    output += part
+                    if not part or len(output) > most:
                         break
                 else:
                     return None
-            finished = len(said) <= most and process.wait(max(0.0, deadline - time.monotonic())) == 0
-            return said if finished else None
+            finished = len(output) <= most and process.wait(max(0.0, deadline - time.monotonic())) == 0
+            return output if finished else None
         except (BrokenPipeError, subprocess.TimeoutExpired):
             return None
         finally:

@@ -1,7 +1,7 @@
-"""The interface of an environment: `reset` to a problem, `step` from the ids of a turn to the ids of its reply.
+"""The interface of an environment: `reset` to a problem, `step` from the ids of a turn to the ids of the reply.
 
-An environment holds nothing between calls. Where it stands in an episode is its state, which travels with the answer:
-any process can take the next step, and an answer that a checkpoint carries goes on where it was.
+An environment keeps nothing between calls. The state of an episode is a value that is stored with the response. So
+any process can take the next step, and an in-flight response in a checkpoint continues where it was.
 """
 
 from __future__ import annotations
@@ -14,43 +14,43 @@ from gspo_megatron.types import Problem
 
 
 class TokenCodec(Protocol):
-    """What an environment asks of a tokenizer."""
+    """The part of a tokenizer that an environment uses."""
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of a text that stands within an answer."""
+        """Return the ids of a text within a response."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of sampled ids."""
+        """Return the text of sampled ids."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What an environment says to a turn of the model."""
+    """The reply of an environment to a turn of the model."""
 
     token_ids: tuple[int, ...]
-    """The observation: appended as it is, masked, never tokenized again."""
+    """The observation. Its ids are appended to the response, not trained on, and never tokenized again."""
     state: Any
-    """Where the episode stands now; JSON-able."""
+    """The new state of the episode, JSON-serialisable."""
 
 
 class Environment(Protocol):
-    """A partner of the model. The prompt is the first observation."""
+    """An environment. The prompt is the first observation."""
 
     def reset(self, problem: Problem) -> Any:
-        """The state in which an answer to this problem begins."""
+        """Return the state at the start of a response to this problem."""
         ...
 
     def step(self, state: Any, action: Sequence[int]) -> Turn:
-        """Answer one turn.
+        """Reply to one turn.
 
         Args:
-            state: of `reset`, or of the turn before.
-            action: ids that the model sampled in this turn, the one that ended the call included.
+            state: the state from `reset` or from the previous turn.
+            action: ids that the model sampled in this turn, including the one that ended the call.
         """
         ...
 
 
 Step = Callable[[Problem, Any, Sequence[int]], Turn]
-"""(problem, state or None for the first turn, action) -> what the environment says."""
+"""(problem, state or None for the first turn, action) -> the environment's reply."""

@@ -1,4 +1,4 @@
-"""Names of environments, and how one is made from a recipe and a tokenizer."""
+"""The table of environments, and how one is made from a recipe and a tokenizer."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from gspo_megatron.environments.environment import Environment, Step, TokenCodec
 from gspo_megatron.types import Problem
 
 ENVIRONMENTS: dict[str, Callable[[EnvironmentSection, TokenCodec], Environment]] = {"calculator": Calculator}
-"""Names that `environment.name` may hold."""
+"""The values of `environment.name`."""
 
 
 def make_step(section: EnvironmentSection, tokenizer: TokenCodec) -> Step:
-    """One function of the environment that a recipe names, for a process that holds no episode."""
+    """Make the step function of the environment that a recipe names. It keeps no state between calls."""
     environment = ENVIRONMENTS[section.name](section, tokenizer)
 
     def step(problem: Problem, state: Any, action: Sequence[int]) -> Turn:
@@ -26,11 +26,18 @@ def make_step(section: EnvironmentSection, tokenizer: TokenCodec) -> Step:
 
 
 def read_call_ids(section: EnvironmentSection, tokenizer: TokenCodec) -> tuple[int, ...]:
-    """Ids that end a call. Raises RecipeError where the tokenizer has no single token for it, or cannot say a reply."""
+    """Return the ids that end a call.
+
+    Raises:
+        RecipeError: `call_end` is not one token, or the tokenizer cannot write a reply.
+    """
     ids = tokenizer.encode_text(section.call_end)
     if len(ids) != 1:
         raise refuse(
-            "call-end-not-a-token", "environment.call_end", f"{section.call_end!r} is {len(ids)} tokens", "name one"
+            "call-end-not-a-token",
+            "environment.call_end",
+            f"{section.call_end!r} is {len(ids)} tokens",
+            "set it to the text of one token",
         )
     ENVIRONMENTS[section.name](section, tokenizer)
     return tuple(ids)

@@ -20,9 +20,10 @@ from pathlib import Path
 from gspo_megatron.cluster.child_processes import bind_forked_children, die_with_parent
 from gspo_megatron.cluster.machines import takes_turns
 from gspo_megatron.cluster.watchdog import follow
-from gspo_megatron.config.loading import RecipeError, load_resolved
+from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.inference import vllm_plugin
+from gspo_megatron.models import load_resolved
 from gspo_megatron.transport import identity
 from gspo_megatron.transport.auth import read_key
 

@@ -23,8 +23,8 @@ from gspo_megatron.inference import vllm_plugin
 from gspo_megatron.models.vllm_layout import ServerLayout, ServerParameter, server_parameters
 from gspo_megatron.transport import identity
 from gspo_megatron.transport.weights.checksum import Checksum, add_parameter
-from gspo_megatron.transport.weights.ipc import device_name, open_inbox
-from gspo_megatron.transport.weights.wire import Inbox, Ticket, receive
+from gspo_megatron.transport.weights.ipc import device_name, open_receive_channel
+from gspo_megatron.transport.weights.wire import ReceiveChannel, UpdateTicket, receive
 
 # A worker that vLLM spawns imports this module as its extension. In an environment that has this package on its path
 # but not installed, the entry point does not exist, and this is where the engine gets known.
@@ -60,7 +60,7 @@ class ShardTransferEngine(WeightTransferEngine[JoinInfo, ReceiveInfo]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.inbox: Inbox | None = None
+        self.channel: ReceiveChannel | None = None
         self.report: dict[str, Any] = {}
         self._apart = False
 
@@ -82,10 +82,10 @@ class ShardTransferEngine(WeightTransferEngine[JoinInfo, ReceiveInfo]):
 
     def init_transfer_engine(self, init_info: JoinInfo) -> None:
         """Join the transfer; vLLM keeps this call waiting until all have."""
-        ticket = Ticket(**init_info.ticket)
-        if self.inbox is None or self.inbox.name != ticket.group:
+        ticket = UpdateTicket(**init_info.ticket)
+        if self.channel is None or self.channel.name != ticket.group:
             self.shutdown()
-            self.inbox = open_inbox(ticket, self.device, init_info.first_worker + self.rank)
+            self.channel = open_receive_channel(ticket, self.device, init_info.first_worker + self.rank)
 
     def start_weight_update(self) -> None:
         """Take the parameters apart; from here to a complete finish this model cannot serve."""
@@ -116,22 +116,22 @@ class ShardTransferEngine(WeightTransferEngine[JoinInfo, ReceiveInfo]):
 
     def _receive(self) -> dict[str, Any]:
         """Receive, count each parameter into the checksum before anything packs it, and load it; the report."""
-        inbox = self.inbox
-        if inbox is None:
+        channel = self.channel
+        if channel is None:
             raise RuntimeError("this server has not joined the transfer; call /init_weight_transfer_engine first")
         started = time.perf_counter()
-        plan = inbox.plan
+        plan = channel.plan
         expected = server_parameters(plan.arch, self.layout, self.rank)
-        checksum = Checksum(plan.arch, inbox.dtype, self.device)
-        refuse_other_model(self.model, expected, inbox.dtype, self.layout)
-        for parameter, values in receive(inbox, expected):
+        checksum = Checksum(plan.arch, channel.dtype, self.device)
+        refuse_other_model(self.model, expected, channel.dtype, self.layout)
+        for parameter, values in receive(channel, expected):
             add_parameter(checksum, parameter, values)
             load_whole(self.model, parameter.name, values)
         return {
             "checksum": str(checksum.values()[0]),
             "tensors": len(expected),
             "seconds": time.perf_counter() - started,
-            "received_bytes": plan.item_bytes * sum(m.size for messages in inbox.rounds.values() for m in messages),
+            "received_bytes": plan.item_bytes * sum(m.size for messages in channel.rounds.values() for m in messages),
             "needed_bytes": plan.item_bytes * sum(piece.size for p in expected for piece in p.pieces),
         }
 
@@ -146,9 +146,9 @@ class ShardTransferEngine(WeightTransferEngine[JoinInfo, ReceiveInfo]):
 
     def shutdown(self) -> None:
         """Leave the transfer."""
-        if self.inbox is not None:
-            self.inbox.close()
-        self.inbox = None
+        if self.channel is not None:
+            self.channel.close()
+        self.channel = None
 
 
 def refuse_other_model(

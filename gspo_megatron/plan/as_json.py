@@ -1,4 +1,4 @@
-"""A plan as one JSON object."""
+"""Convert a plan to one JSON object."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ from gspo_megatron.plan.run_plan import Plan
 
 
 def to_json(plan: Plan, with_ranks: bool = False) -> dict[str, Any]:
-    """The whole plan; parts that a refused recipe does not have are null.
+    """Convert the whole plan. Parts that a refused recipe does not have are null.
 
     Args:
         with_ranks: add the coordinates of every rank to `layout`.
     """
-    arch = plan.recipe.model.architecture
-    assert arch is not None
+    arch = plan.recipe.arch
     return {
         "recipe": plan.recipe.run.name,
         "machine": _machine(plan.machine),
@@ -56,8 +55,7 @@ def _machine(machine: Machine) -> dict[str, Any]:
 
 
 def _layout(plan: Plan, layout: Layout, with_ranks: bool) -> dict[str, Any]:
-    arch = plan.recipe.model.architecture
-    assert arch is not None
+    arch = plan.recipe.arch
     found: dict[str, Any] = {
         **asdict(layout),
         "data": layout.data,
@@ -71,8 +69,7 @@ def _layout(plan: Plan, layout: Layout, with_ranks: bool) -> dict[str, Any]:
 
 
 def _memory(plan: Plan, stages: list[StageMemory], batch: BatchPlan) -> dict[str, Any]:
-    arch = plan.recipe.model.architecture
-    assert arch is not None
+    arch = plan.recipe.arch
     return {
         "stages": [
             {

@@ -1,4 +1,4 @@
-"""A plan for a terminal."""
+"""Print a plan to a terminal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 BAR = 48
-"""Characters that stand for the memory of one device."""
+"""Characters of a full bar: the memory of one device."""
 SEGMENTS = (
     ("weights", "W", "blue"),
     ("gradients", "G", "cyan"),
@@ -33,7 +33,7 @@ SEGMENTS = (
     ("process", "P", "white"),
     ("server", "S", "white"),
 )
-"""What the terms of a stage are drawn as: a word of their name, a letter, a colour."""
+"""How the terms of a stage are drawn: a word of the term's name, a letter, a colour."""
 HINT = (
     "other machines: --nodes N --gpu h100|h200|b200; other layouts: --search; a key: --explain KEY; change: key=value"
 )
@@ -41,8 +41,8 @@ STYLES = {"error": "bold red", "warning": "yellow", "info": "dim"}
 
 
 def print_plan(plan: Plan, with_ranks: bool = False) -> None:
-    """Write the plan to standard output; colours where it is a terminal."""
-    # Here, because it costs a tenth of a second that --json and a refused recipe need not pay.
+    """Write the plan to standard output, with colours on a terminal."""
+    # Imported here: it costs a tenth of a second, which --json and a refused recipe do not need.
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=True)
@@ -61,9 +61,8 @@ def print_plan(plan: Plan, with_ranks: bool = False) -> None:
 
 
 def lines(plan: Plan) -> Iterator[Text | str]:
-    """Everything but the findings, line by line."""
-    arch, machine = plan.recipe.model.architecture, plan.machine
-    assert arch is not None
+    """Yield the lines of the plan, without its findings."""
+    arch, machine = plan.recipe.arch, plan.machine
     what = "CPU ranks" if machine.is_cpu else machine.device.kind.upper()
     shared = (
         f"{machine.rollout_nodes} of them for servers" if machine.rollout_nodes else "shared by trainer and servers"
@@ -97,8 +96,7 @@ def _block(name: str, lines: list[str]) -> Iterator[str]:
 
 
 def _layout(plan: Plan, layout: Layout) -> Iterator[str]:
-    arch = plan.recipe.model.architecture
-    assert arch is not None
+    arch = plan.recipe.arch
     stages = ", ".join(
         f"{len(list(run))} x {length}" for length, run in groupby(layout.stage_sizes(arch.num_hidden_layers))
     )
@@ -145,19 +143,18 @@ def _memory(plan: Plan, stages: list[StageMemory]) -> Iterator[Text | str]:
 
 
 def _distinct(stages: list[StageMemory]) -> list[StageMemory]:
-    """First, last, and the fullest in between."""
+    """Return the first stage, the last stage and the fullest one between them."""
     if len(stages) <= 3:
         return stages
     return [stages[0], max(stages[1:-1], key=lambda stage: stage.peak_bytes), stages[-1]]
 
 
 def _storage(plan: Plan, stages: list[StageMemory], batch: BatchPlan) -> Iterator[str]:
-    arch = plan.recipe.model.architecture
-    assert arch is not None
+    arch = plan.recipe.arch
     host = resources.host_bytes(plan.recipe, arch, plan.machine, batch, stages)
     if host:
-        told = ", ".join(f"{name} {size(held)}" for name, held in host.items())
-        yield _row("host", f"{told}; of {size(plan.machine.host_memory)} a node")
+        uses = ", ".join(f"{name} {size(held)}" for name, held in host.items())
+        yield _row("host", f"{uses}; of {size(plan.machine.host_memory)} per node")
     disk = resources.disk_bytes(plan.recipe, arch, batch)
     yield _row("disk", ", ".join(f"{name} {size(held)}" for name, held in disk.items()))
 
@@ -170,11 +167,11 @@ def _rollout(plan: Plan, servers: RolloutPlan) -> Iterator[str]:
         [
             f"{servers.servers} x {servers.devices_per_server} {each}, on each {size(servers.weight_bytes)} of weights "
             f"and {size(servers.kv_room)} for KV",
-            f"KV of a token {servers.kv_bytes_per_token:,} bytes; of an answer of {rollout.max_answer_tokens:,} tokens "
-            f"{size(servers.answer_bytes)}: {servers.answers_at_limit} fit a server, {servers.answers_at_mean} of mean "
-            "length",
-            f"about {servers.tokens_per_second:,.0f} tokens/s a server, {servers.concurrency} answers at a time; the "
-            f"longest answers alone take the last {seconds(servers.tail_seconds)}",
+            f"KV of a token {servers.kv_bytes_per_token:,} bytes; of a response of {rollout.max_answer_tokens:,} "
+            f"tokens {size(servers.answer_bytes)}: {servers.answers_at_limit} fit a server, "
+            f"{servers.answers_at_mean} of mean length",
+            f"about {servers.tokens_per_second:,.0f} tokens/s per server, {servers.concurrency} responses at a time; "
+            f"the longest responses alone take the last {seconds(servers.tail_seconds)}",
         ],
     )
 
@@ -184,13 +181,13 @@ def _compute(plan: Plan, work: ComputePlan) -> Iterator[str]:
     yield from _block(
         "compute",
         [
-            f"{si(work.linear_flops_per_token, 'FLOP')} + {si(work.quadratic_flops_per_token, 'FLOP')} of attention a "
-            f"token and forward pass; attention is {work.attention_share_at_mean:.0%} at the mean length, "
+            f"{si(work.linear_flops_per_token, 'FLOP')} + {si(work.quadratic_flops_per_token, 'FLOP')} of attention "
+            f"per token and forward pass; attention is {work.attention_share_at_mean:.0%} at the mean length, "
             f"{work.attention_share_at_limit:.0%} at the limit",
-            f"the trainer spends {work.forward_equivalents:.1f} forward passes a token, "
-            f"{si(work.flops_per_step, 'FLOP')} a step",
+            f"the trainer spends {work.forward_equivalents:.1f} forward passes per token, "
+            f"{si(work.flops_per_step, 'FLOP')} per step",
             f"a step takes about {seconds(work.seconds_per_step)}: {parts}; longest: {work.bottleneck}",
-            f"{work.tokens_per_device_second:,.1f} tokens a GPU-second; {plan.recipe.trainer.max_steps} steps: "
+            f"{work.tokens_per_device_second:,.1f} tokens per GPU-second; {plan.recipe.trainer.max_steps} steps: "
             f"{work.hours:,.1f} h, {work.device_hours:,.0f} GPU-hours",
         ],
     )

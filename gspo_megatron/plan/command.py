@@ -1,4 +1,4 @@
-"""`gspo plan`: the command line of the planner."""
+"""The command `gspo plan`."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ from pathlib import Path
 
 from gspo_megatron.cluster.exit_codes import REFUSED
 from gspo_megatron.cluster.machines import DEVICES
-from gspo_megatron.config.loading import RecipeError, load
-from gspo_megatron.plan.run_plan import Plan, make_plan, tell_not_built, with_placement
+from gspo_megatron.config.loading import RecipeError
+from gspo_megatron.models import load_recipe
+from gspo_megatron.plan.run_plan import Plan, add_not_built, make_plan, with_placement
 
 
 def add_arguments(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the `plan` command."""
+    """Add the `plan` command to the parser."""
     parser = subparsers.add_parser(
         "plan",
-        help="say what a recipe will do and need, without starting anything",
-        description="Layout, batch algebra, memory, time and everything that is wrong with a recipe. "
+        help="show what a recipe will do and require, without starting anything",
+        description="Print layout, batch sizes, memory, time and every fault of a recipe. "
         "Exit 0 = would run, 2 = refused.",
     )
     parser.add_argument("recipe", type=Path, nargs="?", help="YAML recipe, e.g. recipes/tiny_moe.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides: trainer.max_steps=10")
-    parser.add_argument("--nodes", type=_positive, help="plan for so many nodes instead of placement.nodes")
-    parser.add_argument("--gpu", choices=sorted(DEVICES), help="plan for this kind instead of placement.gpu")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    parser.add_argument("--ranks", action="store_true", help="add the coordinates of every trainer rank")
-    parser.add_argument("--explain", metavar="KEY", help="say what a recipe key means, e.g. trainer.recompute")
-    parser.add_argument("--search", action="store_true", help="list the best layouts for the recipe's model and GPUs")
+    parser.add_argument("--nodes", type=_positive, help="number of nodes, instead of placement.nodes")
+    parser.add_argument("--gpu", choices=sorted(DEVICES), help="kind of GPU, instead of placement.gpu")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--ranks", action="store_true", help="add the parallel coordinates of every trainer rank")
+    parser.add_argument("--explain", metavar="KEY", help="describe a recipe key, e.g. trainer.recompute")
+    parser.add_argument("--search", action="store_true", help="list the fastest layouts for the model and the GPUs")
 
-    # argparse takes no overrides behind an option; a person writes them where they come to mind.
+    # argparse accepts no positional overrides after an option; people write them anywhere.
     parser.parse_known_args = partial(_parse_mixed, parser)  # type: ignore[method-assign]
 
 
@@ -49,14 +50,14 @@ def _parse_mixed(
 
 
 def run(namespace: argparse.Namespace) -> int:
-    """Entry of the command: 0 = the recipe would run, 2 = it is refused."""
+    """Run the command. Returns 0 if the recipe would run, 2 if it is refused."""
     if namespace.recipe is None and namespace.explain is None:
         print("gspo plan: name a recipe, e.g. recipes/tiny_moe.yaml, or a key with --explain", file=sys.stderr)
         return REFUSED
     try:
         return _run(namespace)
     except BrokenPipeError:
-        # The reader, e.g. head, has enough; without this Python complains once more while it closes the stream.
+        # The reader, e.g. head, closed the pipe. Without this Python reports the error again when it closes the stream.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except RecipeError as error:
@@ -70,7 +71,7 @@ def run(namespace: argparse.Namespace) -> int:
 
 
 def _run(namespace: argparse.Namespace) -> int:
-    recipe = load(namespace.recipe, namespace.overrides) if namespace.recipe else None
+    recipe = load_recipe(namespace.recipe, namespace.overrides) if namespace.recipe else None
     if namespace.explain is not None:
         from gspo_megatron.plan.explain import explain
 
@@ -81,7 +82,7 @@ def _run(namespace: argparse.Namespace) -> int:
         from gspo_megatron.plan.search import print_search
 
         return print_search(with_placement(recipe, namespace.nodes, namespace.gpu), namespace.json)
-    plan = tell_not_built(make_plan(recipe, namespace.nodes, namespace.gpu))
+    plan = add_not_built(make_plan(recipe, namespace.nodes, namespace.gpu))
     _print(plan, namespace)
     return REFUSED if plan.refused else 0
 

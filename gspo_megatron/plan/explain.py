@@ -1,4 +1,4 @@
-"""What a recipe key means, from the schema's own words."""
+"""`gspo plan --explain KEY`: the description of a recipe key, read from the schema."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from pydantic.fields import FieldInfo
 
 from gspo_megatron.config.loading import refuse
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.models.registry import architecture_class
 
 
 def explain(key: str, recipe: Recipe | None = None) -> str:
-    """Meaning, type, default and bounds of a dotted key; its value where a recipe is given; a section lists its keys.
+    """Describe a dotted key: meaning, type, default, bounds, and its value in a recipe. A section lists its keys.
 
     Raises:
-        RecipeError: no such key, with the nearest one.
+        RecipeError: the key does not exist. The fix names the closest one.
     """
     model: type[BaseModel] = Recipe
     value: Any = recipe
@@ -28,8 +29,8 @@ def explain(key: str, recipe: Recipe | None = None) -> str:
         if part not in model.model_fields:
             raise _unknown(key)
         field = model.model_fields[part]
-        value = getattr(value, part, None)
-        inner = _section(field.annotation)
+        value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
+        inner = _section_at(parts[: place + 1], field)
         if place == len(parts) - 1:
             return _section_text(key, inner) if inner else _field_text(key, field, value, recipe is not None)
         if inner is None:
@@ -39,10 +40,10 @@ def explain(key: str, recipe: Recipe | None = None) -> str:
 
 
 def all_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of the recipe, sections included."""
+    """Yield every dotted key of the recipe, sections included."""
     for name, field in model.model_fields.items():
         yield prefix + name
-        inner = _section(field.annotation)
+        inner = _section_at([*prefix.split(".")[:-1], name], field)
         if inner is not None:
             yield from all_keys(inner, f"{prefix}{name}.")
 
@@ -54,28 +55,38 @@ def _unknown(key: str) -> Exception:
     return refuse("unknown-key", key, "is not a key of the recipe", fix)
 
 
+def _section_at(path: list[str], field: FieldInfo) -> type[BaseModel] | None:
+    """The section that a key holds; the keys of an architecture are those of the default family."""
+    return architecture_class() if path == ["model", "architecture"] else _section(field.annotation)
+
+
 def _section(annotation: Any) -> type[BaseModel] | None:
     options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     return next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)
 
 
 def _section_text(key: str, model: type[BaseModel]) -> str:
-    lines = [f"{key}: {(model.__doc__ or '').strip()}"]
+    lines = [f"{key}: {_summary(model)}"]
     width = max(len(name) for name in model.model_fields)
     for name, field in model.model_fields.items():
-        told = " ".join((field.description or "").split()).partition(" Source: ")[0]
-        lines.append(f"  {name:<{width}}  {told or _section_line(field)}")
+        meaning = " ".join((field.description or "").split()).partition(" Source: ")[0]
+        lines.append(f"  {name:<{width}}  {meaning or _section_line(field)}")
     return "\n".join(lines)
 
 
 def _section_line(field: FieldInfo) -> str:
     inner = _section(field.annotation)
-    return (inner.__doc__ or "").strip() if inner else ""
+    return _summary(inner) if inner else ""
+
+
+def _summary(model: type[BaseModel]) -> str:
+    """The docstring of a section on one line."""
+    return " ".join((model.__doc__ or "").split())
 
 
 def _field_text(key: str, field: FieldInfo, value: Any, given: bool) -> str:
-    told, _, source = " ".join((field.description or "no description").split()).partition(" Source: ")
-    lines = [key, f"  {told}"]
+    meaning, _, source = " ".join((field.description or "no description").split()).partition(" Source: ")
+    lines = [key, f"  {meaning}"]
     lines.append(f"  type      {_type_words(field.annotation)}{_bounds(field)}")
     default = "none: it must be set" if field.is_required() else _written(field.get_default(call_default_factory=True))
     lines.append(f"  default   {default}")
@@ -112,10 +123,10 @@ def _type_words(annotation: Any) -> str:
 
 def _bounds(field: FieldInfo) -> str:
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-    told = [
+    bounds = [
         f"{sign} {getattr(limit, name)}"
         for limit in field.metadata
         for name, sign in signs.items()
         if getattr(limit, name, None) is not None
     ]
-    return f", {' and '.join(told)}" if told else ""
+    return f", {' and '.join(bounds)}" if bounds else ""

@@ -1,4 +1,4 @@
-"""The plan of a run: everything that can be said about a recipe before anything is queued."""
+"""The plan of a run: all that is known about a recipe before anything is queued."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ from gspo_megatron.types import Finding
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run will be and need."""
+    """Layout, sizes, memory, time and findings of a run."""
 
     recipe: Recipe
-    """As planned, overrides of nodes and GPU kind included."""
+    """The recipe with the overrides of nodes and GPU kind applied."""
     machine: Machine
-    """Where it runs."""
+    """The machines that it runs on."""
     objective: str
     """The effective objective in one sentence."""
     findings: tuple[Finding, ...]
-    """Errors first; acknowledged warnings are infos."""
+    """Findings, errors first. Acknowledged warnings have severity info."""
     layout: Layout | None = None
-    """None when it cannot be built; then all below is None too."""
+    """None if it cannot be built; then all fields below are None."""
     batch: BatchPlan | None = None
-    """The algebra of one rollout batch."""
+    """Sizes of one rollout batch."""
     memory: list[StageMemory] | None = None
-    """One entry a pipeline stage; None when a sequence does not fit a micro-batch, as are the next two."""
+    """One entry per pipeline stage. None if a sequence does not fit a micro-batch; then the next two are None too."""
     rollout: RolloutPlan | None = None
-    """The servers."""
+    """Memory and speed of the vLLM servers."""
     compute: ComputePlan | None = None
-    """Operations and time."""
+    """FLOPs and time."""
 
     @property
     def refused(self) -> bool:
-        """Whether anything stops the run."""
+        """Whether a finding is an error."""
         return any(finding.severity == "error" for finding in self.findings)
 
 
@@ -56,34 +56,37 @@ def make_plan(recipe: Recipe, nodes: int | None = None, gpu: GpuKind | None = No
     """Plan a recipe on the machines it names.
 
     Args:
-        nodes: nodes of the job, instead of `placement.nodes`.
+        nodes: number of nodes, instead of `placement.nodes`.
         gpu: kind of every GPU, instead of `placement.gpu`.
     """
     recipe = with_placement(recipe, nodes, gpu)
     return _plan(recipe, machines.machine_of(recipe))
 
 
-def tell_not_built(plan: Plan) -> Plan:
-    """The same plan, which says what the loop does not do yet: a plan may look ahead, `gspo train` refuses."""
+def add_not_built(plan: Plan) -> Plan:
+    """Add what the training loop does not support yet as infos. `gspo train` refuses it."""
     ahead = [replace(finding, severity="info") for finding in not_built(plan.recipe)]
     return replace(plan, findings=(*plan.findings, *ahead))
 
 
 def with_placement(recipe: Recipe, nodes: int | None = None, gpu: GpuKind | None = None) -> Recipe:
-    """The same recipe on other machines."""
-    moved: dict[str, Any] = {"nodes": nodes, "gpu": gpu}
-    placement = recipe.placement.model_copy(update={key: value for key, value in moved.items() if value is not None})
+    """Return a copy of the recipe for other machines."""
+    changed: dict[str, Any] = {"nodes": nodes, "gpu": gpu}
+    placement = recipe.placement.model_copy(update={key: value for key, value in changed.items() if value is not None})
     return recipe.model_copy(update={"placement": placement})
 
 
 def check(recipe: Recipe, ranks: int | None = None) -> list[Finding]:
-    """Findings about a recipe; with `ranks`, for so many trainer ranks on this one machine."""
+    """Return the findings of a recipe.
+
+    Args:
+        ranks: number of trainer ranks, all on this machine; None = the machines that the recipe names.
+    """
     return list(_plan(recipe, machines.machine_of(recipe, ranks)).findings)
 
 
 def _plan(recipe: Recipe, where: Machine) -> Plan:
-    arch = recipe.model.architecture
-    assert arch is not None
+    arch = recipe.arch
     found = [*machines.findings(recipe, where), *settings.findings(recipe, arch, where)]
     spec = recipe.objective.spec(recipe.rollout.max_answer_tokens)
     sequences = recipe.batch.prompts * recipe.batch.answers // recipe.batch.updates
@@ -99,7 +102,7 @@ def _plan(recipe: Recipe, where: Machine) -> Plan:
             found += misfits
             parts = {"layout": grid, "batch": cut}
             if not _refuses(misfits):
-                parts |= _needs(recipe, arch, where, grid, cut, found)
+                parts |= _resources(recipe, arch, where, grid, cut, found)
     return Plan(recipe, where, sentence, **parts, findings=tuple(_settle(found, recipe)))
 
 
@@ -107,10 +110,10 @@ def _refuses(found: list[Finding]) -> bool:
     return any(finding.severity == "error" for finding in found)
 
 
-def _needs(
+def _resources(
     recipe: Recipe, arch: Architecture, where: Machine, grid: Layout, cut: BatchPlan, found: list[Finding]
 ) -> dict[str, Any]:
-    """Memory, servers and time; what they find is added to `found`."""
+    """Estimate memory, servers and time. Their findings are added to `found`."""
     stages = memory.stage_memory(recipe, grid, cut, where)
     servers = rollout.plan_rollout(recipe, arch, cut, where)
     work = step_time.plan_compute(recipe, arch, grid, cut, servers, stages, where)
@@ -122,13 +125,13 @@ def _needs(
 
 
 def _settle(found: list[Finding], recipe: Recipe) -> Iterator[Finding]:
-    """Errors first, acknowledged warnings as infos, acknowledgements of nothing as warnings."""
+    """Order the findings, turn acknowledged warnings into infos, and warn about acknowledgements without a warning."""
     settled = [_acknowledge(finding, recipe.acknowledge) for finding in dict.fromkeys(found)]
     raised = {finding.code for finding in found}
     for code, reason in recipe.acknowledge.items():
         if code not in raised:
-            told = f"no such warning is raised; the reason given was: {reason}"
-            settled.append(Finding("acknowledged-nothing", "warning", f"acknowledge.{code}", told, "remove it"))
+            message = f"no warning with this code is raised; the reason given was: {reason}"
+            settled.append(Finding("acknowledged-nothing", "warning", f"acknowledge.{code}", message, "remove it"))
     order = {"error": 0, "warning": 1, "info": 2}
     yield from sorted(settled, key=lambda finding: order[finding.severity])
 

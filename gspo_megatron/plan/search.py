@@ -1,4 +1,4 @@
-"""The best layouts for a recipe's model, lengths and GPUs: all that can be built and fit, by estimated time."""
+"""`gspo plan --search`: the layouts that fit a recipe's model, lengths and GPUs, ordered by estimated time."""
 
 from __future__ import annotations
 
@@ -19,41 +19,40 @@ from gspo_megatron.plan.rules import layout, resources
 from gspo_megatron.plan.suggest import apply
 
 SHOWN = 8
-"""Layouts and servers that are listed."""
+"""Number of layouts and of server sizes that are printed."""
 MOST_STAGES, MOST_CONTEXT = 32, 64
-"""Pipelines and rings longer than any that was seen to work."""
+"""Most pipeline stages and context-parallel ranks that are tried."""
 LEAST_TOKENS = 2048
-"""Of a sequence on one context-parallel rank; below, exchanges cost more than the cut saves."""
+"""Least tokens of a sequence on one context-parallel rank. Below it, communication costs more than the split saves."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A layout of the trainer that fits."""
+    """A trainer layout that fits."""
 
     change: dict[str, Any]
-    """The recipe keys that make it."""
+    """Recipe keys and their values."""
     seconds: float
-    """Old log-probs and training of one rollout batch."""
+    """Time of old log-probs and training of one rollout batch, seconds."""
     peak_bytes: int
-    """Of the fullest stage."""
+    """Peak memory of the fullest stage."""
     why: str
-    """What its time is made of."""
+    """Parts of the time, in percent."""
 
 
 @dataclass(frozen=True, slots=True)
 class Servers:
-    """A way to cut the rollout GPUs into servers."""
+    """A way to divide the rollout GPUs into servers."""
 
     change: dict[str, Any]
-    """The recipe keys that make it."""
+    """Recipe keys and their values."""
     plan: RolloutPlan
-    """Its memory and speed."""
+    """Memory and speed."""
 
 
 def search_layouts(recipe: Recipe, machine: Machine) -> list[Candidate]:
-    """Every layout that can be built and fits, fastest first; of equals, the simpler one."""
-    arch = recipe.model.architecture
-    assert arch is not None
+    """Return every layout that can be built and fits, fastest first. Of equal ones the simpler comes first."""
+    arch = recipe.arch
     found = []
     for change in _layouts(recipe, arch, machine):
         candidate = _judge(recipe, arch, machine, change)
@@ -63,9 +62,8 @@ def search_layouts(recipe: Recipe, machine: Machine) -> list[Candidate]:
 
 
 def search_servers(recipe: Recipe, machine: Machine) -> list[Servers]:
-    """Server sizes that fit, fastest batch first."""
-    arch = recipe.model.architecture
-    assert arch is not None
+    """Return the server sizes that fit, fastest rollout batch first."""
+    arch = recipe.arch
     cut = batch.plan_batch(recipe, layout.layout_of(recipe.trainer.model_copy(update=_PLAIN), 1))
     found = []
     for tensor in _divisors(machine.per_node, machine.per_node):
@@ -92,7 +90,7 @@ _PLAIN = {
 
 
 def _layouts(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[dict[str, Any]]:
-    """Layouts worth judging: TP inside a node, sizes that divide, tokens enough for each rank."""
+    """Yield candidate layouts: TP inside a node, sizes that divide, enough tokens per rank."""
     longest = recipe.rollout.max_prompt_tokens + recipe.rollout.max_answer_tokens
     for pipeline in _divisors(machine.ranks, min(arch.num_hidden_layers, MOST_STAGES)):
         ends = layout.even_ends(pipeline, arch.num_hidden_layers)
@@ -126,7 +124,7 @@ def _divisors(of: int, most: int) -> list[int]:
 
 
 def _judge(recipe: Recipe, arch: Architecture, machine: Machine, change: dict[str, Any]) -> Candidate | None:
-    """Time and memory of a layout with the least recomputation that fits, or None."""
+    """Return time and memory of a layout with the least recomputation that fits, or None if none fits."""
     changed = apply(recipe, change)
     if any(finding.severity != "info" for finding in layout.findings(changed.trainer, arch, machine)):
         return None
@@ -147,7 +145,7 @@ def _judge(recipe: Recipe, arch: Architecture, machine: Machine, change: dict[st
 
 
 def _least_bytes(arch: Architecture, grid: Layout) -> int:
-    """Weights and gradients of the experts alone: what rules most layouts out before their parameters are listed."""
+    """Return the bytes of expert weights and gradients. They rule out most layouts before parameters are listed."""
     experts = arch.num_hidden_layers * arch.num_experts * flops.expert_parameters(arch)
     return 6 * experts // (grid.expert * grid.expert_tensor * grid.pipeline)
 
@@ -158,13 +156,13 @@ def _total(recipe: Recipe, arch: Architecture, grid: Layout, cut: BatchPlan, mac
 
 
 def _complexity(change: dict[str, Any]) -> int:
-    """Dimensions in use: of layouts that take the same time, the plainer one is listed first."""
+    """Count the parallel dimensions in use. Of layouts with equal time the simpler one is listed first."""
     sizes = ("tensor_parallel", "pipeline_parallel", "context_parallel")
     return sum(change[f"trainer.{name}"] > 1 for name in sizes)
 
 
 def search(recipe: Recipe) -> tuple[Machine, list[Candidate], list[Servers]]:
-    """Layouts and servers for the machines that a recipe names; both empty when nothing fits."""
+    """Return layouts and server sizes for the machines that a recipe names. Both are empty if nothing fits."""
     machine = machine_of(recipe)
     if machine.ranks < 1:
         return machine, [], []
@@ -172,7 +170,7 @@ def search(recipe: Recipe) -> tuple[Machine, list[Candidate], list[Servers]]:
 
 
 def print_search(recipe: Recipe, as_json: bool) -> int:
-    """Write what was found; 0 when there is a layout and a server that fit, else 2."""
+    """Print the result. Returns 0 if a layout and a server size fit, else 2."""
     machine, layouts, servers = search(recipe)
     if as_json:
         shown = {"layouts": [asdict(one) for one in layouts], "servers": [asdict(one) for one in servers]}
@@ -197,10 +195,10 @@ def _lines(machine: Machine, layouts: list[Candidate], servers: list[Servers]) -
     if layouts:
         yield "as overrides: " + _overrides(layouts[0].change)
     else:
-        yield "none: take more nodes, a GPU with more memory, or shorter answers"
+        yield "none: take more nodes, a GPU with more memory, or shorter responses"
     yield ""
-    yield f"{len(servers)} ways to cut {machine.rollout_devices} GPUs into servers, fastest batch first:"
-    yield f"{'servers':>7} {'TP':>3} {'PP':>3} {'answers at the limit':>21} {'tokens/s':>9} {'s/batch':>8}"
+    yield f"{len(servers)} ways to divide {machine.rollout_devices} GPUs into servers, fastest batch first:"
+    yield f"{'servers':>7} {'TP':>3} {'PP':>3} {'responses at limit':>21} {'tokens/s':>9} {'s/batch':>8}"
     for two in servers[:SHOWN]:
         tensor, pipeline = two.change["rollout.tensor_parallel"], two.change["rollout.pipeline_parallel"]
         yield (
@@ -212,4 +210,5 @@ def _lines(machine: Machine, layouts: list[Candidate], servers: list[Servers]) -
 
 
 def _overrides(change: dict[str, Any]) -> str:
-    return " ".join(f"{key}={'null' if value is None else value}" for key, value in change.items())
+    # As JSON: a recipe takes `true` and `null`, not `True` and `None`.
+    return " ".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in change.items())

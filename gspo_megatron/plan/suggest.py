@@ -1,4 +1,4 @@
-"""The cheapest single change that makes a run fit."""
+"""Suggest the cheapest single change that makes a run fit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Change = dict[str, Any]
 
 
 def cheapest_change(recipe: Recipe, machine: Machine) -> str:
-    """The first of the changes, ordered by what they cost in time, after which training fits, as a sentence."""
+    """Return, as a sentence, the first change after which training fits. Changes are tried from fast to slow."""
     for change in _changes(recipe, machine):
         changed = apply(recipe, change)
         where = machine_of(changed) if any(key.startswith("placement") for key in change) else machine
@@ -36,7 +36,7 @@ def cheapest_change(recipe: Recipe, machine: Machine) -> str:
 def spare_recompute(
     recipe: Recipe, arch: Architecture, machine: Machine, grid: Layout, cut: BatchPlan
 ) -> Iterator[Finding]:
-    """Memory that recomputation saves for nothing."""
+    """Find recomputation that saves memory which is not needed."""
     modes = ("none", "selective", "full")
     before = step_time.trainer_times(recipe, arch, grid, cut, machine)["training"].seconds
     for mode in modes[: modes.index(recipe.trainer.recompute)]:
@@ -47,18 +47,17 @@ def spare_recompute(
         if fits(stages, machine):
             after = step_time.trainer_times(changed, arch, grid, cut, machine)["training"].seconds
             peak = max(stage.peak_bytes for stage in stages)
-            told = f"{recipe.trainer.recompute} saves memory that is there: {mode} takes about {size(peak)} of "
-            told += f"{size(machine.device.memory)} and trains {1 - after / before:.0%} faster"
+            message = f"{recipe.trainer.recompute} saves memory that is not needed: {mode} takes about {size(peak)} of "
+            message += f"{size(machine.device.memory)} and trains {1 - after / before:.0%} faster"
             fix = f"try trainer.recompute={mode}"
             fix += " trainer.offload_activations=false" if recipe.trainer.offload_activations else ""
-            yield Finding("memory-to-spare", "info", "trainer.recompute", told, fix)
+            yield Finding("memory-to-spare", "info", "trainer.recompute", message, fix)
             return
 
 
 def _stages(recipe: Recipe, machine: Machine) -> list[StageMemory] | None:
-    """Memory of the stages, or None for a layout that cannot be built."""
-    arch = recipe.model.architecture
-    assert arch is not None
+    """Return the memory of each stage, or None for a layout that cannot be built."""
+    arch = recipe.arch
     found = list(layout.findings(recipe.trainer, arch, machine))
     if any(finding.severity == "error" for finding in found):
         return None
@@ -70,7 +69,7 @@ def _stages(recipe: Recipe, machine: Machine) -> list[StageMemory] | None:
 
 
 def apply(recipe: Recipe, change: Change) -> Recipe:
-    """A copy of the recipe with `section.key` values changed."""
+    """Return a copy of the recipe with `section.key` values changed."""
     for key, value in change.items():
         section, name = key.split(".")
         part = getattr(recipe, section).model_copy(update={name: value})

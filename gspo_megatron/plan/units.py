@@ -1,4 +1,4 @@
-"""Numbers as a person reads them."""
+"""Format numbers for people."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ _PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0,
 
 
 def si(value: float, unit: str) -> str:
-    """Four digits and a decimal prefix: `52.11 GB`, `1.323 EFLOP` is `1323 PFLOP`."""
+    """Format with four digits and a decimal prefix up to P: `52.11 GB`, `1323 PFLOP`."""
     scale, prefix = next(((s, p) for s, p in _PREFIXES if abs(value) >= s), _PREFIXES[-1])
     return f"{value / scale:.4g} {prefix}{unit}".rstrip()
 
 
 def count(value: float) -> str:
-    """Parameters: `30.53 B`, `1.8 M`."""
+    """Format a number of parameters: `30.53 B`, `1.8 M`."""
     return si(value, "").replace(" G", " B")
 
 
 def size(value: float) -> str:
-    """Bytes to a tenth: `52.1 GB`."""
+    """Format bytes to a tenth: `52.1 GB`."""
     scale, prefix = next(((s, p) for s, p in _PREFIXES[2:] if abs(value) >= s), _PREFIXES[-1])
     return f"{value / scale:,.1f} {prefix}B"
 
 
 def seconds(value: float) -> str:
-    """`0.4 s`, `1,402 s`."""
+    """Format seconds: `0.4 s`, `1,402 s`."""
     return f"{value:,.1f} s" if value < 10 else f"{value:,.0f} s"
 
 
 def many(count: int, noun: str) -> str:
-    """`1 rank`, `8 ranks`."""
+    """Format a count with its noun: `1 rank`, `8 ranks`."""
     return f"{count:,} {noun}{'' if count == 1 else 'es' if noun.endswith('ch') else 's'}"

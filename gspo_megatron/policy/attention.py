@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 SCORE_BUDGET = 2**20
-"""Most attention scores (bucket x heads x queries x keys) of a block of queries; one query is the least."""
+"""Most attention scores (bucket x heads x queries x keys) of a block of queries; a block has at least one query."""
 
 
 @dataclass(frozen=True, slots=True)

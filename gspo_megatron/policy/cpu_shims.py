@@ -28,7 +28,7 @@ _FLOAT_NAMES = {torch.float32: "Float", torch.float64: "Double", torch.bfloat16:
 
 
 class _HostStream:
-    """Stands where a CUDA stream or event is expected; host code is always in order."""
+    """Takes the place of a CUDA stream or event; host code always runs in order."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -54,7 +54,7 @@ def _in_stream(_: Any) -> Iterator[None]:
 @functools.cache
 def install() -> None:
     """Patch once, before any megatron module is imported."""
-    torch._dynamo.config.disable = True  # jit_fuser is torch.compile: no compiler belongs in a laptop's first step
+    torch._dynamo.config.disable = True  # jit_fuser is torch.compile, which needs a compiler
     _patch_torch()
     _patch_megatron()
 

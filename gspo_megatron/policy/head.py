@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 GRADIENT_BLOCK_ROWS = 8192
-"""Rows of the weight whose gradient is made at one time where it must be widened before it is added."""
+"""Rows of the weight's gradient that are computed at one time where they must be widened before they are added."""
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
@@ -56,7 +56,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
             grad_logits = grad_logits.to(hidden.dtype)
             grad_hidden[part] = grad_logits @ weight
             _add_product(grad_weight, grad_logits, hidden[part])
-            del grad_logits  # or the next chunk's would come beside it
+            del grad_logits  # otherwise the next chunk's logits exist beside it
         return grad_hidden, grad_weight.to(weight.dtype) if kept is None else None, None, None, None, None
 
 
@@ -69,7 +69,7 @@ def chosen_logprobs(
         hidden: [T, H], the same on every tensor-parallel rank; its gradient comes back as this rank's part of a sum.
         weight: [V/TP, H] this rank's rows of the head. Its gradient is added to its `main_grad` where it has one.
         targets: [T] global token ids.
-        chunk: tokens whose logits exist at one time.
+        chunk: tokens that have logits in memory at one time.
         group: the tensor-parallel ranks.
 
     Returns:

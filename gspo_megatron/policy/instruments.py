@@ -1,4 +1,4 @@
-"""What the routers do, told from their choices alone, so that it works without an auxiliary loss.
+"""Metrics of the routers, computed from their choices alone, so that they exist without an auxiliary loss.
 
 Every number is of trained tokens, summed over all ranks. L = layers of the model, E = experts, k = experts a token.
 """
@@ -20,11 +20,10 @@ PREFIX = "experts/"
 
 
 class RouterInstruments:
-    """Collects over one step; `reduce` gives the step's metrics and starts anew. A dense model gives none."""
+    """Collects over one step; `reduce` returns the step's metrics and resets. A dense model has none."""
 
     def __init__(self, policy: Policy) -> None:
-        arch = policy.recipe.model.architecture
-        assert arch is not None
+        arch = policy.recipe.arch
         self.policy, self.num_layers, self.num_experts = policy, arch.num_hidden_layers, arch.num_experts
         self._probe: list[Routes] | None = None
         self._start()

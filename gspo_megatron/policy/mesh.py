@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from gspo_megatron.parallel import Layout
 
 COLLECTIVE_TIMEOUT = timedelta(days=1)
-"""Ranks wait in a collective while rank 0 waits for answers, for hours if need be; the watchdog ends what is stuck."""
+"""Ranks wait in a collective while rank 0 waits for responses, possibly for hours; the watchdog ends a stuck run."""
 
 
 def start_world() -> torch.device:

@@ -17,7 +17,7 @@ ROPE_LENGTH_STEP = 1024
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What one forward pass of this rank reads. T_local = T / CP."""
+    """The inputs of one forward pass on this rank. T_local = T / CP."""
 
     token_ids: Tensor
     """[T_local] int64."""

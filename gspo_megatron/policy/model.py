@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe, TrainerSection
+from gspo_megatron.models.registry import family_of
 from gspo_megatron.policy.offload import offload_inputs
 from gspo_megatron.policy.specs import has_transformer_engine, reference_spec, transformer_engine_spec
 
@@ -18,8 +19,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 
 def transformer_config(arch: Architecture, trainer: TrainerSection, dtype: torch.dtype) -> TransformerConfig:
-    """Megatron's configuration of a Qwen3 model under the recipe's layout."""
-    engine = has_transformer_engine()
+    """Megatron's configuration of a model under the recipe's layout."""
+    engine, settings = has_transformer_engine(), family_of(arch).megatron_settings(arch)
     config = TransformerConfig(
         num_layers=arch.num_hidden_layers,
         hidden_size=arch.hidden_size,
@@ -29,10 +30,8 @@ def transformer_config(arch: Architecture, trainer: TrainerSection, dtype: torch
         kv_channels=arch.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=arch.rms_norm_eps,
-        qk_layernorm=True,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -51,17 +50,18 @@ def transformer_config(arch: Architecture, trainer: TrainerSection, dtype: torch
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         deallocate_pipeline_outputs=True,
+        **settings.transformer,
         **_pipeline_settings(trainer),
         **_expert_settings(arch, trainer, dtype, engine),
         **_recompute_settings(trainer),
     )
-    if arch.rope_scaling:
-        _set_yarn(config, arch.rope_scaling)
+    for name, value in settings.attributes.items():
+        setattr(config, name, value)
     return config
 
 
 def assert_settings(config: TransformerConfig, trainer: TrainerSection) -> None:
-    """What would change the objective without a word."""
+    """Check settings that would change the objective without an error."""
     assert not config.calculate_per_token_loss, "calculate_per_token_loss multiplies every gradient by the token count"
     assert config.moe_aux_loss_coeff == trainer.aux_loss_coefficient, (
         f"the built model has an auxiliary loss of {config.moe_aux_loss_coeff}, "
@@ -88,12 +88,6 @@ def _expert_settings(arch: Architecture, trainer: TrainerSection, dtype: torch.d
     if not arch.num_experts:
         return scheduler
     return scheduler | {
-        "num_moe_experts": arch.num_experts,
-        "moe_ffn_hidden_size": arch.moe_intermediate_size,
-        "moe_router_topk": arch.num_experts_per_tok,
-        "moe_router_score_function": "softmax",
-        # Top-k of the logits, then softmax over the chosen: equal to Hugging Face's softmax, top-k, renormalise.
-        "moe_router_pre_softmax": not arch.norm_topk_prob,
         "moe_router_dtype": "fp64" if dtype is torch.float64 else "fp32",
         "moe_router_load_balancing_type": "aux_loss" if trainer.aux_loss_coefficient else "none",
         "moe_aux_loss_coeff": trainer.aux_loss_coefficient,
@@ -112,26 +106,9 @@ def _recompute_settings(trainer: TrainerSection) -> dict[str, Any]:
     return {}
 
 
-def _set_yarn(config: TransformerConfig, scaling: dict[str, Any]) -> None:
-    """Megatron reads YaRN from attributes of the configuration; the sampler reads the values in `config.json`."""
-    values = {
-        "position_embedding_type": "yarn",
-        "yarn_rotary_scaling_factor": float(scaling["factor"]),
-        "yarn_original_max_position_embeddings": int(scaling["original_max_position_embeddings"]),
-        "yarn_beta_fast": float(scaling.get("beta_fast", 32)),
-        "yarn_beta_slow": float(scaling.get("beta_slow", 1)),
-        "yarn_mscale": 1.0,
-        "yarn_mscale_all_dim": 0.0,
-        "yarn_correction_range_round_to_int": True,
-    }
-    for name, value in values.items():
-        setattr(config, name, value)
-
-
 def build_chunks(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None) -> list[GPTModel]:
     """The model chunks of this rank: one, or one for each virtual stage. Weights are uninitialised until loaded."""
-    arch = recipe.model.architecture
-    assert arch is not None
+    arch = recipe.arch
     config = transformer_config(arch, recipe.trainer, dtype or DTYPES[recipe.model.dtype])
     chunks = []
     for index in range(recipe.trainer.virtual_pipeline or 1):
@@ -145,9 +122,9 @@ def build_chunks(recipe: Recipe, device: torch.device, dtype: torch.dtype | None
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
             share_embeddings_and_output_weights=arch.tie_word_embeddings,
-            position_embedding_type="yarn" if arch.rope_scaling else "rope",
             rotary_base=int(arch.rope_theta),
             vp_stage=stage,
+            **family_of(arch).megatron_settings(arch).model,
         ).to(device)
         if recipe.trainer.offload_activations:
             offload_inputs(chunk.decoder)

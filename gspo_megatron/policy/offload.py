@@ -1,4 +1,4 @@
-"""What a policy keeps in host memory: everything while servers use its device, layer inputs until their backward pass.
+"""Host memory of a policy: everything while servers use its device, layer inputs until their backward pass.
 
 Whole storages are emptied and filled again, so that every view of them (Megatron's buffers, their buckets, parameters
 in them) stays what it is. The host memory is taken once and used again.
@@ -10,7 +10,7 @@ forward or recomputation.
 
 Not Megatron's `fine_grained_activation_offloading`: it learns in the first pass (here one without gradients) how many
 micro-batches a step has and what each offloads, takes every later step to be the same, and quietly keeps on the device
-what comes beyond it. Ours is a different number in every step.
+what comes beyond it. Here the number differs from step to step.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ Kept = Tensor | tuple[torch.device, Tensor]
 
 
 class HostMemory:
-    """Storages that are on the device or here."""
+    """Storages that are on the device or in host memory."""
 
     def __init__(self) -> None:
         self._copies: dict[int, tuple[UntypedStorage, Tensor]] = {}
-        """By identity of the storage; kept for the next time."""
+        """Host copies by identity of the storage; kept for the next time."""
         self._away: dict[int, int] = {}
-        """Bytes on the device of those that are here now."""
+        """Sizes in bytes of the storages that are in host memory now."""
 
     def take(self, tensors: Iterable[Tensor]) -> None:
-        """Copy the storages of these tensors here and free them on the device. Those that are here already stay."""
+        """Copy the storages of these tensors to host memory and free them on the device; copied ones are skipped."""
         moved = []
         for tensor in tensors:
             storage = tensor.untyped_storage()
@@ -54,7 +54,7 @@ class HostMemory:
             storage.resize_(0)
 
     def give_back(self) -> None:
-        """Put everything back on the device."""
+        """Copy everything back to the device."""
         returned = []
         for number, size in self._away.items():
             storage, copy = self._copies[number]
@@ -65,7 +65,7 @@ class HostMemory:
         _synchronize(returned)
 
     def read(self, tensor: Tensor) -> Tensor:
-        """The values of a tensor, wherever they are."""
+        """The values of a tensor, on the device or in host memory."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self._away:
             return tensor
@@ -84,7 +84,7 @@ def _synchronize(moved: Sequence[tuple[UntypedStorage, Tensor]]) -> None:
 
 
 class Residence:
-    """Where weights, optimizer states and gradients of a policy are."""
+    """Moves weights and optimizer states of a policy between device and host memory."""
 
     def __init__(self) -> None:
         self._host = HostMemory()
@@ -140,13 +140,13 @@ def _buffers(chunks: Sequence[Any]) -> Iterator[Any]:
 
 
 def _release() -> None:
-    """Give what the caching allocator keeps to the other processes of the device."""
+    """Free the caching allocator's reserve for other processes of the device."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def offload_inputs(decoder: torch.nn.Module) -> None:
-    """Let what the layers of a fully recomputed decoder save lie in host memory."""
+    """Keep in host memory what the layers of a fully recomputed decoder save."""
     forward = decoder.forward
 
     def offloading(*args: Any, **kwargs: Any) -> Any:
@@ -165,7 +165,7 @@ def to_host(tensor: Tensor) -> Kept:
 
 
 def to_device(kept: Kept) -> Tensor:
-    """The tensor again, where it was."""
+    """The tensor on its former device."""
     if isinstance(kept, Tensor):
         return kept
     device, copy = kept

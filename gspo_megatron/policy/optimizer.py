@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 @dataclass(frozen=True, slots=True)
 class OptimizerSettings:
-    """What one phase of training asks of the optimizer."""
+    """Settings of the optimizer for one phase of training."""
 
     lr: float
     """Peak learning rate; the phase scales it every step."""
@@ -36,7 +36,7 @@ def make_optimizer(
         settings: of this phase.
         model: configuration of the chunks.
         chunks: in Megatron's data-parallel wrapper.
-        distributes: whether the replicas share its states, as the wrapper was told.
+        distributes: whether the replicas share its states; the wrapper must have been built with the same value.
     """
     config = OptimizerConfig(
         optimizer="adam",

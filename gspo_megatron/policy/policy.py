@@ -31,7 +31,7 @@ from gspo_megatron.policy.weights import ReadPiece, ShardedWeights, save_hf
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """The head's output for one micro-batch; on the last pipeline stage only."""
+    """The head's output for one micro-batch; it exists on the last pipeline stage only."""
 
     logprobs: Tensor
     """[T_local] float32, of each position's target."""
@@ -44,21 +44,20 @@ LossFunction = Callable[[MicroBatch, Scored, int], tuple[Tensor, dict[str, Tenso
 
 
 class Policy:
-    """A Qwen3 model over the trainer ranks."""
+    """A model over the trainer ranks."""
 
     def __init__(self, recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None) -> None:
         self.recipe, self.device = recipe, device
         self.layout = layout_of(recipe.trainer, dist.get_world_size())
         mesh.build_groups(self.layout)
         self.at = self.layout.coordinates(dist.get_rank())
-        torch.manual_seed(recipe.run.seed)  # the imports of megatron leave torch with a seed out of the blue
+        torch.manual_seed(recipe.run.seed)  # importing megatron sets a seed of its own
         tensor_parallel.model_parallel_cuda_manual_seed(recipe.run.seed)
         bare = build_chunks(recipe, device, dtype)
         self.config = bare[0].config
         assert_settings(self.config, recipe.trainer)
-        assert recipe.model.architecture is not None
-        self.weights = ShardedWeights(recipe.model.architecture, self.layout, dist.get_rank(), bare)
-        self.routing = Routing(bare, recipe.model.architecture.num_experts, self.at.tensor, self.layout.tensor)
+        self.weights = ShardedWeights(recipe.arch, self.layout, dist.get_rank(), bare)
+        self.routing = Routing(bare, recipe.arch.num_experts, self.at.tensor, self.layout.tensor)
         # Any: megatron annotates lists of its own base class, of which the wrapper is no subtype for a type checker.
         self.chunks: list[Any] = [self._wrap(chunk) for chunk in bare]
         self.config.finalize_model_grads_func = finalize_model_grads
@@ -99,7 +98,7 @@ class Policy:
         self._residence.offload_states(self.optimizer, self.chunks)
 
     def offload(self) -> None:
-        """Move everything to host memory: this device is left to servers."""
+        """Move everything to host memory, so that servers can use this device."""
         self.offload_states()
         self._residence.offload_weights(self.chunks)
 
@@ -108,7 +107,7 @@ class Policy:
         self._residence.restore(self.chunks)
 
     def read(self, tensor: Tensor) -> Tensor:
-        """Values of a weight or an optimizer state, wherever they are now."""
+        """Values of a weight or an optimizer state, on the device or in host memory."""
         return self._residence.read(tensor)
 
     def place(self, batches: Sequence[PackedBatch]) -> list[MicroBatch]:
@@ -123,7 +122,7 @@ class Policy:
         routes: Sequence[Routes] | None = None,
         margins: list[Tensor] | None = None,
     ) -> list[Scored]:
-        """Log-probs of every micro-batch at the sampling temperature, without gradients; nothing off the last stage.
+        """Log-probs of every micro-batch at the sampling temperature, without gradients; last pipeline stage only.
 
         Args:
             batches: this rank's micro-batches.
@@ -135,7 +134,7 @@ class Policy:
         def keep(_: MicroBatch, scored: Scored, __: int) -> tuple[Tensor, dict[str, Any]]:
             return scored.logprobs.sum(), {"scored": scored}
 
-        # The interleaved schedule takes micro-batches in groups of PP; what fills the last group is thrown away.
+        # The interleaved schedule takes micro-batches in groups of PP; the padding of the last group is dropped.
         group = self.layout.pipeline if self.layout.virtual > 1 else 1
         spare = -len(batches) % group
         filled = [*batches, *[batches[-1]] * spare]
@@ -146,9 +145,9 @@ class Policy:
         return [result["scored"] for result in results[: len(batches)]]
 
     def probe(self, batch: PackedBatch) -> tuple[Tensor, float]:
-        """Log-probs [T] of every token of a pack at temperature 1, and how far its routing is from a tie.
+        """Log-probs [T] of every token of a pack at temperature 1, and the distance of its routing from a tie.
 
-        Every data-parallel rank brings the same pack, and every rank gets the answer. The second number is the smallest
+        Every data-parallel rank passes the same pack, and every rank gets the result. The second number is the smallest
         gap, over tokens and layers, between the last chosen and the first rejected router logit; infinite when dense.
         """
         placed = place(batch, self.layout, self.at, self.device)
@@ -176,11 +175,11 @@ class Policy:
         """One optimizer step.
 
         Args:
-            batches: this rank's micro-batches; every rank brings the same number.
-            loss: gives this rank's share; the shares of all ranks and micro-batches add up to the loss.
+            batches: this rank's micro-batches; every rank passes the same number.
+            loss: returns this rank's share; the shares of all ranks and micro-batches add up to the loss.
             lr: learning rate of this step.
-            routes: recorded ones of each micro-batch: choices that differ from them are counted.
-            replays: choose them again.
+            routes: recorded routes of each micro-batch; choices that differ from them are counted.
+            replays: whether the routers choose the recorded experts again.
 
         Returns:
             Metric sums of each micro-batch (last stage only), global gradient norm before clipping, whether the step
@@ -201,11 +200,11 @@ class Policy:
         return sums, float(norm), True
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole Hugging Face tensors on rank 0, nothing elsewhere; every rank must exhaust it."""
+        """Whole Hugging Face tensors on rank 0, none on other ranks; every rank must exhaust the iterator."""
         return self.weights.export(self.recipe.weight_update.bucket_mib * 2**20)
 
     def save(self, directory: Path) -> None:
-        """Write a Hugging Face checkpoint, under another name until it is whole."""
+        """Write a Hugging Face directory, under another name until it is complete."""
         tensors = self.export()
         if dist.get_rank() == 0:
             save_hf(tensors, self.weights.arch.to_hugging_face(self.recipe.model.dtype), directory)

@@ -1,4 +1,4 @@
-"""The reference policy of the KL axis: its weights wait on the host and take the place of the policy's for a pass."""
+"""The reference policy of the KL term: its weights are kept on the host and replace the policy's during one pass."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class ReferenceWeights:
-    """A copy of this rank's present weights. Never a second model on the device: the two sets change places."""
+    """A copy of this rank's present weights on the host; exchanged with the policy's for a pass."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
         self._parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]

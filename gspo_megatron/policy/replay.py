@@ -125,7 +125,7 @@ class RouterSeam:
 
 
 class Routing:
-    """The seams of all routers of this rank's chunks, and what they do during a run of the schedule."""
+    """The seams of all routers of this rank's chunks, and their mode during a run of the schedule."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module], num_experts: int, place: int = 0, parts: int = 1) -> None:
         """Take the routers of the chunks.
@@ -203,7 +203,7 @@ class Routing:
         return local.chunk(self._parts)[self._place]
 
     def reported(self, batches: Sequence[MicroBatch], topk: int) -> list[Routes]:
-        """What the sampler reported, as this rank's routers see it; all absent where it reported nothing."""
+        """Routes that the sampler reported, for this rank's rows; all absent where it reported none."""
         found = []
         for batch in batches:
             whole = batch.routes

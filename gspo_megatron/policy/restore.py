@@ -112,7 +112,7 @@ class _RankFile:
 
 
 def restore(policy: Policy, saved: SavedPolicy, steps: int) -> None:
-    """Put a checkpoint's weights and optimizer into a policy whose optimizer is fresh.
+    """Put a checkpoint's weights and optimizer into a policy with a fresh optimizer.
 
     Args:
         policy: of the same architecture, in any layout.

@@ -42,24 +42,24 @@ class Stepped:
     entry: Parameter
     """The local parameter."""
     weight: Tensor
-    """What the model computes with, in the entry's shape."""
+    """The weight that the model computes with, in the entry's shape."""
     main: Tensor
-    """What the optimizer steps: the weight itself, a float32 copy, or a part of one."""
+    """The values that the optimizer steps: the weight itself, a float32 copy, or a part of one."""
     start: int
     """Place of its first element in the flattened parameter."""
     optimizer: torch.optim.Optimizer
-    """Whose state holds the moments."""
+    """The optimizer that holds the moments in its state."""
     spread: bool
-    """Whether the replicas of this parameter step a part of it each."""
+    """Whether each replica of this parameter steps a part of it."""
 
 
 def rank_file(directory: Path, rank: int) -> Path:
-    """Where a rank's part lies."""
+    """The file of a rank's part."""
     return directory / f"rank_{rank:05d}.safetensors"
 
 
 def stepped(policy: Policy) -> Iterator[Stepped]:
-    """What this rank's optimizers step, one entry a local parameter (none for one that other ranks step)."""
+    """Runs that this rank's optimizers step, one a local parameter; none for a parameter that other ranks step."""
     outer = policy.optimizer
     parts = getattr(outer, "chained_optimizers", [outer])
     groups = [part.optimizer.param_groups if part.optimizer is not None else [] for part in parts]

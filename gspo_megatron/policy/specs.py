@@ -47,7 +47,7 @@ def has_transformer_engine() -> bool:
 
 
 def describe_parts() -> str:
-    """Which fused parts compute and which fell back, in a sentence for the log."""
+    """Which fused parts compute and which fell back, in one sentence for the log."""
     adam = vars(optimizer)["Adam"].__module__.partition(".")[0]
     if has_transformer_engine():
         layers = "Transformer Engine: fused norm and linear, packed attention, grouped experts"
@@ -60,16 +60,17 @@ def describe_parts() -> str:
 def transformer_engine_spec(config: TransformerConfig) -> ModuleSpec:
     """The spec of megatron-core with fused norm + linear, grouped experts and THD attention."""
     return get_gpt_layer_with_transformer_engine_spec(
-        num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=True
+        num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
     )
 
 
 def reference_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """The same layer from megatron-core's parallel linears and our norm and core attention."""
+    """The same layer from megatron-core's parallel linears, `ReferenceNorm` and `ReferenceAttention`."""
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     # Any: the builder protocols of megatron-core name their parameters more strictly than its own modules do.
     attention: Any = ReferenceAttention
     bias_dropout: Any = get_bias_dropout_add
+    normed: Any = ReferenceNorm if config.qk_layernorm else None
     mlp: Any = partial(MLP.as_mlp_submodule, submodules=linears)
     if config.num_moe_experts:
         mlp = partial(MoELayer, submodules=MoESubmodules(experts=partial(SequentialMLP, submodules=linears)))
@@ -84,8 +85,8 @@ def reference_spec(config: TransformerConfig, vp_stage: int | None) -> Transform
                     linear_qkv=ColumnParallelLinear,
                     core_attention=attention,
                     linear_proj=RowParallelLinear,
-                    q_layernorm=ReferenceNorm,
-                    k_layernorm=ReferenceNorm,
+                    q_layernorm=normed,
+                    k_layernorm=normed,
                 ),
             ),
             self_attn_bda=bias_dropout,

@@ -1,4 +1,4 @@
-"""Weights of this rank from and to Hugging Face tensors, through the table of `gspo_megatron.weights`."""
+"""Weights of this rank from and to Hugging Face tensors, through the weight table of `models/`."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ ReadPiece = Callable[[Piece], Tensor]
 Values = Callable[[torch.nn.Parameter], Tensor]
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 2**30
-"""Of a file that is written, whose tensors lie in host memory until it is full."""
+"""Largest file that is written; its tensors lie in host memory until it is full."""
 READ_TYPES = ("F32", "BF16", "F16", "F64")
-"""Types of a published tensor; anything narrower is a quantised file, whose scales would be dropped."""
+"""Types of a published tensor; a narrower one is a quantised file, and its scales would be dropped."""
 
 
 class ShardedWeights:
@@ -66,7 +66,7 @@ class ShardedWeights:
 
         Args:
             batch_bytes: most bytes gathered at one time.
-            values: what to export of each parameter: itself, or a tensor of its shape such as its gradient.
+            values: what to export of each parameter: itself, or a tensor of its shape, e.g. its gradient.
         """
         self._values = values
         owners = self._owners()
@@ -149,23 +149,26 @@ def global_name(local_name: str, layers: range, first_expert: int) -> str:
 
 
 def random_pieces(arch: Architecture, seed: int) -> ReadPiece:
-    """A reader of random weights that depend on the seed and the tensor's name, so on no layout."""
+    """A reader of random weights that depend on the seed and the tensor's name, so on no layout.
+
+    Weights of norms are 1. Biases are random too, so that one at the wrong place changes the output.
+    """
     shapes = hf_shapes(arch)
 
     def read(piece: Piece) -> Tensor:
         shape = shapes[piece.tensor]
-        if len(shape) == 1:
+        if len(shape) == 1 and not piece.tensor.endswith(".bias"):
             return torch.ones(piece.shape)
         digest = hashlib.sha256(f"{seed}/{piece.tensor}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         whole = torch.empty(shape).normal_(0.0, arch.initializer_range, generator=generator)
-        return whole[slice(*piece.rows), slice(*(piece.columns or (0, 1)))]
+        return whole[slice(*piece.rows)] if piece.columns is None else whole[slice(*piece.rows), slice(*piece.columns)]
 
     return read
 
 
 def safetensors_pieces(directory: Path, arch: Architecture) -> ReadPiece:
-    """A reader of a Hugging Face directory that touches only the bytes it is asked for.
+    """A reader of a Hugging Face directory that reads only the bytes of each requested piece.
 
     Raises:
         ValueError: files, names, shapes and types that do not fit the architecture, all of them in one sentence.

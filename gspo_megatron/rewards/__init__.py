@@ -1,4 +1,4 @@
-"""Text and answer -> score in [0, 1]: a table of names."""
+"""Rewards: the score in [0, 1] of a response's text."""
 
 from gspo_megatron.rewards.scorer import SCORES, Scorer, make_scorer
 

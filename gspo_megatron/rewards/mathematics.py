@@ -1,4 +1,4 @@
-"""Mathematical equality with the reference answer, by math-verify."""
+"""Mathematical equality with the reference answer, decided by math-verify."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from gspo_megatron.config.task_sections import DataSection
 from gspo_megatron.types import Problem
 
 TAIL_CHARACTERS = 10_000
-"""Only the end of an answer is searched: the result stands there, and the time to search grows with the square."""
+"""Only this many characters at the end of a response are searched: the time grows with their square."""
 TIMEOUT_SECONDS = 3
-"""For reading one answer and for comparing it: `9^{9^{9}}` would take for ever."""
+"""Time limit for parsing one response, and for comparing it: `9^{9^{9}}` would never end."""
 
 
 def load(data: DataSection) -> None:
-    """Import what `score` needs, so that no answer's time pays for it."""
+    """Import math-verify before the first response is scored."""
     import math_verify  # noqa: F401
 
 
 def score(data: DataSection, problem: Problem, text: str) -> float:
-    """1 when the last expression of the text (`\\boxed{}` first) equals the reference, else 0."""
+    """Return 1 if the last expression of the text (`\\boxed{}` first) equals the reference, else 0."""
     from math_verify import parse, verify
 
-    # It quotes the whole answer whenever it gives up on one.
+    # It logs the whole response whenever it fails to parse one.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     expected = parse(f"\\boxed{{{problem.reference['answer']}}}", parsing_timeout=TIMEOUT_SECONDS)
     found = parse(text[-TAIL_CHARACTERS:], parsing_timeout=TIMEOUT_SECONDS)
@@ -31,8 +31,8 @@ def score(data: DataSection, problem: Problem, text: str) -> float:
 
 
 def check_thread() -> None:
-    """Raise where math-verify cannot work: its time limits are signals, which only a main thread receives."""
+    """Raise RuntimeError outside the main thread: math-verify's time limits are signals, which only it receives."""
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError(
-            "reward.name=math_verify was asked in a thread; score in a process pool, whose workers have main threads"
+            "reward.name=math_verify was called in a thread, where its time limits cannot work; score in a process pool"
         )

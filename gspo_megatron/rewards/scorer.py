@@ -1,4 +1,4 @@
-"""The scorer of a recipe: one of the named scores, with the recipe's rules around it."""
+"""The scorer of a recipe: a named score, and the rules of the `reward` section around it."""
 
 from __future__ import annotations
 
@@ -15,38 +15,41 @@ from gspo_megatron.types import Problem, StopReason
 log = logging.getLogger(__name__)
 
 Score = Callable[[DataSection, Problem, str], float]
-"""(data section, problem, text) -> score; text carries no whitespace around it and is never empty."""
+"""(data section, problem, text) -> score. The text is stripped and never empty."""
 
 SCORES: dict[str, Score] = {"reasoning_gym": gym.score, "math_verify": mathematics.score}
-"""Names that `reward.name` may hold."""
+"""The values of `reward.name`."""
 LOADERS: dict[str, Callable[[DataSection], None]] = {"reasoning_gym": gym.load, "math_verify": mathematics.load}
-"""What each of them imports."""
+"""Imports of each score, done before the first response is scored."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """Callable score of one answer. Picklable, so that a process pool can share the work; math_verify needs one."""
+    """Score one response. A scorer can be pickled for a process pool; math_verify requires one."""
 
     reward: RewardSection
-    """Which score, and the rules around it."""
+    """The name of the score and its rules."""
     data: DataSection
-    """Names the task whose own scorer is asked."""
+    """The task, for scores that depend on it."""
 
     def __call__(self, problem: Problem, text: str, stop_reason: StopReason) -> float:
-        """Score in [0, 1] of any text whatever."""
+        """Return the score in [0, 1] of any text. An exception of the score is logged and gives 0."""
         if self.reward.require_stop and stop_reason != "stop":
             return 0.0
         judged = (text.rpartition(self.reward.answer_marker)[2] if self.reward.answer_marker else text).strip()
         if not judged:
             return 0.0
         if self.reward.name == "math_verify":
-            mathematics.check_thread()  # outside of the `try`: this is the program's fault, not the answer's
+            mathematics.check_thread()  # outside of the `try`: this is a fault of the program, not of the response
         try:
             score = float(SCORES[self.reward.name](self.data, problem, judged))
-        # A task's scorer parses what a model wrote: whatever it raises on such a text, the text is no answer.
+        # A score parses text that a model wrote: a text that makes it raise anything is not an answer.
         except Exception:
             log.warning(
-                "reward.name=%s failed on problem %s; its answer scores 0", self.reward.name, problem.id, exc_info=True
+                "reward.name=%s failed on problem %s; the response scores 0",
+                self.reward.name,
+                problem.id,
+                exc_info=True,
             )
             return 0.0
         if not math.isfinite(score):
@@ -55,6 +58,6 @@ class Scorer:
 
 
 def make_scorer(recipe: Recipe) -> Scorer:
-    """The scorer of a recipe: `scorer(problem, text, stop_reason) -> score`. Call it in the process that scores."""
+    """Make `scorer(problem, text, stop_reason) -> score` of a recipe. Call it in the process that scores."""
     LOADERS[recipe.reward.name](recipe.data)
     return Scorer(recipe.reward, recipe.data)

@@ -73,8 +73,7 @@ class Batcher:
 
     def probes(self) -> list[Sample]:
         """Twice `weight_update.canary_prompts` sequences of random tokens, the same at every call and on every rank."""
-        section, arch = self.recipe.weight_update, self.recipe.model.architecture
-        assert arch is not None
+        section, arch = self.recipe.weight_update, self.recipe.arch
         generator = np.random.default_rng(self.recipe.run.seed)
         rows = [
             generator.integers(0, arch.vocab_size, section.canary_tokens) for _ in range(2 * section.canary_prompts)
@@ -111,8 +110,7 @@ class Batcher:
 
     def _cost(self, length: int) -> float:
         """FLOPs of a sequence up to a factor: linear in its tokens, and attention's square of them."""
-        arch = self.recipe.model.architecture
-        assert arch is not None
+        arch = self.recipe.arch
         width = 8 * arch.hidden_size + 6 * arch.num_experts_per_tok * arch.moe_intermediate_size
         return length * (arch.hidden_size * width + arch.num_attention_heads * arch.head_dim * length)
 

@@ -27,8 +27,7 @@ from gspo_megatron.types import Finding
 def prepare_weights(trainer: Trainer) -> None:
     """Load the starting weights: of `model.path`, or of the cold start (made once, then cached), or random ones."""
     recipe, policy = trainer.recipe, trainer.policy
-    arch = recipe.model.architecture
-    assert arch is not None
+    arch = recipe.arch
     if recipe.cold_start is None:
         source = (
             safetensors_pieces(recipe.model.path, arch) if recipe.model.path else random_pieces(arch, recipe.run.seed)

@@ -18,7 +18,8 @@ from gspo_megatron.cluster.child_processes import die_with_parent
 from gspo_megatron.cluster.exit_codes import STOPPED
 from gspo_megatron.cluster.machines import takes_turns
 from gspo_megatron.cluster.watchdog import Watchdog
-from gspo_megatron.config import RecipeError, load_resolved
+from gspo_megatron.config import RecipeError
+from gspo_megatron.models import load_resolved
 from gspo_megatron.policy import mesh
 from gspo_megatron.policy.policy import Policy
 from gspo_megatron.policy.specs import describe_parts

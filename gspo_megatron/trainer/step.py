@@ -152,8 +152,7 @@ class Trainer:
 
     def _reported(self, batches: Sequence[MicroBatch]) -> list[Routes] | None:
         """The sampler's routes, where they are to be replayed."""
-        arch = self.recipe.model.architecture
-        assert arch is not None
+        arch = self.recipe.arch
         reports = self.spec.replay == "sampler"
         return self.policy.routing.reported(batches, arch.num_experts_per_tok) if reports else None
 

@@ -88,9 +88,8 @@ class Identity:
 def identity_of(recipe: Recipe, run_dir: Path) -> Identity:
     """What the servers of this run must be."""
     model, rollout = recipe.model, recipe.rollout
-    assert model.architecture is not None
     context = rollout.max_prompt_tokens + rollout.max_answer_tokens
-    return Identity(read_run_id(run_dir), hash_vocabulary(recipe), model.architecture, model.dtype, context)
+    return Identity(read_run_id(run_dir), hash_vocabulary(recipe), recipe.arch, model.dtype, context)
 
 
 def read_run_id(run_dir: Path) -> str:

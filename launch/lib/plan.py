@@ -26,8 +26,8 @@ from gspo_megatron.cluster import hosts, placement
 from gspo_megatron.cluster.attempts import attempt_name, attempts
 from gspo_megatron.cluster.exit_codes import REFUSED
 from gspo_megatron.cluster.hosts import Host, Kind, Ports, Spread, Task
-from gspo_megatron.config import Recipe, RecipeError, load
-from gspo_megatron.config.loading import load_resolved
+from gspo_megatron.config import Recipe, RecipeError
+from gspo_megatron.models import load_recipe, load_resolved
 from gspo_megatron.plan.rules.not_built import not_built
 from gspo_megatron.plan.run_plan import make_plan
 from gspo_megatron.types import Finding
@@ -76,7 +76,7 @@ def main() -> int:
 
 def load_for_job(path: Path, overrides: Sequence[str], job: str, names: Sequence[str], gpus: int) -> Recipe:
     """The recipe with the job's nodes and GPUs in `placement`. Raises RecipeError for one that does not fit them."""
-    recipe = load(path, overrides)
+    recipe = load_recipe(path, overrides)
     wanted = recipe.placement.nodes
     if "nodes" in recipe.placement.model_fields_set and wanted != len(names):
         print(f"placement.nodes={wanted} in the recipe, {len(names)} in the job: the latter counts", file=sys.stderr)

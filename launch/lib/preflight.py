@@ -97,8 +97,7 @@ def without(node: str) -> str:
 
 def count_parameters(recipe: Recipe) -> int:
     """Weights of the model, norms left out."""
-    arch = recipe.model.architecture
-    assert arch is not None
+    arch = recipe.arch
     attention = arch.hidden_size * arch.head_dim * 2 * (arch.num_attention_heads + arch.num_key_value_heads)
     if arch.num_experts:
         mlp = arch.num_experts * (3 * arch.hidden_size * arch.moe_intermediate_size + arch.hidden_size)

@@ -9,7 +9,8 @@ from typing import Any
 
 from gspo_megatron.cluster.attempts import read_attempt
 from gspo_megatron.config import Recipe
-from gspo_megatron.config.loading import load_resolved, refuse
+from gspo_megatron.config.loading import refuse
+from gspo_megatron.models import load_resolved
 from launch.lib.attempt import in_use
 
 MAY_CHANGE = (

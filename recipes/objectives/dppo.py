@@ -1,8 +1,8 @@
-"""DPPO (2602.04879) with its total-variation mask, as anyone adds an objective: a rule and a point in the axes.
+"""DPPO (arXiv 2602.04879) with its total-variation mask: an objective in its own file, a trust rule and its axes.
 
     gspo train RECIPE objective.preset=recipes/objectives/dppo.py:DPPO objective.options.up=0.1
 
-Nothing here needs torch at import, so a plan can read it.
+This file imports without torch, so `gspo plan` can read it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def binary_tv(terms: TokenTerms) -> Surrogate:
-    """A token counts until its probability, not its ratio, has moved too far the way its advantage pushes it."""
+    """Mask a token when its probability (not its ratio) has moved too far in the direction of its advantage."""
     moved = (terms.logprobs.exp() - terms.old_logprobs.exp()).detach()
     low = (terms.advantages < 0) & (moved < -terms.options["down"])
     high = (terms.advantages > 0) & (moved > terms.options["up"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gspo_megatron.cluster.local_backend import free_ports
-from gspo_megatron.config import load
+from gspo_megatron.models import load_recipe
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,7 +58,7 @@ def build(overrides: list[str], device: torch.device, dtype: torch.dtype) -> Any
     """A policy of the parity rows' model."""
     from gspo_megatron.policy.policy import Policy
 
-    return Policy(load(Path("recipes/tiny_moe.yaml"), overrides), device, dtype)
+    return Policy(load_recipe(Path("recipes/tiny_moe.yaml"), overrides), device, dtype)
 
 
 @pytest.mark.parametrize("model", ["moe", "dense, tied"])
@@ -177,8 +177,7 @@ def test_layer_inputs_in_host_memory_free_the_device_and_change_nothing(device: 
 
     (plain, kept), (offloaded, left) = step(False), step(True)
     assert all(torch.equal(tensor, offloaded[name]) for name, tensor in plain.items())
-    arch = load(Path("recipes/tiny_moe.yaml"), long_model()).model.architecture
-    assert arch is not None
+    arch = load_recipe(Path("recipes/tiny_moe.yaml"), long_model()).arch
     # The last layer's input, and the states that the head reads, stay longest.
     assert kept - left >= (arch.num_hidden_layers - 1) * sum(LENGTHS) * arch.hidden_size * 2
 

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import gspo_megatron.policy  # noqa: F401  the device layer must be in before megatron
-from gspo_megatron.config import load
 from gspo_megatron.data.packing import collate
+from gspo_megatron.models import load_recipe
 from gspo_megatron.parallel import Layout
 from gspo_megatron.policy import mesh
 from gspo_megatron.policy.microbatch import MicroBatch, pad_multiple
@@ -54,18 +54,16 @@ def main() -> None:
 
 def make(case: dict, device: torch.device) -> Policy:
     """A policy with weights that no checkpoint holds."""
-    recipe = load(Path("recipes/tiny_moe.yaml"), case["overrides"])
-    assert recipe.model.architecture is not None
+    recipe = load_recipe(Path("recipes/tiny_moe.yaml"), case["overrides"])
     policy = (SpreadPolicy if case["spread"] else Policy)(recipe, device)
-    policy.load(random_pieces(recipe.model.architecture, 99))
+    policy.load(random_pieces(recipe.arch, 99))
     policy.start_optimizer(SETTINGS)
     return policy
 
 
 def save(directory: Path, policy: Policy) -> None:
     """Two steps, a checkpoint, one more step; what was saved and what came of it go to truth.pt."""
-    assert policy.recipe.model.architecture is not None
-    policy.load(random_pieces(policy.recipe.model.architecture, 3))
+    policy.load(random_pieces(policy.recipe.arch, 3))
     train(policy, 2)
     directory.mkdir(exist_ok=True)
     snapshot = Snapshot()
@@ -86,8 +84,7 @@ def go_on(directory: Path, policy: Policy) -> dict[str, float]:
     """How far a policy that reads the checkpoint is from the one that wrote it, then and after the next step."""
     truth = torch.load(directory / "truth.pt", weights_only=True)
     layout = Layout(**json.loads((directory / "layout.json").read_text()))
-    assert policy.recipe.model.architecture is not None
-    restore(policy, SavedPolicy(directory, policy.recipe.model.architecture, layout), truth["steps"])
+    restore(policy, SavedPolicy(directory, policy.recipe.arch, layout), truth["steps"])
     found = gather(policy)
     norm = train(policy, 1)
     after = gather(policy)
@@ -145,8 +142,7 @@ def replicas(policy: Policy, expert: bool) -> Any:
 
 def train(policy: Policy, steps: int) -> float:
     """Optimizer steps of cross entropy on the fixed batch; the last gradient norm."""
-    assert policy.recipe.model.architecture is not None
-    samples = make_samples(policy.recipe.model.architecture.vocab_size)
+    samples = make_samples(policy.recipe.arch.vocab_size)
     data = policy.layout.data
     mine = [SLOTS[i : i + data][policy.at.data] for i in range(0, len(SLOTS), data)]
     batches = policy.place([collate([samples[i] for i in members], pad_multiple(policy.layout)) for members in mine])

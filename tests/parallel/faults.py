@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+QWEN3_SETTINGS = "gspo_megatron.models.qwen3.megatron_settings"
+QWEN3_TABLE = "gspo_megatron.models.qwen3.weight_table"
 MEGATRON_FINALIZE = "megatron.core.distributed.finalize_model_grads"
 
 
@@ -105,7 +107,7 @@ def flat_qkv(_: Any) -> Any:
     """All queries, then all keys, then all values."""
     from gspo_megatron.models.hf_table import Parameter, Piece
 
-    def table(arch: Any, ours: str, theirs: str, index: int, count: int) -> Parameter:
+    def table(name: str, prefix: str, arch: Any, index: int, count: int) -> Parameter:
         pieces, row = [], 0
         for tensor, heads in (
             ("q_proj", arch.num_attention_heads),
@@ -115,9 +117,9 @@ def flat_qkv(_: Any) -> Any:
             part = heads * arch.head_dim // count
             source = (index * part, (index + 1) * part)
             at = (row, row + part)
-            pieces.append(Piece(f"{theirs}self_attn.{tensor}.weight", source, (0, arch.hidden_size), at))
+            pieces.append(Piece(f"{prefix}{tensor}.weight", source, (0, arch.hidden_size), at))
             row += part
-        return Parameter(ours + "self_attention.linear_qkv.weight", (row, arch.hidden_size), tuple(pieces))
+        return Parameter(name, (row, arch.hidden_size), tuple(pieces))
 
     return table
 
@@ -125,8 +127,8 @@ def flat_qkv(_: Any) -> Any:
 def swapped_gate_and_up(original: Any) -> Any:
     """The up projection lies before the gate."""
 
-    def table(*args: Any) -> Iterator[Any]:
-        for entry in original(*args):
+    def table(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        for entry in original(*args, **kwargs):
             if len(entry.pieces) == 2:
                 first, second = entry.pieces
                 swapped = (dataclasses.replace(second, at=first.at), dataclasses.replace(first, at=second.at))
@@ -243,14 +245,19 @@ FAULTS: dict[str, tuple[tuple[str, ...], Callable[[], AbstractContextManager[Non
         ("CP2 EP4",),
         lambda: replaced("gspo_megatron.policy.policy", "finalize_model_grads", scaled_experts),
     ),
-    "q, k, v packed flat": (("TP2 EP2 ETP2",), lambda: replaced("gspo_megatron.models.hf_table", "_qkv", flat_qkv)),
+    "q, k, v packed flat": (
+        ("TP2 EP2 ETP2",),
+        lambda: replaced(QWEN3_TABLE, "cut_qkv", flat_qkv),
+    ),
     "gate and up swapped": (
         ("TP2 EP2 ETP2",),
-        lambda: replaced("gspo_megatron.models.hf_table", "_mlp", swapped_gate_and_up),
+        lambda: replaced(QWEN3_TABLE, "cut_gated_mlp", swapped_gate_and_up),
     ),
     "softmax before top-k, not renormalised": (
         ("CP2 EP4",),
-        lambda: replaced("gspo_megatron.policy.model", "_expert_settings", with_settings(moe_router_pre_softmax=True)),
+        lambda: replaced(
+            "gspo_megatron.models.qwen3.megatron_settings", "_router", with_settings(moe_router_pre_softmax=True)
+        ),
     ),
     "tied head not reduced over its two stages": (
         ("TP2 PP2",),

@@ -1,4 +1,4 @@
-"""The oracle of the policy tests: transformers' Qwen3-MoE in float64, each sequence run alone.
+"""The oracle of the policy tests: transformers' model in float64, each sequence run alone.
 
 Its inner float32 casts (norms, softmax) are neutralised, else it is only good to 5e-7. Rotary tables stay float32, as
 in Megatron.
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.models.hf_table import Piece, hf_shapes
@@ -29,13 +29,12 @@ def read_whole(read: Any, arch: Architecture) -> dict[str, torch.Tensor]:
 def build_oracle(arch: Architecture, tensors: dict[str, torch.Tensor]) -> torch.nn.Module:
     """transformers' model with these weights, in float64."""
     settings = arch.to_hugging_face("float64")
-    for name in ("architectures", "dtype", "model_type"):
+    for name in ("architectures", "dtype"):
         settings.pop(name)
-    moe = bool(arch.num_experts)
-    config = (Qwen3MoeConfig if moe else Qwen3Config)(**settings)
+    config = AutoConfig.for_model(**settings)
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
-    model = (Qwen3MoeForCausalLM if moe else Qwen3ForCausalLM)(config)
+    model = AutoModelForCausalLM.from_config(config)
     inv_freq = model.model.rotary_emb.inv_freq.clone()
     model = model.to(torch.float64)
     model.model.rotary_emb.inv_freq = inv_freq

@@ -30,12 +30,24 @@ SHAPE = {
 }
 """Qwen3-MoE in small: top-4 of 8, so that the order of the chosen experts shows."""
 DENSE = {"model_type": "qwen3", "num_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0}
+QWEN2 = {**SHAPE, **DENSE, "model_type": "qwen2", "num_attention_heads": 4, "num_key_value_heads": 2}
+"""Qwen2.5 in small: a bias of queries, keys and values, no norm of them."""
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA = {
+    **SHAPE, **DENSE, "model_type": "llama", "rms_norm_eps": 1e-5,
+    "rope_scaling": {**LLAMA3, "original_max_position_embeddings": 8192},
+}  # fmt: skip
+"""Llama 3.1 in small."""
 MODELS: dict[str, dict[str, object]] = {
     "moe": SHAPE,
     "moe, 2 KV heads": {**SHAPE, "num_key_value_heads": 2},
     "moe, 6 layers": {**SHAPE, "num_hidden_layers": 6},
     "dense": {**SHAPE, **DENSE},
     "dense, tied": {**SHAPE, **DENSE, "tie_word_embeddings": True},
+    "qwen2": QWEN2,
+    "qwen2, tied": {**QWEN2, "tie_word_embeddings": True},
+    "llama": LLAMA,
+    "llama, tied": {**LLAMA, "tie_word_embeddings": True},
 }
 KEYS = {
     "TP": "tensor_parallel",
@@ -141,6 +153,13 @@ ROWS = [
     Row(4, "TP2 CP2", "dense"),
     Row(4, "TP2 PP2", "dense, tied", in_test=True),
     Row(4, "PP2 VPP2", "dense, tied"),
+    Row(4, "TP2", "qwen2", in_test=True),
+    Row(4, "TP4", "qwen2", in_test=True),
+    Row(4, "TP2 PP2", "qwen2, tied", in_test=True),
+    Row(4, "PP2 VPP2 CP2", "qwen2"),
+    Row(4, "CP2", "llama", in_test=True),
+    Row(4, "TP2 CP2", "llama, tied"),
+    Row(4, "TP2 PP2", "llama"),
     Row(8, ""),
     Row(8, "EP8"),
     Row(8, "TP8 EP8"),

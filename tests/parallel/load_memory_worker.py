@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from gspo_megatron.config import load
 from gspo_megatron.config.model_section import Architecture
+from gspo_megatron.models import load_recipe
 from gspo_megatron.models.hf_table import Piece, local_parameters
 from gspo_megatron.parallel import Layout
 from gspo_megatron.policy import weights
@@ -36,8 +36,7 @@ CASES = {"one rank": (Layout(1), 0), "rank 1 of TP2": (Layout(2, tensor=2), 1), 
 
 def main() -> None:
     """Write the model, then measure each case in a process of its own."""
-    arch = load(Path("recipes/tiny_moe.yaml"), OVERRIDES).model.architecture
-    assert arch is not None
+    arch = load_recipe(Path("recipes/tiny_moe.yaml"), OVERRIDES).arch
     weights.SHARD_BYTES = SHARD_BYTES
     directory = Path(sys.argv[1])
     tensors = Model(arch, Layout(1), 0).weights.export(BATCH_BYTES)

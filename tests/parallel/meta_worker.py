@@ -13,6 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import gspo_megatron.policy  # noqa: F401  the device layer must be in before megatron
 from gspo_megatron.config import Recipe
+from gspo_megatron.models import parse_recipe
 from gspo_megatron.parallel import layout_of
 from gspo_megatron.policy import mesh
 from gspo_megatron.policy.model import build_chunks
@@ -24,12 +25,12 @@ Shapes = dict[str, list[int]]
 def main() -> None:
     """Recipes as JSON on stdin, `trainer.ranks` set."""
     gc.disable()  # two fifths of the time: it looks through every model built so far
-    print(json.dumps([rank_shapes(Recipe.model_validate_json(text)) for text in json.load(sys.stdin)]))
+    print(json.dumps([rank_shapes(parse_recipe(json.loads(text))) for text in json.load(sys.stdin)]))
 
 
 def rank_shapes(recipe: Recipe) -> list[Shapes]:
     """For each rank: global name and shape of every parameter, as megatron built it."""
-    assert recipe.trainer.ranks is not None and recipe.model.architecture is not None
+    assert recipe.trainer.ranks is not None
     layout = layout_of(recipe.trainer, recipe.trainer.ranks)
     found: list[Shapes] = []
     for rank in range(layout.world):
@@ -38,7 +39,7 @@ def rank_shapes(recipe: Recipe) -> list[Shapes]:
         with torch.device("meta"):
             chunks = build_chunks(recipe, torch.device("meta"))
         # Compares every parameter's name and shape with the weight table.
-        held = ShardedWeights(recipe.model.architecture, layout, rank, chunks).parameters
+        held = ShardedWeights(recipe.arch, layout, rank, chunks).parameters
         found.append({name: list(parameter.shape) for name, (_, parameter) in held.items()})
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

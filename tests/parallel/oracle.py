@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gspo_megatron.config import load
 from gspo_megatron.config.model_section import Architecture
+from gspo_megatron.models import load_recipe
 from gspo_megatron.policy import weights
 from tests import reference
 from tests.parallel.hf_model import build_oracle, gradients, read_whole, token_logprobs
@@ -29,8 +29,7 @@ def file_stem(model: str) -> str:
 def architecture(model: str) -> Architecture:
     """The architecture of a model of MODELS."""
     overrides = [f"model.architecture.{key}={value}" for key, value in MODELS[model].items()]
-    arch = load(Path("recipes/tiny_moe.yaml"), overrides).model.architecture
-    assert arch is not None
+    arch = load_recipe(Path("recipes/tiny_moe.yaml"), overrides).arch
     return arch
 
 

@@ -3,6 +3,8 @@
     python -m tests.parallel.parity                 all rows, in one world of 4 and one of 8 ranks
     python -m tests.parallel.parity --part 2/6      the second sixth of the rows; figures of the others stay
     python -m tests.parallel.parity --test          the rows of `make test`
+    python -m tests.parallel.parity --only qwen2    the rows of one model
+    python -m tests.parallel.parity --bits FILE     only digests, for two commits to compare
 
 Exits 1 when a bound is broken.
 """
@@ -141,21 +143,33 @@ def main() -> int:
     """Run, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", default="1/1", help="I/N: the I-th of N parts of the list")
+    parser.add_argument(
+        "--bits", type=Path, help="write each row's digests of gradients and weights here, nothing else"
+    )
+    parser.add_argument(
+        "--only", default="", help="only the rows with this text in their name; figures of the others stay"
+    )
     parser.add_argument("--test", action="store_true", help="only the rows of make test")
     chosen = parser.parse_args()
     index, count = map(int, chosen.part.split("/"))
-    wanted = [row for row in ROWS if row.in_test or not chosen.test]
+    wanted = [row for row in ROWS if (row.in_test or not chosen.test) and chosen.only in row.name]
     rows = wanted[len(wanted) * (index - 1) // count : len(wanted) * index // count]
     figures = read_figures(FIGURES)
+    bits: dict[str, dict[str, Any]] = {}
     failed = False
     for ranks in sorted({row.ranks for row in rows}):
         with tempfile.TemporaryDirectory() as directory:
             results = run_rows([row for row in rows if row.ranks == ranks], Path(directory), timeout=3600)
         for result in results:
+            taken = {form: result[form].pop("bits") for form in FORMS["float32"] if form in result}
+            bits[f"{result['name']}, {result['dtype']}"] = taken
             said = broken_bounds(result)
             failed = failed or bool(said)
             print(f"{result['name']}, {result['dtype']}, {result['seconds']:.1f} s: {'; '.join(said) or 'equal'}")
             figures.setdefault(result["name"], {})[result["dtype"]] = result
+    if chosen.bits:
+        chosen.bits.write_text(json.dumps(bits, indent=1) + "\n")
+        return int(failed)
     known = {row.name for row in ROWS}
     figures = {name: found for name, found in figures.items() if name in known}
     FIGURES.write_text(json.dumps(figures, indent=1) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import sys
@@ -15,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 import gspo_megatron.policy  # noqa: F401  the device layer must be in before megatron
-from gspo_megatron.config import load
 from gspo_megatron.data.packing import PackedBatch, collate
+from gspo_megatron.models import load_recipe
 from gspo_megatron.objective import BatchTotals, LossInputs, ObjectiveSpec, policy_loss
 from gspo_megatron.policy import mesh, weights
 from gspo_megatron.policy.microbatch import MicroBatch, pad_multiple
@@ -65,11 +66,10 @@ def run_case(case: dict[str, Any], dtype: str, directory: Path, device: torch.de
     began = time.monotonic()
     double = dtype == "float64"
     with KeepDouble() if double else contextlib.nullcontext():
-        recipe = load(Path("recipes/tiny_moe.yaml"), case["overrides"])
-        assert recipe.model.architecture is not None
+        recipe = load_recipe(Path("recipes/tiny_moe.yaml"), case["overrides"])
         policy = (SpreadPolicy if case["spread"] else Policy)(recipe, device, getattr(torch, dtype))
         oracle = torch.load(directory / f"{case['model']}.pt", weights_only=True)
-        read = weights.safetensors_pieces(directory / case["model"], recipe.model.architecture)
+        read = weights.safetensors_pieces(directory / case["model"], recipe.arch)
         found: dict[str, Any] = {"name": case["name"], "dtype": dtype, "fault": case["fault"]}
         for form in case["forms"][dtype]:
             policy.load(read)
@@ -98,6 +98,7 @@ def compare_step(policy: Policy, oracle: dict[str, Any], form: str) -> dict[str,
     old = [place_old(oracle["old"], members, batch) for members, batch in zip(mine, whole, strict=True)]
     lr = start_plain_step(policy, oracle["sgd_lr"])
     sums, norm, _ = policy.train(batches, objective(policy, scored, old, shifts), lr)
+    bits = collect_bits(policy, sums, norm)
     share = sum(float(entry["loss"]) for entry in sums) if policy.at.tensor == 0 else 0.0
     loss = over_ranks(share, dist.ReduceOp.SUM)
     stepped, worst = oracle["sgd"], None
@@ -116,7 +117,30 @@ def compare_step(policy: Policy, oracle: dict[str, Any], form: str) -> dict[str,
         "sgd": compare_tensors(policy, stepped, torch.Tensor.detach),
         "margin": over_ranks(min(map(float, margins), default=math.inf), dist.ReduceOp.MIN),
         "shift": over_ranks(max(shifts), dist.ReduceOp.MAX),
+        "bits": bits,
     }
+
+
+def collect_bits(policy: Policy, sums: list[dict[str, torch.Tensor]], norm: float) -> list[dict[str, Any]]:
+    """[ranks] digests of gradients and of stepped weights, with this rank's metric sums; for two commits to compare."""
+    parameters = [parameter for _, (_, parameter) in sorted(policy.weights.parameters.items())]
+    mine = {
+        "norm": norm,
+        "gradients": digest(main_grad(parameter) for parameter in parameters),
+        "weights": digest(parameter.detach() for parameter in parameters),
+        "metrics": [{name: float(value) for name, value in entry.items() if value.numel() == 1} for entry in sums],
+    }
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
+    return gathered
+
+
+def digest(tensors: Iterator[torch.Tensor]) -> str:
+    """Of the bytes of tensors in their order."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def objective(policy: Policy, scored: list[Scored], old: list[torch.Tensor], shifts: list[float]) -> LossFunction:
@@ -137,7 +161,7 @@ def objective(policy: Policy, scored: list[Scored], old: list[torch.Tensor], shi
             token_advantages=False,
         )
         out = policy_loss(spec, inputs, policy.sum_over_context)
-        return out.loss, {"loss": out.loss.detach().double()}
+        return out.loss, {**out.metrics, "loss": out.loss.detach().double()}
 
     return loss
 

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch.autograd.graph import saved_tensors_hooks
 
 import gspo_megatron.policy  # noqa: F401  the device layer must be in before megatron
-from gspo_megatron.config import load
 from gspo_megatron.data.packing import collate
+from gspo_megatron.models import load_recipe
 from gspo_megatron.plan.estimate.memory import has_expert_buffers
 from gspo_megatron.policy import mesh, offload
 from gspo_megatron.policy.policy import OptimizerSettings, Policy
@@ -41,7 +41,7 @@ def main() -> None:
 
 def measure(overrides: list[str], device: torch.device) -> dict[str, int]:
     """Bytes by the planner's names, after one optimizer step over zero gradients."""
-    policy = Policy(load(Path("recipes/tiny_moe.yaml"), overrides), device)
+    policy = Policy(load_recipe(Path("recipes/tiny_moe.yaml"), overrides), device)
     policy.start_optimizer(OptimizerSettings(0.0, (0.9, 0.95), 1e-8, 0.0, 1.0))
     with torch.no_grad():
         for chunk in policy.chunks:

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import gspo_megatron.policy  # noqa: F401  the device layer must be in before megatron
-from gspo_megatron.config import load
 from gspo_megatron.data.packing import collate
+from gspo_megatron.models import load_recipe
 from gspo_megatron.policy import mesh
 from gspo_megatron.policy.microbatch import MicroBatch, pad_multiple
 from gspo_megatron.policy.policy import OptimizerSettings, Policy, Scored
@@ -39,9 +39,8 @@ def main() -> None:
 
 
 def run_case(name: str, overrides: list[str], directory: Path, device: torch.device) -> None:
-    recipe = load(Path("recipes/tiny_moe.yaml"), ["model.architecture.initializer_range=0.1", *overrides])
-    arch = recipe.model.architecture
-    assert arch is not None
+    recipe = load_recipe(Path("recipes/tiny_moe.yaml"), ["model.architecture.initializer_range=0.1", *overrides])
+    arch = recipe.arch
     policy = Policy(recipe, device)
     policy.load(random_pieces(arch, RECORDED))
     samples = make_samples(arch.vocab_size)

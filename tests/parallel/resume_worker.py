@@ -1,4 +1,4 @@
-"""Runs a job of a few ranks again and again until it is done, and interrupts it at given moments.
+"""Runs a job of a few ranks again and again until it is done, and interrupts it at given stages.
 
 The ranks are forked from one process that has imported everything, so an attempt starts in a second.
 """
@@ -26,7 +26,8 @@ from gspo_megatron.cluster import watchdog
 from gspo_megatron.cluster.attempts import ATTEMPT_FILE
 from gspo_megatron.cluster.exit_codes import STOPPED
 from gspo_megatron.cluster.local_backend import free_ports
-from gspo_megatron.config import load
+from gspo_megatron.cluster.watchdog import Pulse
+from gspo_megatron.models import load_recipe
 from gspo_megatron.policy import mesh
 from gspo_megatron.policy.policy import Policy
 from gspo_megatron.policy.snapshot import MOMENTS, random_states, stepped
@@ -48,14 +49,14 @@ def main() -> None:
 
 
 def run_until_done(run_dir: Path, case: dict) -> list[dict]:
-    """Attempts in order: what interrupted each, how long it ran, how its ranks ended."""
+    """Attempts in order: what was to interrupt each, whether it did, how its ranks ended."""
     run_dir.mkdir()
     if "newest_attempt" in case:
         (run_dir / ATTEMPT_FILE).write_text(f"{case['newest_attempt']} 4242\n")
-    moments = list(case["interruptions"])
+    interruptions = list(case["interruptions"])
     history = []
     while not (run_dir / "DONE").exists():
-        expected = moments.pop(0) if moments else None
+        expected = interruptions.pop(0) if interruptions else None
         if case.get("fails") and history:
             return history
         history.append(attempt(run_dir, case, expected, len(history)))
@@ -65,21 +66,16 @@ def run_until_done(run_dir: Path, case: dict) -> list[dict]:
 
 
 def attempt(run_dir: Path, case: dict, interruption: dict | None, number: int) -> dict:
+    """One attempt from its start to the end of its ranks."""
     port = free_ports(1)[0]
     fork = multiprocessing.get_context("fork")
     size = case["ranks"]
-    ranks = [fork.Process(target=run_rank, args=(run_dir, case, rank, size, port, number)) for rank in range(size)]
-    began = time.monotonic()
+    ranks = [
+        fork.Process(target=run_rank, args=(run_dir, case, rank, size, port, number, interruption))
+        for rank in range(size)
+    ]
     for process in ranks:
         process.start()
-    if interruption is not None:
-        while "once" in interruption and not (run_dir / interruption["once"]).exists():
-            time.sleep(0.01)
-        ranks[0].join(interruption.get("after", 0.0))
-        targets = ranks if interruption["kind"] == "USR1" else ranks[interruption["rank"] :][:1]
-        for process in targets:
-            if process.is_alive() and process.pid is not None:
-                os.kill(process.pid, getattr(signal, f"SIG{interruption['kind']}"))
     while any(process.is_alive() for process in ranks):
         if any(process.exitcode not in (None, 0, STOPPED) for process in ranks):
             # As the roles of a run do: one that failed takes the others with it.
@@ -87,10 +83,43 @@ def attempt(run_dir: Path, case: dict, interruption: dict | None, number: int) -
                 process.kill()
         time.sleep(0.01)
     codes = [process.exitcode for process in ranks]
-    return {"interruption": interruption, "seconds": time.monotonic() - began, "codes": codes}
+    return {"interruption": interruption, "struck": struck(run_dir, number).exists(), "codes": codes}
 
 
-def run_rank(run_dir: Path, case: dict, rank: int, size: int, port: int, number: int) -> None:
+def struck(run_dir: Path, number: int) -> Path:
+    """File that says that the interruption of an attempt has come."""
+    return run_dir / f"struck-{number}"
+
+
+def interrupt_at(pulse: Pulse, interruption: dict, rank: int, mark: Path) -> None:
+    """Have this rank send itself a signal on entering a stage: the event is a place in the run and not a time.
+
+    Args:
+        pulse: is told of every stage.
+        interruption: `kind` of signal, `rank` (USR1 reaches all), and where: `stage` stages behind the start of
+            the rollout of the `step`-th step of the attempt.
+        rank: this rank.
+        mark: file to leave before.
+    """
+    if interruption["kind"] != "USR1" and interruption["rank"] != rank:
+        return
+    enter, steps, stages = pulse.enter, 0, -1
+
+    def enter_or_stop(stage: str) -> None:
+        nonlocal steps, stages
+        enter(stage)
+        steps += stage == "rollout"
+        stages += steps >= interruption["step"]
+        if stages == interruption["stage"]:
+            mark.touch()
+            os.kill(os.getpid(), getattr(signal, f"SIG{interruption['kind']}"))
+
+    pulse.enter = enter_or_stop
+
+
+def run_rank(
+    run_dir: Path, case: dict, rank: int, size: int, port: int, number: int, interruption: dict | None
+) -> None:
     """One rank of one attempt; never returns."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()} | case.get("environment", {}))
@@ -101,24 +130,26 @@ def run_rank(run_dir: Path, case: dict, rank: int, size: int, port: int, number:
     os.dup2(out, 2)
     code = FAILED
     try:
-        code = train(run_dir, case)
+        code = train(run_dir, case, interruption, struck(run_dir, number))
     except BaseException:  # leaving without destructors would swallow it
         traceback.print_exc()
     loop.end(code)
 
 
-def train(run_dir: Path, case: dict) -> int:
+def train(run_dir: Path, case: dict, interruption: dict | None, mark: Path) -> int:
     torch.set_num_threads(1)
-    recipe = load(Path("recipes/tiny_moe.yaml"), case["overrides"])
+    recipe = load_recipe(Path("recipes/tiny_moe.yaml"), case["overrides"])
     device = mesh.start_world()
     first = dist.get_rank() == 0
     log = RunLog(run_dir, owns_terminal=first)
+    if interruption is not None:
+        interrupt_at(log.pulse, interruption, dist.get_rank(), mark)
     policy = Policy(recipe, device)
     trainer = Trainer(recipe, run_dir, policy, None, log)
     controller = RecordedLink(trainer.store, recipe.batch.prompts, recipe.batch.answers) if first else None
     trainer.controller, trainer.sender = controller, NoServers()  # type: ignore[assignment]
     if "watchdog" in case:
-        watchdog.SHORTEST = watchdog.FIRST = case["watchdog"]
+        log.pulse.limit = lambda: case["watchdog"] if mark.exists() else watchdog.FIRST
         watchdog.Watchdog(run_dir, dist.get_rank(), dist.get_world_size(), log.pulse, interval=0.1).start()
     if first:
         trainer.update = poisoned(trainer, case.get("poison", []))  # type: ignore[method-assign]

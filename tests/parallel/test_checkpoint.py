@@ -8,6 +8,10 @@ import pytest
 
 from tests.parallel.world import run_world
 
+QWEN2 = [
+    f"model.architecture.{key}"
+    for key in ("model_type=qwen2", "num_experts=0", "num_experts_per_tok=0", "moe_intermediate_size=0")
+]
 OVERRIDES = {
     "DP4": [],
     "EP4": ["trainer.expert_parallel=4"],
@@ -16,6 +20,8 @@ OVERRIDES = {
     "TP2_ETP2": ["trainer.tensor_parallel=2", "trainer.expert_tensor_parallel=2"],
     "CP2_EP2": ["trainer.context_parallel=2", "trainer.expert_parallel=2"],
     "PP2_VPP2_EP2": ["trainer.pipeline_parallel=2", "trainer.virtual_pipeline=2", "trainer.expert_parallel=2"],
+    "TP2_PP2_qwen2": [*QWEN2, "trainer.tensor_parallel=2", "trainer.pipeline_parallel=2"],
+    "TP4_qwen2": [*QWEN2, "trainer.tensor_parallel=4"],
     "DP4_bf16": ["model.dtype=bfloat16"],
     "TP2_EP2_bf16": ["trainer.tensor_parallel=2", "trainer.expert_parallel=2", "model.dtype=bfloat16"],
 }
@@ -33,6 +39,8 @@ PAIRS = [
     ("TP2_PP2", "EP4_spread"),
     ("PP2_VPP2_EP2_spread", "CP2_EP2_spread"),
     ("CP2_EP2_spread", "TP2_ETP2_spread"),
+    ("TP2_PP2_qwen2", "TP4_qwen2"),
+    ("TP4_qwen2", "TP2_PP2_qwen2"),
     ("DP4_bf16", "DP4_bf16"),
     ("TP2_EP2_bf16_spread", "DP4_bf16"),
     ("DP4_bf16", "TP2_EP2_bf16_spread"),

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from gspo_megatron.config import Recipe, load
+from gspo_megatron.config import Recipe
+from gspo_megatron.models import load_recipe
 from gspo_megatron.models.hf_table import Parameter, count_parameters, local_parameters
 from gspo_megatron.parallel import Layout, layout_of
 from gspo_megatron.plan.estimate import flops, memory
@@ -38,13 +39,14 @@ Shapes = dict[str, list[int]]
 
 def recipe_of(name: str) -> Recipe:
     path, sizes = CASES[name]
-    return load(Path(path), [f"trainer.ranks={name.split()[-2]}", *(f"trainer.{k}={v}" for k, v in sizes.items())])
+    return load_recipe(
+        Path(path), [f"trainer.ranks={name.split()[-2]}", *(f"trainer.{k}={v}" for k, v in sizes.items())]
+    )
 
 
 @pytest.mark.parametrize(("path", "total", "active"), [(A3B, 30.53e9, 3.35e9), (A22B, 235.09e9, 22.2e9)])
 def test_counts_of_the_published_models(path: str, total: float, active: float) -> None:
-    arch = load(Path(path)).model.architecture
-    assert arch is not None
+    arch = load_recipe(Path(path)).arch
     assert count_parameters(arch) == pytest.approx(total, rel=1e-3)
     assert flops.active_parameters(arch) == pytest.approx(active, rel=1e-3)
 
@@ -69,18 +71,16 @@ def case(request: pytest.FixtureRequest, built: dict[str, list[Shapes]]) -> tupl
 
 
 def table_of(recipe: Recipe, layout: Layout, rank: int) -> list[Parameter]:
-    assert recipe.model.architecture is not None
-    return local_parameters(recipe.model.architecture, layout, layout.coordinates(rank))
+    return local_parameters(recipe.arch, layout, layout.coordinates(rank))
 
 
 def test_every_ranks_shards_are_the_planners(case: tuple[Recipe, Layout, list[Shapes]]) -> None:
     """The planner counts one rank of a stage, from the weight table: every rank must hold as much as megatron built."""
     recipe, layout, ranks = case
-    assert recipe.model.architecture is not None
     for rank, shapes in enumerate(ranks):
         table = table_of(recipe, layout, rank)
         assert {entry.name: list(entry.shape) for entry in table} == shapes, f"rank {rank}"
-        (planned,) = memory.held_by(recipe.model.architecture, layout, layout.coordinates(rank).pipeline)
+        (planned,) = memory.held_by(recipe.arch, layout, layout.coordinates(rank).pipeline)
         for kind, expert in (("dense", False), ("expert", True)):
             sizes = [math.prod(shapes[entry.name]) for entry in table if entry.expert is expert]
             assert sorted(sizes) == sorted(getattr(planned, kind)), f"rank {rank}, {kind}"
@@ -94,5 +94,4 @@ def test_shards_of_all_ranks_are_the_model(case: tuple[Recipe, Layout, list[Shap
         for rank, shapes in enumerate(ranks)
         for entry in table_of(recipe, layout, rank)
     }
-    assert recipe.model.architecture is not None
-    assert sum(once.values()) == count_parameters(recipe.model.architecture)
+    assert sum(once.values()) == count_parameters(recipe.arch)

@@ -19,6 +19,7 @@ from tests import reference
 from tests.parallel.objective_world import LAYOUTS, cases
 from tests.places import ROOT
 from tests.unit.objective.cases import FIXTURES, Layout, as_rows, assert_same, engine
+from tests.waiting import HANG
 
 CASES = cases()
 
@@ -30,7 +31,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     ranks = [subprocess.Popen([*command, str(rank), "2"], cwd=ROOT, env=environment) for rank in range(2)]
     try:
-        codes = [rank.wait(timeout=120) for rank in ranks]
+        codes = [rank.wait(timeout=HANG) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

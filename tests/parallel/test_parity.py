@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gspo_megatron.config import load
+from gspo_megatron.models import load_recipe
 from gspo_megatron.objective import ObjectiveSpec, runtime_warnings
 from tests.parallel.layouts import ROWS, missing_pairs
 from tests.parallel.parity import FIGURES, broken_bounds, read_figures, run_rows
@@ -43,7 +43,7 @@ def test_one_stale_weight_moves_the_first_mini_batch(results: list[dict[str, Any
 
 @pytest.mark.parametrize("rows", [ROWS, TESTED], ids=["make parity", "make test"])
 def test_every_pair_of_parallelisms_is_together_in_a_row(rows: list[Any]) -> None:
-    at_work = [row.dimensions(load(RECIPE, row.overrides)) for row in rows]
+    at_work = [row.dimensions(load_recipe(RECIPE, row.overrides)) for row in rows]
     assert missing_pairs(at_work) == []
 
 

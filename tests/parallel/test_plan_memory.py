@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gspo_megatron.cluster.machines import machine_of
-from gspo_megatron.config import load
+from gspo_megatron.models import load_recipe
 from gspo_megatron.models.hf_table import local_parameters
 from gspo_megatron.plan.estimate.activations import Shape
 from gspo_megatron.plan.estimate.batch import plan_batch
@@ -34,6 +34,13 @@ TWO_RANKS = {
         "trainer.recompute=full",
         "trainer.offload_activations=true",
         "trainer.micro_batch_tokens=64",
+    ],
+    "TP2 qwen2": [
+        "trainer.tensor_parallel=2",
+        "model.architecture.model_type=qwen2",
+        "model.architecture.num_experts=0",
+        "model.architecture.num_experts_per_tok=0",
+        "model.architecture.moe_intermediate_size=0",
     ],
     "PP2 tied": ["trainer.pipeline_parallel=2", "model.architecture.tie_word_embeddings=true"],
 }
@@ -70,9 +77,8 @@ def test_exact_bytes_are_what_the_trainer_allocates(size: int, cases: dict[str, 
 
 
 def planned(overrides: list[str], size: int, rank: int) -> dict[str, int]:
-    recipe = load(RECIPE, overrides)
-    arch, layout = recipe.model.architecture, layout_of(recipe.trainer, size)
-    assert arch is not None
+    recipe = load_recipe(RECIPE, overrides)
+    arch, layout = recipe.arch, layout_of(recipe.trainer, size)
     at = layout.coordinates(rank)
     chunks = [Held.of(local_parameters(arch, layout, at, chunk)) for chunk in range(layout.virtual)]
     found = exact_bytes(chunks, layout, element_bytes(recipe), distributed=False, on_cpu=True)

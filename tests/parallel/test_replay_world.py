@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gspo_megatron.config import load
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.data.packing import padded_length
+from gspo_megatron.models import load_recipe
 from gspo_megatron.plan.estimate.flops import route_bytes
 from gspo_megatron.policy.weights import random_pieces
 from tests.parallel.hf_model import KeepDouble, build_oracle, gradients, read_whole
@@ -34,9 +34,8 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def arch() -> Architecture:
-    recipe = load(Path("recipes/tiny_moe.yaml"), ["model.architecture.initializer_range=0.1"])
-    assert recipe.model.architecture is not None
-    return recipe.model.architecture
+    recipe = load_recipe(Path("recipes/tiny_moe.yaml"), ["model.architecture.initializer_range=0.1"])
+    return recipe.arch
 
 
 @pytest.fixture(scope="module")

@@ -5,75 +5,55 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from gspo_megatron.run_log import read_rows
 from gspo_megatron.trainer.step import SAMPLE_DIRECTORY
+from tests.parallel.resume_runs import LAYOUTS, RANKS, STEPS, rows_of, whole_run
 from tests.parallel.world import run_world
 
-RANKS, STEPS = 2, 8
-OVERRIDES = [
-    "model.architecture.num_hidden_layers=2",
-    "cold_start=null",
-    "batch.prompts=8",
-    "batch.answers=4",
-    "batch.updates=2",
-    f"trainer.max_steps={STEPS}",
-    "trainer.micro_batch_tokens=128",
-    "evaluation.every=0",
-    "checkpoint.every=1",
-    "checkpoint.export_every=3",
-    "objective.replay=trainer",
-    "optimizer.lr=1.0e-3",
-]
-LAYOUTS = {
-    "TP2_EP2": [
-        "trainer.tensor_parallel=2", "trainer.expert_parallel=2",
-        "objective.kl=k2", "objective.kl_in=reward", "objective.kl_coefficient=0.1",
-    ],
-    "PP2": ["trainer.pipeline_parallel=2", "objective.kl=k3", "objective.kl_coefficient=0.1"],
-}  # fmt: skip
-"""Each with a reference policy, which a resumed run must find again."""
-ENOUGH, PLANNED = 10, 16
-"""Interruptions that must have come before the end of a run, and those that are planned for."""
+STRIKES = 6
+"""Interruptions of each run. At most one step is saved before each, so all of them come before the last step."""
+STAGES = 12
+"""An interruption comes within so many stages of the start of a step; a step has a few more."""
 
 
-def whole_run(directory: Path, name: str) -> dict:
-    return {"ranks": RANKS, "overrides": [*OVERRIDES, *LAYOUTS[name]], "interruptions": []}
+def draw_interruptions(draw: random.Random) -> list[dict[str, Any]]:
+    """Kills in the first or second step of an attempt, requests to stop in the first: each saves at most one step."""
+    kinds = [kind for _ in range(STRIKES // 2) for kind in draw.sample(["KILL", "USR1"], 2)]
+    drawn = [
+        {
+            "kind": kind,
+            "rank": draw.randrange(RANKS),
+            "step": draw.choice((1, 2)) if kind == "KILL" else 1,
+            "stage": draw.randrange(STAGES),
+        }
+        for kind in kinds
+    ]
+    # A checkpoint is being written when the next step starts.
+    drawn[kinds.index("KILL")] |= {"step": 2, "stage": 0}
+    return drawn
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("resume")
-    run_world("resume_worker.py", 1, {f"{name}-whole": whole_run(place, name) for name in LAYOUTS}, place)
-    histories = [json.loads((place / f"{name}-whole" / "history.json").read_text()) for name in LAYOUTS]
-    shortest = min(only["seconds"] for (only,) in histories)
     draw = random.Random(7)
-    cases = {}
-    for name in LAYOUTS:
-        moments = [
-            {
-                "kind": kind,
-                "rank": draw.randrange(RANKS),
-                # The first tenth is start-up, where nothing is to be lost.
-                "after": shortest * draw.uniform(0.1, 0.4),
-            }
-            for kind in draw.sample(["KILL", "USR1"], 2) * (PLANNED // len(LAYOUTS) // 2)
-        ]
-        cases[f"{name}-interrupted"] = whole_run(place, name) | {"interruptions": moments}
-    run_world("resume_worker.py", 1, cases, place)
+    whole = {f"{name}-whole": whole_run(name) for name in LAYOUTS}
+    interrupted = {
+        f"{name}-interrupted": whole_run(name) | {"interruptions": draw_interruptions(draw)} for name in LAYOUTS
+    }
+    run_world("resume_worker.py", 1, whole | interrupted, place)
     return place
 
 
-def test_the_runs_were_interrupted_often_enough_and_in_both_ways(directory: Path) -> None:
-    histories = [json.loads((directory / f"{name}-interrupted" / "history.json").read_text()) for name in LAYOUTS]
-    struck = [
-        [entry for entry in history if entry["interruption"] is not None and set(entry["codes"]) != {0}]
-        for history in histories
-    ]
-    assert all({entry["interruption"]["kind"] for entry in entries} == {"KILL", "USR1"} for entries in struck)
-    assert sum(len(entries) for entries in struck) >= ENOUGH
+def test_every_interruption_came_and_both_kinds_did(directory: Path) -> None:
+    for name in LAYOUTS:
+        history = json.loads((directory / f"{name}-interrupted" / "history.json").read_text())
+        struck = [entry for entry in history if entry["struck"] and set(entry["codes"]) != {0}]
+        assert len(struck) == STRIKES == len(history) - 1
+        assert {entry["interruption"]["kind"] for entry in struck} == {"KILL", "USR1"}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -106,8 +86,3 @@ def test_the_newest_checkpoints_and_every_export_stay(name: str, directory: Path
     kept = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     assert kept == ["hugging_face_000003", "hugging_face_000006", "step_000007", "step_000008"]
     assert len(list((run_dir / SAMPLE_DIRECTORY).glob("*.sample"))) == STEPS * 8 * 4
-
-
-def rows_of(run_dir: Path) -> list[dict]:
-    """Metrics without the clock."""
-    return [{name: value for name, value in row.items() if "seconds" not in name} for row in read_rows(run_dir)]

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from gspo_megatron.trainer.failure_replay import replay_bundle
-from tests.parallel.test_resume import LAYOUTS, OVERRIDES, RANKS, STEPS, rows_of
+from tests.parallel.resume_runs import RANKS, STEPS, rows_of, whole_run
 from tests.parallel.world import run_world
 
-STEP_2 = "checkpoints/step_000002/COMPLETE"
-BASE = {"ranks": RANKS, "overrides": [*OVERRIDES, *LAYOUTS["PP2"]], "interruptions": []}
+BASE = whole_run("PP2")
+STANDSTILL = {"kind": "STOP", "rank": 1, "step": 4, "stage": 3}
 CASES = {
     "whole": BASE,
-    "stopped": BASE | {"watchdog": 10.0, "interruptions": [{"kind": "STOP", "rank": 1, "once": STEP_2}]},
+    "stopped": BASE | {"watchdog": 2.0, "interruptions": [STANDSTILL]},
     "poisoned": BASE | {"poison": [3]},
     "full_disk": BASE | {"full_disk": 1, "fails": True},
     "replaced": BASE | {"newest_attempt": 2, "environment": {"GSPO_ATTEMPT": "1"}, "fails": True},

@@ -20,16 +20,17 @@ import httpx
 import pytest
 from aiohttp import web
 
-from gspo_megatron.config.loading import load_resolved, save_resolved
+from gspo_megatron.config.loading import save_resolved
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.controller.api import Service
 from gspo_megatron.controller.controller import Controller
-from gspo_megatron.controller.environment_pool import Calls
+from gspo_megatron.controller.environment_pool import EnvironmentPool
 from gspo_megatron.controller.multi_turn import Thinking
 from gspo_megatron.controller.scoring import ScoringPool
 from gspo_megatron.controller.server_client import ServerClient
-from gspo_megatron.controller.servers import Fleet
+from gspo_megatron.controller.servers import ServerSet
 from gspo_megatron.data.store import SampleStore
+from gspo_megatron.models import load_resolved
 from gspo_megatron.transport.auth import KEY_VARIABLE, key_header
 from gspo_megatron.transport.controller_client import ControllerClient
 from gspo_megatron.transport.identity import Identity
@@ -158,13 +159,13 @@ class ControllerThread:
         slots: int = 64,
         identity: Identity | None = None,
         thinking: Thinking | None = None,
-        calls: Calls | None = None,
+        environment: EnvironmentPool | None = None,
     ) -> None:
         self.url = f"http://127.0.0.1:{free_port()}"
         self.store = SampleStore(samples)
         self.server_urls = server_urls
         self._recipe, self._sharing, self._slots = recipe or make_recipe(), (overlaps, sleeps), slots
-        self._identity, self._thinking, self._calls = identity, thinking, calls
+        self._identity, self._thinking, self._environment = identity, thinking, environment
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
         self._done = asyncio.Event()
@@ -173,10 +174,12 @@ class ControllerThread:
         assert self._ready.wait(30)
 
     async def _serve(self) -> None:
-        fleet = Fleet([ServerClient(url, KEY, VOCAB, 64, self._slots) for url in self.server_urls], self._identity)
+        servers = ServerSet(
+            [ServerClient(url, KEY, VOCAB, 64, self._slots) for url in self.server_urls], self._identity
+        )
         scoring = ScoringPool(make_scorer, 1, 5.0)
         parts = (CountingPrompts(), NumberTokenizer(), scoring, self.store, "127.0.0.1", *self._sharing)
-        self.controller = Controller(self._recipe, fleet, *parts, self._thinking, self._calls)
+        self.controller = Controller(self._recipe, servers, *parts, self._thinking, self._environment)
         runner = web.AppRunner(Service(self.controller, KEY).application())
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", int(self.url.rsplit(":", 1)[1])).start()
@@ -202,10 +205,10 @@ def start_controller(server: Server, tmp_path: Path) -> Iterator[Starter]:
             urls = [server.url, *(other.url for other in others)]
             controller = ControllerThread(urls, tmp_path / "samples", **how)
             stack.callback(controller.stop)
-            controller = ControllerClient(controller.url, KEY)
-            stack.callback(controller.close)
-            controller.wait_ready(60)
-            return controller, controller
+            client = ControllerClient(controller.url, KEY)
+            stack.callback(client.close)
+            client.wait_ready(60)
+            return controller, client
 
         yield start
 

@@ -52,7 +52,7 @@ def test_a_process_that_took_an_address_over_gets_no_weight(
 ) -> None:
     controller, link = start_controller(identity=identity)
     update(link, 0, oracles[0])
-    controller.controller.fleet._identity = replace(identity, run="another")
+    controller.controller.servers._identity = replace(identity, run="another")
     with pytest.raises(ControllerError, match=r"no server is left: .* belongs to run"):
         update(link, 1, oracles[1])
     assert server.ask("GET", "/is_paused").json() == {"is_paused": False}

@@ -52,7 +52,7 @@ def test_an_interrupted_answer_is_what_it_would_have_been(start_controller, orac
     controller, link = start_controller(recipe=stale_recipe(), overlaps=False, slots=SLOTS)
     update(link, 0, oracles[0])
     link.rollout(0)
-    generations = [generation for group in controller.controller.pool.groups for generation in group.generations]
+    generations = [generation for group in controller.controller.buffer.groups for generation in group.generations]
     cut = {
         (generation.prompt.index, generation.sample_index)
         for generation in generations

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gspo_megatron.controller.controller import TALLY
+from gspo_megatron.controller.controller import RECEIVED_TOKENS
 from tests.rollout.test_lost_server import ANSWERS, PROMPTS, rows_of, wait_for
 from tests.rollout.test_main_job import assert_all_ended, processes_of, start
 
@@ -27,7 +27,7 @@ SETTINGS = (
 
 
 def received(directory: Path) -> int:
-    return int.from_bytes((directory / "run" / "samples" / TALLY).read_bytes(), "little")
+    return int.from_bytes((directory / "run" / "samples" / RECEIVED_TOKENS).read_bytes(), "little")
 
 
 def answer_lengths(directory: Path) -> dict[tuple[int, int], int]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from gspo_megatron.config.long_responses import EnvironmentSection, RepetitionHalt, ThinkingBudget
 from gspo_megatron.config.schema import Recipe
-from gspo_megatron.controller.environment_pool import Calls
+from gspo_megatron.controller.environment_pool import EnvironmentPool
 from gspo_megatron.controller.multi_turn import Thinking
 from gspo_megatron.controller.process_pool import ProcessPool
 from gspo_megatron.environments.calculator import calculate
@@ -39,8 +39,8 @@ def check_logprobs(oracle, store, refs) -> None:
 
 
 def test_the_calculator_answers_between_turns(start_controller, oracles) -> None:
-    calls = Calls(CALLS, 3, ProcessPool(make_calculator, 1, 60.0, "environment"))
-    controller, link = start_controller(recipe=recipe_with(environment=SECTION), calls=calls)
+    environment = EnvironmentPool(CALLS, 3, ProcessPool(make_calculator, 1, 60.0, "environment"))
+    controller, link = start_controller(recipe=recipe_with(environment=SECTION), environment=environment)
     update(link, 0, oracles[0])
     batch = link.rollout(1)
     refs = batch["samples"]

@@ -7,16 +7,15 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from gspo_megatron.config.loading import parse
-from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.models import parse_recipe
 from gspo_megatron.types import Problem, Prompt
 
 KEY = "key-of-the-rollout-tests"
@@ -27,7 +26,7 @@ NUM_LAYERS = 4
 
 def make_recipe() -> Recipe:
     """8 prompts, 4 answers each, of at most 20 tokens."""
-    return parse(
+    return parse_recipe(
         {
             "run": {"seed": 7},
             "model": {
@@ -63,7 +62,7 @@ def make_recipe() -> Recipe:
     )
 
 
-ARCH = cast(Architecture, make_recipe().model.architecture)
+ARCH = make_recipe().arch
 
 
 def write_config(directory: Path) -> None:

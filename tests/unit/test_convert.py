@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gspo_megatron.cli import main
-from gspo_megatron.config import load
+from gspo_megatron.models import load_recipe
 from gspo_megatron.models.hf_table import Piece, hf_shapes
 from gspo_megatron.policy import weights
 
@@ -24,8 +24,7 @@ RECIPE = "recipes/tiny_moe.yaml"
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(weights, "SHARD_BYTES", 1_000_000)
-    arch = load(Path(RECIPE)).model.architecture
-    assert arch is not None
+    arch = load_recipe(Path(RECIPE)).arch
     read = weights.random_pieces(arch, 1)
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
@@ -61,8 +60,7 @@ def test_a_run_of_bfloat16_comes_back_in_bfloat16(source: Path, tmp_path: Path) 
     wanted = ["model.dtype=bfloat16", "trainer.ranks=2"]
     assert main(["convert", str(source), str(tmp_path / "cut"), RECIPE, *wanted]) == 0
     assert main(["convert", str(tmp_path / "cut"), str(tmp_path / "back")]) == 0
-    arch = load(Path(RECIPE)).model.architecture
-    assert arch is not None
+    arch = load_recipe(Path(RECIPE)).arch
     name, shape = "model.layers.0.mlp.gate.weight", (8, 128)
     piece = Piece(name, (0, shape[0]), (0, shape[1]), (0, shape[0]))
     ours, theirs = (weights.safetensors_pieces(place, arch)(piece) for place in (source, tmp_path / "back"))

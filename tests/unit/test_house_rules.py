@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gspo_megatron.config import load
+from gspo_megatron.models import load_recipe
 from tests.places import ROOT
 
 PACKAGE = ROOT / "gspo_megatron"
@@ -22,7 +22,7 @@ PACKAGE = ROOT / "gspo_megatron"
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"types", "config"}),
     frozenset({"models", "parallel"}),
-    frozenset({"cluster", "plan", "run_log"}),
+    frozenset({"cluster", "plan", "run_dir", "run_log"}),
     frozenset({"objective", "data", "rewards", "environments"}),
     frozenset({"transport", "report"}),
     frozenset({"policy"}),
@@ -199,7 +199,7 @@ def test_files_and_functions_stay_short() -> None:
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_recipe_parses(recipe: Path) -> None:
-    load(recipe)
+    load_recipe(recipe)
 
 
 def test_source_is_ascii() -> None:

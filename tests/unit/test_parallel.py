@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from gspo_megatron.config import load
-from gspo_megatron.config.model_section import Architecture
+from gspo_megatron.models import load_recipe
 from gspo_megatron.models.hf_table import count_parameters, hf_shapes, local_parameters
+from gspo_megatron.models.qwen3.architecture import Qwen3Architecture
 from gspo_megatron.parallel import Layout
 
 LAYOUTS = [
@@ -22,7 +22,7 @@ LAYOUTS = [
     Layout(8, pipeline=4),
     Layout(8, tensor=8, expert=2),  # more ranks than key-value heads: cuts inside a group
 ]
-QWEN3_30B = Architecture(
+QWEN3_30B = Qwen3Architecture(
     vocab_size=151936,
     hidden_size=2048,
     num_hidden_layers=48,
@@ -72,9 +72,8 @@ for tp, cp, dp, pp, ep, etp in eval(sys.stdin.read()):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_pieces_of_all_ranks_cover_every_tensor_equally_often(layout: Layout) -> None:
-    recipe = load(Path("recipes/tiny_moe.yaml"), ["model.architecture.num_key_value_heads=4"])
-    arch = recipe.model.architecture
-    assert arch is not None
+    recipe = load_recipe(Path("recipes/tiny_moe.yaml"), ["model.architecture.num_key_value_heads=4"])
+    arch = recipe.arch
     shapes = hf_shapes(arch)
     covered = {name: [0] * (shape[0] * (shape[1] if len(shape) > 1 else 1)) for name, shape in shapes.items()}
     for rank in range(layout.world):

@@ -1,4 +1,4 @@
-"""The algebra of a rollout batch, in numbers and in words."""
+"""Sizes of a rollout batch: sequences, mini-batches, micro-batches."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from gspo_megatron.plan.units import many
 from gspo_megatron.types import Finding
 
 PROMPT_SHARE = 0.25
-"""Mean prompt length as a share of its limit; prompts are short beside answers, so little depends on it."""
+"""Mean prompt length as a share of its limit. Prompts are short beside responses, so little depends on it."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """What one rollout batch is cut into. Everything is counted over all ranks unless a name says otherwise."""
+    """How one rollout batch is divided. Numbers are totals over all ranks unless the name says otherwise."""
 
     prompts: int
-    """Prompts a rollout batch."""
+    """Prompts per rollout batch."""
     answers: int
-    """Answers a prompt."""
+    """Responses per prompt."""
     sequences: int
-    """Sequences a rollout batch."""
+    """Sequences per rollout batch."""
     updates: int
-    """Optimizer steps a rollout batch."""
+    """Optimizer steps per rollout batch."""
     sequences_per_update: int
     """Sequences of one mini-batch."""
     data_ranks: int
@@ -33,50 +33,50 @@ class BatchPlan:
     sequences_per_rank: int
     """Sequences of one mini-batch on the fullest data-parallel rank."""
     longest_tokens: int
-    """Longest sequence: prompt and answer at their limits, padded for context and tensor parallelism."""
+    """Tokens of the longest sequence: prompt and response at their limits, with padding for CP and TP."""
     expected_tokens: float
-    """Mean sequence."""
+    """Tokens of a mean sequence."""
     micro_batch_tokens: int
     """Most tokens of one micro-batch of a data-parallel rank."""
     micro_batches_most: int
-    """Micro-batches of an update when every sequence is as long as allowed."""
+    """Micro-batches per update and rank if every sequence has the longest length."""
     micro_batches_expected: int
-    """Micro-batches of an update at the mean length."""
+    """Micro-batches per update and rank at the mean length."""
     context_ranks: int
     """Ranks that share the tokens of one micro-batch."""
     pipeline_bubble: float
-    """Share of the time that a pipeline stage waits at the expected number of micro-batches."""
+    """Share of the time that a pipeline stage is idle at the expected number of micro-batches."""
 
     @property
     def expected_tokens_per_batch(self) -> float:
-        """Tokens of one rollout batch at the mean length."""
+        """Tokens per rollout batch at the mean length."""
         return self.sequences * self.expected_tokens
 
     def words(self) -> list[str]:
-        """The algebra as sentences."""
+        """Describe the sizes in sentences."""
         each, held = self.micro_batch_tokens // self.context_ranks, self.micro_batch_tokens // self.longest_tokens
         groups = self.prompts // self.updates
         return [
-            f"{many(self.prompts, 'prompt')} x {many(self.answers, 'answer')} = {self.sequences} sequences a batch",
-            f"{many(self.updates, 'optimizer step')} a rollout batch, each on {many(groups, 'whole group')} = "
+            f"{many(self.prompts, 'prompt')} x {many(self.answers, 'response')} = {self.sequences} sequences per batch",
+            f"{many(self.updates, 'optimizer step')} per rollout batch, each on {many(groups, 'whole group')} = "
             f"{many(self.sequences_per_update, 'sequence')}: the mini-batch, over all ranks",
-            f"a mini-batch is spread over {many(self.data_ranks, 'data-parallel rank')}: at most "
+            f"a mini-batch is divided over {many(self.data_ranks, 'data-parallel rank')}: at most "
             f"{many(self.sequences_per_rank, 'sequence')} each",
             f"a micro-batch holds {self.micro_batch_tokens:,} tokens of one data-parallel rank, {each:,} on each of "
             f"{many(self.context_ranks, 'context-parallel rank')}: {many(held, 'sequence')} of "
             f"{self.longest_tokens:,} tokens",
-            f"so an update is {many(self.micro_batches_expected, 'micro-batch')} a rank at the mean length of "
-            f"{self.expected_tokens:,.0f} tokens, {self.micro_batches_most} if every answer is cut at the limit",
+            f"an update has {many(self.micro_batches_expected, 'micro-batch')} per rank at the mean length of "
+            f"{self.expected_tokens:,.0f} tokens, {self.micro_batches_most} if every response reaches the limit",
         ]
 
 
 def pad_multiple(layout: Layout) -> int:
-    """Each sequence is padded to a multiple of this: 2*CP chunks, each of which divides over TP."""
+    """Return the multiple that sequences are padded to: 2*CP chunks, each of which divides over TP."""
     return (2 * layout.context if layout.context > 1 else 1) * layout.tensor
 
 
 def plan_batch(recipe: Recipe, layout: Layout) -> BatchPlan:
-    """The numbers of one rollout batch."""
+    """Compute the sizes of one rollout batch."""
     batch, rollout, capacity = recipe.batch, recipe.rollout, recipe.trainer.micro_batch_tokens
     multiple = pad_multiple(layout)
     longest = round_up(rollout.max_prompt_tokens + rollout.max_answer_tokens, multiple)
@@ -107,18 +107,18 @@ def plan_batch(recipe: Recipe, layout: Layout) -> BatchPlan:
 
 
 def round_up(value: int, multiple: int) -> int:
-    """The next multiple."""
+    """Round up to a multiple."""
     return -(-value // multiple) * multiple
 
 
 def findings(recipe: Recipe, layout: Layout, plan: BatchPlan) -> Iterator[Finding]:
-    """Sequences that do not fit a micro-batch, ranks and stages without work."""
+    """Find sequences that do not fit a micro-batch, and ranks and stages without work."""
     rollout = recipe.rollout
     if plan.longest_tokens > plan.micro_batch_tokens:
         yield Finding(
             "sequence-exceeds-micro-batch", "error", "trainer.micro_batch_tokens",
             f"{plan.micro_batch_tokens} tokens do not hold one sequence of {rollout.max_prompt_tokens} + "
-            f"{rollout.max_answer_tokens} tokens, {plan.longest_tokens} padded to {pad_multiple(layout)}",
+            f"{rollout.max_answer_tokens} tokens, {plan.longest_tokens} with padding to {pad_multiple(layout)}",
             f"set it to at least {plan.longest_tokens}",
         )  # fmt: skip
         return
@@ -128,7 +128,7 @@ def findings(recipe: Recipe, layout: Layout, plan: BatchPlan) -> Iterator[Findin
             f"a mini-batch of {plan.sequences_per_update} sequences leaves "
             f"{layout.data - plan.sequences_per_update} of "
             f"{layout.data} data-parallel ranks without one",
-            "take more prompts or answers, fewer updates, or more of TP, PP and CP",
+            "take more prompts or responses, fewer updates, or larger TP, PP or CP",
         )  # fmt: skip
     yield from _pipeline(recipe, layout, plan)
 
@@ -138,21 +138,21 @@ def _pipeline(recipe: Recipe, layout: Layout, plan: BatchPlan) -> Iterator[Findi
     if layout.virtual > 1 and plan.micro_batches_most < stages:
         yield Finding(
             "micro-batches-below-pipeline", "error", "trainer.virtual_pipeline",
-            f"an update is at most {plan.micro_batches_most} micro-batch(es) a rank; the interleaved schedule wants at "
-            f"least PP = {stages}",
-            "remove virtual_pipeline, lower micro_batch_tokens, or take more sequences an update",
+            f"an update has at most {plan.micro_batches_most} micro-batch(es) per rank; the interleaved schedule "
+            f"requires at least PP = {stages}",
+            "remove virtual_pipeline, lower micro_batch_tokens, or take more sequences per update",
         )  # fmt: skip
     elif layout.virtual > 1 and slots % stages:
         yield Finding(
             "micro-batches-beside-pipeline", "info", "trainer.virtual_pipeline",
-            f"about {slots} micro-batches a rank; the interleaved schedule wants a multiple of PP = {stages}, so empty "
-            f"ones fill up to {round_up(slots, stages)}",
-            "choose micro_batch_tokens so that the number comes near a multiple",
+            f"about {slots} micro-batches per rank; the interleaved schedule requires a multiple of PP = {stages}, so "
+            f"empty ones are added up to {round_up(slots, stages)}",
+            "choose micro_batch_tokens so that the number is near a multiple",
         )  # fmt: skip
     if plan.pipeline_bubble > 0.5:
         yield Finding(
             "pipeline-bubble", "warning", "trainer.pipeline_parallel",
-            f"about {slots} micro-batch(es) for {stages} stages: each stage waits {plan.pipeline_bubble:.0%} of the "
+            f"about {slots} micro-batch(es) for {stages} stages: each stage is idle {plan.pipeline_bubble:.0%} of the "
             "time",
-            "take fewer stages, more sequences an update, or a lower micro_batch_tokens",
+            "take fewer stages, more sequences per update, or a lower micro_batch_tokens",
         )  # fmt: skip

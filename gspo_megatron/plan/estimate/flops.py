@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 
 from gspo_megatron.config.model_section import Architecture
+from gspo_megatron.models import architecture_of
 from gspo_megatron.models.hf_table import count_parameters
+from gspo_megatron.models.layer_costs import expert_products
+from gspo_megatron.models.registry import family_of
 
 
 def as_key(arch: Architecture) -> str:
@@ -20,7 +24,7 @@ def parameters(arch: Architecture) -> int:
 
 @lru_cache(maxsize=32)
 def _parameters(key: str) -> int:
-    return count_parameters(Architecture.model_validate_json(key))
+    return count_parameters(architecture_of(json.loads(key)))
 
 
 def active_parameters(arch: Architecture) -> int:
@@ -31,20 +35,13 @@ def active_parameters(arch: Architecture) -> int:
 
 def expert_parameters(arch: Architecture) -> int:
     """Parameters of one expert of one layer."""
-    return 3 * arch.hidden_size * arch.moe_intermediate_size
+    return expert_products(arch)
 
 
 def linear_flops(arch: Architecture) -> int:
     """Forward operations of one token in every matrix product but the attention scores, head included."""
-    return 2 * (arch.num_hidden_layers * _layer_products(arch) + arch.vocab_size * arch.hidden_size)
-
-
-def _layer_products(arch: Architecture) -> int:
-    attention = arch.hidden_size * arch.head_dim * 2 * (arch.num_attention_heads + arch.num_key_value_heads)
-    if not arch.num_experts:
-        return attention + 3 * arch.hidden_size * arch.intermediate_size
-    router = arch.hidden_size * arch.num_experts
-    return attention + router + arch.num_experts_per_tok * expert_parameters(arch)
+    layers = arch.num_hidden_layers * family_of(arch).layer_products(arch)
+    return 2 * (layers + arch.vocab_size * arch.hidden_size)
 
 
 def expert_flops(arch: Architecture) -> int:

@@ -1,7 +1,8 @@
-"""What lies in the memory of a trainer process: counted where it can be counted, estimated where it cannot."""
+"""Memory of a trainer process: weights, gradients and optimizer are counted, everything else is estimated."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,29 +11,30 @@ from functools import lru_cache
 from gspo_megatron.cluster.machines import Machine
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.models import architecture_of
 from gspo_megatron.models.hf_table import Parameter, local_parameters
 from gspo_megatron.parallel import Coordinates, Layout
 from gspo_megatron.plan.estimate import activations, flops
 from gspo_megatron.plan.estimate.batch import BatchPlan
 
 GRADIENT_BYTES = 4
-"""DDP's gradient buffer is float32 whatever the weights are."""
+"""Bytes of a gradient: DDP's buffer is float32 for every type of weight."""
 ADAM_BYTES = 8
-"""Two float32 averages of a parameter."""
+"""Bytes of Adam's two float32 moments of a parameter."""
 PROCESS_BYTES = {"one": 1_000_000_000, "many": 4_000_000_000, "cpu": 600_000_000}
-"""CUDA context and libraries; with NCCL's buffers for some ten communicators; a torch process where there is no GPU."""
+"""`one`: CUDA context and libraries. `many`: also NCCL's buffers of about ten communicators. `cpu`: a torch process."""
 SLEEPING_SERVER_BYTES = 3_000_000_000
-"""What a sleeping vLLM process leaves on a GPU: context, graphs, NCCL."""
+"""Memory that a sleeping vLLM process keeps on a GPU: context, graphs, NCCL."""
 ALLOCATOR_SHARE = 0.05
-"""Slack of the caching allocator over the parts that come and go."""
+"""Slack of the caching allocator, as a share of the temporary memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageMemory:
-    """One rank of a pipeline stage while it trains. Every rank of the stage holds as much, up to rounding."""
+    """Memory of one rank of a pipeline stage during training. All ranks of the stage are equal up to rounding."""
 
     stage: int
-    """From 0."""
+    """Index of the stage, from 0."""
     layers: int
     """Layers of the stage."""
     dense_parameters: int
@@ -40,15 +42,15 @@ class StageMemory:
     expert_parameters: int
     """Parameters of the rank's experts."""
     exact: dict[str, int]
-    """Counted from the weight table: bytes of weights, gradients, optimizer; dense and expert apart."""
+    """Bytes of weights, gradients and optimizer, counted from the weight table; dense and expert separately."""
     estimated: dict[str, int] = field(default_factory=dict)
-    """Bytes of activations, head, process."""
+    """Bytes of activations, head and process."""
     offloaded: int = 0
-    """Bytes of activations that wait in host memory."""
+    """Bytes of activations in host memory."""
 
     @property
     def static_bytes(self) -> int:
-        """Bytes that are there between steps."""
+        """Bytes in use between steps."""
         return sum(self.exact.values())
 
     @property
@@ -69,16 +71,16 @@ def element_bytes(recipe: Recipe) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Elements of the tensors of one model chunk on one rank, in the order of the model."""
+    """Number of elements of each tensor of one model chunk on one rank, in the order of the model."""
 
     dense: tuple[int, ...]
-    """Everything outside the experts."""
+    """Tensors outside the experts."""
     expert: tuple[int, ...]
-    """The rank's experts."""
+    """Tensors of the rank's experts."""
 
     @classmethod
     def of(cls, parameters: Sequence[Parameter]) -> Held:
-        """Sizes of a list of the weight table."""
+        """Read the sizes from a list of parameters."""
         return cls(
             tuple(math.prod(p.shape) for p in parameters if not p.expert),
             tuple(math.prod(p.shape) for p in parameters if p.expert),
@@ -86,15 +88,15 @@ class Held:
 
 
 def held_by(arch: Architecture, layout: Layout, stage: int) -> tuple[Held, ...]:
-    """What the first rank of a stage holds, one entry a model chunk."""
-    # Middle stages have equal layers; layers are all alike.
+    """Return what the first rank of a stage holds, one entry per model chunk."""
+    # All layers are equal, and so are all middle stages: one entry of the cache serves them.
     stage = 1 if 0 < stage < layout.pipeline - 1 else stage
     return _held_by(flops.as_key(arch), replace(layout, world=0, context=1), stage)  # pyright: ignore[reportArgumentType]  a frozen model is hashable
 
 
 @lru_cache(maxsize=4096)
 def _held_by(key: str, layout: Layout, stage: int) -> tuple[Held, ...]:
-    arch = Architecture.model_validate_json(key)
+    arch = architecture_of(json.loads(key))
     at = Coordinates(tensor=0, context=0, data=0, pipeline=stage, expert_tensor=0, expert=0, expert_data=0)
     return tuple(Held.of(local_parameters(arch, layout, at, chunk)) for chunk in range(layout.virtual))
 
@@ -102,13 +104,13 @@ def _held_by(key: str, layout: Layout, stage: int) -> tuple[Held, ...]:
 def exact_bytes(
     chunks: Sequence[Held], layout: Layout, element: int, distributed: bool, on_cpu: bool
 ) -> dict[str, int]:
-    """Bytes of weights, gradients and optimizer of one rank, dense and expert parameters apart.
+    """Count bytes of weights, gradients and optimizer of one rank, dense and expert parameters separately.
 
     Args:
-        chunks: what the rank holds; each model chunk has buffers of its own.
+        chunks: what the rank holds. Each model chunk has its own buffers.
         element: bytes of a weight.
-        distributed: whether megatron's distributed optimizer spreads the states over the replicas.
-        on_cpu: torch's Adam keeps a float32 step counter for each tensor; the fused ones keep one for all.
+        distributed: whether megatron's distributed optimizer divides the states over the replicas.
+        on_cpu: whether torch's Adam is used, which keeps a float32 step counter per tensor (fused ones keep one).
     """
     states = ADAM_BYTES + (0 if element == 4 else 4)  # a float32 model is its own main copy
     found: dict[str, int] = {}
@@ -122,9 +124,10 @@ def exact_bytes(
 
 
 def _buffers(chunks: Sequence[Held], layout: Layout) -> Iterator[tuple[str, int, list[tuple[int, ...]]]]:
-    """Kind, replicas and the sizes in each chunk of the buffers that megatron makes.
+    """Yield kind, number of replicas and tensor sizes per chunk of the buffers that megatron allocates.
 
-    Experts have buffers of their own unless their replicas are those of the dense parameters: then one kind, unnamed.
+    Experts have separate buffers unless they have the same replicas as the dense parameters. Then there is one kind
+    with an empty name.
     """
     if not has_expert_buffers(layout):
         yield "", layout.data * layout.context, [chunk.dense + chunk.expert for chunk in chunks]
@@ -136,12 +139,15 @@ def _buffers(chunks: Sequence[Held], layout: Layout) -> Iterator[tuple[str, int,
 
 
 def has_expert_buffers(layout: Layout) -> bool:
-    """Whether megatron keeps experts apart from the dense parameters."""
+    """Return whether megatron keeps expert and dense parameters in separate buffers."""
     return layout.expert > 1 or layout.expert_tensor != layout.tensor
 
 
 def _buffer_elements(sizes: Sequence[int], shards: int) -> int:
-    """Elements of megatron's buffer: parameters from last to first, each start on 64, the end on lcm(shards, 128)."""
+    """Count the elements of megatron's buffer.
+
+    Parameters lie from last to first. Each starts at a multiple of 64, and the end is a multiple of lcm(shards, 128).
+    """
     end = 0
     for size in reversed(sizes):
         end = -(-end // 64) * 64 + size
@@ -150,9 +156,8 @@ def _buffer_elements(sizes: Sequence[int], shards: int) -> int:
 
 
 def stage_memory(recipe: Recipe, layout: Layout, batch: BatchPlan, machine: Machine) -> list[StageMemory]:
-    """The memory of every pipeline stage."""
-    arch = recipe.model.architecture
-    assert arch is not None
+    """Estimate the memory of every pipeline stage."""
+    arch = recipe.arch
     distributed = recipe.trainer.distributed_optimizer and not machine.is_cpu
     found = []
     for stage, layers in enumerate(layout.stage_sizes(arch.num_hidden_layers)):

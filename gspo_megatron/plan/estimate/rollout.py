@@ -1,7 +1,8 @@
-"""The vLLM servers: what lies in their memory, how many answers fit, how fast they decode."""
+"""The vLLM servers: memory, number of responses that fit, decoding speed."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,23 +12,24 @@ from gspo_megatron.cluster.machines import GIB, Machine
 from gspo_megatron.cluster.placement import server_nodes, span_findings
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.models import architecture_of
 from gspo_megatron.models.hf_table import hf_shapes
 from gspo_megatron.plan.estimate import flops
 from gspo_megatron.plan.estimate.batch import PROMPT_SHARE, BatchPlan
 from gspo_megatron.types import Finding
 
 BANDWIDTH_SHARE = 0.6
-"""Of the memory bandwidth, while decoding."""
+"""Share of the memory bandwidth during decoding."""
 COMPUTE_SHARE = 0.3
-"""Of the peak, while decoding in large batches."""
+"""Share of peak FLOP/s during decoding in large batches."""
 STEP_SECONDS = 3e-3
-"""Least time of one decoding step: launches, sampling, the server's own loop."""
+"""Least time of one decoding step: kernel launches, sampling, the server's loop."""
 EXCHANGE_SECONDS = 15e-6
-"""One all-reduce of a decoding step; two a layer with tensor parallelism."""
+"""Time of one all-reduce of a decoding step. Tensor parallelism has two per layer."""
 SERVER_BYTES = 4_000_000_000
-"""Of one GPU: context, graphs, NCCL and the largest prefill of a server, outside weights and KV."""
+"""Bytes of a server per GPU outside weights and KV: context, graphs, NCCL, the largest prefill."""
 CPU_SERVER_BYTES = 1_700_000_000
-"""Of one server where there is no GPU, outside weights and KV."""
+"""Bytes of a server without a GPU outside weights and KV."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,35 +37,38 @@ class RolloutPlan:
     """The servers of a run."""
 
     servers: int
-    """vLLM servers."""
+    """Number of vLLM servers."""
     devices_per_server: int
     """GPUs of one server."""
     weight_bytes: int
-    """Weights on one GPU, replicated parts included."""
+    """Bytes of weights on one GPU, replicated parts included."""
     kv_bytes_per_token: int
-    """Keys and values of one token, over all layers and GPUs, without replication."""
+    """Bytes of keys and values of one token, over all layers and GPUs, without replication."""
     kv_bytes_per_token_per_device: int
-    """The same as one GPU holds it."""
+    """Bytes of keys and values of one token on one GPU."""
     kv_room: int
-    """Bytes for KV on one GPU."""
+    """Bytes for the KV cache on one GPU."""
     answer_bytes: int
-    """KV of one answer at the limit with its prompt, whole."""
+    """KV bytes of one response of the longest length with its prompt, over all GPUs."""
     answers_at_limit: int
-    """Answers of full length that one server holds at one time."""
+    """Responses of the longest length that one server holds at one time."""
     answers_at_mean: int
-    """Answers of mean length, half grown, that one server holds at one time."""
+    """Responses of mean length, half finished, that one server holds at one time."""
     concurrency: int
-    """Answers that one server decodes at a time: what fits, what the recipe allows, what there is to do."""
+    """Responses that one server decodes at a time: limited by memory, by the recipe and by the batch."""
     tokens_per_second: float
-    """Answer tokens of one server at that concurrency."""
+    """Response tokens per second of one server at this concurrency."""
     seconds: float
-    """Estimated time of one rollout batch."""
+    """Time of one rollout batch, seconds."""
     tail_seconds: float
-    """The part of it in which only the longest answers still decode."""
+    """Part of that time in which only the longest responses decode."""
 
 
 def weight_bytes(arch: Architecture, tensor: int, pipeline: int, element: int) -> int:
-    """Weights on one GPU of a server: norms and router are on all, key-value heads at least one each."""
+    """Return the bytes of weights on one GPU of a server.
+
+    Norms and router are replicated, and each GPU holds at least one key-value head.
+    """
     copied, grouped, cut = _kinds(flops.as_key(arch))  # pyright: ignore[reportArgumentType]  a frozen model is hashable
     whole = copied + -(-grouped // min(tensor, arch.num_key_value_heads)) + -(-cut // tensor)
     return -(-whole // pipeline) * element
@@ -71,9 +76,9 @@ def weight_bytes(arch: Architecture, tensor: int, pipeline: int, element: int) -
 
 @lru_cache(maxsize=32)
 def _kinds(key: str) -> tuple[int, int, int]:
-    """Parameters that every GPU holds, those that follow the key-value heads, and those that are simply cut."""
+    """Count the parameters that are replicated, that are split by key-value heads, and that are split evenly."""
     copied = grouped = cut = 0
-    for name, shape in hf_shapes(Architecture.model_validate_json(key)).items():
+    for name, shape in hf_shapes(architecture_of(json.loads(key))).items():
         if len(shape) == 1 or name.endswith("mlp.gate.weight"):
             copied += math.prod(shape)
         elif name.endswith(("k_proj.weight", "v_proj.weight")):
@@ -84,7 +89,7 @@ def _kinds(key: str) -> tuple[int, int, int]:
 
 
 def plan_rollout(recipe: Recipe, arch: Architecture, batch: BatchPlan, machine: Machine) -> RolloutPlan:
-    """Memory and speed of the servers."""
+    """Estimate memory and speed of the servers."""
     rollout = recipe.rollout
     element = 4 if recipe.model.dtype == "float32" else 2
     devices = rollout.tensor_parallel * rollout.pipeline_parallel
@@ -98,14 +103,14 @@ def plan_rollout(recipe: Recipe, arch: Architecture, batch: BatchPlan, machine: 
         room = max(0, int(machine.device.memory * rollout.gpu_memory_fraction) - weights - SERVER_BYTES)
     longest = rollout.max_prompt_tokens + rollout.max_answer_tokens
     answer = min(rollout.expected_answer_tokens or rollout.max_answer_tokens / 2, rollout.max_answer_tokens)
-    # A server in its stride holds answers of every age: half grown on average.
+    # In steady state a server holds responses of every age, half finished on average.
     context = rollout.max_prompt_tokens * PROMPT_SHARE + answer / 2
     held = int(room / (per_device * context))
     todo = -(-batch.sequences // rollout.servers)
     concurrency = max(1, min(held, rollout.max_concurrency, todo))
     step = decode_seconds(recipe, arch, machine, concurrency, context)
     volume = todo * answer / concurrency * step
-    # The last answers run to the limit in a batch that has nearly emptied.
+    # At the end of a batch only a few responses decode, up to the limit.
     beyond = max(0.0, rollout.max_answer_tokens - answer)
     tail = beyond * decode_seconds(recipe, arch, machine, max(1, concurrency // 16), rollout.max_answer_tokens * 0.8)
     return RolloutPlan(
@@ -126,11 +131,11 @@ def plan_rollout(recipe: Recipe, arch: Architecture, batch: BatchPlan, machine: 
 
 
 def decode_seconds(recipe: Recipe, arch: Architecture, machine: Machine, batch: int, context: float) -> float:
-    """One decoding step of a server: weights touched and KV read, or arithmetic, whichever takes longer."""
+    """Return the seconds of one decoding step: reading weights and KV, or arithmetic, whichever takes longer."""
     rollout, device = recipe.rollout, machine.device
     tensor, stages = rollout.tensor_parallel, rollout.pipeline_parallel
     element = 4 if recipe.model.dtype == "float32" else 2
-    # Stages work on a share of the batch each, so each share meets the weights of its own.
+    # Each stage works on a share of the batch, which reads only the experts that it selects.
     met = 1.0
     if arch.num_experts:
         met = 1 - (1 - arch.num_experts_per_tok / arch.num_experts) ** max(1, batch // stages)
@@ -160,13 +165,13 @@ def findings(recipe: Recipe, arch: Architecture, machine: Machine, plan: Rollout
         if recipe.rollout.expert_parallel:
             yield Finding(
                 "server-cut", "error", "rollout.expert_parallel",
-                "vllm 0.32's CPU kernel crashes on a token whose expert is on another rank", "set it to false",
+                "vllm 0.32's CPU kernel crashes on a token with an expert on another rank", "set it to false",
             )  # fmt: skip
         return
     nodes, span = machine.rollout_nodes or machine.nodes, server_nodes(recipe, machine.per_node)
     misfits = list(span_findings(recipe, nodes, machine.per_node, machine.rollout_nodes > 0))
     yield from misfits
-    # One that spans nodes has them for itself.
+    # A server that spans nodes has them for itself.
     devices = span * machine.per_node if span > 1 else plan.devices_per_server
     wanted, there = plan.servers * devices, machine.rollout_devices
     if wanted != there and not misfits:
@@ -224,8 +229,8 @@ def _cuts(recipe: Recipe, arch: Architecture) -> Iterator[Finding]:
     if tensor % recipe.rollout.decode_context_parallel:
         yield Finding(
             "server-cut", "error", "rollout.decode_context_parallel",
-            f"{recipe.rollout.decode_context_parallel} does not divide tensor_parallel={tensor}, whose ranks it "
-            "regroups",
+            f"{recipe.rollout.decode_context_parallel} does not divide tensor_parallel={tensor}; it regroups those "
+            "ranks",
             "choose a divisor",
         )  # fmt: skip
 
@@ -236,22 +241,22 @@ def _room(recipe: Recipe, machine: Machine, plan: RolloutPlan) -> Iterator[Findi
         allowed = machine.device.memory * rollout.gpu_memory_fraction
         yield Finding(
             "server-does-not-fit", "error", "rollout.tensor_parallel",
-            f"{plan.weight_bytes / 1e9:.1f} GB of weights and {SERVER_BYTES / 1e9:.0f} GB of its own do not fit the "
-            f"{allowed / 1e9:.1f} GB that gpu_memory_fraction={rollout.gpu_memory_fraction:g} allows a server",
+            f"{plan.weight_bytes / 1e9:.1f} GB of weights and {SERVER_BYTES / 1e9:.0f} GB of buffers do not fit the "
+            f"{allowed / 1e9:.1f} GB of gpu_memory_fraction={rollout.gpu_memory_fraction:g}",
             "raise rollout.tensor_parallel or gpu_memory_fraction",
         )  # fmt: skip
     elif plan.answers_at_limit == 0:
         yield Finding(
             "answer-exceeds-kv", "error", "rollout.max_answer_tokens",
-            f"the KV of one answer of {rollout.max_answer_tokens} tokens takes {plan.answer_bytes / 1e9:.1f} GB; a "
+            f"the KV of one response of {rollout.max_answer_tokens} tokens takes {plan.answer_bytes / 1e9:.1f} GB; a "
             f"server of {plan.devices_per_server} GPU(s) has {plan.kv_room * plan.devices_per_server / 1e9:.1f} GB "
             "left for KV",
-            "raise rollout.tensor_parallel or gpu_memory_fraction, or shorten the answers",
+            "raise rollout.tensor_parallel or gpu_memory_fraction, or shorten the responses",
         )  # fmt: skip
     elif plan.answers_at_mean < rollout.max_concurrency // 4 and plan.answers_at_mean < recipe.batch.prompts:
         yield Finding(
             "kv-limits-concurrency", "info", "rollout.max_concurrency",
-            f"a server holds about {plan.answers_at_mean} answers of mean length, of "
+            f"a server holds about {plan.answers_at_mean} responses of mean length, less than "
             f"max_concurrency={rollout.max_concurrency}",
-            "more GPUs for rollout, or servers of more GPUs, decode more at a time",
+            "take more GPUs for rollout, or more GPUs per server, to decode more at a time",
         )  # fmt: skip

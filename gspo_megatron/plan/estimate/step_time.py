@@ -1,4 +1,4 @@
-"""Operations and seconds of a training step, from stated rates: good for comparing and for orders of size."""
+"""FLOPs and seconds of a training step, from assumed rates. Good for comparisons and orders of magnitude."""
 
 from __future__ import annotations
 
@@ -15,46 +15,46 @@ from gspo_megatron.plan.estimate.rollout import RolloutPlan
 from gspo_megatron.plan.rules.layout import spans
 
 LINEAR_SHARE = 0.40
-"""Of the peak, matrix products of attention, experts and head. NVIDIA's trainer reaches 0.30 of it on this model with
+"""Share of peak FLOP/s in matrix products of attention, experts and head. NVIDIA's trainer reaches 0.30 with
 communication included (30B-A3B, bfloat16, 16 H100, 4K tokens)."""
 ATTENTION_SHARE = 0.55
-"""Of the peak, attention kernels on long sequences, forward and backward together."""
+"""Share of peak FLOP/s in attention kernels on long sequences, forward and backward together."""
 IMBALANCE = 1.15
-"""Slowest rank over the mean: micro-batches of unequal length, experts of unequal load."""
+"""Time of the slowest rank over the mean: micro-batches of unequal length, experts of unequal load."""
 LENGTH_SPREAD = 1.5
-"""Mean of the squared length over the square of the mean; answers of one batch are that unequal."""
+"""Mean of the squared sequence length over the square of the mean, within a batch."""
 EXCHANGE_SHARE = 0.7
-"""Of a link's bytes/s, in collectives."""
+"""Share of a link's bandwidth in collectives."""
 HOST_LINK = 55e9
 """Bytes/s between a GPU and pinned host memory."""
 UPDATE_SHARE = 0.3
-"""Of the network, in a weight update: published ones take 2 to 6 times the ideal."""
+"""Share of the network's bandwidth in a weight update. Published updates take 2 to 6 times the ideal."""
 
 
 @dataclass(frozen=True, slots=True)
 class ComputePlan:
-    """Work and time of one rollout batch."""
+    """FLOPs and time of one rollout batch."""
 
     linear_flops_per_token: int
-    """Forward, without attention scores."""
+    """Forward FLOPs per token without attention scores."""
     quadratic_flops_per_token: float
-    """Forward, attention scores at the mean length."""
+    """Forward FLOPs per token of attention scores at the mean length."""
     attention_share_at_mean: float
-    """Share of the quadratic part at the mean length."""
+    """Share of the attention scores in the forward FLOPs at the mean length."""
     attention_share_at_limit: float
-    """The same for a sequence at the limit."""
+    """The same share for a sequence of the longest length."""
     forward_equivalents: float
-    """Forward passes that the trainer spends on each token: old log-probs, forward, backward as two, recomputation."""
+    """Trainer FLOPs per token in forward passes: old log-probs, forward, backward (two), recomputation."""
     flops_per_step: float
-    """Of the trainer, all ranks."""
+    """FLOPs of the trainer per step, all ranks."""
     seconds: dict[str, float]
-    """Time of one step by part."""
+    """Time of one step by part, seconds."""
     seconds_per_step: float
-    """Sum of the parts, or the longer side where rollout and training overlap."""
+    """Sum of the parts, less the overlap of rollout and training."""
     bottleneck: str
-    """The longest part."""
+    """Name of the longest part."""
     tokens_per_device_second: float
-    """Trained tokens a second and GPU of the whole job."""
+    """Trained tokens per second and GPU of the whole job."""
     device_hours: float
     """GPU-hours of `trainer.max_steps` steps."""
     hours: float
@@ -63,20 +63,20 @@ class ComputePlan:
 
 @dataclass(frozen=True, slots=True)
 class TrainerTime:
-    """Seconds of a part of the trainer's work on one rollout batch, and what they are made of."""
+    """Seconds of one pass of the trainer over a rollout batch, by cause."""
 
     products: float
     """Matrix products of attention, experts and head."""
     attention: float
     """Attention scores."""
     exchange: float
-    """Tensor- and expert-parallel exchanges, and the ring of keys and values where it is longer than the attention."""
+    """Tensor- and expert-parallel communication, and the part of the CP ring that attention does not hide."""
     waiting: float
-    """Unequal ranks, and stages that wait for the pipeline."""
+    """Imbalance of the ranks and idle pipeline stages."""
 
     @property
     def seconds(self) -> float:
-        """Their sum."""
+        """The sum of the parts."""
         return self.products + self.attention + self.exchange + self.waiting
 
     def __add__(self, other: TrainerTime) -> TrainerTime:
@@ -88,7 +88,7 @@ class TrainerTime:
         )
 
     def words(self) -> str:
-        """Its parts in percent."""
+        """Format the parts in percent."""
         parts = {"products": self.products, "attention": self.attention, "exchanges": self.exchange}
         return ", ".join(
             f"{name} {part / self.seconds:.0%}" for name, part in {**parts, "waiting": self.waiting}.items()
@@ -104,7 +104,7 @@ def plan_compute(
     stages: list[StageMemory],
     machine: Machine,
 ) -> ComputePlan:
-    """Operations of a step and seconds of its parts."""
+    """Estimate the FLOPs of a step and the seconds of its parts."""
     tokens = batch.expected_tokens_per_batch
     linear, quadratic = _flops_per_token(arch, batch)
     passes = [_passes(recipe, arch, part) for part in ("old log-probs", "training")]
@@ -113,8 +113,8 @@ def plan_compute(
     seconds = {"rollout": rollout.seconds, **{part: time.seconds for part, time in times.items()}}
     seconds["weight update"] = _update_seconds(rollout, stages, machine)
     if recipe.evaluation.every:
-        asked = recipe.evaluation.problems * recipe.evaluation.answers / batch.sequences
-        seconds["evaluation"] = rollout.seconds * asked / recipe.evaluation.every
+        size = recipe.evaluation.problems * recipe.evaluation.answers / batch.sequences
+        seconds["evaluation"] = rollout.seconds * size / recipe.evaluation.every
     total = sum(seconds.values())
     if recipe.rollout.max_staleness and not machine.colocated:
         total -= min(sum(time.seconds for time in times.values()), seconds["rollout"])
@@ -136,12 +136,12 @@ def plan_compute(
 
 
 def _flops_per_token(arch: Architecture, batch: BatchPlan) -> tuple[int, float]:
-    """Forward operations of a mean token: linear, quadratic."""
+    """Return the forward FLOPs of a mean token: (linear, quadratic)."""
     return flops.linear_flops(arch), flops.quadratic_flops(arch) * batch.expected_tokens * LENGTH_SPREAD
 
 
 def _passes(recipe: Recipe, arch: Architecture, part: str) -> tuple[float, float]:
-    """How often the (linear, quadratic) work of a forward pass is done: a backward pass counts two."""
+    """Return how often the (linear, quadratic) work of a forward pass is done. A backward pass counts two."""
     if part == "old log-probs":
         times = 2.0 if recipe.objective.kl != "none" else 1.0
         return times, times
@@ -155,7 +155,7 @@ def _passes(recipe: Recipe, arch: Architecture, part: str) -> tuple[float, float
 def trainer_times(
     recipe: Recipe, arch: Architecture, layout: Layout, batch: BatchPlan, machine: Machine
 ) -> dict[str, TrainerTime]:
-    """Time of the two passes over a rollout batch that the trainer makes."""
+    """Estimate the trainer's two passes over a rollout batch: "old log-probs" and "training"."""
     linear, quadratic = _flops_per_token(arch, batch)
     each, device = batch.expected_tokens_per_batch / machine.ranks, machine.device
     found = {}
@@ -177,11 +177,11 @@ def trainer_times(
 def _exchange_seconds(
     recipe: Recipe, arch: Architecture, layout: Layout, machine: Machine, token_layers: float
 ) -> tuple[float, float]:
-    """Seconds of (tensor- and expert-parallel exchanges, ring of keys and values).
+    """Return the seconds of (tensor- and expert-parallel communication, CP ring of keys and values).
 
     Args:
-        token_layers: tokens of the whole batch times layers times passes, over the ranks. A rank holds TP * PP times as
-            many tokens, in a PP-th of the layers; what it exchanges of each is a TP-th.
+        token_layers: tokens of the batch * layers * passes / ranks. A rank works on TP * PP times as many tokens in
+            1/PP of the layers, and communicates 1/TP of each.
     """
     speed = {
         span.name: (machine.device.node_link if span.inside_node else machine.device.network) * EXCHANGE_SHARE
@@ -190,7 +190,7 @@ def _exchange_seconds(
     element = element_bytes(recipe)
     state = arch.hidden_size * element
     gathered = 2 * state * (layout.tensor - 1) * token_layers / speed["tensor"]
-    if layout.tensor > arch.num_key_value_heads:  # every rank gathers the queries, keys and values of all
+    if layout.tensor > arch.num_key_value_heads:  # every rank gathers the queries, keys and values of all heads
         heads = (arch.num_attention_heads + 2 * arch.num_key_value_heads) * arch.head_dim
         gathered += heads * element * (layout.tensor - 1) * token_layers / speed["tensor"]
     sent = 2 * state * arch.num_experts_per_tok * (1 - 1 / layout.expert) * token_layers / speed["expert"]
@@ -200,7 +200,7 @@ def _exchange_seconds(
 
 
 def _update_seconds(rollout: RolloutPlan, stages: list[StageMemory], machine: Machine) -> float:
-    """New weights to every server; with shared GPUs also the trainer's states to host memory and back."""
+    """Return the seconds of a weight update. On shared GPUs the trainer's states also move to the host and back."""
     if machine.is_cpu:
         return rollout.weight_bytes / (machine.device.node_link * UPDATE_SHARE)
     if not machine.colocated:

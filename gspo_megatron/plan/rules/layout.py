@@ -1,4 +1,4 @@
-"""The layout of the trainer: which rank holds what, and the rules a layout must obey to be built."""
+"""Rules of the trainer's parallel layout, and where its groups lie on the nodes."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from gspo_megatron.types import Finding
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """How the ranks of one group lie on the nodes."""
+    """Where the ranks of one kind of group lie on the nodes."""
 
     name: str
-    """`tensor`, `context`, `expert`, ..."""
+    """Kind of group: `tensor`, `context`, `expert`, ..."""
     size: int
-    """Ranks of the group."""
+    """Ranks per group."""
     reach: int
-    """Consecutive ranks from its first to its last member."""
+    """Consecutive ranks from the first to the last member."""
     inside_node: bool
     """Whether every group of this kind stays within one node."""
 
 
 def spans(layout: Layout, per_node: int) -> list[Span]:
-    """Every kind of group with where it lies; ranks fill node after node."""
+    """Return the span of every kind of group. Ranks fill one node after the other."""
     inner, experts = layout.tensor * layout.context, layout.expert * layout.expert_tensor
     stage = layout.world // layout.pipeline
     reaches = [
@@ -39,17 +39,17 @@ def spans(layout: Layout, per_node: int) -> list[Span]:
         ("expert_data", layout.expert_data, stage if layout.expert_data > 1 else 1),
         ("pipeline", layout.pipeline, layout.world if layout.pipeline > 1 else 1),
     ]
-    # Aligned blocks stay inside when they divide the node.
+    # Aligned blocks stay inside a node if their size divides it.
     return [Span(name, size, reach, reach == 1 or per_node % reach == 0) for name, size, reach in reaches]
 
 
 def rank_table(layout: Layout) -> list[Coordinates]:
-    """The coordinates of every rank."""
+    """Return the coordinates of every rank."""
     return [layout.coordinates(rank) for rank in range(layout.world)]
 
 
 def findings(trainer: TrainerSection, arch: Architecture, machine: Machine) -> Iterator[Finding]:
-    """Everything that keeps the layout from being built, and what is built but slow."""
+    """Find everything that prevents the layout, and what makes it slow."""
     errors = [*_grid(trainer, machine.ranks), *_model_cuts(trainer, arch), *_pipeline(trainer, arch)]
     yield from errors
     if not errors:
@@ -61,7 +61,7 @@ def _error(code: str, key: str, message: str, fix: str) -> Finding:
 
 
 def _grid(trainer: TrainerSection, ranks: int) -> Iterator[Finding]:
-    """The two products that a world must be a multiple of."""
+    """Check the two products that must divide the number of ranks."""
     tensor, pipeline, context = trainer.tensor_parallel, trainer.pipeline_parallel, trainer.context_parallel
     inner = tensor * pipeline * context
     if ranks % inner:
@@ -84,8 +84,8 @@ def _grid(trainer: TrainerSection, ranks: int) -> Iterator[Finding]:
     if data % group:
         yield _error(
             "expert-group-splits-data", "expert_parallel",
-            f"EP * ETP = {expert * expert_tensor} ranks span {group} data-parallel ranks of {data}, which leaves a "
-            "rest: micro-batches cannot be balanced over them",
+            f"EP * ETP = {expert * expert_tensor} ranks span {group} data-parallel ranks, which do not divide the "
+            f"{data} there are: micro-batches cannot be balanced over them",
             f"choose EP * ETP as a multiple of TP * CP = {tensor * context} that divides {ranks // pipeline}",
         )  # fmt: skip
 
@@ -99,7 +99,7 @@ def _next_multiple(value: int, of: int) -> int:
 
 
 def _model_cuts(trainer: TrainerSection, arch: Architecture) -> Iterator[Finding]:
-    """What a tensor- or expert-parallel size must divide."""
+    """Check what tensor- and expert-parallel sizes must divide."""
     cuts = [
         ("heads-not-divisible", "tensor_parallel", arch.num_attention_heads, "query heads"),
         ("vocabulary-not-divisible", "tensor_parallel", arch.vocab_size, "rows of the vocabulary"),
@@ -126,12 +126,12 @@ def _model_cuts(trainer: TrainerSection, arch: Architecture) -> Iterator[Finding
             if getattr(trainer, key) > 1:
                 yield _error(
                     "experts-of-a-dense-model", key,
-                    f"{getattr(trainer, key)} ranks share experts, but the model has none", f"set {key}=1",
+                    f"{getattr(trainer, key)} ranks share experts, but the model has no experts", f"set {key}=1",
                 )  # fmt: skip
 
 
 def _pipeline(trainer: TrainerSection, arch: Architecture) -> Iterator[Finding]:
-    """Stages and chunks of layers."""
+    """Check pipeline stages and their layers."""
     stages, layers = trainer.pipeline_parallel, arch.num_hidden_layers
     uneven = [key for key in ("first_stage_layers", "last_stage_layers") if getattr(trainer, key) is not None]
     if stages == 1:
@@ -139,7 +139,7 @@ def _pipeline(trainer: TrainerSection, arch: Architecture) -> Iterator[Finding]:
             yield _error(
                 "pipeline-key-without-stages", key,
                 f"{getattr(trainer, key)} with pipeline_parallel=1, where it "
-                "means nothing",
+                "has no effect",
                 f"remove {key}, or set pipeline_parallel above 1",
             )  # fmt: skip
         return
@@ -172,9 +172,10 @@ def _suggest(stages: int, layers: int) -> str:
 
 
 def even_ends(stages: int, layers: int) -> tuple[int | None, int | None] | None:
-    """Layers of the first and last stage that leave even stages between them; (None, None) when all are even.
+    """Return layers of the first and of the last stage so that the stages between them are equal.
 
-    Ends lighter than the middle come first, because they hold embedding and head. None: there is no such cut.
+    (None, None) if all stages are equal; None if there is no solution. Solutions with lighter ends are preferred,
+    because the ends also hold embedding and head.
     """
     if layers % stages == 0:
         return None, None
@@ -187,7 +188,7 @@ def even_ends(stages: int, layers: int) -> tuple[int | None, int | None] | None:
 
 
 def _nodes(layout: Layout, machine: Machine) -> Iterator[Finding]:
-    """Groups that talk in every layer and leave the node."""
+    """Find groups that communicate in every layer and cross nodes."""
     if machine.is_cpu:
         return
     per_node = machine.per_node
@@ -198,10 +199,10 @@ def _nodes(layout: Layout, machine: Machine) -> Iterator[Finding]:
         if span.name == "expert":
             yield Finding(
                 "experts-cross-nodes", "info", key,
-                f"EP {span.size} spans {span.reach} ranks, {per_node} are in a node: tokens reach their experts over "
-                f"the network, {machine.device.network / 1e9:.0f} GB/s a GPU instead of "
+                f"EP {span.size} spans {span.reach} ranks, a node has {per_node}: tokens reach their experts over "
+                f"the network, {machine.device.network / 1e9:.0f} GB/s per GPU instead of "
                 f"{machine.device.node_link / 1e9:.0f}",
-                f"EP * ETP of at most {per_node} stays inside, at more weights a GPU",
+                f"keep EP * ETP at {per_node} or less to stay inside a node, with more weights per GPU",
             )  # fmt: skip
         else:
             yield Finding(

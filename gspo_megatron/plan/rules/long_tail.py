@@ -1,4 +1,4 @@
-"""Policies for long answers, and turns with an environment, that another key makes meaningless."""
+"""Rules for long responses: settings that have no effect, or another effect than their name promises."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gspo_megatron.types import Finding
 
 
 def findings(recipe: Recipe) -> Iterator[Finding]:
-    """What is set and would do nothing, or something else than it says."""
+    """Check length stages, the thinking budget and the repetition halt."""
     yield from _stages(recipe)
     yield from _thinking(recipe)
     yield from _halt(recipe)
@@ -22,8 +22,8 @@ def _stages(recipe: Recipe) -> Iterator[Finding]:
     if stages[-1].until_step >= steps:
         yield Finding(
             "length-stage-inert", "warning", "rollout.length_stages",
-            f"the last stage lasts until step {stages[-1].until_step} of {steps}: no answer is ever as long as "
-            f"max_answer_tokens={recipe.rollout.max_answer_tokens}, for which servers and micro-batches are laid out",
+            f"the last stage lasts until step {stages[-1].until_step} of {steps}: no response ever reaches "
+            f"max_answer_tokens={recipe.rollout.max_answer_tokens}, for which servers and micro-batches are sized",
             "end the stages earlier, or lower rollout.max_answer_tokens",
         )  # fmt: skip
     objective = recipe.objective.spec(recipe.rollout.max_answer_tokens)
@@ -31,8 +31,8 @@ def _stages(recipe: Recipe) -> Iterator[Finding]:
     if objective.overlong == "soft" and buffer is not None and buffer > shortest:
         yield Finding(
             "overlong-buffer-too-long", "error", "rollout.length_stages",
-            f"objective.overlong_buffer={buffer} is longer than the answers of the first stage, {shortest} tokens",
-            "shorten the buffer, or start with longer answers",
+            f"objective.overlong_buffer={buffer} is longer than the responses of the first stage, {shortest} tokens",
+            "shorten the buffer, or start with longer responses",
         )  # fmt: skip
 
 
@@ -44,8 +44,8 @@ def _thinking(recipe: Recipe) -> Iterator[Finding]:
     if thinking.budget >= shortest:
         yield Finding(
             "thinking-budget-inert", "warning", "rollout.thinking",
-            f"a budget of {thinking.budget} tokens in answers of up to {shortest}: they are cut before it is used up",
-            "set the budget well below the limit, so that there is room for the answer behind it",
+            f"a budget of {thinking.budget} tokens in responses of up to {shortest}: they are cut before it is used up",
+            "set the budget well below the limit, so that the answer fits after it",
         )  # fmt: skip
 
 
@@ -57,12 +57,12 @@ def _halt(recipe: Recipe) -> Iterator[Finding]:
         yield Finding(
             "repetition-halt-inert", "warning", "rollout.repetition_halt",
             f"{halt.times} times a pattern of {halt.longest_pattern} tokens are {halt.longest_pattern * halt.times}, "
-            f"and an answer has at most {limit}: the longer patterns are never found",
+            f"but a response has at most {limit}: the longer patterns are never found",
             f"set longest_pattern to {max(1, limit // halt.times)} or fewer tokens, or times lower",
         )  # fmt: skip
     if not recipe.reward.require_stop:
         yield Finding(
             "halted-answer-scored", "warning", "reward.require_stop",
-            "false: an answer that was halted because it repeats itself keeps the score of what it had said",
-            "set reward.require_stop=true, or drop rollout.repetition_halt",
+            "false: a response that was halted because it repeats itself is scored by its text so far",
+            "set reward.require_stop=true, or remove rollout.repetition_halt",
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the training loop does not do yet: asked for, it is refused by name."""
+"""Settings that the training loop does not support yet. They are refused by name."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from gspo_megatron.types import Finding
 
 
 def not_built(recipe: Recipe) -> list[Finding]:
-    """Errors for what `gspo plan` can plan with and the loop cannot run."""
+    """Return errors for settings that `gspo plan` can plan and the training loop cannot run."""
     spec = recipe.objective.spec(recipe.rollout.max_answer_tokens)
     found = []
     if spec.replay == "sampler":
         found.append(
             Finding(
                 "not-built", "error", "objective.replay",
-                "sampler is asked for, but the servers' routes are not written to the sample store yet",
+                "sampler is not supported yet: the servers' routes are not written to the sample store",
                 "set objective.replay=trainer",
             )
         )  # fmt: skip

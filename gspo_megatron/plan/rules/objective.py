@@ -1,4 +1,4 @@
-"""Combinations of axes that are no algorithm, or not the one their name promises."""
+"""Rules of the objective: combinations of axes that contradict each other, or that are not what their name promises."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from gspo_megatron.config.objective_spec import ObjectiveSpec
 from gspo_megatron.types import Finding, Severity
 
 PAPER_BAND, PAPER_LENGTH = 3.5e-4, 10_000
-"""Width of GSPO's published band, and the answer length, tokens, it is about right for."""
+"""Width of GSPO's published clip band, and the response length in tokens that it suits."""
 PRODUCT_LENGTH = 256
-"""Tokens up to which a product of token weights is usable: its log is -0.4 there at 1.5e-3 nats a token."""
+"""Tokens up to which a product of token weights is usable. At 1.5e-3 nats per token its log is -0.4 there."""
 _BANDED = ("clip", "dual_clip", "mask")
 _TOKEN_WEIGHTS = ("tis", "mis", "icepop")
 
@@ -23,13 +23,13 @@ def findings(
     answers: int | None = None,
     max_answer_tokens: int | None = None,
 ) -> list[Finding]:
-    """What is wrong or worth knowing about an objective; facts of the run that are not given are not judged.
+    """Check an objective. A rule that requires a number which is None is skipped.
 
     Args:
         spec: the effective objective.
-        updates: optimizer steps a rollout batch.
-        answers: answers a prompt.
-        max_answer_tokens: answer limit, tokens.
+        updates: optimizer steps per rollout batch.
+        answers: responses per prompt.
+        max_answer_tokens: response limit, tokens.
     """
     found = [*_ratio(spec, updates, max_answer_tokens), *_correction(spec, max_answer_tokens), *_kl(spec)]
     found += [*_lengths(spec, max_answer_tokens), *_groups(spec, answers), *_inert(spec)]
@@ -37,7 +37,7 @@ def findings(
 
 
 def typical_band(max_answer_tokens: int) -> float:
-    """Half-width of a sequence clip that matches the noise of log s, which falls with 1/sqrt(length)."""
+    """Return the half-width of a sequence clip that matches the noise of log s, which falls with 1/sqrt(length)."""
     return PAPER_BAND * max(1.0, math.sqrt(PAPER_LENGTH / max_answer_tokens))
 
 
@@ -49,9 +49,9 @@ def _ratio(spec: ObjectiveSpec, updates: int | None, max_answer_tokens: int | No
     if spec.per_sequence and spec.aggregation in ("token_mean", "constant"):
         yield _say(
             "token-mean-with-gspo", "error", "aggregation",
-            f"{spec.aggregation} with ratio_level={spec.ratio_level} weighs an answer by its length, "
-            "which the 1/length in the ratio was there to prevent",
-            "use seq_mean_token_mean (gspo), or preset luspo if long answers shall weigh more",
+            f"{spec.aggregation} with ratio_level={spec.ratio_level} weights a response by its length, "
+            "which the 1/length in the ratio is there to prevent",
+            "use seq_mean_token_mean (gspo), or preset luspo to give long responses more weight",
         )  # fmt: skip
     if spec.trust == "log_clip" and not spec.per_sequence:
         yield _say(
@@ -70,16 +70,16 @@ def _ratio(spec: ObjectiveSpec, updates: int | None, max_answer_tokens: int | No
     if spec.ratio_reference == "sampler" and spec.per_sequence and spec.clip_low < 2e-3 and spec.trust in _BANDED:
         yield _say(
             "sampler-logprobs-as-old", "warning", "ratio_reference",
-            f"clip_low={spec.clip_low:g} around the sampler's log-probs: at the 1.5e-3 nats a token by which two "
-            "engines differ on a mixture of experts, nearly every negative answer is clipped before the first update",
+            f"clip_low={spec.clip_low:g} around the sampler's log-probs: two engines differ by about 1.5e-3 nats per "
+            "token on a mixture of experts, so nearly every negative response is clipped before the first update",
             "use ratio_reference=recomputed",
         )  # fmt: skip
     if updates == 1 and spec.ratio_reference == "recomputed" and spec.trust in (*_BANDED, "log_clip", "soft_gate"):
-        # A run that calls itself GSPO and can never clip is worth a reason, not only a line.
+        # A warning must be acknowledged with a reason: a run called GSPO that never clips requires one.
         code, severity = ("gspo-inert", "warning") if spec.per_sequence else ("ratio-inert", "info")
         yield _say(
             code, severity, "trust",
-            "one update a batch: every ratio is 1, so nothing is ever clipped and ratio_level makes no difference",
+            "one update per batch: every ratio is 1, so nothing is ever clipped and ratio_level makes no difference",
             "leave it for an on-policy run, or set batch.updates=4 as in the GSPO paper",
         )  # fmt: skip
 
@@ -87,14 +87,14 @@ def _ratio(spec: ObjectiveSpec, updates: int | None, max_answer_tokens: int | No
 def _band(spec: ObjectiveSpec, max_answer_tokens: int) -> Iterator[Finding]:
     widest, narrowest = max(spec.clip_low, spec.clip_high), min(spec.clip_low, spec.clip_high)
     typical = typical_band(max_answer_tokens) if spec.per_sequence else 0.2
-    said = f"about {typical:.1e} for {spec.ratio_level} ratios of {max_answer_tokens} tokens"
+    usual = f"about {typical:.1e} for {spec.ratio_level} ratios of {max_answer_tokens} tokens"
     key = "clip_high" if spec.clip_high == widest else "clip_low"
     if spec.per_sequence and widest > 10 * typical:
         yield _say(
             "clip-too-wide", "warning", key,
             f"{widest:g} is {widest / typical:.0f} times the noise of a sequence ratio: it never clips, "
             "so this is an unclipped policy gradient",
-            f"set it to {said}",
+            f"set it to {usual}",
         )  # fmt: skip
     if narrowest < typical / 10:
         key = "clip_low" if spec.clip_low == narrowest else "clip_high"
@@ -102,7 +102,7 @@ def _band(spec: ObjectiveSpec, max_answer_tokens: int) -> Iterator[Finding]:
             "clip-too-narrow", "warning", key,
             f"{narrowest:g} is {typical / max(narrowest, 1e-12):.0f} times narrower than the ratios it bounds: "
             "about half of every batch is clipped",
-            f"set it to {said}, or to null for the preset's",
+            f"set it to {usual}, or to null for the preset's",
         )  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def _correction(spec: ObjectiveSpec, max_answer_tokens: int | None) -> Iterator[
     if "sequence_product" in spec.correction and (max_answer_tokens or 0) > PRODUCT_LENGTH:
         yield _say(
             "sequence-product-at-length", "error", "correction",
-            f"sequence_product multiplies up to {max_answer_tokens} token weights: at 1.5e-3 nats a token that is "
+            f"sequence_product multiplies up to {max_answer_tokens} token weights: at 1.5e-3 nats per token that is "
             f"exp(-{1.5e-3 * (max_answer_tokens or 0):.1f})",
             "use tis, icepop or geometric_mask",
         )  # fmt: skip
@@ -139,19 +139,19 @@ def _kl(spec: ObjectiveSpec) -> Iterator[Finding]:
     if spec.kl_coefficient == 0:
         yield _say(
             "kl-coefficient-zero", "error", "kl_coefficient",
-            f"kl={spec.kl} with coefficient 0 pays for a reference forward and changes nothing",
+            f"kl={spec.kl} with coefficient 0 costs a reference pass and changes nothing",
             "set kl_coefficient, e.g. 1e-3, or kl=none",
         )  # fmt: skip
     if spec.kl == "k1" and spec.kl_in == "loss":
         yield _say(
             "kl-k1-in-loss", "error", "kl",
-            "the gradient of k1 has mean 0 on the policy's own samples whatever the reference: in the loss it is noise",
+            "the gradient of k1 has mean 0 on the policy's own samples for any reference: in the loss it is noise",
             "use k2 or k3 in the loss, or kl_in=reward",
         )  # fmt: skip
     if spec.kl == "k3_unbiased" and spec.kl_in == "reward":
         yield _say(
             "kl-unbiased-in-reward", "error", "kl",
-            "k3_unbiased weighs by the current ratio, which is 1 when rewards are made", "use k3, or kl_in=loss",
+            "k3_unbiased weights by the current ratio, which is 1 when rewards are computed", "use k3, or kl_in=loss",
         )  # fmt: skip
 
 
@@ -166,7 +166,7 @@ def _lengths(spec: ObjectiveSpec, max_answer_tokens: int | None) -> Iterator[Fin
     if spec.overlong_buffer is None:
         yield _say(
             "overlong-buffer-missing", "error", "overlong_buffer",
-            "overlong=soft grows its penalty over it, but it is null", "set it, e.g. to a fifth of the answer limit",
+            "overlong=soft grows its penalty over it, but it is null", "set it, e.g. to a fifth of the response limit",
         )  # fmt: skip
     elif max_answer_tokens is not None and spec.overlong_buffer > max_answer_tokens:
         yield _say(
@@ -179,7 +179,7 @@ def _groups(spec: ObjectiveSpec, answers: int | None) -> Iterator[Finding]:
     if answers == 1:
         yield Finding(
             "group-of-one", "error", "batch.answers",
-            f"1 answer a prompt leaves advantage={spec.advantage} nothing to compare with: every advantage is 0",
+            f"with 1 response per prompt advantage={spec.advantage} compares nothing: every advantage is 0",
             "set it to 2 or more, e.g. 8",
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Whether a run fits: device memory, host memory, time limit, disk."""
+"""Rules of resources: device memory, host memory, time limit, disk."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ from gspo_megatron.plan.estimate.step_time import ComputePlan
 from gspo_megatron.types import Finding
 
 TIGHT = 0.94
-"""Share of the memory above which an estimate is worth a warning."""
+"""Share of the memory above which an estimate gives a warning."""
 TRUSTED = 1.15
-"""An estimate this far above the memory is taken for a fact; below, for a risk."""
+"""Factor over the memory above which an estimate gives an error. Below it the estimate may be wrong: a warning."""
 START_UP_SECONDS = 900
-"""Loading weights, starting servers, capturing graphs."""
+"""Seconds of start-up: loading weights, starting servers, capturing graphs."""
 STATE_BYTES = 14
-"""Of one parameter in a checkpoint that resumes: bfloat16 weight, float32 main copy and two averages."""
+"""Bytes of a parameter in a checkpoint: bfloat16 weight, float32 main copy and two float32 moments."""
 
 
 def fits(stages: list[StageMemory], machine: Machine) -> bool:
-    """Whether training fits with room for the error of what is only estimated."""
+    """Return whether training fits, with a margin for the error of the estimated part."""
     fullest = max(stage.static_bytes + TRUSTED * (stage.peak_bytes - stage.static_bytes) for stage in stages)
     return fullest <= machine.device.memory
 
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """One state of a GPU, or of a CPU machine, and what lies in its memory then."""
+    """Memory use of a GPU, or of a CPU machine, in one phase of a step."""
 
     name: str
-    """`training`, `sampling`, `weight update`."""
+    """Name of the phase: `training`, `sampling`, `weight update`."""
     bytes: int
-    """Total."""
+    """Bytes in use."""
     largest: str
-    """Its largest term."""
+    """Name and size of the largest term."""
     key: str
-    """The recipe key that moves it most."""
+    """The recipe key with the largest effect."""
 
 
 def moments(recipe: Recipe, machine: Machine, stages: list[StageMemory], rollout: RolloutPlan | None) -> list[Moment]:
-    """The fullest states of a trainer GPU, or the one state of a CPU machine."""
+    """Return the phases of a trainer GPU with the most memory in use, or the one phase of a CPU machine."""
     fullest = max(stages, key=lambda stage: stage.peak_bytes)
     name, size = fullest.largest
-    said = f"{name}, {size / 1e9:.1f} GB on stage {fullest.stage}"
+    term = f"{name}, {size / 1e9:.1f} GB on stage {fullest.stage}"
     if machine.is_cpu:
         trainers = sum(stage.peak_bytes for stage in stages) * machine.ranks // len(stages)
         servers = 0
@@ -57,8 +57,8 @@ def moments(recipe: Recipe, machine: Machine, stages: list[StageMemory], rollout
             each = (rollout.weight_bytes + rollout.kv_room) * rollout.devices_per_server + CPU_SERVER_BYTES
             servers = rollout.servers * each
         key = "rollout.kv_cache_gib" if servers > trainers else "trainer.micro_batch_tokens"
-        return [Moment("all processes", trainers + servers, said, key)]
-    found = [Moment("training", fullest.peak_bytes, said, "trainer.micro_batch_tokens")]
+        return [Moment("all processes", trainers + servers, term, key)]
+    found = [Moment("training", fullest.peak_bytes, term, "trainer.micro_batch_tokens")]
     if machine.colocated and rollout is not None:
         left = PROCESS_BYTES["one" if machine.ranks == 1 else "many"]
         awake = int(machine.device.memory * recipe.rollout.gpu_memory_fraction)
@@ -72,18 +72,18 @@ def moments(recipe: Recipe, machine: Machine, stages: list[StageMemory], rollout
 def host_bytes(
     recipe: Recipe, arch: Architecture, machine: Machine, batch: BatchPlan, stages: list[StageMemory]
 ) -> dict[str, int]:
-    """Host memory of one node by use."""
+    """Return the host memory of one node in bytes, by use."""
     if machine.is_cpu:
         return {}
     ranks = min(machine.per_node, machine.ranks)
-    # Copied before a thread writes them, and kept for the next time.
+    # A copy from which a thread writes; the buffer is kept for the next checkpoint.
     found = {"copy for checkpoints": ranks * max(_sum(stage, "optimizer") for stage in stages)}
     if recipe.objective.kl != "none":
         found["reference weights"] = ranks * max(_sum(stage, "weights") for stage in stages)
     if recipe.trainer.offload_activations:
         found["offloaded activations"] = ranks * max(stage.offloaded for stage in stages)
     if machine.colocated:
-        # Weights and states move out while the servers are awake; gradients are dropped.
+        # Weights and states move to the host while the servers are awake; gradients are freed.
         kept = max(sum(size for name, size in s.exact.items() if "gradients" not in name) for s in stages)
         found["offloaded trainer states"] = kept * ranks
     sample = batch.expected_tokens * (4 + 4 + 1)
@@ -99,7 +99,7 @@ def _sum(stage: StageMemory, kind: str) -> int:
 
 
 def disk_bytes(recipe: Recipe, arch: Architecture, batch: BatchPlan) -> dict[str, int]:
-    """What a run leaves in its directory."""
+    """Return the bytes that a run writes to its directory, by kind."""
     parameters = flops.parameters(arch)
     routes = flops.route_bytes(arch) if recipe.objective.replay != "off" else 0
     return {
@@ -118,7 +118,7 @@ def findings(
     rollout: RolloutPlan,
     compute: ComputePlan,
 ) -> Iterator[Finding]:
-    """What does not fit, without the mend: `mend.py` looks for one."""
+    """Find what does not fit. An empty fix is filled in by `suggest.cheapest_change`."""
     for moment in moments(recipe, machine, stages, rollout):
         yield from _device(moment, machine, stages)
     host = host_bytes(recipe, arch, machine, batch, stages)
@@ -126,7 +126,7 @@ def findings(
         name = max(host, key=lambda part: host[part])
         yield Finding(
             "host-memory-exceeded", "error", "placement.host_memory_gib",
-            f"a node needs {sum(host.values()) / 1e9:.0f} GB of host memory, most of it {name}, and has "
+            f"a node requires {sum(host.values()) / 1e9:.0f} GB of host memory, most of it {name}, and has "
             f"{machine.host_memory / 1e9:.0f} GB",
             "take more nodes, give the servers nodes of their own (placement.rollout_nodes), or correct the key",
         )  # fmt: skip
@@ -137,9 +137,9 @@ def findings(
         name = max(needed, key=lambda part: needed[part])
         yield Finding(
             "disk-too-small", "error", "placement.disk_gib",
-            f"{allowed:g} GiB, but the run writes about {sum(needed.values()) / 2**30:.0f}, most of it {name}: two "
-            "states lie side by side while one is written",
-            f"give it {sum(needed.values()) / 2**30 * 1.2:.0f} GiB",
+            f"{allowed:g} GiB, but the run writes about {sum(needed.values()) / 2**30:.0f}, most of it {name}: there "
+            "are two states while one is written",
+            f"set it to {sum(needed.values()) / 2**30 * 1.2:.0f}",
         )  # fmt: skip
 
 
@@ -170,13 +170,12 @@ def _time(recipe: Recipe, arch: Architecture, machine: Machine, compute: Compute
         yield Finding(
             "walltime-too-short", "error", "placement.walltime_hours",
             f"{limit:g} h, but start-up, two steps of about {compute.seconds_per_step:.0f} s and a checkpoint take "
-            f"{least:.1f} h: the job would be requeued without ever getting on",
+            f"{least:.1f} h: the job would be requeued without progress",
             f"set it to at least {2 * least:.1f}",
         )  # fmt: skip
     elif limit < compute.hours:
         yield Finding(
             "several-jobs", "info", "placement.walltime_hours",
             f"{recipe.trainer.max_steps} steps take about {compute.hours:.0f} h, {compute.hours / limit:.1f} time "
-            "limits: "
-            "the job is requeued and resumes", "nothing to do",
+            "limits: the job is requeued and resumes", "nothing to do",
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Settings that contradict each other or quietly make a run something else than its recipe says."""
+"""Rules of settings: keys that contradict each other, or that silently change the algorithm."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gspo_megatron.cluster.machines import Machine
-from gspo_megatron.config.loading import RecipeError, read_architecture
+from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.objective_spec import ObjectiveSpec
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.models import read_architecture
+from gspo_megatron.models.registry import family_of
+from gspo_megatron.models.rope import scaling_findings
 from gspo_megatron.plan.rules import long_tail
 from gspo_megatron.plan.rules.objective import findings as objective_findings
 from gspo_megatron.types import Finding
 
-YARN_KEYS = {"rope_type", "type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
-"""What both engines read in the same way."""
-
 
 def findings(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[Finding]:
-    """Everything that needs neither a layout nor an estimate."""
+    """Check everything that requires neither a layout nor an estimate."""
     spec = recipe.objective.spec(recipe.rollout.max_answer_tokens)
     yield from objective_findings(
         spec,
@@ -29,7 +29,7 @@ def findings(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[F
         max_answer_tokens=recipe.rollout.max_answer_tokens,
     )
     yield from _context(recipe, arch)
-    yield from _yarn(arch)
+    yield from scaling_findings(arch, family_of(arch).rope_types)
     yield from _sampler(recipe)
     yield from _router(recipe, arch)
     yield from _staleness(recipe, spec)
@@ -52,36 +52,11 @@ def _context(recipe: Recipe, arch: Architecture) -> Iterator[Finding]:
     what = f"YaRN reaches {reach}" if scaling else f"the model's native context is {native} and there is no YaRN"
     yield Finding(
         "beyond-native-context", "error", "rollout.max_answer_tokens",
-        f"{rollout.max_prompt_tokens} prompt + {rollout.max_answer_tokens} answer tokens = {longest}, but {what}",
+        f"{rollout.max_prompt_tokens} prompt + {rollout.max_answer_tokens} response tokens = {longest}, but {what}",
         f"set model.architecture.rope_scaling (rope_type yarn, factor {-(-longest // native)}.0, "
-        f"original_max_position_embeddings {native}), take a model made for it, or stay within {max(native, reach)}",
+        f"original_max_position_embeddings {native}), take a model with a longer context, or stay within "
+        f"{max(native, reach)}",
     )  # fmt: skip
-
-
-def _yarn(arch: Architecture) -> Iterator[Finding]:
-    scaling = arch.rope_scaling
-    if not scaling:
-        return
-    key = "model.architecture.rope_scaling"
-    kind = scaling.get("rope_type", scaling.get("type"))
-    if kind != "yarn":
-        yield Finding(
-            "yarn-differs", "error", key, f"rope_type={kind}: the servers would apply it, the trainer only knows yarn",
-            "set rope_type=yarn with factor and original_max_position_embeddings, or null",
-        )  # fmt: skip
-    for name in ("factor", "original_max_position_embeddings"):
-        if not isinstance(scaling.get(name), int | float):
-            yield Finding(
-                "yarn-differs", "error", key,
-                f"{name} is {scaling.get(name, 'missing')}: each engine would fill in "
-                "its own",
-                f"set {name}, as in the model's config.json",
-            )  # fmt: skip
-    for name in sorted(set(scaling) - YARN_KEYS):
-        yield Finding(
-            "yarn-differs", "error", key, f"{name}={scaling[name]} is read by the servers and not by the trainer",
-            f"remove {name}",
-        )  # fmt: skip
 
 
 def _sampler(recipe: Recipe) -> Iterator[Finding]:
@@ -97,9 +72,8 @@ def _sampler(recipe: Recipe) -> Iterator[Finding]:
     if recipe.rollout.temperature < 0.3:
         yield Finding(
             "sampler-disagrees", "warning", "rollout.temperature",
-            f"{recipe.rollout.temperature:g}: log-probs are those of a policy sharpened "
-            f"{1 / recipe.rollout.temperature:.0f} "
-            "times; differences between the two engines grow by as much",
+            f"{recipe.rollout.temperature:g} sharpens the policy {1 / recipe.rollout.temperature:.0f} times; "
+            "differences between the two engines' log-probs grow by the same factor",
             "use 0.6 to 1.0",
         )  # fmt: skip
     if recipe.model.path is not None:
@@ -114,15 +88,15 @@ def _generation_config(recipe: Recipe, directory: Path) -> Iterator[Finding]:
         values = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         yield Finding(
-            "model-file-broken", "warning", "model.path", f"{file} cannot be read: {error}", "mend or remove it"
+            "model-file-broken", "warning", "model.path", f"{file} cannot be read: {error}", "fix or remove it"
         )
         return
     named = {key: values.get(key) for key in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
-    told = ", ".join(f"{key} {value}" for key, value in named.items() if value is not None)
-    if told:
+    settings = ", ".join(f"{key} {value}" for key, value in named.items() if value is not None)
+    if settings:
         yield Finding(
             "sampler-disagrees", "info", "model.path",
-            f"generation_config.json says {told}; the servers ignore it and sample at temperature "
+            f"generation_config.json has {settings}; the servers ignore it and sample at temperature "
             f"{recipe.rollout.temperature:g} from the whole vocabulary", "nothing to do",
         )  # fmt: skip
 
@@ -134,15 +108,14 @@ def _router(recipe: Recipe, arch: Architecture) -> Iterator[Finding]:
     if not arch.num_experts:
         yield Finding(
             "aux-loss-inert", "error", "trainer.aux_loss_coefficient",
-            f"{coefficient:g} balances experts, but the "
-            "model has none",
+            f"{coefficient:g} balances experts, but the model has no experts",
             "remove it",
         )  # fmt: skip
         return
     yield Finding(
         "aux-loss-on", "warning", "trainer.aux_loss_coefficient",
-        f"{coefficient:g}: the router's balancing loss is added to the objective; in reinforcement learning it was "
-        "seen to raise the gradient norm 3 to 10 times and to cost accuracy",
+        f"{coefficient:g}: the router's balancing loss is added to the objective; in reinforcement learning it "
+        "raised the gradient norm 3 to 10 times and lowered accuracy",
         "set it to 0; the load of the experts is logged without it",
     )  # fmt: skip
 
@@ -153,22 +126,22 @@ def _staleness(recipe: Recipe, spec: ObjectiveSpec) -> Iterator[Finding]:
         if extra:
             yield Finding(
                 "cuts-long-answers", "warning", "rollout.over_provision",
-                f"{extra:g} batches are begun beyond the one that is trained on and cut when it is complete: tokens "
-                "are lost, and what takes long is trained on less often than it is sampled",
-                "set rollout.max_staleness=1 to carry them into the next batch, or over_provision=null",
+                f"{extra:g} extra batches are in flight and aborted when a batch is complete: tokens are lost, and "
+                "long responses are trained on less often than they are sampled",
+                "set rollout.max_staleness=1 to continue them in the next batch, or over_provision=null",
             )  # fmt: skip
         return
     if extra is not None and not 0 < extra <= allowed:
         yield Finding(
             "over-provision-inert", "warning", "rollout.over_provision",
             f"{extra:g} with max_staleness={allowed}: "
-            + ("nothing is begun that could be stale" if not extra else f"no more than {allowed} batches can be used"),
+            + ("no response can be stale" if not extra else f"no more than {allowed} batches can be used"),
             f"set it above 0 and up to {allowed}, or to null",
         )  # fmt: skip
     if spec.ratio_reference == "recomputed" and not spec.correction:
         yield Finding(
             "stale-without-correction", "warning", "rollout.max_staleness",
-            f"tokens up to {allowed} versions old are trained on as if the present weights had sampled them",
+            f"tokens up to {allowed} versions old are trained on as if the current weights had sampled them",
             "set objective.correction to tis or icepop, or max_staleness=0",
         )  # fmt: skip
 
@@ -179,8 +152,7 @@ def _replay(recipe: Recipe, spec: ObjectiveSpec, arch: Architecture, machine: Ma
     if not arch.num_experts:
         yield Finding(
             "replay-needs", "error", "objective.replay",
-            f"{spec.replay} replays the choice of experts, but the "
-            "model has none",
+            f"{spec.replay} replays the choice of experts, but the model has no experts",
             "set objective.replay=off",
         )  # fmt: skip
     if spec.replay != "sampler":
@@ -188,7 +160,8 @@ def _replay(recipe: Recipe, spec: ObjectiveSpec, arch: Architecture, machine: Ma
     rollout = recipe.rollout
     if machine.is_cpu:
         yield Finding(
-            "replay-needs", "error", "objective.replay", "sampler needs vLLM's second model runner, which needs a GPU",
+            "replay-needs", "error", "objective.replay",
+            "sampler requires vLLM's second model runner, which runs on a GPU only",
             "use objective.replay=trainer",
         )  # fmt: skip
     for key, value, wanted in (
@@ -199,14 +172,13 @@ def _replay(recipe: Recipe, spec: ObjectiveSpec, arch: Architecture, machine: Ma
         if value != wanted:
             yield Finding(
                 "replay-needs", "error", f"rollout.{key}",
-                f"{value} with objective.replay=sampler: vLLM then "
-                "returns no routes",
+                f"{value} with objective.replay=sampler: vLLM then returns no routes",
                 f"set it to {str(wanted).lower()}, or use objective.replay=trainer",
             )  # fmt: skip
 
 
 def _model_directory(recipe: Recipe, arch: Architecture) -> Iterator[Finding]:
-    """A typed shape that is not the one of the weights beside it."""
+    """Compare `model.architecture` with the config.json in `model.path`."""
     path = recipe.model.path
     if path is None or not (path / "config.json").is_file():
         return
@@ -215,13 +187,12 @@ def _model_directory(recipe: Recipe, arch: Architecture) -> Iterator[Finding]:
     except RecipeError as error:
         yield from error.findings
         return
-    for name in Architecture.model_fields:
-        ours, theirs = getattr(arch, name), getattr(found, name)
-        if ours != theirs and name != "initializer_range":
+    for name in type(arch).model_fields:
+        in_recipe, in_file = getattr(arch, name), getattr(found, name, None)
+        if in_recipe != in_file and name != "initializer_range":
             yield Finding(
                 "architecture-differs", "error", f"model.architecture.{name}",
-                f"{ours}, but {path / 'config.json'} "
-                f"says {theirs}",
+                f"{in_recipe}, but {path / 'config.json'} has {in_file}",
                 "remove model.architecture, or name the right directory",
             )  # fmt: skip
 
@@ -244,7 +215,7 @@ def _offload(recipe: Recipe, machine: Machine) -> Iterator[Finding]:
 
 
 def _small_print(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[Finding]:
-    """Keys that another key makes meaningless."""
+    """Check keys that another key makes ineffective."""
     trainer, rollout = recipe.trainer, recipe.rollout
     if rollout.expected_answer_tokens and rollout.expected_answer_tokens > rollout.max_answer_tokens:
         yield Finding(
@@ -255,15 +226,14 @@ def _small_print(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterat
     if recipe.optimizer.lr > 1e-4 and arch.hidden_size >= 1024:
         yield Finding(
             "learning-rate-high", "warning", "optimizer.lr",
-            f"{recipe.optimizer.lr:g} is {recipe.optimizer.lr / 1e-6:.0f} times what models of this width are "
-            "trained with",
+            f"{recipe.optimizer.lr:g} is {recipe.optimizer.lr / 1e-6:.0f} times the usual value for models of this "
+            "width",
             "use about 1e-6",
         )  # fmt: skip
     if recipe.model.dtype == "float32" and not machine.is_cpu and arch.hidden_size >= 1024:
         yield Finding(
             "float32-on-gpu", "warning", "model.dtype",
-            "float32 doubles weights and KV and leaves the tensor cores "
-            "idle",
+            "float32 doubles weights and KV and leaves the tensor cores idle",
             "set it to bfloat16; log-probs and the router stay float32",
         )  # fmt: skip
     if recipe.optimizer.warmup_updates > trainer.max_steps * recipe.batch.updates:
@@ -276,7 +246,7 @@ def _small_print(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterat
     if recipe.evaluation.answers > 1 and recipe.evaluation.temperature == 0:
         yield Finding(
             "evaluation-repeats", "warning", "evaluation.answers",
-            f"{recipe.evaluation.answers} greedy answers to a problem are all the same",
+            f"{recipe.evaluation.answers} greedy responses to a problem are all the same",
             "set evaluation.temperature, e.g. 0.6, or evaluation.answers=1",
         )  # fmt: skip
     if recipe.optimizer.lr == 0:

@@ -40,7 +40,7 @@ class Names:
 
 
 @dataclass(frozen=True, slots=True)
-class Demand:
+class Requirement:
     """What receivers need, before it is decided who sends it."""
 
     flows: np.ndarray
@@ -50,12 +50,14 @@ class Demand:
     groups: list[tuple[int, ...]] = field(default_factory=list)
     """Senders that hold the same rectangle at the same place, any of which can send it."""
 
-    def where(self, mask: np.ndarray) -> Demand:
+    def where(self, mask: np.ndarray) -> Requirement:
         """The part that a mask over the rows picks."""
-        return Demand(self.flows[mask], self.group[mask], self.groups)
+        return Requirement(self.flows[mask], self.group[mask], self.groups)
 
 
-def collect(held: Sequence[Sequence[Parameter]], wanted: Sequence[Sequence[ServerParameter]], names: Names) -> Demand:
+def collect(
+    held: Sequence[Sequence[Parameter]], wanted: Sequence[Sequence[ServerParameter]], names: Names
+) -> Requirement:
     """Meet what each sender holds with what each receiver wants.
 
     Args:
@@ -86,7 +88,7 @@ def collect(held: Sequence[Sequence[Parameter]], wanted: Sequence[Sequence[Serve
                         )
                     )  # fmt: skip
                     group.append(numbers.setdefault(tuple(holders), len(numbers)))
-    return Demand(np.array(rows, FLOW), np.array(group, np.int64), list(numbers))
+    return Requirement(np.array(rows, FLOW), np.array(group, np.int64), list(numbers))
 
 
 def _sources(
@@ -104,16 +106,16 @@ def _sources(
     return sources
 
 
-def deal(demand: Demand, loads: np.ndarray) -> np.ndarray:
+def assign_senders(requirement: Requirement, loads: np.ndarray) -> np.ndarray:
     """Choose senders so that the busiest one has as little as possible; rows of FLOW.
 
     The demand on each group of equal holders is laid on a line and cut at their shares, at whole rows. Groups with the
     least choice come first; `loads` [senders], in values, is what senders have to send already and grows by this.
     """
-    dealt = [demand.flows[:0]]
-    for number in sorted(set(demand.group.tolist()), key=lambda number: len(demand.groups[number])):
-        holders = np.array(demand.groups[number])
-        flows = demand.flows[demand.group == number]
+    assigned = [requirement.flows[:0]]
+    for number in sorted(set(requirement.group.tolist()), key=lambda number: len(requirement.groups[number])):
+        holders = np.array(requirement.groups[number])
+        flows = requirement.flows[requirement.group == number]
         # Neighbours on the line go to one receiver: fewer, larger messages.
         flows = flows[np.argsort(flows["receiver"], kind="stable")]
         widths = flows["width"]
@@ -126,8 +128,8 @@ def deal(demand: Demand, loads: np.ndarray) -> np.ndarray:
         parts = _cut(flows[index], (points[:-1] - edges[index]) // widths[index], np.diff(points) // widths[index])
         parts["sender"] = holders[np.searchsorted(cuts, points[:-1], "right")]
         np.add.at(loads, parts["sender"], parts["height"] * parts["width"])
-        dealt.append(parts)
-    return np.concatenate(dealt)
+        assigned.append(parts)
+    return np.concatenate(assigned)
 
 
 def fair_shares(loads: np.ndarray, amount: float) -> np.ndarray:

@@ -22,17 +22,17 @@ from torch import Tensor
 
 from gspo_megatron.transport.auth import read_key
 from gspo_megatron.transport.weights.plan import Message
-from gspo_megatron.transport.weights.shared_memory import PLACES, Line, Mailbox, open_shared
+from gspo_megatron.transport.weights.shared_memory import PLACES, JsonConnection, SharedBuffer, open_shared
 from gspo_megatron.transport.weights.wire import (
     JOIN_SECONDS,
     ROUNDS_IN_FLIGHT,
-    GroupInbox,
-    GroupOutbox,
-    Inbox,
-    Outbox,
-    Parcel,
-    Ticket,
+    BufferTransfer,
+    GroupReceiveChannel,
+    GroupSendChannel,
+    ReceiveChannel,
+    SendChannel,
     TransferError,
+    UpdateTicket,
     Wire,
     in_rounds,
     open_store,
@@ -50,119 +50,127 @@ def device_name(device: torch.device) -> str:
     return f"{boot} {network} {card}"
 
 
-def open_outbox(ticket: Ticket, device: torch.device, rank: int) -> Outbox:
+def open_send_channel(ticket: UpdateTicket, device: torch.device, rank: int) -> SendChannel:
     """A trainer rank's end, by the way that the ticket names."""
-    return Relay(ticket, device, rank) if ticket.proxies else GroupOutbox(ticket, device, rank)
+    return RelaySendChannel(ticket, device, rank) if ticket.proxies else GroupSendChannel(ticket, device, rank)
 
 
-def open_inbox(ticket: Ticket, device: torch.device, worker: int) -> Inbox:
+def open_receive_channel(ticket: UpdateTicket, device: torch.device, worker: int) -> ReceiveChannel:
     """A worker's end, by the way that the ticket names."""
-    return MailboxInbox(ticket, device, worker) if ticket.proxies else GroupInbox(ticket, device, worker)
+    return (
+        SharedMemoryReceiveChannel(ticket, device, worker)
+        if ticket.proxies
+        else GroupReceiveChannel(ticket, device, worker)
+    )
 
 
-class Relay:
+class RelaySendChannel:
     """An `Outbox` in a group of trainer ranks alone, which hands over to the workers on its device."""
 
-    def __init__(self, ticket: Ticket, device: torch.device, rank: int) -> None:
+    def __init__(self, ticket: UpdateTicket, device: torch.device, rank: int) -> None:
         """Join, and let the workers in; returns when everybody is there."""
         self.name, self.plan, self.device, self.dtype = ticket.group, ticket.plan(), device, ticket.torch_dtype
         self._rank, self._proxies = rank, ticket.proxies
         mine = [worker for worker, proxy in enumerate(ticket.proxies) if proxy == rank]
-        self._mailboxes = [
-            Mailbox(worker, in_rounds(self.plan.to_receive(worker)), self.dtype, device) for worker in mine
+        self._buffers = [
+            SharedBuffer(worker, in_rounds(self.plan.to_receive(worker)), self.dtype, device) for worker in mine
         ]
         outgoing = in_rounds(self.plan.to_send(rank))
-        numbers = sorted({*outgoing, *(number for box in self._mailboxes for number in box.rounds)})
+        numbers = sorted({*outgoing, *(number for buffer in self._buffers for number in buffer.rounds)})
         self.rounds = {number: outgoing.get(number, []) for number in numbers}
         store = open_store(ticket)
-        if self._mailboxes:
-            self._let_in(store, ticket)
+        if self._buffers:
+            self._accept_workers(store, ticket)
         self._wire = Wire(ticket, store, device, rank, self.plan.trainer.world)
-        self._on_the_way: list[int] = []
+        self._in_flight: list[int] = []
 
-    def _let_in(self, store: Any, ticket: Ticket) -> None:
+    def _accept_workers(self, store: Any, ticket: UpdateTicket) -> None:
         """Wait for every worker's connection; one that does not come is a fault of its mailbox."""
-        waiting = {box.worker: box for box in self._mailboxes}
-        with socket.create_server((LOOPBACK, 0)) as door:
-            door.settimeout(min(ticket.timeout, JOIN_SECONDS))
+        waiting = {buffer.worker: buffer for buffer in self._buffers}
+        with socket.create_server((LOOPBACK, 0)) as listener:
+            listener.settimeout(min(ticket.timeout, JOIN_SECONDS))
             for worker in waiting:
-                store.set(f"mailbox-{worker}", str(door.getsockname()[1]))
+                store.set(f"mailbox-{worker}", str(listener.getsockname()[1]))
             while waiting:
                 try:
-                    line = Line(door.accept()[0], ticket.timeout)
-                    greeting = line.hear()
+                    connection = JsonConnection(listener.accept()[0], ticket.timeout)
+                    greeting = connection.receive()
                 except OSError as error:
                     missing = ", ".join(str(worker) for worker in waiting)
                     raise TransferError(f"worker {missing} did not come for its weights: {error}") from None
                 if compare_digest(str(greeting["key"]).encode(), read_key().encode()) and greeting["worker"] in waiting:
-                    waiting.pop(greeting["worker"]).connect(line)
+                    waiting.pop(greeting["worker"]).connect(connection)
                 else:
-                    line.close()
+                    connection.close()
 
     def send(self, number: int, packed: list[tuple[Message, Tensor]]) -> None:
         """See `Outbox`: what goes to a worker of this rank is copied, what goes elsewhere is sent to its proxy."""
         own = {message.peer: data for message, data in packed if self._proxies[message.peer] == self._rank}
         # Both ends go through a round by worker: messages between two ranks meet in this order.
-        parcels = [
-            Parcel(message, data, self._proxies[message.peer], self._tag(number, message.peer), leaves=True)
+        transfers = [
+            BufferTransfer(message, data, self._proxies[message.peer], self._tag(number, message.peer), leaves=True)
             for message, data in packed
             if message.peer not in own
         ]
-        for box in self._mailboxes:
-            for message, place in self._places(box, number):
+        for buffer in self._buffers:
+            for message, place in self._places(buffer, number):
                 if message.peer == self._rank:
-                    place.copy_(own[box.worker])
+                    place.copy_(own[buffer.worker])
                 else:
-                    parcels.append(Parcel(message, place, message.peer, self._tag(number, box.worker), leaves=False))
-        self._wire.start(parcels)
-        self._on_the_way.append(number)
-        self._settle(ROUNDS_IN_FLIGHT)
+                    transfers.append(
+                        BufferTransfer(message, place, message.peer, self._tag(number, buffer.worker), leaves=False)
+                    )
+        self._wire.start(transfers)
+        self._in_flight.append(number)
+        self._deliver(ROUNDS_IN_FLIGHT)
 
-    def _places(self, box: Mailbox, number: int) -> Iterator[tuple[Message, Tensor]]:
-        if number in box.rounds:
-            yield from zip(box.rounds[number], box.views(number), strict=True)
+    def _places(self, buffer: SharedBuffer, number: int) -> Iterator[tuple[Message, Tensor]]:
+        if number in buffer.rounds:
+            yield from zip(buffer.rounds[number], buffer.views(number), strict=True)
 
     def _tag(self, number: int, worker: int) -> int:
         return number * self.plan.workers + worker
 
-    def _settle(self, most_left: int) -> None:
+    def _deliver(self, most_left: int) -> None:
         """Hand over the rounds that have come, until so many are left on the wire."""
         for _ in self._wire.finish(most_left):
             pass
-        while len(self._on_the_way) > most_left:
-            number = self._on_the_way.pop(0)
+        while len(self._in_flight) > most_left:
+            number = self._in_flight.pop(0)
             if self.device.type == "cuda":
                 # The worker reads in a stream of its own.
                 torch.cuda.current_stream(self.device).synchronize()
-            for box in self._mailboxes:
-                if number in box.rounds:
-                    box.hand_over(number)
+            for buffer in self._buffers:
+                if number in buffer.rounds:
+                    buffer.hand_over(number)
 
     def finish(self) -> None:
         """See `Outbox`."""
-        self._settle(0)
-        for box in self._mailboxes:
-            box.finish()
+        self._deliver(0)
+        for buffer in self._buffers:
+            buffer.finish()
 
     def close(self) -> None:
         """See `Outbox`."""
-        for box in self._mailboxes:
-            box.close()
+        for buffer in self._buffers:
+            buffer.close()
         self._wire.close()
 
 
-class MailboxInbox:
+class SharedMemoryReceiveChannel:
     """An `Inbox` that its proxy fills."""
 
-    def __init__(self, ticket: Ticket, device: torch.device, worker: int) -> None:
+    def __init__(self, ticket: UpdateTicket, device: torch.device, worker: int) -> None:
         """Open the mailbox that the proxy offers."""
         self.name, self.plan, self.device, self.dtype = ticket.group, ticket.plan(), device, ticket.torch_dtype
         self.rounds = in_rounds(self.plan.to_receive(worker))
         try:
             port = int(open_store(ticket).get(f"mailbox-{worker}"))
-            self._line = Line(socket.create_connection((LOOPBACK, port), timeout=ticket.timeout), ticket.timeout)
-            self._line.say({"key": read_key(), "worker": worker})
-            self._memory = open_shared(self._line.hear(), self.dtype, device)
+            self._connection = JsonConnection(
+                socket.create_connection((LOOPBACK, port), timeout=ticket.timeout), ticket.timeout
+            )
+            self._connection.send({"key": read_key(), "worker": worker})
+            self._memory = open_shared(self._connection.receive(), self.dtype, device)
         except OSError as error:
             raise TransferError(f"trainer rank {ticket.proxies[worker]} hands nothing over: {error}") from None
 
@@ -170,17 +178,17 @@ class MailboxInbox:
         """See `Inbox`."""
         for index, (number, messages) in enumerate(self.rounds.items()):
             try:
-                said = self._line.hear()
+                received = self._connection.receive()
             except OSError as error:
                 raise TransferError(f"the trainer stopped handing weights over: {error}") from None
-            if said != number:
-                raise TransferError(f"the trainer hands over round {said} where round {number} is due")
+            if received != number:
+                raise TransferError(f"the trainer hands over round {received} where round {number} is due")
             sizes = [message.size for message in messages]
             yield from zip(messages, self._memory[index % PLACES][: sum(sizes)].split(sizes), strict=True)
             if self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()
-            self._line.say(number)
+            self._connection.send(number)
 
     def close(self) -> None:
         """See `Inbox`."""
-        self._line.close()
+        self._connection.close()

@@ -17,7 +17,7 @@ from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.models.hf_table import local_parameters
 from gspo_megatron.models.vllm_layout import ServerLayout, server_parameters
 from gspo_megatron.parallel import Layout
-from gspo_megatron.transport.weights.flows import Demand, Names, collect, deal, schedule
+from gspo_megatron.transport.weights.flows import Names, Requirement, assign_senders, collect, schedule
 
 LAYER = "layers.0."
 EMBEDDING = "model.embed_tokens.weight"
@@ -127,18 +127,22 @@ class TransferPlan:
     def _steps(self) -> Iterator[Step]:
         """Every section with its stage and its rounds, in the order in which each stage sends."""
         trainer, count = self.trainer, self.arch.num_hidden_layers
-        demand, stage_ranks = self._demand(), self.trainer.world // self.trainer.pipeline
-        layered = self._named(demand, lambda name: LAYER in name)
-        embedded = self._named(demand, lambda name: name == EMBEDDING)
+        requirement, stage_ranks = self._requirement(), self.trainer.world // self.trainer.pipeline
+        layered = self._named(requirement, lambda name: LAYER in name)
+        embedded = self._named(requirement, lambda name: name == EMBEDDING)
         # The last stage of a server holds a tied head as an embedding of its own.
-        staged = np.array([self.servers[index].pipeline > 1 for index, _, _ in self._seats])[demand.flows["receiver"]]
+        staged = np.array([self.servers[index].pipeline > 1 for index, _, _ in self._seats])[
+            requirement.flows["receiver"]
+        ]
         loads = np.zeros(stage_ranks)
-        layer = self._section(demand.where(layered), loads)
+        layer = self._section(requirement.where(layered), loads)
         sizes = trainer.stage_sizes(count)
         first_loads, last_loads = loads * sizes[0], loads * sizes[-1]
-        first = self._section(demand.where(embedded), first_loads)
-        tied = self._section(demand.where(embedded & staged & self.arch.tie_word_embeddings), first_loads)
-        last = self._section(demand.where(~layered & ~embedded), first_loads if trainer.pipeline == 1 else last_loads)
+        first = self._section(requirement.where(embedded), first_loads)
+        tied = self._section(requirement.where(embedded & staged & self.arch.tie_word_embeddings), first_loads)
+        last = self._section(
+            requirement.where(~layered & ~embedded), first_loads if trainer.pipeline == 1 else last_loads
+        )
         for stage in range(trainer.pipeline):
             parts = [(first, 0, 0), (tied, 0, count - 1)] if stage == 0 else []
             parts += [(layer, n, n) for chunk in range(trainer.virtual) for n in trainer.layers(count, stage, chunk)]
@@ -148,7 +152,7 @@ class TransferPlan:
                 yield Step(section, number, stage, at, self._workers_at(beside))
                 at += section.rounds
 
-    def _demand(self) -> Demand:
+    def _requirement(self) -> Requirement:
         """What the seats of one stage need of a model of one layer."""
         trainer = self.trainer
         one = self.arch.model_copy(update={"num_hidden_layers": 1})
@@ -166,12 +170,12 @@ class TransferPlan:
             wanted.append(server_parameters(one, alone, alone.rank(data, 0, tensor)))
         return collect(held, wanted, self._names)
 
-    def _named(self, demand: Demand, chosen: Callable[[str], bool]) -> np.ndarray:
+    def _named(self, requirement: Requirement, chosen: Callable[[str], bool]) -> np.ndarray:
         """[flows] bool: whether the tensor is one of those."""
-        return np.array([chosen(name) for name in self._names.list])[demand.flows["tensor"]]
+        return np.array([chosen(name) for name in self._names.list])[requirement.flows["tensor"]]
 
-    def _section(self, demand: Demand, loads: np.ndarray) -> Section:
-        flows = schedule(deal(demand, loads), len(loads), len(self._seats), self._limit)
+    def _section(self, requirement: Requirement, loads: np.ndarray) -> Section:
+        flows = schedule(assign_senders(requirement, loads), len(loads), len(self._seats), self._limit)
         return Section(flows, int(flows["round"].max(initial=-1)) + 1)
 
     def _workers_at(self, layer: int) -> np.ndarray:

@@ -14,9 +14,9 @@ from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.parallel import Layout
 from gspo_megatron.transport.controller_client import ControllerClient
 from gspo_megatron.transport.weights.checksum import MASK, Checksum, plane
-from gspo_megatron.transport.weights.ipc import device_name, open_outbox
+from gspo_megatron.transport.weights.ipc import device_name, open_send_channel
 from gspo_megatron.transport.weights.plan import Message, Slice
-from gspo_megatron.transport.weights.wire import Outbox, Ticket, TransferError
+from gspo_megatron.transport.weights.wire import SendChannel, TransferError, UpdateTicket
 
 BROKEN = "the weight update broke between the trainer and the servers"
 ATTEMPTS = 3
@@ -34,7 +34,7 @@ class WeightSender:
     def __init__(self, device: torch.device, *, shares: bool) -> None:
         """Take this rank's device, and whether servers share the trainer's devices."""
         self.device, self._shares = device, shares
-        self._outbox: Outbox | None = None
+        self._channel: SendChannel | None = None
 
     def update(
         self,
@@ -63,12 +63,14 @@ class WeightSender:
         fault = ""
         devices = self._devices()
         for _ in range(ATTEMPTS):
-            heard = [controller.begin_update(version, arch, dtype, layout, devices) if controller is not None else None]
-            dist.broadcast_object_list(heard, src=0)
-            assert heard[0] is not None
+            received = [
+                controller.begin_update(version, arch, dtype, layout, devices) if controller is not None else None
+            ]
+            dist.broadcast_object_list(received, src=0)
+            assert received[0] is not None
             mine: list[int] | str
             try:
-                mine = self.send(heard[0], dist.get_rank(), parameters)
+                mine = self.send(received[0], dist.get_rank(), parameters)
             except TransferError as error:
                 mine = str(error)
             sums: list[Any] = [None] * dist.get_world_size()
@@ -94,12 +96,12 @@ class WeightSender:
         Raises:
             TransferError: a server was lost, or a parameter is not what the plan says.
         """
-        terms = Ticket(**ticket)
+        terms = UpdateTicket(**ticket)
         try:
-            if self._outbox is None or self._outbox.name != terms.group:
+            if self._channel is None or self._channel.name != terms.group:
                 self.close()
-                self._outbox = open_outbox(terms, self.device, rank)
-            return _send(self._outbox, parameters)
+                self._channel = open_send_channel(terms, self.device, rank)
+            return _send(self._channel, parameters)
         except TransferError:
             self.close()
             raise
@@ -110,9 +112,9 @@ class WeightSender:
 
     def close(self) -> None:
         """Leave the group; a server that still waits sees the connection close and fails its update."""
-        if self._outbox is not None:
-            self._outbox.close()
-        self._outbox = None
+        if self._channel is not None:
+            self._channel.close()
+        self._channel = None
 
     def _devices(self) -> list[str]:
         """[trainer ranks] each one's `device_name`; empty where servers have devices of their own."""
@@ -123,11 +125,11 @@ class WeightSender:
         return names
 
 
-def _send(outbox: Outbox, parameters: Mapping[str, Tensor]) -> list[int]:
-    checksum = Checksum(outbox.plan.arch, outbox.dtype, outbox.device, outbox.plan.workers)
-    for number, messages in outbox.rounds.items():
-        outbox.send(number, [(message, _pack(message, parameters, outbox.dtype, checksum)) for message in messages])
-    outbox.finish()
+def _send(channel: SendChannel, parameters: Mapping[str, Tensor]) -> list[int]:
+    checksum = Checksum(channel.plan.arch, channel.dtype, channel.device, channel.plan.workers)
+    for number, messages in channel.rounds.items():
+        channel.send(number, [(message, _pack(message, parameters, channel.dtype, checksum)) for message in messages])
+    channel.finish()
     return checksum.values()
 
 

@@ -20,32 +20,32 @@ PLACES = ROUNDS_IN_FLIGHT + 1
 """Rounds that a mailbox holds: two on the wire, one that the worker unpacks."""
 
 
-class Line:
+class JsonConnection:
     """One JSON value a line, over a connection of this host."""
 
     def __init__(self, connection: socket.socket, timeout: float) -> None:
         connection.settimeout(timeout)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._connection, self._reader = connection, connection.makefile("rb")
+        self._socket, self._reader = connection, connection.makefile("rb")
 
-    def say(self, value: Any) -> None:
+    def send(self, value: Any) -> None:
         """Send one value."""
-        self._connection.sendall(json.dumps(value).encode() + b"\n")
+        self._socket.sendall(json.dumps(value).encode() + b"\n")
 
-    def hear(self) -> Any:
+    def receive(self) -> Any:
         """The next value. Raises OSError when the other end is gone or silent for too long."""
-        line = self._reader.readline()
-        if not line.endswith(b"\n"):
+        connection = self._reader.readline()
+        if not connection.endswith(b"\n"):
             raise ConnectionResetError("the other end of the hand-over is gone")
-        return json.loads(line)
+        return json.loads(connection)
 
     def close(self) -> None:
         """End the connection, also for the other end."""
         self._reader.close()
-        self._connection.close()
+        self._socket.close()
 
 
-class Mailbox:
+class SharedBuffer:
     """A proxy's end of the hand-over to one worker."""
 
     def __init__(self, worker: int, rounds: dict[int, list[Message]], dtype: torch.dtype, device: torch.device) -> None:
@@ -54,18 +54,18 @@ class Mailbox:
         sizes = [sum(message.size for message in messages) for messages in rounds.values()]
         self._memory, self.description = share(PLACES, max(sizes, default=0), dtype, device)
         self._index = {number: index for index, number in enumerate(rounds)}
-        self._line: Line | None = None
+        self._connection: JsonConnection | None = None
         self._free = PLACES
 
-    def connect(self, line: Line) -> None:
+    def connect(self, connection: JsonConnection) -> None:
         """Let the worker in."""
-        line.say(self.description)
-        self._line = line
+        connection.send(self.description)
+        self._connection = connection
 
     def views(self, number: int) -> list[Tensor]:
         """A place for each message of a round. Waits until the worker has left it."""
         if not self._free:
-            self._hear()
+            self._await_taken()
         self._free -= 1
         place = self._memory[self._index[number] % PLACES]
         sizes = [message.size for message in self.rounds[number]]
@@ -73,21 +73,21 @@ class Mailbox:
 
     def hand_over(self, number: int) -> None:
         """Tell the worker that a round is there."""
-        if not self._lost and self._line is not None:
+        if not self._lost and self._connection is not None:
             try:
-                self._line.say(number)
+                self._connection.send(number)
             except OSError as error:
                 self._lose(error)
 
     def finish(self) -> None:
         """Wait until the worker has taken everything."""
         while self._free < PLACES:
-            self._hear()
+            self._await_taken()
 
-    def _hear(self) -> None:
+    def _await_taken(self) -> None:
         try:
-            if not self._lost and self._line is not None:
-                self._line.hear()
+            if not self._lost and self._connection is not None:
+                self._connection.receive()
         except OSError as error:
             self._lose(error)
         self._free += 1
@@ -98,8 +98,8 @@ class Mailbox:
 
     def close(self) -> None:
         """Leave."""
-        if self._line is not None:
-            self._line.close()
+        if self._connection is not None:
+            self._connection.close()
 
 
 def share(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, dict[str, Any]]:

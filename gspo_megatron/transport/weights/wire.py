@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
-from gspo_megatron.config.model_section import Architecture
+from gspo_megatron.models import architecture_of
 from gspo_megatron.models.manifest import ITEM_BYTES
 from gspo_megatron.models.vllm_layout import ServerLayout, ServerParameter
 from gspo_megatron.parallel import Layout
@@ -36,7 +36,7 @@ class TransferError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Ticket:
+class UpdateTicket:
     """Where the two sides of a weight update meet and what they agreed on; `POST /weights/begin` answers with one."""
 
     store_host: str
@@ -69,7 +69,7 @@ class Ticket:
     def plan(self) -> TransferPlan:
         """What moves where; the same for everybody who holds this ticket."""
         return TransferPlan(
-            Architecture.model_validate(self.architecture),
+            architecture_of(self.architecture),
             Layout(**self.trainer),
             [ServerLayout(**server) for server in self.servers],
             ITEM_BYTES[self.dtype],
@@ -77,7 +77,7 @@ class Ticket:
         )
 
 
-def open_store(ticket: Ticket) -> PrefixStore:
+def open_store(ticket: UpdateTicket) -> PrefixStore:
     """The part of the controller's rendezvous store that belongs to a ticket's group."""
     # Whoever dies before it has joined leaves no connection that could end: the others wait this long.
     timeout = timedelta(seconds=min(ticket.timeout, JOIN_SECONDS))
@@ -91,7 +91,7 @@ def in_rounds(messages: Iterable[Message]) -> dict[int, list[Message]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Parcel:
+class BufferTransfer:
     """A buffer on its way to or from one other rank of the group."""
 
     message: Message
@@ -109,11 +109,11 @@ class Parcel:
 class Wire:
     """A process group beside torch.distributed's default one, whose state it never touches; it carries rounds."""
 
-    def __init__(self, ticket: Ticket, store: PrefixStore, device: torch.device, rank: int, world: int) -> None:
+    def __init__(self, ticket: UpdateTicket, store: PrefixStore, device: torch.device, rank: int, world: int) -> None:
         """Join; returns when everybody has."""
         timeout = timedelta(seconds=min(ticket.timeout, JOIN_SECONDS))
         self.device = device
-        self._in_flight: deque[tuple[list[Any], list[Parcel]]] = deque()
+        self._in_flight: deque[tuple[list[Any], list[BufferTransfer]]] = deque()
         self._group: Any  # a ProcessGroup, which torch's own stubs do not know its two subclasses to be
         if device.type == "cuda":
             from torch.distributed import ProcessGroupNCCL
@@ -131,21 +131,23 @@ class Wire:
     # No local name below may hold the group or what it returns: it would live on in the traceback of a failure, the
     # connections with it, and the other ends would wait for the time limit.
 
-    def start(self, parcels: list[Parcel]) -> None:
+    def start(self, transfers: list[BufferTransfer]) -> None:
         """Put a round on its way: buffers that leave, and those that wait for what comes."""
-        self._in_flight.append(([], parcels))
-        if self.device.type == "cuda" and parcels:
+        self._in_flight.append(([], transfers))
+        if self.device.type == "cuda" and transfers:
             # One NCCL group a round: its transfers progress at the same time, over one communicator.
             self._group._start_coalescing()
-        for parcel in parcels:
-            self._in_flight[-1][0].append(self._post(parcel))
-        if self.device.type == "cuda" and parcels:
+        for transfer in transfers:
+            self._in_flight[-1][0].append(self._post(transfer))
+        if self.device.type == "cuda" and transfers:
             self._in_flight[-1][0][:] = [self._group._end_coalescing()]
 
-    def _post(self, parcel: Parcel) -> Any:
-        return (self._group.send if parcel.leaves else self._group.recv)([parcel.buffer], parcel.peer, parcel.tag)
+    def _post(self, transfer: BufferTransfer) -> Any:
+        return (self._group.send if transfer.leaves else self._group.recv)(
+            [transfer.buffer], transfer.peer, transfer.tag
+        )
 
-    def finish(self, most_left: int) -> Iterator[Parcel]:
+    def finish(self, most_left: int) -> Iterator[BufferTransfer]:
         """Wait for the oldest rounds until so many are left in flight; their parcels."""
         while len(self._in_flight) > most_left:
             while self._in_flight[0][0]:
@@ -161,7 +163,7 @@ class Wire:
         self._group = None
 
 
-class Outbox(Protocol):
+class SendChannel(Protocol):
     """A trainer rank's end of an update."""
 
     name: str
@@ -184,7 +186,7 @@ class Outbox(Protocol):
         ...
 
 
-class Inbox(Protocol):
+class ReceiveChannel(Protocol):
     """A worker's end of an update."""
 
     name: str
@@ -203,10 +205,10 @@ class Inbox(Protocol):
         ...
 
 
-class GroupOutbox:
+class GroupSendChannel:
     """An `Outbox` in one group with all trainer ranks and all workers."""
 
-    def __init__(self, ticket: Ticket, device: torch.device, rank: int) -> None:
+    def __init__(self, ticket: UpdateTicket, device: torch.device, rank: int) -> None:
         """Join; returns when everybody has."""
         self.name, self.plan, self.device, self.dtype = ticket.group, ticket.plan(), device, ticket.torch_dtype
         self.rounds = in_rounds(self.plan.to_send(rank))
@@ -217,7 +219,10 @@ class GroupOutbox:
     def send(self, number: int, packed: list[tuple[Message, Tensor]]) -> None:
         """See `Outbox`."""
         self._wire.start(
-            [Parcel(message, data, self._first_worker + message.peer, number, leaves=True) for message, data in packed]
+            [
+                BufferTransfer(message, data, self._first_worker + message.peer, number, leaves=True)
+                for message, data in packed
+            ]
         )
         deque(self._wire.finish(ROUNDS_IN_FLIGHT), maxlen=0)
 
@@ -230,10 +235,10 @@ class GroupOutbox:
         self._wire.close()
 
 
-class GroupInbox:
+class GroupReceiveChannel:
     """An `Inbox` in one group with all trainer ranks and all workers."""
 
-    def __init__(self, ticket: Ticket, device: torch.device, worker: int) -> None:
+    def __init__(self, ticket: UpdateTicket, device: torch.device, worker: int) -> None:
         """Join; returns when everybody has."""
         self.name, self.plan, self.device, self.dtype = ticket.group, ticket.plan(), device, ticket.torch_dtype
         self.rounds = in_rounds(self.plan.to_receive(worker))
@@ -245,17 +250,20 @@ class GroupInbox:
         for number, messages in self.rounds.items():
             buffers = [torch.empty(message.size, dtype=self.dtype, device=self.device) for message in messages]
             self._wire.start(
-                [Parcel(m, buffer, m.peer, number, leaves=False) for m, buffer in zip(messages, buffers, strict=True)]
+                [
+                    BufferTransfer(m, buffer, m.peer, number, leaves=False)
+                    for m, buffer in zip(messages, buffers, strict=True)
+                ]
             )
-            yield from ((parcel.message, parcel.buffer) for parcel in self._wire.finish(ROUNDS_IN_FLIGHT))
-        yield from ((parcel.message, parcel.buffer) for parcel in self._wire.finish(0))
+            yield from ((transfer.message, transfer.buffer) for transfer in self._wire.finish(ROUNDS_IN_FLIGHT))
+        yield from ((transfer.message, transfer.buffer) for transfer in self._wire.finish(0))
 
     def close(self) -> None:
         """See `Inbox`."""
         self._wire.close()
 
 
-def receive(inbox: Inbox, parameters: Iterable[ServerParameter]) -> Iterator[tuple[ServerParameter, Tensor]]:
+def receive(channel: ReceiveChannel, parameters: Iterable[ServerParameter]) -> Iterator[tuple[ServerParameter, Tensor]]:
     """Give out a worker's parameters one by one, each when its last slice has arrived.
 
     A parameter that was given out is forgotten here: on the way are only those of the layers under way.
@@ -273,13 +281,13 @@ def receive(inbox: Inbox, parameters: Iterable[ServerParameter]) -> Iterator[tup
 
     for name, parameter in described.items():
         if not missing[name]:
-            values[name] = _empty(parameter, inbox)
+            values[name] = _empty(parameter, channel)
             yield from ready(name)
-    for message, data in inbox.arrivals():
+    for message, data in channel.arrivals():
         for part, part_data in zip(message.slices, data.split([part.size for part in message.slices]), strict=True):
             name = part.parameter
             if name not in values:
-                values[name] = _empty(described[name], inbox)
+                values[name] = _empty(described[name], channel)
             plane(values[name], part).copy_(part_data.view(part.height, part.width))
             missing[name] -= part.size
             yield from ready(name)
@@ -288,8 +296,8 @@ def receive(inbox: Inbox, parameters: Iterable[ServerParameter]) -> Iterator[tup
         raise TransferError(f"the update ended with {missing[short]} values of {short} missing")
 
 
-def _empty(parameter: ServerParameter, inbox: Inbox) -> Tensor:
+def _empty(parameter: ServerParameter, channel: ReceiveChannel) -> Tensor:
     """Room for a parameter; its padding, which nothing fills, is zero."""
     padded = sum(piece.size for piece in parameter.pieces) < math.prod(parameter.shape)
     make = torch.zeros if padded else torch.empty
-    return make(parameter.shape, dtype=inbox.dtype, device=inbox.device)
+    return make(parameter.shape, dtype=channel.dtype, device=channel.device)

@@ -8,7 +8,8 @@ import pytest
 
 from gspo_megatron.cluster.hosts import Host, Ports, spread, tasks
 from gspo_megatron.cluster.placement import findings
-from gspo_megatron.config import Recipe, load
+from gspo_megatron.config import Recipe
+from gspo_megatron.models import load_recipe
 from tests.places import GOLDEN
 
 RECIPE = GOLDEN / "moe.yaml"
@@ -20,7 +21,7 @@ def nodes(count: int) -> list[Host]:
 
 
 def recipe(*overrides: str) -> Recipe:
-    return load(RECIPE, overrides)
+    return load_recipe(RECIPE, overrides)
 
 
 def test_disaggregated_ranks_fill_nodes_in_order_and_servers_take_the_last() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from gspo_megatron.cluster.local_backend import Role, plan_roles, run_roles
-from gspo_megatron.config import load
+from gspo_megatron.models import load_recipe
 from tests.processes import runs
 
 SLEEP = (sys.executable, "-c", "import time; time.sleep(60)")
@@ -161,7 +161,7 @@ sys.exit(run_roles([Role("trainer-0", command), Role("controller", command)], Pa
 
 
 def test_the_key_is_in_no_command_line(tmp_path: Path) -> None:
-    roles = plan_roles(load(Path("recipes/tiny_moe.yaml")), tmp_path, 2)
+    roles = plan_roles(load_recipe(Path("recipes/tiny_moe.yaml")), tmp_path, 2)
     assert [role.name for role in roles] == ["rollout-0", "controller", "trainer-0", "trainer-1"]
     (key,) = {role.environment["GSPO_JOB_KEY"] for role in roles}
     assert not any(key in argument for role in roles for argument in role.command)

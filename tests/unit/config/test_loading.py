@@ -7,19 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from gspo_megatron.config import RecipeError, load, load_resolved, save_resolved
+from gspo_megatron.config import RecipeError, save_resolved
+from gspo_megatron.models import load_recipe, load_resolved
 
 TINY = Path("recipes/tiny_moe.yaml")
 
 
 def findings_of(path: Path, *overrides: str) -> list[tuple[str, str, str]]:
     with pytest.raises(RecipeError) as caught:
-        load(path, overrides)
+        load_recipe(path, overrides)
     return [(finding.code, finding.key, finding.fix) for finding in caught.value.findings]
 
 
 def test_the_resolved_recipe_reads_back_equal(tmp_path: Path) -> None:
-    recipe = load(TINY, ["trainer.max_steps=7", "objective.clip_high=1e-3"])
+    recipe = load_recipe(TINY, ["trainer.max_steps=7", "objective.clip_high=1e-3"])
     assert recipe.trainer.max_steps == 7
     assert recipe.objective.spec(28).clip_high == 1e-3
     save_resolved(recipe, tmp_path / "recipe.yaml")
@@ -27,7 +28,7 @@ def test_the_resolved_recipe_reads_back_equal(tmp_path: Path) -> None:
 
 
 def test_a_recipe_inherits_and_overrides_its_base() -> None:
-    harder, tiny = load(Path("recipes/tiny_moe_harder.yaml")), load(TINY)
+    harder, tiny = load_recipe(Path("recipes/tiny_moe_harder.yaml")), load_recipe(TINY)
     assert harder.cold_start is not None and tiny.cold_start is not None
     assert harder.cold_start.steps == 150
     assert harder.cold_start.lr == tiny.cold_start.lr
@@ -39,14 +40,14 @@ def test_a_recipe_inherits_and_overrides_its_base() -> None:
     [
         ("trainer.tensor_paralel=2", "unknown-key", "trainer.tensor_paralel", "did you mean tensor_parallel?"),
         ("tariner.max_steps=2", "unknown-key", "tariner", "did you mean trainer?"),
-        ("batch.updates=5", "rule", "batch", "choose prompts as a multiple"),
-        ("trainer.max_steps=-1", "wrong-value", "trainer.max_steps", "set a value of that kind"),
-        ("rollout.temperature=hot", "wrong-value", "rollout.temperature", "set a value of that kind"),
+        ("batch.updates=5", "rule", "batch", "set prompts to a multiple"),
+        ("trainer.max_steps=-1", "wrong-value", "trainer.max_steps", "set a value of that type"),
+        ("rollout.temperature=hot", "wrong-value", "rollout.temperature", "write e.g. 0.5 or 1e-6"),
         ("max_steps", "override-form", "max_steps", "write e.g. trainer.max_steps=10"),
         ("model.architecture.num_key_value_heads=3", "rule", "model.architecture", "choose one that is"),
     ],
 )
-def test_a_wrong_key_is_refused_with_its_name_and_a_mend(override: str, code: str, key: str, fix: str) -> None:
+def test_a_wrong_key_is_refused_with_its_name_and_a_fix(override: str, code: str, key: str, fix: str) -> None:
     assert (code, key, fix) in findings_of(TINY, override)
 
 
@@ -73,12 +74,12 @@ def test_a_model_directory_without_its_files_is_named(tmp_path: Path) -> None:
 
 
 def test_rope_settings_are_read_in_both_spellings(tmp_path: Path) -> None:
-    values = load(TINY).model.architecture.to_hugging_face("float32")
+    values = load_recipe(TINY).arch.to_hugging_face("float32")
     (tmp_path / "config.json").write_text(json.dumps(values))
     override = [f"model.path={tmp_path}", "model.architecture=null"]
-    assert load(TINY, override).model.architecture == load(TINY).model.architecture
+    assert load_recipe(TINY, override).arch == load_recipe(TINY).arch
     del values["rope_parameters"]
     values |= {"rope_theta": 1e7, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
     (tmp_path / "config.json").write_text(json.dumps(values))
-    found = load(TINY, override).model.architecture
+    found = load_recipe(TINY, override).arch
     assert (found.rope_theta, found.rope_scaling["factor"]) == (1e7, 4.0)

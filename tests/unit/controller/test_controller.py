@@ -17,8 +17,9 @@ from gspo_megatron.config.schema import Recipe
 from gspo_megatron.controller.api import Service
 from gspo_megatron.controller.controller import Controller
 from gspo_megatron.controller.scoring import Scorer, ScoringPool
-from gspo_megatron.controller.servers import Fleet, Refused
+from gspo_megatron.controller.servers import Refused, ServerSet
 from gspo_megatron.data.store import SampleStore
+from gspo_megatron.models import parse_recipe
 from gspo_megatron.transport.controller_client import ControllerClient, ControllerError
 from gspo_megatron.types import Problem
 from tests.unit.controller.fakes import KEY, FakeServer, Prompts, Tokenizer, serving
@@ -36,7 +37,7 @@ ARCHITECTURE = {
     "num_experts_per_tok": 1,
     "max_position_embeddings": 64,
 }
-RECIPE = Recipe.model_validate(
+RECIPE = parse_recipe(
     {
         "model": {"architecture": ARCHITECTURE},
         "data": {"path": "unused"},
@@ -76,8 +77,10 @@ async def controlling(
     async with serving(*servers) as clients:
         scoring = InThread(score_first_problem_half)
         store = SampleStore(directory)
-        fleet = Fleet(clients)
-        controller = Controller(recipe, fleet, Prompts(), Tokenizer(), scoring, store, "127.0.0.1", overlaps, sleeps)
+        server_set = ServerSet(clients)
+        controller = Controller(
+            recipe, server_set, Prompts(), Tokenizer(), scoring, store, "127.0.0.1", overlaps, sleeps
+        )
         controller.updater.version = version
         yield controller
         await controller.close()

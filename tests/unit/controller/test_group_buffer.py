@@ -14,6 +14,7 @@ from gspo_megatron.config.schema import Recipe
 from gspo_megatron.controller.controller import Controller
 from gspo_megatron.controller.generation import Generation, answer_seed
 from gspo_megatron.controller.servers import Refused
+from gspo_megatron.models import parse_recipe
 from gspo_megatron.types import SampleRef, Segment
 from tests.unit.controller.fakes import FakeServer, make_prompt
 from tests.unit.controller.test_controller import RECIPE, controlling
@@ -26,7 +27,7 @@ def recipe(prompts: int = 4, limit: int = 12, filters: str = "none", **rollout: 
     values["batch"] = {"prompts": prompts, "answers": ANSWERS, "updates": 1}
     values["rollout"] |= {"max_answer_tokens": limit, **rollout}
     values["objective"] |= {"group_filter": filters}
-    return Recipe.model_validate(values)
+    return parse_recipe(values)
 
 
 def prompt_of(body: dict[str, Any]) -> int:
@@ -46,12 +47,12 @@ def check_accounting(batch: dict[str, Any], controller: Controller, *servers: Fa
     told = batch["accounting"]
     dropped = sum(counts["tokens"] for counts in told["dropped"].values())
     assert told["sampled_tokens"] == told["taken"]["tokens"] + dropped + told["carried"]["tokens"]
-    under_way = any(server.generations for server in controller.fleet.servers)
+    under_way = any(server.generations for server in controller.servers.all)
     uncounted = sum(server.tokens for server in servers) - told["sampled_tokens"]
     assert uncounted >= 0 if under_way else uncounted == 0
     files = {path.name for path in controller._store.directory.iterdir()}
     kept = {row["path"] for row in batch["samples"]} | {
-        ref.path for group in controller.pool.groups for ref in group.finished.values()
+        ref.path for group in controller.buffer.groups for ref in group.finished.values()
     }
     assert kept <= files
 
@@ -85,8 +86,8 @@ def test_partial_rollout_continues_answers_under_new_weights(tmp_path: Path) -> 
         async with controlling(tmp_path, fake, recipe=recipe(max_staleness=1, over_provision=0.25)) as controller:
             first = await controller.rollout(1)
             assert sorted({row["prompt_index"] for row in first["samples"]}) == [0, 2, 3, 4]
-            [group] = controller.pool.groups
-            assert [len(generation) for generation in group.generations] == [5, 5, 5] and not controller.pool._running
+            [group] = controller.buffer.groups
+            assert [len(generation) for generation in group.generations] == [5, 5, 5] and not controller.buffer._running
             set_version(controller, 1, fake)
             fake.gate, fake.length = 99, lambda body: 4
             sent = len(fake.bodies)
@@ -178,12 +179,12 @@ def test_tokens_of_an_unfinished_update_are_not_kept(tmp_path: Path) -> None:
         bad.break_off_at = 6
         async with controlling(tmp_path, good, bad, recipe=recipe(max_staleness=1), overlaps=True) as controller:
             await controller.rollout(1)
-            while any(len(generation) < 4 for group in controller.pool.groups for generation in group.generations):
+            while any(len(generation) < 4 for group in controller.buffer.groups for generation in group.generations):
                 await asyncio.sleep(0.01)
             controller.updater.version = None
-            bad_drafts = len(controller.fleet.servers[1].generations)
+            bad_drafts = len(controller.servers.all[1].generations)
             bad.version, bad.gate = "1", 99
-            while not controller.fleet.faults()[bad.url]:
+            while not controller.servers.faults()[bad.url]:
                 await asyncio.sleep(0.01)
             good.gate = 99
             set_version(controller, 1, good)
@@ -201,7 +202,7 @@ def test_a_version_that_is_left_out_drops_what_became_too_old(tmp_path: Path) ->
         fake.gate = 4
         async with controlling(tmp_path, fake, recipe=recipe(max_staleness=1), overlaps=True) as controller:
             await controller.rollout(1)
-            while any(len(generation) < 4 for generation in controller.fleet.servers[0].generations):
+            while any(len(generation) < 4 for generation in controller.servers.all[0].generations):
                 await asyncio.sleep(0.01)
             fake.gate = 99
             set_version(controller, 2, fake)  # an update to version 1 had failed
@@ -295,7 +296,7 @@ def test_what_an_attempt_takes_with_it_is_counted_and_made_again(tmp_path: Path)
         assert len(names) == len(set(names)), "every answer is there once"
         async with controlling(store, fake, recipe=settings) as third:
             await third.restore(again)
-            told = third.pool.accounting.report(third.pool.groups)
+            told = third.buffer.accounting.report(third.buffer.groups)
             assert told["sampled_tokens"] == fake.tokens, "a second restart counts nothing twice"
 
     asyncio.run(run())

@@ -15,14 +15,15 @@ import pytest
 
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.controller.controller import Controller
-from gspo_megatron.controller.environment_pool import Calls
+from gspo_megatron.controller.environment_pool import EnvironmentPool
 from gspo_megatron.controller.generation import Generation, Sampling
-from gspo_megatron.controller.multi_turn import Thinking, Turns
+from gspo_megatron.controller.multi_turn import MultiTurnScheduler, Thinking
 from gspo_megatron.controller.process_pool import ProcessPool
-from gspo_megatron.controller.servers import Fleet
+from gspo_megatron.controller.servers import ServerSet
 from gspo_megatron.data.samples import build_samples
 from gspo_megatron.data.store import read_ref
 from gspo_megatron.environments import Turn
+from gspo_megatron.models import parse_recipe
 from gspo_megatron.types import Masked, Problem, Segment
 from tests.unit.controller.fakes import FakeServer, make_prompt
 from tests.unit.controller.test_controller import controlling
@@ -59,18 +60,18 @@ async def talking(
     settings: Recipe | None = None,
 ) -> AsyncIterator[Controller]:  # fmt: skip
     async with controlling(directory, fake, recipe=settings or one_prompt(), overlaps=True) as controller:
-        calls = Calls((CALL,), 2, partner) if partner is not None else None
-        controller.scheduler = Turns(
-            controller.fleet, lambda: controller.updater.version, thinking, calls, controller._give_up
+        environment = EnvironmentPool((CALL,), 2, partner) if partner is not None else None
+        controller.scheduler = MultiTurnScheduler(
+            controller.servers, lambda: controller.updater.version, thinking, environment, controller._give_up
         )
-        controller.pool._scheduler = controller.scheduler
+        controller.buffer._scheduler = controller.scheduler
         yield controller
 
 
 def one_prompt(environment: dict[str, Any] | None = None, **rollout: Any) -> Recipe:
     """A batch is one prompt with three answers."""
     values = recipe(prompts=1, **rollout).model_dump(mode="json")
-    return Recipe.model_validate(values | {"environment": environment})
+    return parse_recipe(values | {"environment": environment})
 
 
 def follow(turns: Sequence[Sequence[int]]) -> Callable[[dict[str, Any]], Sequence[int]]:
@@ -141,12 +142,12 @@ def test_a_conversation_goes_on_where_a_checkpoint_caught_it(tmp_path: Path) -> 
     async def run() -> None:
         fake, partner = FakeServer(), Partner()
         async with talking(tmp_path / "samples", fake, partner, settings=one_prompt(CALCULATOR)) as controller:
-            await controller.pool._admit()  # not taking: nothing is begun
+            await controller.buffer._admit()  # not taking: nothing is begun
             fake.hang = True
             taking = asyncio.create_task(controller.rollout(1))
             while len(fake.bodies) < 3:
                 await asyncio.sleep(0.01)
-            called, answered, ended = controller.pool.groups[0].generations
+            called, answered, ended = controller.buffer.groups[0].generations
             called.extend([5, CALL], [-0.5] * 2, 0)
             answered.extend([5, CALL], [-0.5] * 2, 0)
             answered.put_in([35, 35], "observation")
@@ -178,7 +179,7 @@ CLOSING = Thinking(budget=3, end_id=END, closing=(8, END))
 @pytest.mark.parametrize(("ids", "reason"), [([5, STOP], "stop"), ([5, 6, 8], "length")])
 def test_an_answer_that_had_ended_when_a_checkpoint_caught_it_is_not_sampled_on(ids: list[int], reason: str) -> None:
     """It was still being scored: a request for 0 tokens would cost the server, and nothing may follow a stop token."""
-    turns = Turns(Fleet([]), lambda: 1, None, None, lambda *_: None)
+    turns = MultiTurnScheduler(ServerSet([]), lambda: 1, None, None, lambda *_: None)
     generation = Generation(make_prompt(0), 0)
     generation.extend(ids, [0.0] * len(ids), 1)
     assert asyncio.run(asyncio.wait_for(turns.complete(generation, Sampling(1.0, 3, (STOP,), 0)), 5)) == reason
@@ -286,5 +287,5 @@ def test_the_environment_is_asked_with_the_problem() -> None:
     partner.ask = lambda *job: seen.append(job[0]) or Partner.ask(partner, *job)  # type: ignore[method-assign]
     generation = Generation(make_prompt(3), 0)
     generation.extend([5, CALL], [-0.5] * 2, 0)
-    asyncio.run(Calls((CALL,), 1, partner).ask(generation))
+    asyncio.run(EnvironmentPool((CALL,), 1, partner).step(generation))
     assert seen == [generation.prompt.problem]

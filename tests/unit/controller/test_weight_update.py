@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from gspo_megatron.config.schema import WeightUpdateSection
-from gspo_megatron.controller.servers import Fleet, Refused
+from gspo_megatron.controller.servers import Refused, ServerSet
 from gspo_megatron.controller.weight_update import Probe, WeightUpdater
 from tests.unit.controller.fakes import FakeServer, serving
 
@@ -29,7 +29,7 @@ async def updating(*servers: FakeServer, sleeps: bool = False) -> AsyncIterator[
         server.checksum = str(CHECKSUM)
     async with serving(*servers) as clients:
         settings = WeightUpdateSection(canary_bound=1e-3, timeout=5)
-        updater = WeightUpdater(Fleet(clients), settings, "127.0.0.1", sleeps)
+        updater = WeightUpdater(ServerSet(clients), settings, "127.0.0.1", sleeps)
         updater._store = NoStore()
         yield updater
 
@@ -105,7 +105,7 @@ def test_every_worker_has_a_proxy_on_its_device() -> None:
         async with updating(*servers) as updater:
             ticket = await updater.begin(0, TERMS, ["b", "a", "b", "c"])
             assert ticket["proxies"] == [1, 0, 2] and len(ticket["servers"]) == 3
-            assert "is on a device with no trainer rank (elsewhere)" in updater._fleet.faults()[servers[3].url]
+            assert "is on a device with no trainer rank (elsewhere)" in updater._servers.faults()[servers[3].url]
 
     asyncio.run(run())
 
@@ -132,7 +132,7 @@ def test_a_server_that_fails_anywhere_is_out_and_the_other_serves(path: str) -> 
             await updater.begin(0, TERMS)
             report = await updater.finish(0, [CHECKSUM] * 2, PROBES)
             assert list(report["servers"]) == [good.url] and updater.version == 0
-            assert [server.url for server in updater._fleet.live] == [good.url]
+            assert [server.url for server in updater._servers.live] == [good.url]
             first_group = (await updater.begin(1, TERMS))["group"]
             await updater.finish(1, [CHECKSUM], PROBES)
             second_group = (await updater.begin(2, TERMS))["group"]

@@ -58,7 +58,7 @@ def test_other_problems_are_refused(question: str) -> None:
 
 
 def test_unknown_writer_names_the_known() -> None:
-    with pytest.raises(RecipeError, match="known: column_addition"):
+    with pytest.raises(RecipeError, match="use one of column_addition"):
         find_writer("long_division")
 
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from gspo_megatron.config.loading import RecipeError, load
+from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.task_sections import DataSection
 from gspo_megatron.data.problems import JsonlProblems
 from gspo_megatron.data.stream import PromptStream
 from gspo_megatron.data.tokenizers import load_tokenizer
+from gspo_megatron.models import load_recipe
 
 COUNTS = {"algebra": 30, "geometry": 6, "puzzles": 3}
 SHARES = {"algebra": 2, "geometry": 1, "puzzles": 1}
@@ -62,7 +63,7 @@ def test_a_mixed_stream_resumes_exactly(path: Path) -> None:
     def open_stream() -> PromptStream:
         shares = json.dumps(SHARES).replace('"', "")
         data = f"data={{source: jsonl, path: {path}, held_out: 4, task: null, mixture: {shares}}}"
-        recipe = load(Path("recipes/tiny_moe.yaml"), [data, "data.options={}", "data.pass_rate=[0.1, 0.9]"])
+        recipe = load_recipe(Path("recipes/tiny_moe.yaml"), [data, "data.options={}", "data.pass_rate=[0.1, 0.9]"])
         return PromptStream(recipe, load_tokenizer(recipe.tokenizer, None))
 
     stream = open_stream()
@@ -85,10 +86,10 @@ def test_the_window_keeps_what_can_be_learned_and_leaves_the_held_out_alone(path
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"mixture": {"algebra": 1, "geometry": 1}}, "3 problems come from 'puzzles' source; give it a number"),
+        ({"mixture": {"algebra": 1, "geometry": 1}}, "3 problems have the source 'puzzles', which has no share"),
         (
             {"mixture": {**SHARES, "logic": 1}},
-            "no problem is left of the source 'logic'; drop it; the file has",
+            "no problem is left of the source 'logic'; remove it; the file has",
         ),
         ({"pass_rate": (0.9, 0.95)}, "none of 39 problems lies within 0.9 to 0.95"),
         ({"mixture": SHARES, "pass_rate": (0.3, 1)}, "no problem is left of the source 'puzzles'"),

@@ -8,17 +8,18 @@ from typing import Any
 
 import pytest
 
-from gspo_megatron.config.loading import RecipeError, load
+from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.data.stream import PromptStream
 from gspo_megatron.data.tokenizers import load_tokenizer
+from gspo_megatron.models import load_recipe
 from tests.places import ROOT
 
 SHIPPED = f"tokenizer.path={ROOT / 'recipes/tokenizers/arithmetic.model'}"
 
 
 def read_recipe(*overrides: str) -> Recipe:
-    return load(ROOT / "recipes/tiny_moe.yaml", [SHIPPED, *overrides])
+    return load_recipe(ROOT / "recipes/tiny_moe.yaml", [SHIPPED, *overrides])
 
 
 def open_stream(*overrides: str) -> PromptStream:

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from gspo_megatron.config.loading import RecipeError, load
+from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.long_responses import EnvironmentSection
 from gspo_megatron.data.tokenizers import load_tokenizer
 from gspo_megatron.environments import make_step, read_call_ids
 from gspo_megatron.environments.calculator import PROGRAM, calculate, run_program
+from gspo_megatron.models import load_recipe
 from gspo_megatron.types import Problem
 
 PROBLEM = Problem("p", "q", {})
@@ -139,7 +140,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused_by_name() -> None:
         read_call_ids(SECTION.model_copy(update={"call_end": "=>"}), Letters())
     with pytest.raises(RecipeError, match=r"environment.reply: '~' is not in the vocabulary"):
         read_call_ids(SECTION.model_copy(update={"reply": "~{result}"}), Letters())
-    shipped = load(Path("recipes/tiny_moe.yaml")).tokenizer
+    shipped = load_recipe(Path("recipes/tiny_moe.yaml")).tokenizer
     tokenizer = load_tokenizer(shipped, None)
     fitting = SECTION.model_copy(update={"call_end": "=", "reply": " {result} "})
     assert len(read_call_ids(fitting, tokenizer)) == 1

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from gspo_megatron.config import RecipeError, load
+from gspo_megatron.config import RecipeError
+from gspo_megatron.models import load_recipe
 from gspo_megatron.types import Finding
 from launch.lib import plan
 from tests.places import GOLDEN, ROOT
@@ -70,7 +71,7 @@ def test_what_the_loop_cannot_run_is_refused_in_a_job_and_said_in_a_drawing(
     drawing: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lacking = Finding("not-built", "error", "objective.kl", "k3 is asked for, but not yet", "set objective.kl=none")
-    recipe = load(ROOT / RECIPE, ["rollout.servers=2"])
+    recipe = load_recipe(ROOT / RECIPE, ["rollout.servers=2"])
     plan.say_findings(recipe, drawing=drawing)
     assert "not-built" not in capsys.readouterr().err
     monkeypatch.setattr(plan, "not_built", lambda recipe: [lacking])

@@ -11,7 +11,7 @@ import pytest
 
 from gspo_megatron.cluster.hosts import Host, Ports, spread, tasks
 from gspo_megatron.cluster.local_backend import plan_roles
-from gspo_megatron.config import load
+from gspo_megatron.models import load_recipe
 from tests.places import ROOT
 
 SAYS = f"""#!/bin/bash
@@ -68,7 +68,7 @@ def test_make_train_goes_through_it() -> None:
 
 
 def test_its_roles_are_those_of_a_job_of_one_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = load(ROOT / "recipes" / "tiny_moe.yaml", ["rollout.servers=2"])
+    recipe = load_recipe(ROOT / "recipes" / "tiny_moe.yaml", ["rollout.servers=2"])
     monkeypatch.setenv("GSPO_ROLLOUT_PYTHON", "/vllm/bin/python")
     roles = plan_roles(recipe, tmp_path, 2)
     port = {r.name: r.command[r.command.index("--port") + 1] for r in roles[:3]}

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from gspo_megatron.config import load
+from gspo_megatron.models import load_recipe
 from launch.lib import probe
 from launch.lib.preflight import GIB, count_parameters, judge
 from launch.lib.text import fold
 from tests.places import GOLDEN
 
-RECIPE = load(GOLDEN / "moe.yaml")
+RECIPE = load_recipe(GOLDEN / "moe.yaml")
 H100 = {"name": "NVIDIA H100 80GB HBM3", "driver": "580.1", "used_mib": 4}
 
 

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from gspo_megatron.config import Recipe, RecipeError, load, save_resolved
+from gspo_megatron.config import Recipe, RecipeError, save_resolved
+from gspo_megatron.models import load_recipe
 from launch.lib.resume import MAY_CHANGE, MUST_STAY, flatten, refuse_other_job, refuse_other_recipe
 from tests.places import ROOT
 
 
 def recipe(*overrides: str) -> Recipe:
-    return load(ROOT / "recipes" / "tiny_moe.yaml", overrides)
+    return load_recipe(ROOT / "recipes" / "tiny_moe.yaml", overrides)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gspo_megatron.config import RecipeError, load
+from gspo_megatron.config import RecipeError
+from gspo_megatron.models import load_recipe
 from gspo_megatron.plan import make_plan
 from gspo_megatron.plan.command import add_arguments, run
 from gspo_megatron.types import Finding
@@ -26,7 +27,7 @@ def expected(path: Path) -> tuple[str, str, str]:
 
 def found_in(path: Path) -> list[Finding]:
     try:
-        return list(make_plan(load(path)).findings)
+        return list(make_plan(load_recipe(path)).findings)
     except RecipeError as error:
         return list(error.findings)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from gspo_megatron.config import load
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.models import load_recipe
 from gspo_megatron.plan import make_plan
 from gspo_megatron.plan.command import add_arguments, run
 from gspo_megatron.plan.explain import all_keys, explain
@@ -88,7 +88,7 @@ def test_what_cannot_be_read_is_refused_with_one_line(arguments: list[str], caps
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_the_mend_of_a_plan_that_does_not_fit_works(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_fix_of_a_plan_that_does_not_fit_works(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan(A3B, "trainer.recompute=none", "--json") == 2
     fix = json.loads(capsys.readouterr().out)["findings"][0]["fix"]
     assert fix.startswith("the cheapest change that fits: trainer.recompute=")
@@ -96,7 +96,7 @@ def test_the_mend_of_a_plan_that_does_not_fit_works(capsys: pytest.CaptureFixtur
 
 
 def test_every_key_is_explained() -> None:
-    recipe = load(Path(A3B))
+    recipe = load_recipe(Path(A3B))
     for key in all_keys():
         if key.startswith("cold_start."):
             continue
@@ -123,7 +123,7 @@ def test_explain_names_the_nearest_key(capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.parametrize("nodes", [8, 16, 32])
 def test_search_finds_layouts_for_235b_at_100k_in_five_seconds(nodes: int) -> None:
-    recipe = load(Path(A22B), [f"placement.nodes={nodes}"])
+    recipe = load_recipe(Path(A22B), [f"placement.nodes={nodes}"])
     start = time.process_time()
     _, layouts, servers = search(recipe)
     assert time.process_time() - start < 5
@@ -132,15 +132,15 @@ def test_search_finds_layouts_for_235b_at_100k_in_five_seconds(nodes: int) -> No
 
 
 def test_search_knows_more_tensor_parallel_ranks_than_key_value_heads() -> None:
-    _, layouts, _ = search(load(Path(A22B), ["placement.nodes=32"]))
+    _, layouts, _ = search(load_recipe(Path(A22B), ["placement.nodes=32"]))
     assert {one.change["trainer.tensor_parallel"] for one in layouts} >= {4, 8}
 
 
 def test_what_search_proposes_is_planned_without_findings(capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = load(Path(A3B), ["placement.nodes=2", "placement.gpu=h200"])
+    recipe = load_recipe(Path(A3B), ["placement.nodes=2", "placement.gpu=h200"])
     _, layouts, servers = search(recipe)
     changes = {**layouts[0].change, **servers[0].change}
-    overrides = [f"{key}={'null' if value is None else value}" for key, value in changes.items()]
+    overrides = [f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in changes.items()]
     assert plan(A3B, "--nodes", "2", "--gpu", "h200", *overrides, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert [finding for finding in found["findings"] if finding["severity"] != "info"] == []
@@ -181,5 +181,5 @@ def test_the_variants_in_the_comments_are_planned_without_findings(name: str, ov
     path = Path(f"recipes/{name}.yaml")
     written = " ".join(path.read_text().replace("#", " ").split())
     assert overrides in written
-    found = make_plan(load(path, overrides.split())).findings
+    found = make_plan(load_recipe(path, overrides.split())).findings
     assert [finding for finding in found if finding.severity != "info"] == []

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from gspo_megatron.config import load
 from gspo_megatron.config.model_section import Architecture
+from gspo_megatron.models import load_recipe
 from gspo_megatron.models.hf_table import local_parameters
 from gspo_megatron.parallel import Layout
 from gspo_megatron.plan import make_plan
@@ -23,7 +23,7 @@ A3B, A22B = Path("recipes/qwen3_30b_a3b_gspo.yaml"), Path("recipes/qwen3_235b_a2
 
 
 def architecture(path: Path) -> Architecture:
-    found = load(path).model.architecture
+    found = load_recipe(path).arch
     assert found is not None
     return found
 
@@ -85,7 +85,7 @@ def test_shards_of_all_ranks_add_up_to_the_model() -> None:
 
 def test_the_cache_of_held_parameters_changes_nothing() -> None:
     arch = architecture(A22B)
-    layout = layout_of(load(A22B).trainer, 128)
+    layout = layout_of(load_recipe(A22B).trainer, 128)
     for stage in range(8):
         at = layout.coordinates(stage * 16)
         assert held_by(arch, layout, stage) == (Held.of(local_parameters(arch, layout, at)),)
@@ -101,7 +101,7 @@ def test_bytes_with_the_distributed_optimizer_by_hand() -> None:
 
 
 def test_layers_in_flight_by_hand() -> None:
-    recipe = load(A3B, ["trainer.pipeline_parallel=4", "trainer.expert_parallel=2"])
+    recipe = load_recipe(A3B, ["trainer.pipeline_parallel=4", "trainer.expert_parallel=2"])
     plain = layout_of(recipe.trainer, 32)
     cut = plan_batch(recipe, plain)
     assert [layers_in_flight(plain, cut, stage, 12) for stage in range(4)] == [48, 36, 24, 12]
@@ -112,7 +112,7 @@ def test_layers_in_flight_by_hand() -> None:
 
 def test_the_head_never_holds_the_logits() -> None:
     """151,936 columns and 131,072 tokens would be 79.7 GB of float32 logits."""
-    recipe = load(A3B, ["trainer.micro_batch_tokens=131072", "trainer.context_parallel=1"])
+    recipe = load_recipe(A3B, ["trainer.micro_batch_tokens=131072", "trainer.context_parallel=1"])
     shape = Shape.of(recipe, architecture(A3B), Layout(world=32))
     states = 2 * 131_072 * 2048 * 2
     assert head_bytes(shape, 1024) - states == 3 * 1024 * 151_936 * 4 + 151_936 * 2048 * 6
@@ -120,7 +120,7 @@ def test_the_head_never_holds_the_logits() -> None:
 
 def test_attention_above_the_key_value_heads_keeps_the_product_of_all_ranks() -> None:
     """64 query and 4 key-value heads of 128 over 8 ranks: 72 heads are gathered, 8 + 1 rotated, 8 come out."""
-    recipe = load(A22B, ["trainer.micro_batch_tokens=131072", "trainer.context_parallel=1"])
+    recipe = load_recipe(A22B, ["trainer.micro_batch_tokens=131072", "trainer.context_parallel=1"])
     eight, four = (Shape.of(recipe, architecture(A22B), Layout(world=128, tensor=tensor)) for tensor in (8, 4))
     token = 131_072 * 128 * 2
     assert (eight.projection_bytes, four.projection_bytes) == (72 * token, 72 * token // 4)
@@ -131,7 +131,9 @@ def test_attention_above_the_key_value_heads_keeps_the_product_of_all_ranks() ->
 
 def test_offloaded_layer_inputs_leave_the_device_for_the_host() -> None:
     overrides = ["placement.rollout_nodes=4", "placement.nodes=20"]
-    kept, moved = (make_plan(load(A22B, [*overrides, f"trainer.offload_activations={on}"])) for on in ("false", "true"))
+    kept, moved = (
+        make_plan(load_recipe(A22B, [*overrides, f"trainer.offload_activations={on}"])) for on in ("false", "true")
+    )
     assert kept.memory is not None and moved.memory is not None and moved.batch is not None
     shape = Shape.of(moved.recipe, architecture(A22B), layout_of(moved.recipe.trainer, 128))
     first = moved.memory[0]
@@ -170,7 +172,7 @@ def test_server_weights_by_hand() -> None:
 )
 def test_235b_at_100k_is_near_the_first_order_numbers(overrides: str, first: int, last: int) -> None:
     """First-order numbers in GB without a sleeping server: independent arithmetic, not tuned to."""
-    plan = make_plan(load(A22B, overrides.split()))
+    plan = make_plan(load_recipe(A22B, overrides.split()))
     assert plan.memory is not None
     ends = [stage.peak_bytes - stage.estimated["sleeping server"] for stage in (plan.memory[0], plan.memory[-1])]
     assert ends[0] / 1e9 == pytest.approx(first, rel=0.08)
@@ -178,16 +180,20 @@ def test_235b_at_100k_is_near_the_first_order_numbers(overrides: str, first: int
 
 
 def test_batch_algebra_in_words() -> None:
-    plan = make_plan(load(A3B))
+    plan = make_plan(load_recipe(A3B))
     assert plan.batch is not None
     told = "\n".join(plan.batch.words())
-    for words in ("128 prompts x 16 answers = 2048 sequences", "32 whole groups = 512 sequences", "64 sequences each"):
+    for words in (
+        "128 prompts x 16 responses = 2048 sequences",
+        "32 whole groups = 512 sequences",
+        "64 sequences each",
+    ):
         assert words in told
 
 
 def test_check_takes_the_ranks_of_this_machine() -> None:
     from gspo_megatron.plan import check
 
-    recipe = load(Path("recipes/tiny_moe.yaml"), ["trainer.tensor_parallel=2"])
+    recipe = load_recipe(Path("recipes/tiny_moe.yaml"), ["trainer.tensor_parallel=2"])
     assert check(recipe, ranks=2) == []
     assert [finding.code for finding in check(recipe, ranks=3)] == ["world-not-divisible"]

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from gspo_megatron.config import RecipeError, load
-from gspo_megatron.config.loading import parse
+from gspo_megatron.config import RecipeError
+from gspo_megatron.models import load_recipe, parse_recipe
 from gspo_megatron.parallel import Layout
 from gspo_megatron.plan import make_plan
 from gspo_megatron.plan.as_json import to_json
@@ -46,7 +46,7 @@ ANY = (
 
 @lru_cache
 def bases() -> list[dict[str, Any]]:
-    return [load(path).model_dump(mode="json") for path in sorted(Path("recipes").glob("*.yaml"))]
+    return [load_recipe(path).model_dump(mode="json") for path in sorted(Path("recipes").glob("*.yaml"))]
 
 
 def mutate(rng: random.Random) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def mutate(rng: random.Random) -> dict[str, Any]:
 def verdict(tree: dict[str, Any]) -> Layout | None:
     """The layout of an accepted recipe, None for a refused one; anything but a refusal by sentence raises."""
     try:
-        plan = make_plan(parse(tree))
+        plan = make_plan(parse_recipe(tree))
     except RecipeError as error:
         assert error.findings and all(finding.message and finding.fix for finding in error.findings)
         return None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gspo_megatron.config import load
+from gspo_megatron.models import load_recipe
 from gspo_megatron.plan import make_plan
 from gspo_megatron.plan.estimate.memory import StageMemory
 from gspo_megatron.plan.rules import resources
@@ -36,7 +36,7 @@ PUBLISHED = (
 
 
 def planned_row(name: str) -> str:
-    plan = make_plan(load(Path(f"recipes/{name}.yaml")))
+    plan = make_plan(load_recipe(Path(f"recipes/{name}.yaml")))
     layout, servers, work, machine = plan.layout, plan.rollout, plan.compute, plan.machine
     assert layout is not None and servers is not None and work is not None and plan.memory is not None
     sizes = [("TP", layout.tensor), ("CP", layout.context), ("PP", layout.pipeline), ("EP", layout.expert)]
@@ -57,7 +57,7 @@ def allocated(stage: StageMemory) -> int:
 
 def published_rows() -> Iterator[str]:
     for told, recipe, overrides, measured in PUBLISHED:
-        plan = make_plan(load(Path(f"recipes/{recipe}.yaml"), overrides.split()))
+        plan = make_plan(load_recipe(Path(f"recipes/{recipe}.yaml"), overrides.split()))
         assert plan.memory is not None
         peak = max(map(allocated, plan.memory)) / GIB
         yield f"| {told} | {measured:.1f} GiB | {peak:.1f} GiB | {peak / measured - 1:+.1%} |"

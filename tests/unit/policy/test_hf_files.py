@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gspo_megatron.config import load
 from gspo_megatron.config.model_section import Architecture
+from gspo_megatron.models import load_recipe
 from gspo_megatron.models.hf_table import Piece, hf_shapes
 from gspo_megatron.policy import weights
 
@@ -21,8 +21,7 @@ SMALL = [
 
 
 def architecture(*overrides: str) -> Architecture:
-    arch = load(Path("recipes/tiny_moe.yaml"), [*SMALL, *overrides]).model.architecture
-    assert arch is not None
+    arch = load_recipe(Path("recipes/tiny_moe.yaml"), [*SMALL, *overrides]).arch
     return arch
 
 

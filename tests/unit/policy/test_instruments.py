@@ -21,7 +21,7 @@ class FixedPolicy:
 
     def __init__(self) -> None:
         arch = SimpleNamespace(num_hidden_layers=2, num_experts=EXPERTS)
-        self.recipe = SimpleNamespace(model=SimpleNamespace(architecture=arch))
+        self.recipe = SimpleNamespace(arch=arch)
         self.device, self.at = torch.device("cpu"), SimpleNamespace(tensor=0, pipeline=0)
         self.routing = Routing([torch.nn.Module()], EXPERTS)
         self.routing.seams = [RouterSeam(layer, EXPERTS) for layer in range(2)]
@@ -93,7 +93,7 @@ def test_disagreement_with_the_sampler_counts_what_it_reported(policy: Any) -> N
 
 
 def test_a_dense_model_has_none(policy: Any) -> None:
-    policy.recipe.model.architecture.num_experts = 0
+    policy.recipe.arch.num_experts = 0
     instruments = RouterInstruments(policy)
     instruments.add_update([batch([True])], [Routes(())])
     instruments.probe(batch([True]))

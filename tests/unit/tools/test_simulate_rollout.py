@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from gspo_megatron.config import load
+from gspo_megatron.models import load_recipe
 from tools.rollout_simulation import Scenario, simulate, work_conserving_seconds
 from tools.simulate_rollout import ENGINE, RECIPE
 from tools.simulated_engine import Lengths
@@ -18,7 +18,7 @@ SMALL = Scenario(
 
 
 def test_no_policy_beats_the_bound_and_carrying_answers_comes_closest() -> None:
-    recipe = load(Path(RECIPE), [])
+    recipe = load_recipe(Path(RECIPE), [])
     draws = [SMALL.lengths.of(*place) for place in product(range(256), range(8))]
     shares = {}
     for name, settings in {

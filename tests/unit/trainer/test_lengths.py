@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gspo_megatron.models import parse_recipe
 from gspo_megatron.objective import BatchTotals, group_advantages
 from gspo_megatron.trainer.batches import MiniBatch
 from gspo_megatron.trainer.step import Trainer
@@ -49,7 +50,7 @@ def make_trainer(**objective: Any) -> Trainer:
     values = recipe(prompts=1, limit=LIMIT).model_dump(mode="json")
     values["objective"] |= objective
     trainer = Trainer.__new__(Trainer)
-    trainer.recipe = type(recipe()).model_validate(values)
+    trainer.recipe = parse_recipe(values)
     trainer.spec = trainer.recipe.objective.spec(LIMIT)
     trainer.log = Log()  # type: ignore[assignment]  # stands for a RunLog, which writes into a run directory
     trainer.reference = None

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from gspo_megatron.config.loading import load
-from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe, WeightUpdateSection
-from gspo_megatron.controller.servers import Fleet, Refused
+from gspo_megatron.controller.servers import Refused, ServerSet
 from gspo_megatron.controller.weight_update import WeightUpdater
+from gspo_megatron.models import load_recipe
+from gspo_megatron.models.qwen3.architecture import Qwen3Architecture
 from gspo_megatron.transport.identity import Identity, hash_vocabulary, read_run_id
 from tests.unit.controller.fakes import FakeServer, serving
 from tests.unit.controller.test_controller import ARCHITECTURE
@@ -25,7 +25,7 @@ DENSE = {"model_type": "qwen3", "num_experts": 0, "num_experts_per_tok": 0, "moe
 
 
 def identity(**architecture: Any) -> Identity:
-    return Identity("run-1", "00ff", Architecture.model_validate(ARCHITECTURE | architecture), "bfloat16", 64)
+    return Identity("run-1", "00ff", Qwen3Architecture.model_validate(ARCHITECTURE | architecture), "bfloat16", 64)
 
 
 def report(directory: Path, own: Identity, **changes: Any) -> dict[str, Any]:
@@ -73,13 +73,13 @@ def test_a_server_that_changed_hands_gets_neither_a_pause_nor_a_weight(tmp_path:
         own, kept, lost = identity(), FakeServer(), FakeServer()
         kept.identity = lost.identity = report(tmp_path, own)
         async with serving(kept, lost) as clients:
-            updater = WeightUpdater(Fleet(clients, own), WeightUpdateSection(), "127.0.0.1", sleeps=False)
+            updater = WeightUpdater(ServerSet(clients, own), WeightUpdateSection(), "127.0.0.1", sleeps=False)
             updater._store = NoStore()
-            await updater._fleet.wait_healthy(5)
+            await updater._servers.wait_healthy(5)
             lost.identity = report(tmp_path, own, run="run-2")
             ticket = await updater.begin(0, TERMS)
             assert len(ticket["servers"]) == 1 and "/pause" in kept.calls and "/pause" not in lost.calls
-            assert "belongs to run run-2, this is run run-1" in updater._fleet.faults()[lost.url]
+            assert "belongs to run run-2, this is run run-1" in updater._servers.faults()[lost.url]
             kept.identity = lost.identity
             with pytest.raises(Refused, match=r"no server is left: .* belongs to run run-2"):
                 await updater.begin(1, TERMS)
@@ -93,7 +93,7 @@ def test_a_foreign_server_ends_the_start_with_its_sentence(tmp_path: Path) -> No
         fake.identity = report(tmp_path, own, context=63)
         async with serving(fake) as clients:
             with pytest.raises(Refused, match=f"server {fake.url} takes 63 tokens"):
-                await Fleet(clients, own).wait_healthy(5)
+                await ServerSet(clients, own).wait_healthy(5)
 
     asyncio.run(run())
 
@@ -108,7 +108,7 @@ def test_all_roles_of_a_run_directory_read_one_id(tmp_path: Path) -> None:
 
 def test_the_hash_is_of_what_decides_ids(tmp_path: Path) -> None:
     def recipe(path: Path) -> Recipe:
-        return load(Path("recipes/tiny_moe.yaml"), [f"tokenizer.path={path}"])
+        return load_recipe(Path("recipes/tiny_moe.yaml"), [f"tokenizer.path={path}"])
 
     (tmp_path / "one").write_bytes(b"pieces")
     (tmp_path / "two").write_bytes(b"other pieces")

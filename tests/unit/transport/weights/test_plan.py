@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gspo_megatron.config.model_section import Architecture
+from gspo_megatron.models import architecture_of
 from gspo_megatron.models.hf_table import hf_shapes, local_parameters
+from gspo_megatron.models.qwen3.architecture import Qwen3Architecture
 from gspo_megatron.models.vllm_layout import ServerLayout, needed_values, server_parameters
 from gspo_megatron.parallel import Layout
 from gspo_megatron.transport.weights.flows import fair_shares
@@ -34,11 +36,17 @@ def architecture(**changes) -> Architecture:
         "num_experts_per_tok": 2,
         "max_position_embeddings": 64,
     }
-    return Architecture.model_validate({**shape, **changes})
+    return Qwen3Architecture.model_validate({**shape, **changes})
 
 
 def dense(**changes) -> Architecture:
     return architecture(model_type="qwen3", num_experts=0, num_experts_per_tok=0, **changes)
+
+
+def biased(**changes) -> Architecture:
+    """A Qwen2.5, with a bias of queries, keys and values."""
+    values = {**dense(hidden_size=32, **changes).model_dump(exclude={"norm_topk_prob"}), "model_type": "qwen2"}
+    return architecture_of({**values, "moe_intermediate_size": 0})
 
 
 def hugging_face(arch: Architecture) -> dict[str, np.ndarray]:
@@ -95,15 +103,21 @@ def server_model(
         sizes[-back] += 1
     for layer in range(sum(sizes[:stage]), sum(sizes[: stage + 1])):
         prefix = f"model.layers.{layer}."
-        for name in ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"):
-            model[f"{prefix}{name}.weight"] = tensors[f"{prefix}{name}.weight"]
-        q, k, v, o = (tensors[f"{prefix}self_attn.{part}_proj.weight"] for part in "qkvo")
+        norms = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+        for name in (f"{prefix}{norm}.weight" for norm in norms):
+            if name in tensors:
+                model[name] = tensors[name]
         key_ranks = min(tp, arch.num_key_value_heads)
         key = tensor * key_ranks // tp
-        model[f"{prefix}self_attn.qkv_proj.weight"] = np.concatenate(
-            [cut(q, 0, tensor, tp), cut(k, 0, key, key_ranks), cut(v, 0, key, key_ranks)]
-        )
-        model[f"{prefix}self_attn.o_proj.weight"] = cut(o, 1, tensor, tp)
+        for kind in ("weight", "bias"):
+            names = [f"{prefix}self_attn.{part}_proj.{kind}" for part in "qkv"]
+            if names[0] not in tensors:
+                continue
+            q, k, v = (tensors[name] for name in names)
+            model[f"{prefix}self_attn.qkv_proj.{kind}"] = np.concatenate(
+                [cut(q, 0, tensor, tp), cut(k, 0, key, key_ranks), cut(v, 0, key, key_ranks)]
+            )
+        model[f"{prefix}self_attn.o_proj.weight"] = cut(tensors[f"{prefix}self_attn.o_proj.weight"], 1, tensor, tp)
         mlp = f"{prefix}mlp."
         if not arch.num_experts:
             gate, up, down = (tensors[f"{mlp}{part}_proj.weight"] for part in ("gate", "up", "down"))
@@ -213,6 +227,8 @@ MODELS = [
     architecture(num_experts=6, tie_word_embeddings=True),
     dense(num_hidden_layers=5),
     dense(tie_word_embeddings=True),
+    biased(),
+    biased(tie_word_embeddings=True, num_hidden_layers=5),
 ]
 
 

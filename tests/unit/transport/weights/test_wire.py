@@ -19,9 +19,9 @@ from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.models.vllm_layout import ServerLayout, server_parameters
 from gspo_megatron.parallel import Layout
 from gspo_megatron.transport.weights.checksum import Checksum, plane
-from gspo_megatron.transport.weights.ipc import open_inbox, open_outbox
+from gspo_megatron.transport.weights.ipc import open_receive_channel, open_send_channel
 from gspo_megatron.transport.weights.sender import ATTEMPTS, WeightSender
-from gspo_megatron.transport.weights.wire import Ticket, TransferError, open_store, receive
+from gspo_megatron.transport.weights.wire import TransferError, UpdateTicket, open_store, receive
 from tests.shards import ARCH, CPU, TrainerRanks, cut_shards, make_tensors
 
 TRAINER = Layout(4, tensor=2, pipeline=2, expert=2)
@@ -45,7 +45,9 @@ def make_ticket(way: str) -> Iterator[Any]:
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=10))
         stores.append(store)
         layouts = [asdict(server) for server in servers]
-        ticket = Ticket("127.0.0.1", store.port, "test", 1, 20.0, ARCH.model_dump(), dtype, asdict(trainer), layouts)
+        ticket = UpdateTicket(
+            "127.0.0.1", store.port, "test", 1, 20.0, ARCH.model_dump(), dtype, asdict(trainer), layouts
+        )
         workers = sum(server.world for server in servers)
         # Some ranks have no worker, and with many workers some have two.
         proxies = [worker * 3 % trainer.world for worker in range(workers)]
@@ -60,7 +62,7 @@ def owners(servers: list[ServerLayout]) -> list[tuple[ServerLayout, int]]:
 
 def take(ticket: dict[str, Any], worker: int, server: ServerLayout, rank: int, rounds: int) -> list[Any]:
     """What one worker gets in so many updates: (parameters by name, checksum)."""
-    group = open_inbox(Ticket(**ticket), CPU, worker)
+    group = open_receive_channel(UpdateTicket(**ticket), CPU, worker)
     found = []
     try:
         for _ in range(rounds):
@@ -144,7 +146,7 @@ def test_a_lost_worker_is_a_sentence(way: str, make_ticket: Any) -> None:
     shards = cut_shards(ARCH, TRAINER, make_tensors())
     with ThreadPoolExecutor(2) as pool:
         pool.submit(take, ticket, 0, ServerLayout(1), 0, 9)
-        pool.submit(lambda: open_inbox(Ticket(**ticket), CPU, 1).close())
+        pool.submit(lambda: open_receive_channel(UpdateTicket(**ticket), CPU, 1).close())
         ranks = TrainerRanks(TRAINER.world)
         with pytest.raises(TransferError, match="the weight update broke between the trainer and the servers"):
             for _ in range(3):
@@ -166,15 +168,15 @@ def test_a_lost_worker_takes_nothing_from_the_others(way: str, updates: int, mak
 
 @pytest.mark.parametrize("way", ["hand-over"], indirect=True)
 def test_a_stranger_gets_no_weights(way: str, make_ticket: Any) -> None:
-    ticket = Ticket(**make_ticket([ServerLayout(1)], trainer=Layout(1)))
+    ticket = UpdateTicket(**make_ticket([ServerLayout(1)], trainer=Layout(1)))
     with ThreadPoolExecutor(1) as pool:
-        outbox = pool.submit(open_outbox, ticket, CPU, 0)
+        channel = pool.submit(open_send_channel, ticket, CPU, 0)
         port = int(open_store(ticket).get("mailbox-0"))
         with socket.create_connection(("127.0.0.1", port)) as stranger:
             stranger.sendall(b'{"key": "guessed", "worker": 0}\n')
             assert stranger.recv(100) == b""
-        open_inbox(ticket, CPU, 0).close()
-        outbox.result(30).close()
+        open_receive_channel(ticket, CPU, 0).close()
+        channel.result(30).close()
 
 
 class Controller:
@@ -208,7 +210,7 @@ def test_a_server_lost_on_the_way_costs_another_attempt_without_it(way: str, alo
     controller = Controller(both, rest)
     with ThreadPoolExecutor(3) as pool:
         stays = pool.submit(take, both, 0, ServerLayout(1), 0, 1)
-        pool.submit(lambda: open_inbox(Ticket(**both), CPU, 1).close())
+        pool.submit(lambda: open_receive_channel(UpdateTicket(**both), CPU, 1).close())
         again = pool.submit(take, rest, 0, ServerLayout(1), 0, 1)
         shard = cut_shards(ARCH, trainer, tensors)[0]
         sums = WeightSender(CPU, shares=True).update(controller, 7, ARCH, trainer, shard)  # type: ignore[arg-type]

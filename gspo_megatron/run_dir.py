@@ -1,0 +1,242 @@
+"""The names in a run directory: one property a file, and one strict parser of the numbered names.
+
+A run directory also holds what a user puts there. Only a name that this module would have written is parsed:
+`step_000012` is a checkpoint, `step_000012_best`, `step_12` and `attempt_1_old` are not ours and are never touched.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class NumberedName:
+    """A family of names that differ in a number: `step_000012`."""
+
+    prefix: str
+    """What stands before the underscore."""
+    digits: int
+    """Least number of digits; zeros fill the front."""
+
+    def name(self, number: int) -> str:
+        """The name of one member."""
+        return f"{self.prefix}_{number:0{self.digits}d}"
+
+    def parse(self, name: str) -> int | None:
+        """The number in a name of this family; None for any other name."""
+        match = re.fullmatch(rf"{self.prefix}_([0-9]+)", name)
+        return int(match[1]) if match and self.name(int(match[1])) == name else None
+
+    def find(self, directory: Path) -> dict[int, Path]:
+        """Members in a directory by number, smallest first; empty where there is no such directory."""
+        paths = directory.iterdir() if directory.is_dir() else ()
+        found = {number: path for path in paths if (number := self.parse(path.name)) is not None}
+        return dict(sorted(found.items()))
+
+
+CHECKPOINT = NumberedName("step", 6)
+"""Checkpoints, by rollout batches trained on."""
+EXPORT = NumberedName("hugging_face", 6)
+"""Hugging Face directories of `checkpoint.export_every`, by the same number."""
+ATTEMPT = NumberedName("attempt", 1)
+"""Log directories, by attempt, from 1."""
+DUMP = NumberedName("update", 6)
+"""Failure dumps, by optimizer step."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointDir:
+    """One checkpoint: `checkpoints/step_000012`. The files of the ranks are named in policy/snapshot.py."""
+
+    path: Path
+
+    @property
+    def state(self) -> Path:
+        """Counters, controller state, layout, objective and file sizes."""
+        return self.path / "state.json"
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe that was running."""
+        return self.path / "recipe.resolved.yaml"
+
+    @property
+    def marker(self) -> Path:
+        """Written last: a directory without it is no checkpoint."""
+        return self.path / "COMPLETE"
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether everything was written."""
+        return self.marker.is_file()
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptDir:
+    """The logs of one attempt: `logs/attempt_3`. What else launch/ keeps there is named in launch/."""
+
+    path: Path
+
+    @property
+    def run(self) -> RunDir:
+        """The run directory that it lies in."""
+        return RunDir(self.path.parent.parent)
+
+    @property
+    def key(self) -> Path:
+        """The job's key, while the attempt runs; readable by the user alone."""
+        return self.path / "key"
+
+    @property
+    def plan(self) -> Path:
+        """The table of tasks of a SLURM job."""
+        return self.path / "plan.json"
+
+    @property
+    def preflight(self) -> Path:
+        """Directory of the reports of the nodes of a SLURM job."""
+        return self.path / "preflight"
+
+    @property
+    def environment(self) -> Path:
+        """Environment variables that the attempt ran under, without secrets."""
+        return self.path / "environment.json"
+
+    def log(self, role: str) -> Path:
+        """Output of one role: `trainer-0`."""
+        return self.path / f"{role}.log"
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """Every file and directory that a run writes."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe with every key."""
+        return self.path / "recipe.resolved.yaml"
+
+    @property
+    def run_id(self) -> Path:
+        """The id of the run, which its servers carry."""
+        return self.path / "run_id"
+
+    @property
+    def objective(self) -> Path:
+        """The effective objective in one sentence."""
+        return self.path / "objective.txt"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """The same numbers for TensorBoard."""
+        return self.path / "tensorboard"
+
+    @property
+    def examples(self) -> Path:
+        """Three responses of the last evaluation."""
+        return self.path / "examples.json"
+
+    @property
+    def plot(self) -> Path:
+        """Accuracy, reward and clip fraction by step."""
+        return self.path / "accuracy.png"
+
+    @property
+    def experts_plot(self) -> Path:
+        """What the routers did, by layer and step."""
+        return self.path / "experts.png"
+
+    @property
+    def page(self) -> Path:
+        """The page of the run."""
+        return self.path / "report.html"
+
+    @property
+    def samples(self) -> Path:
+        """The sample store."""
+        return self.path / "samples"
+
+    @property
+    def model(self) -> Path:
+        """What the servers start from."""
+        return self.path / "model"
+
+    @property
+    def model_config(self) -> Path:
+        """The Hugging Face description of the model."""
+        return self.model / "config.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Checkpoints and exported weights."""
+        return self.path / "checkpoints"
+
+    @property
+    def final(self) -> Path:
+        """Hugging Face directory of the last weights."""
+        return self.checkpoints / "final"
+
+    @property
+    def heartbeat(self) -> Path:
+        """One file a trainer rank, kept up to date."""
+        return self.path / "heartbeat"
+
+    @property
+    def alarms(self) -> Path:
+        """Failure dumps, one directory an update."""
+        return self.path / "alarms"
+
+    @property
+    def logs(self) -> Path:
+        """One directory an attempt."""
+        return self.path / "logs"
+
+    @property
+    def latest(self) -> Path:
+        """Link to the logs of the newest attempt of a SLURM job."""
+        return self.logs / "latest"
+
+    @property
+    def attempt(self) -> Path:
+        """File with the number of the newest attempt and its job."""
+        return self.path / "attempt"
+
+    @property
+    def done(self) -> Path:
+        """Written when the run is finished."""
+        return self.path / "DONE"
+
+    def checkpoint(self, step: int) -> CheckpointDir:
+        """The checkpoint after a step."""
+        return CheckpointDir(self.checkpoints / CHECKPOINT.name(step))
+
+    def complete_checkpoints(self) -> Iterator[CheckpointDir]:
+        """Complete checkpoints, oldest first."""
+        found = (CheckpointDir(path) for path in CHECKPOINT.find(self.checkpoints).values())
+        return (checkpoint for checkpoint in found if checkpoint.is_complete)
+
+    def export(self, step: int) -> Path:
+        """Hugging Face directory of the weights after a step."""
+        return self.checkpoints / EXPORT.name(step)
+
+    def dump(self, update: int) -> Path:
+        """The failure dump of one optimizer step."""
+        return self.alarms / DUMP.name(update)
+
+    def attempt_logs(self, number: int) -> AttemptDir:
+        """The logs of one attempt."""
+        return AttemptDir(self.logs / ATTEMPT.name(number))
+
+    def next_attempt(self) -> int:
+        """One more than the largest number of an attempt."""
+        return 1 + max(ATTEMPT.find(self.logs), default=0)
