@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,19 +11,20 @@ from datetime import datetime
 from pathlib import Path
 
 from gspo_megatron import __version__
-from gspo_megatron.cluster.attempts import attempt_name, attempts
-from gspo_megatron.cluster.exit_codes import REFUSED
+from gspo_megatron.cluster.exit_codes import OK, REFUSED
 from gspo_megatron.cluster.local_backend import plan_roles, run_roles
+from gspo_megatron.cluster.machines import count_gpus
 from gspo_megatron.config import Recipe, RecipeError, save_resolved
 from gspo_megatron.config.loading import refuse
 from gspo_megatron.models import load_recipe
 from gspo_megatron.plan import check
 from gspo_megatron.plan import command as plan_command
 from gspo_megatron.plan.rules.not_built import not_built
+from gspo_megatron.run_dir import RunDir
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry of the command. Exit 0 = fine, 2 = refused recipe with one finding a line, other = the run failed."""
+    """Entry of the command; the exit codes are those of cluster/exit_codes.py. A refusal is one finding a line."""
     parser = argparse.ArgumentParser(
         prog="gspo", description="Reinforcement learning of Mixture-of-Experts models with GSPO."
     )
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     convert_command.add_argument("out", type=Path, help="directory to write; an older one is replaced")
     convert_command.add_argument("recipe", type=Path, nargs="?", help="whose layout a Hugging Face directory is cut to")
     convert_command.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the recipe")
-    debug_command = commands.add_parser("debug", help="what happened in an update that a run kept under alarms/")
+    debug_command = commands.add_parser("debug", help="examine an update that a run kept under alarms/")
     debug_command.add_argument("bundle", type=Path)
     chosen = parser.parse_args(arguments)
     try:
@@ -70,19 +70,19 @@ def train(path: Path, overrides: Sequence[str]) -> int:
         print(finding, file=sys.stderr)
     if any(finding.severity == "error" for finding in findings):
         return REFUSED
-    if recipe.run.directory is not None and (recipe.run.directory / "DONE").is_file():
+    if recipe.run.directory is not None and RunDir(recipe.run.directory).done.is_file():
         print(f"{recipe.run.directory} holds a finished run (DONE); name another run.directory to start a new one")
-        return 0
+        return OK
     run_dir = prepare_run(recipe)
     print(
         f"{recipe.run.name}: {ranks} trainer ranks, {recipe.rollout.servers} rollout server(s), all goes to {run_dir}",
         flush=True,
     )
-    logs = run_dir / "logs"
-    attempt = 1 + max(attempts(logs), default=0)
+    run = RunDir(run_dir)
+    logs = run.attempt_logs(run.next_attempt()).path
     with refuse_unwritable(run_dir):
-        (logs / attempt_name(attempt)).mkdir(parents=True)
-    return run_roles(plan_roles(recipe, run_dir, ranks), logs / attempt_name(attempt))
+        logs.mkdir(parents=True)
+    return run_roles(plan_roles(recipe, run_dir, ranks), logs)
 
 
 def convert(source: Path, out: Path, recipe: Path | None, overrides: Sequence[str]) -> int:
@@ -95,11 +95,11 @@ def convert(source: Path, out: Path, recipe: Path | None, overrides: Sequence[st
     except ValueError as fault:
         print(fault, file=sys.stderr)
         return REFUSED
-    return 0
+    return OK
 
 
 def debug(bundle: Path) -> int:
-    """Compute the loss of a kept update again and say what stands out."""
+    """Compute the loss of a kept update again and print which tokens and sequences stand out."""
     from gspo_megatron.trainer.failure_replay import replay_bundle
 
     try:
@@ -107,37 +107,38 @@ def debug(bundle: Path) -> int:
     except ValueError as fault:
         print(fault, file=sys.stderr)
         return REFUSED
-    return 0
+    return OK
 
 
 def report(run_dir: Path) -> int:
-    """Write accuracy.png and report.html again from what a run recorded."""
-    if not (run_dir / "metrics.jsonl").is_file():
-        print(f"{run_dir} holds no metrics.jsonl; give the directory that `gspo train` printed", file=sys.stderr)
+    """Write the plots and the page again from what a run recorded."""
+    metrics = RunDir(run_dir).metrics
+    if not metrics.is_file():
+        print(f"{run_dir} holds no {metrics.name}; give the directory that `gspo train` printed", file=sys.stderr)
         return REFUSED
     from gspo_megatron.report.page import write_report
     from gspo_megatron.report.plots import write_plot
 
     write_plot(run_dir)
     print(write_report(run_dir))
-    return 0
+    return OK
 
 
 def prepare_run(recipe: Recipe) -> Path:
-    """Make the run directory: resolved recipe, objective sentence, the servers' model description."""
+    """Make the run directory: resolved recipe, objective sentence, model description for the servers."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    run_dir = recipe.run.directory or Path("runs") / f"{recipe.run.name}-{stamp}"
-    with refuse_unwritable(run_dir):
-        (run_dir / "model").mkdir(parents=True, exist_ok=True)
-        save_resolved(recipe, run_dir / "recipe.resolved.yaml")
+    run = RunDir(recipe.run.directory or Path("runs") / f"{recipe.run.name}-{stamp}")
+    with refuse_unwritable(run.path):
+        run.model.mkdir(parents=True, exist_ok=True)
+        save_resolved(recipe, run.recipe)
         batch = recipe.batch
         spec = recipe.objective.spec(recipe.rollout.max_answer_tokens)
         sentence = spec.describe(batch.prompts * batch.answers // batch.updates, batch.updates)
-        (run_dir / "objective.txt").write_text(sentence + "\n")
+        run.objective.write_text(sentence + "\n")
         print(sentence, flush=True)
         arch = recipe.arch
-        (run_dir / "model" / "config.json").write_text(json.dumps(arch.to_hugging_face(recipe.model.dtype), indent=1))
-    return run_dir
+        run.model_config.write_text(json.dumps(arch.to_hugging_face(recipe.model.dtype), indent=1))
+    return run.path
 
 
 @contextmanager
@@ -150,11 +151,6 @@ def refuse_unwritable(run_dir: Path) -> Iterator[None]:
             "run-directory", "run.directory", f"{error.filename or run_dir} cannot be written ({error.strerror})",
             "name a directory that you can write, on a file system with room",
         ) from None  # fmt: skip
-
-
-def count_gpus() -> int:
-    """NVIDIA GPUs of this machine, without importing torch."""
-    return len(list(Path("/dev").glob("nvidia[0-9]*"))) if shutil.which("nvidia-smi") else 0
 
 
 if __name__ == "__main__":

@@ -23,9 +23,7 @@ from gspo_megatron.parallel import Layout, layout_of
 from gspo_megatron.policy.restore import SavedPolicy
 from gspo_megatron.policy.snapshot import VALUE, rank_file
 from gspo_megatron.policy.weights import ReadPiece, safetensors_pieces, save_hf
-from gspo_megatron.trainer.checkpoint import RECIPE, STATE
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from gspo_megatron.run_dir import CheckpointDir
 
 
 def convert(source: Path, out: Path, recipe: Recipe | None) -> str:
@@ -34,14 +32,15 @@ def convert(source: Path, out: Path, recipe: Recipe | None) -> str:
     Raises:
         ValueError: the source is neither, or does not hold the model, all faults in one sentence.
     """
-    if (source / STATE).is_file():
-        recipe = load_resolved(source / RECIPE)
+    checkpoint = CheckpointDir(source)
+    if checkpoint.state.is_file():
+        recipe = load_resolved(checkpoint.recipe)
         to_hugging_face(source, recipe, out)
         return f"{out} holds the weights of {source} as {recipe.model.dtype}, under their Hugging Face names"
     if recipe is None or recipe.trainer.ranks is None:
         raise ValueError(
-            f"{source} is no checkpoint ({STATE} is missing); to cut a Hugging Face directory, name the recipe whose "
-            "layout it is for, and trainer.ranks"
+            f"{source} is no checkpoint ({checkpoint.state.name} is missing); to cut a Hugging Face directory, name "
+            "the recipe with the layout that it is for, and trainer.ranks"
         )
     layout = layout_of(recipe.trainer, recipe.trainer.ranks)
     to_layout(source, recipe, layout, out)
@@ -51,11 +50,11 @@ def convert(source: Path, out: Path, recipe: Recipe | None) -> str:
 def to_hugging_face(checkpoint: Path, recipe: Recipe, out: Path) -> None:
     """Weights of a checkpoint, in the type of its recipe."""
     arch = recipe.arch
-    saved = SavedPolicy(checkpoint, arch, Layout(**json.loads((checkpoint / STATE).read_text())["layout"]))
+    saved = SavedPolicy(checkpoint, arch, Layout(**json.loads(CheckpointDir(checkpoint).state.read_text())["layout"]))
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, shape in hf_shapes(arch).items():
-            yield name, saved.read(VALUE, _whole(name, shape)).to(DTYPES[recipe.model.dtype])
+            yield name, saved.read(VALUE, _whole(name, shape)).to(getattr(torch, recipe.model.dtype))
 
     save_hf(tensors(), arch.to_hugging_face(recipe.model.dtype), out)
 
@@ -76,8 +75,8 @@ def to_layout(source: Path, recipe: Recipe, layout: Layout, out: Path) -> None:
                     written.add((entry.name, entry.pieces))
                     held[f"{VALUE}/0/{entry.name}"] = _fill(entry.shape, entry.pieces, read)
         save_file(held, rank_file(partial, rank))
-    (partial / STATE).write_text(json.dumps({"layout": asdict(layout)}))
-    save_resolved(recipe, partial / RECIPE)
+    CheckpointDir(partial).state.write_text(json.dumps({"layout": asdict(layout)}))
+    save_resolved(recipe, CheckpointDir(partial).recipe)
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
 

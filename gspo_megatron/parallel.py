@@ -59,6 +59,11 @@ class Layout:
         return self.world // (self.tensor * self.pipeline * self.context)
 
     @property
+    def pad_multiple(self) -> int:
+        """Each sequence is padded to a multiple of this: 2 CP chunks, each of which divides over TP."""
+        return (2 * self.context if self.context > 1 else 1) * self.tensor
+
+    @property
     def expert_data(self) -> int:
         """Replicas of each expert."""
         return self.world // (self.expert * self.expert_tensor * self.pipeline)
@@ -118,6 +123,11 @@ class Layout:
                 if layer in self.layers(num_layers, stage, chunk):
                     return stage, chunk
         raise ValueError(f"layer {layer} is not one of {num_layers} layers")
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple that is not below the value."""
+    return -(-value // multiple) * multiple
 
 
 def layout_of(trainer: TrainerSection, world: int) -> Layout:

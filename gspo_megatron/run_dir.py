@@ -1,18 +1,20 @@
 """The names in a run directory: one property a file, and one strict parser of the numbered names.
 
 A run directory also holds what a user puts there. Only a name that this module would have written is parsed:
-`step_000012` is a checkpoint, `step_000012_best`, `step_12` and `attempt_1_old` are not ours and are never touched.
+`step_000012` is a checkpoint. `step_000012_best`, `step_12` and `attempt_1_old` are foreign: they are neither read nor
+deleted.
+
+Runs under Python 3.9 with the standard library alone: the job script of a batch node reads it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class NumberedName:
     """A family of names that differ in a number: `step_000012`."""
 
@@ -47,7 +49,7 @@ DUMP = NumberedName("update", 6)
 """Failure dumps, by optimizer step."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CheckpointDir:
     """One checkpoint: `checkpoints/step_000012`. The files of the ranks are named in policy/snapshot.py."""
 
@@ -74,7 +76,28 @@ class CheckpointDir:
         return self.marker.is_file()
 
 
-@dataclass(frozen=True, slots=True)
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """Complete checkpoints in `checkpoints`, oldest first."""
+    return [path for path in CHECKPOINT.find(directory).values() if CheckpointDir(path).is_complete]
+
+
+def partial_name(step: int, token: str) -> str:
+    """Name of a checkpoint while it is written: `.step_000012.0a1b2c3d.partial`.
+
+    Args:
+        step: of the checkpoint.
+        token: 8 hexadecimal digits of this save.
+    """
+    return f".{CHECKPOINT.name(step)}.{token}.partial"
+
+
+def is_partial(name: str) -> bool:
+    """Whether this is the name of a checkpoint that is being written, or was left half-written."""
+    match = re.fullmatch(r"\.(step_[0-9]+)\.[0-9a-f]{8}\.partial", name)
+    return match is not None and CHECKPOINT.parse(match[1]) is not None
+
+
+@dataclass(frozen=True)
 class AttemptDir:
     """The logs of one attempt: `logs/attempt_3`. What else launch/ keeps there is named in launch/."""
 
@@ -110,7 +133,7 @@ class AttemptDir:
         return self.path / f"{role}.log"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RunDir:
     """Every file and directory that a run writes."""
 
@@ -219,11 +242,6 @@ class RunDir:
     def checkpoint(self, step: int) -> CheckpointDir:
         """The checkpoint after a step."""
         return CheckpointDir(self.checkpoints / CHECKPOINT.name(step))
-
-    def complete_checkpoints(self) -> Iterator[CheckpointDir]:
-        """Complete checkpoints, oldest first."""
-        found = (CheckpointDir(path) for path in CHECKPOINT.find(self.checkpoints).values())
-        return (checkpoint for checkpoint in found if checkpoint.is_complete)
 
     def export(self, step: int) -> Path:
         """Hugging Face directory of the weights after a step."""

@@ -1,4 +1,4 @@
-"""What a run says: metrics.jsonl, TensorBoard, one line a step on the terminal, progress bars.
+"""The log of a run: metrics.jsonl, TensorBoard, one line a step on the terminal, progress bars.
 
 Names and meanings of the metrics: README.md beside this file and objective/README.md.
 """
@@ -19,10 +19,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gspo_megatron.cluster.watchdog import Pulse
+from gspo_megatron.run_dir import RunDir
 from gspo_megatron.types import Finding
 
-EXAMPLES_FILE = "examples.json"
-METRICS_FILE = "metrics.jsonl"
 PLAIN_INTERVAL = 15.0
 """Seconds between two progress lines where the output is no terminal."""
 BAR_COLUMNS = (
@@ -37,19 +36,19 @@ BAR_COLUMNS = (
 
 
 def read_rows(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl, in order of step; of a step that was run twice the later row counts."""
-    lines = (run_dir / METRICS_FILE).read_text().split("\n")
-    # What follows the last line feed was cut off by a crash, or is nothing.
+    """The rows of metrics.jsonl, in order of step. Of a step that was run twice the later row counts."""
+    lines = RunDir(run_dir).metrics.read_text().split("\n")
+    # The text after the last line feed is empty, or a line that a crash cut off.
     rows = [json.loads(line) for line in lines[:-1]]
     return [row for _, row in sorted({row["step"]: row for row in rows}.items())]
 
 
 class Bar:
-    """The progress of one phase; `update` takes how much is done in all."""
+    """The progress of one phase; `update` takes how much is done in total."""
 
     def __init__(self, name: str, total: int, log: RunLog) -> None:
         self._name, self._total, self._log = name, total, log
-        self._began = self._said = time.monotonic()
+        self._start = self._printed = time.monotonic()
         self._done = 0
         self._task = log.bars.add_task(name, total=total, rate="") if log.live else None
 
@@ -61,28 +60,28 @@ class Bar:
         if not self._log.owns_terminal:
             return
         now = time.monotonic()
-        rate = done / max(now - self._began, 1e-6)
+        rate = done / max(now - self._start, 1e-6)
         if self._task is not None:
             self._log.bars.update(self._task, completed=done, rate=f"{rate:.1f}/s")
-        elif now - self._said > PLAIN_INTERVAL and done:
-            self._said = now
+        elif now - self._printed > PLAIN_INTERVAL and done:
+            self._printed = now
             left = (self._total - done) / rate
             self._log.say(f"{self._name}: {done}/{self._total}, {rate:.1f}/s, {left:.0f} s left")
 
     def close(self) -> None:
-        """Take the bar off the terminal."""
+        """Remove the bar from the terminal."""
         if self._task is not None:
             self._log.bars.remove_task(self._task)
 
 
 class RunLog:
-    """The log of one trainer rank; only the rank that owns the terminal writes anything.
+    """The log of one trainer rank. Only the rank that owns the terminal writes anything.
 
     Usage: `with log:` around the run, `with log.step(n):` around a step; within it `add` collects the step's row.
     """
 
     def __init__(self, run_dir: Path, owns_terminal: bool) -> None:
-        self.run_dir, self.owns_terminal = run_dir, owns_terminal
+        self.run_dir, self.owns_terminal = RunDir(run_dir), owns_terminal
         self.console = Console(quiet=not owns_terminal, highlight=False, soft_wrap=True)
         self.live = owns_terminal and self.console.is_terminal
         self.bars = Progress(*BAR_COLUMNS, console=self.console, transient=True)
@@ -92,7 +91,7 @@ class RunLog:
         self._board: Any = None
 
     def __enter__(self) -> Self:
-        # A line that a crash cut off has to go before the next one is written behind it.
+        # Remove a line that a crash cut off before the next one is appended to it.
         self.rewind(sys.maxsize)
         self._open_board()
         if self.live:
@@ -110,13 +109,13 @@ class RunLog:
     @contextlib.contextmanager
     def time(self, part: str) -> Iterator[None]:
         """Add the seconds inside to `seconds/PART` of the step."""
-        began = time.monotonic()
+        start = time.monotonic()
         self.pulse.enter(part)
         try:
             yield
         finally:
             self.pulse.leave()
-            self._seconds[part] += time.monotonic() - began
+            self._seconds[part] += time.monotonic() - start
 
     @contextlib.contextmanager
     def progress(self, name: str, total: int) -> Iterator[Bar]:
@@ -129,7 +128,7 @@ class RunLog:
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Collect a row, then write it to every place."""
+        """Collect a row, then write it to metrics.jsonl, TensorBoard and the terminal."""
         self._row, self._seconds = {}, defaultdict(float)
         with self.time("step"):
             yield
@@ -145,57 +144,56 @@ class RunLog:
         return dict(self._row)
 
     def say(self, text: str) -> None:
-        """One line on the terminal."""
+        """Print one line on the terminal."""
         self.console.print(text, markup=False)
 
     def warn(self, finding: Finding) -> None:
-        """A named warning of the running job."""
+        """Print a named warning of the running job."""
         if finding.severity != "info":
             self.console.print(str(finding), markup=False, style="yellow")
 
     def evaluation(self, step: int, found: Mapping[str, Any]) -> None:
-        """Record a held-out evaluation: into the step's row, or a row of its own before the first step."""
+        """Record a held-out evaluation in the step's row, or before the first step in a row of its own."""
         row = {f"eval/{name}": found[name] for name in ("accuracy", "mean_reward", "mean_length")}
         self.add(row)
         if not self.owns_terminal:
             return
         self.say(f"eval {step:4d}  held-out accuracy {found['accuracy']:.3f}  length {found['mean_length']:.1f}")
-        (self.run_dir / EXAMPLES_FILE).write_text(json.dumps(found["examples"], indent=1))
+        self.run_dir.examples.write_text(json.dumps(found["examples"], indent=1))
         if step == 0:
             self._write(0)
 
     def rewind(self, step: int) -> None:
-        """Forget the rows after a step that the run goes on from, in TensorBoard too."""
-        file = self.run_dir / METRICS_FILE
+        """Remove the rows after the step that the run resumes from, in TensorBoard too."""
+        file = self.run_dir.metrics
         if self.owns_terminal and file.is_file():
-            kept = [row for row in read_rows(self.run_dir) if row["step"] <= step]
+            kept = [row for row in read_rows(self.run_dir.path) if row["step"] <= step]
             file.write_text("".join(json.dumps(row) + "\n" for row in kept))
         if self._board is not None:
             self._board.close()
             self._open_board(purge_step=step + 1)
 
-    def finish(self, run_dir: Path) -> None:
-        """Say what came out: three sampled answers and where everything is."""
-        examples = run_dir / EXAMPLES_FILE  # not there without evaluations
-        for example in json.loads(examples.read_text()) if examples.is_file() else ():
+    def finish(self) -> None:
+        """Print three sampled responses and where everything is."""
+        run = self.run_dir
+        # Without evaluations there are no examples.
+        for example in json.loads(run.examples.read_text()) if run.examples.is_file() else ():
             self.say(f"  {example['question']}  ->  {example['answer_text']}  (reward {example['reward']:g})")
-        self.say(
-            f"plot {run_dir / 'accuracy.png'}, report {run_dir / 'report.html'}, metrics {run_dir / METRICS_FILE},"
-        )
-        self.say(f"weights {run_dir / 'checkpoints' / 'final'}, logs {run_dir / 'logs'}, TensorBoard files beside them")
+        self.say(f"plot {run.plot}, report {run.page}, metrics {run.metrics},")
+        self.say(f"weights {run.final}, logs {run.logs}, TensorBoard files beside them")
 
     def _open_board(self, purge_step: int | None = None) -> None:
-        """Start a TensorBoard file, which takes back what earlier ones say from `purge_step` on."""
+        """Start a TensorBoard file. It hides what earlier files hold from `purge_step` on."""
         if self.owns_terminal:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=purge_step)
+            self._board = SummaryWriter(str(self.run_dir.tensorboard), purge_step=purge_step)
 
     def _write(self, number: int) -> None:
         if not self.owns_terminal:
             return
         row = self._row | {f"seconds/{part}": seconds for part, seconds in self._seconds.items()}
-        with (self.run_dir / METRICS_FILE).open("a") as file:
+        with self.run_dir.metrics.open("a") as file:
             file.write(json.dumps({"step": number, **row}) + "\n")
         for name, value in row.items():
             self._board.add_scalar(name, value, number)

@@ -6,6 +6,7 @@ everywhere: a text is tokenized once, when it becomes a prompt, and never again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +15,13 @@ if TYPE_CHECKING:  # only named in annotations: a launcher that reads recipes ne
 
 StopReason = Literal["stop", "length", "repetition", "abort"]
 Severity = Literal["error", "warning", "info"]
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+"""Bytes of one number of a type, by the name that recipes and torch give it."""
+
+
+def are_equal(rewards: Sequence[float]) -> bool:
+    """Whether the rewards of a group are all the same number: its advantages are all 0, so it teaches nothing."""
+    return min(rewards) == max(rewards)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +160,6 @@ class Sample:
     """[length] bool, True on trained tokens: the answer with its stop token; prompt and tool output are False."""
     rollout_logprobs: np.ndarray
     """[length] float32, the sampler's log-prob of each token; 0 where `loss_mask` is False."""
-    advantage: float
-    """The group advantage of the whole answer."""
     ref: SampleRef
     """Where it came from."""
     routes: np.ndarray | None = None

@@ -34,7 +34,7 @@ from gspo_megatron.cluster.events import (
     Watched,
 )
 from gspo_megatron.cluster.hosts import Host, Ports, Spread, tasks
-from gspo_megatron.cluster.machines import find_gpus
+from gspo_megatron.cluster.machines import count_gpus
 from gspo_megatron.cluster.supervisor import Rules, Supervisor, restart_sentence, supervise
 from gspo_megatron.config.schema import Recipe
 
@@ -68,7 +68,7 @@ def plan_roles(recipe: Recipe, run_dir: Path, ranks: int) -> list[Role]:
     """The processes of a run on one machine: those of a job of one node, on ports that are free here."""
     free = free_ports(2 + recipe.rollout.servers)
     ports, here = Ports(free[0], free[1], tuple(free[2:])), Host("localhost", LOOPBACK)
-    over = Spread((here,), ranks, (here,), recipe.rollout.servers, find_gpus()[1] or 0)
+    over = Spread((here,), ranks, (here,), recipe.rollout.servers, count_gpus())
     key = {"GSPO_JOB_KEY": secrets.token_hex(16)}
     # Servers may have an environment of their own, as on a cluster (launch/local.sh).
     programs = {"rollout": os.environ.get("GSPO_ROLLOUT_PYTHON", sys.executable)}

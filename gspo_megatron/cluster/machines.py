@@ -131,6 +131,11 @@ def find_gpus() -> tuple[GpuKind, int | None]:
     return found, len(names)
 
 
+def count_gpus() -> int:
+    """GPUs of this machine, without importing torch."""
+    return find_gpus()[1] or 0
+
+
 def findings(recipe: Recipe, machine: Machine) -> Iterator[Finding]:
     """Nodes and GPUs that do not add up."""
     if machine.rollout_nodes >= machine.nodes:

@@ -21,8 +21,8 @@ from pathlib import Path
 
 from gspo_megatron.cluster.attempts import replacement
 from gspo_megatron.cluster.exit_codes import FAILED
+from gspo_megatron.run_dir import RunDir
 
-DIRECTORY = "heartbeat"
 STALLED = "stalled"
 """File of the heartbeat directory: its presence asks every role for its stacks."""
 INTERVAL = 2.0
@@ -102,7 +102,7 @@ class Watchdog(threading.Thread):
     ) -> None:
         super().__init__(daemon=True)
         self.directory, self.rank, self.pulse, self.interval, self._end = (
-            run_dir / DIRECTORY,
+            RunDir(run_dir).heartbeat,
             rank,
             pulse,
             interval,
@@ -155,7 +155,7 @@ def follow(run_dir: Path, name: str, interval: float = INTERVAL) -> None:
     """Have a role that is no trainer write its stacks, and those of the processes that it started, when a trainer
     finds that the run makes no progress."""
 
-    mark = run_dir / DIRECTORY / STALLED
+    mark = RunDir(run_dir).heartbeat / STALLED
 
     def look() -> None:
         for awaited in (False, True):  # a mark of an earlier attempt stays until the trainers have started

@@ -1,4 +1,4 @@
-"""Published objectives as values of the axes. A row lists only what differs from GSPO."""
+"""Published objectives as points in the table of axes. A row other than `gspo` holds what differs from GSPO."""
 
 from __future__ import annotations
 
@@ -7,18 +7,24 @@ from typing import Any
 _TOKEN_CLIP = {"ratio_level": "token", "clip_low": 0.2, "clip_high": 0.2}
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # arXiv 2507.18071: one ratio per sequence, clip 3e-4 / 4e-4, four updates per batch, no KL.
+    # 2507.18071, equations 5 to 7 and section 5.1. The number of updates a rollout batch, 4, is `batch.updates`.
     "gspo": {
         "advantage": "std",
+        "advantage_ddof": 0,
+        "advantage_eps": 0.0,
         "ratio_level": "sequence",
         "ratio_reference": "recomputed",
         "trust": "clip",
         "clip_low": 3e-4,
         "clip_high": 4e-4,
+        "correction": (),
         "aggregation": "seq_mean_token_mean",
         "kl": "none",
+        "overlong": "none",
+        "group_filter": "none",
+        "replay": "off",
     },
-    # The same ratio written at every token, for advantages that differ within a response.
+    # The same with the ratio written at every token, for advantages that differ within a response.
     "gspo_token": {"ratio_level": "sequence_token"},
     # 2402.03300, with the band the GSPO paper tuned for it.
     "grpo": {"ratio_level": "token", "clip_low": 0.2, "clip_high": 0.27},
@@ -36,7 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gmpo": {"trust": "log_clip", "clip_low": 0.4, "clip_high": 0.4},
     # 2602.05261: GSPO multiplied by the length.
     "luspo": {"clip_low": 2e-3, "clip_high": 2.5e-3, "aggregation": "seq_mean_token_sum"},
-    # 2402.14740: leave-one-out baseline, log-prob of the whole response.
+    # 2402.14740: leave-one-out baseline, the log-prob of the whole response.
     "rloo": {**_TOKEN_CLIP, "advantage": "rloo", "aggregation": "seq_mean_token_sum"},
     # 2512.01374: first-order token objective; a capped weight corrects the sampler's gap.
     "minirl": {

@@ -20,7 +20,7 @@ from gspo_megatron.controller.generation import Generation, Sampling
 from gspo_megatron.controller.groups import Accounting, Group, TokenCounter
 from gspo_megatron.controller.scheduler import Scheduler
 from gspo_megatron.controller.servers import Refused
-from gspo_megatron.types import Prompt, SampleRef, StopReason
+from gspo_megatron.types import Prompt, SampleRef, StopReason, are_equal
 
 MAX_FILTERED = 20
 """Batches' worth of groups in a row that may be filtered before the run is told that it learns nothing."""
@@ -234,7 +234,7 @@ class GroupBuffer:
 
     async def _filter(self, group: Group) -> None:
         """Replace a group whose rewards are all equal: its advantages would all be 0."""
-        if len({ref.reward for ref in group.members}) > 1:
+        if not are_equal([ref.reward for ref in group.members]):
             self._filtered = 0
             return
         self.groups.remove(group)

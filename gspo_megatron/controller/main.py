@@ -30,14 +30,13 @@ from gspo_megatron.controller.server_client import ServerClient
 from gspo_megatron.controller.servers import ServerSet
 from gspo_megatron.data.store import SampleStore
 from gspo_megatron.models import load_resolved
+from gspo_megatron.run_dir import RunDir
 from gspo_megatron.transport.auth import read_key
 from gspo_megatron.transport.identity import identity_of
 
 SCORING_SECONDS = 10.0
 """Time limit of one answer's scorer."""
 MAX_SCORING_PROCESSES = 8
-SAMPLES = "samples"
-"""Directory of the sample store within the run directory."""
 
 
 def build(recipe: Recipe, run_dir: Path, host: str, urls: list[str], key: str) -> Controller:
@@ -61,7 +60,7 @@ def build(recipe: Recipe, run_dir: Path, host: str, urls: list[str], key: str) -
         stream,
         tokenizer,
         ScoringPool(make, processes, SCORING_SECONDS),
-        SampleStore(run_dir / SAMPLES),
+        SampleStore(RunDir(run_dir).samples),
         host,
         overlaps=not machine_of(recipe).colocated,
         sleeps=takes_turns(recipe),
@@ -87,7 +86,7 @@ def main() -> None:
     follow(arguments.run_dir, "controller")
 
     async def application() -> web.Application:
-        recipe = load_resolved(arguments.run_dir / "recipe.resolved.yaml")
+        recipe = load_resolved(RunDir(arguments.run_dir).recipe)
         controller = build(recipe, arguments.run_dir, arguments.host, arguments.servers.split(","), key)
         return Service(controller, key).application()
 

@@ -74,12 +74,12 @@ def demonstrate(problem: Problem, section: ColdStartSection) -> str:
 
 
 def build_demonstrations(problems: Iterable[Problem], section: ColdStartSection, tokenizer: Tokenizer) -> list[Sample]:
-    """Make fine-tuning samples. The answer and its stop id are trained, the prompt is not; `advantage` is 1."""
+    """Make fine-tuning samples. The answer and its stop id are trained, the prompt is not."""
     rows = []
     for index, problem in enumerate(problems):
         prompt = tokenizer.encode_prompt(problem.question)
         answer = tokenizer.encode_response(demonstrate(problem, section))
         ids = np.array([*prompt, *answer], dtype=np.int32)
         ref = SampleRef("", index, 0, len(prompt), len(answer), reward=1.0, stop_reason="stop", segments=())
-        rows.append(Sample(ids, np.arange(len(ids)) >= len(prompt), np.zeros(len(ids), dtype=np.float32), 1.0, ref))
+        rows.append(Sample(ids, np.arange(len(ids)) >= len(prompt), np.zeros(len(ids), dtype=np.float32), ref))
     return rows

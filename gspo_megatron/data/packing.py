@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gspo_megatron.data.balance import balance
+from gspo_megatron.parallel import round_up
 from gspo_megatron.types import Sample, SampleRef
 
 Cost = Callable[[int], float]
@@ -31,8 +32,6 @@ class PackedBatch:
     """[T] bool, True where `targets` is a trained token."""
     rollout_logprobs: np.ndarray
     """[T] float32, the sampler's log-prob of `targets`; 0 where `loss_mask` is False."""
-    advantages: np.ndarray
-    """[S] float32."""
     cu_seqlens: np.ndarray
     """[S+1] int32, 0 to T: where each padded sequence begins. Padding comes last: no real token attends to it."""
     lengths: np.ndarray
@@ -41,11 +40,6 @@ class PackedBatch:
     """[S], shorter by one in an empty batch, whose single sequence comes from nowhere."""
     routes: np.ndarray | None = None
     """[T, layers, k] int16, the sampler's experts of `token_ids`, -1 = not recorded; None = no sample has any."""
-
-
-def padded_length(length: int, multiple: int) -> int:
-    """Tokens that a sequence takes in a packed row."""
-    return -(-length // multiple) * multiple
 
 
 def pack(
@@ -103,7 +97,7 @@ def collate(samples: Sequence[Sample], pad_multiple: int = 1) -> PackedBatch:
         pad_multiple: E.g. 2 * CP * TP with context and sequence parallelism.
     """
     lengths = [len(sample.token_ids) for sample in samples] or [0]
-    sizes = [max(padded_length(length, pad_multiple), pad_multiple) for length in lengths]
+    sizes = [max(round_up(length, pad_multiple), pad_multiple) for length in lengths]
     starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
     total = int(starts[-1])
     token_ids, targets = np.zeros(total, dtype=np.int64), np.zeros(total, dtype=np.int64)
@@ -122,7 +116,6 @@ def collate(samples: Sequence[Sample], pad_multiple: int = 1) -> PackedBatch:
         targets=targets,
         loss_mask=loss_mask,
         rollout_logprobs=rollout_logprobs,
-        advantages=np.array([sample.advantage for sample in samples] or [0.0], dtype=np.float32),
         cu_seqlens=starts,
         lengths=np.array(lengths, dtype=np.int32),
         refs=tuple(sample.ref for sample in samples),

@@ -1,4 +1,4 @@
-"""From references and advantages to training rows, with what was dropped and why; and the cut into mini-batches."""
+"""From references to training rows, with what was dropped and why; and the cut into mini-batches."""
 
 from __future__ import annotations
 
@@ -31,46 +31,36 @@ class Selection:
 
     refs: tuple[SampleRef, ...]
     """[N] kept references."""
-    advantages: np.ndarray
-    """[N] float32, one a reference."""
     dropped: dict[str, int]
     """Samples left out, by reason: `{"aborted": 2}`; empty = none."""
 
 
-def select(refs: Sequence[SampleRef], advantages: Sequence[float] | np.ndarray) -> Selection:
-    """Leave out what cannot be trained on: answers that were aborted, answers without a token.
+def select(refs: Sequence[SampleRef]) -> Selection:
+    """Leave out what cannot be trained on: responses that were aborted, responses without a trained token.
 
-    Reads metadata only, so every rank decides the same without opening a file. Answers with zero advantage stay:
+    Reads metadata only, so every rank decides the same without opening a file. Responses with zero advantage stay:
     they count in the denominators.
 
     Args:
         refs: [N], the groups one after the other.
-        advantages: [N], computed over the whole groups before anything is dropped.
     """
-    values = np.asarray(advantages, dtype=np.float32)
-    if values.shape != (len(refs),):
-        raise ValueError(f"{len(refs)} samples but advantages of shape {values.shape}; give one number a sample")
-    if not np.isfinite(values).all():
-        raise ValueError(f"advantage {values[~np.isfinite(values)][0]} is not finite; look at the rewards of its group")
     reasons = [_reason_to_drop(ref) for ref in refs]
-    kept = [index for index, reason in enumerate(reasons) if reason is None]
-    dropped = Counter(reason for reason in reasons if reason is not None)
-    return Selection(tuple(refs[index] for index in kept), values[kept], dict(dropped))
+    kept = tuple(ref for ref, reason in zip(refs, reasons, strict=True) if reason is None)
+    return Selection(kept, dict(Counter(reason for reason in reasons if reason is not None)))
 
 
-def build_samples(
-    refs: Sequence[SampleRef], advantages: Sequence[float] | np.ndarray, store: SampleReader, with_routes: bool = False
-) -> list[Sample]:
-    """Read the rows of selected references; a file that contradicts its reference is refused by name.
+def build_samples(refs: Sequence[SampleRef], store: SampleReader, with_routes: bool = False) -> list[Sample]:
+    """Read the rows of selected references.
 
     Args:
         refs: [N] or any part of it: a data-parallel rank reads only its own.
-        advantages: One a reference.
         store: Where the rows lie.
         with_routes: Read the sampler's experts too.
+
+    Raises:
+        ValueError: A file contradicts its reference; the message names it.
     """
-    rows = zip(refs, advantages, strict=True)
-    return [_build(ref, float(advantage), store, with_routes) for ref, advantage in rows]
+    return [_build(ref, store, with_routes) for ref in refs]
 
 
 def split[Item: SampleRef | Sample](items: Sequence[Item], updates: int) -> list[list[Item]]:
@@ -97,7 +87,7 @@ def _reason_to_drop(ref: SampleRef) -> str | None:
     return "empty-answer" if ref.trained_length == 0 else None
 
 
-def _build(ref: SampleRef, advantage: float, store: SampleReader, with_routes: bool) -> Sample:
+def _build(ref: SampleRef, store: SampleReader, with_routes: bool) -> Sample:
     token_ids, start, logprobs = store.read(ref)
     found = (start, len(token_ids) - start, len(logprobs))
     wanted = (ref.prompt_length, ref.answer_length, ref.answer_length)
@@ -116,7 +106,7 @@ def _build(ref: SampleRef, advantage: float, store: SampleReader, with_routes: b
         loss_mask[start + span.start : start + span.end] = False
     rollout_logprobs[~loss_mask] = 0.0
     routes = store.read_routes(ref) if with_routes else None
-    return Sample(np.asarray(token_ids, dtype=np.int32), loss_mask, rollout_logprobs, advantage, ref, routes)
+    return Sample(np.asarray(token_ids, dtype=np.int32), loss_mask, rollout_logprobs, ref, routes)
 
 
 def _prompt_index(item: SampleRef | Sample) -> int:

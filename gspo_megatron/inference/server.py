@@ -24,6 +24,7 @@ from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.inference import vllm_plugin
 from gspo_megatron.models import load_resolved
+from gspo_megatron.run_dir import RunDir
 from gspo_megatron.transport import identity
 from gspo_megatron.transport.auth import read_key
 
@@ -39,13 +40,12 @@ def main() -> None:
     arguments = _read_arguments()
     read_key()
     try:
-        recipe = load_resolved(arguments.run_dir / "recipe.resolved.yaml")
+        recipe = load_resolved(RunDir(arguments.run_dir).recipe)
     except RecipeError as error:
         raise SystemExit(f"rollout server {arguments.index}: {error}") from None
-    model = arguments.run_dir / "model"
-    if not (model / "config.json").is_file():
-        missing = model / "config.json"
-        raise SystemExit(f"rollout server {arguments.index}: {missing} does not exist; write the model there first")
+    model, config = RunDir(arguments.run_dir).model, RunDir(arguments.run_dir).model_config
+    if not config.is_file():
+        raise SystemExit(f"rollout server {arguments.index}: {config} does not exist; write the model there first")
     if arguments.part == 0:
         refuse_used_port(arguments.host, arguments.port)
     os.environ[identity.RUN_VARIABLE] = identity.read_run_id(arguments.run_dir)

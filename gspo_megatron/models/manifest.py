@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+from gspo_megatron.types import ITEM_BYTES
 
 
 @dataclass(frozen=True, slots=True)

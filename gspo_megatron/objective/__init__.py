@@ -8,7 +8,8 @@ from gspo_megatron.objective.advantages import generalized_advantages, group_adv
 from gspo_megatron.objective.inputs import BatchTotals, LossInputs, LossOutput, check_values
 from gspo_megatron.objective.kl import kl_in_reward
 from gspo_megatron.objective.loss import policy_loss
-from gspo_megatron.objective.shaping import informative_groups, shape_rewards, soft_overlong_penalty
+from gspo_megatron.objective.metrics import Sums, add_sums
+from gspo_megatron.objective.shaping import is_trained, shape_rewards, soft_overlong_penalty
 from gspo_megatron.objective.summary import finalize_metrics, finalize_step, group_metrics
 from gspo_megatron.objective.trust import Surrogate, TokenTerms
 from gspo_megatron.objective.warnings import runtime_warnings
@@ -18,15 +19,17 @@ __all__ = [
     "LossInputs",
     "LossOutput",
     "ObjectiveSpec",
+    "Sums",
     "Surrogate",
     "TokenTerms",
+    "add_sums",
     "check_values",
     "finalize_metrics",
     "finalize_step",
     "generalized_advantages",
     "group_advantages",
     "group_metrics",
-    "informative_groups",
+    "is_trained",
     "kl_in_reward",
     "policy_loss",
     "runtime_warnings",

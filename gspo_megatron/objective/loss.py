@@ -1,7 +1,27 @@
-"""The policy objective: one function for every point in the table of axes.
+"""The policy objective. One function computes GSPO and its relatives, which are points in one table of axes.
 
-Shapes: T tokens of one packed micro-batch (this context-parallel rank's part), S sequences in it. Everything inside
-is float64: on [T] vectors that costs nothing beside a forward, and no sum depends on how a batch was split.
+GSPO, https://arxiv.org/abs/2507.18071. For one prompt the old policy samples G responses y_1 .. y_G, and response i is
+scored with the reward r_i:
+
+    (5)  J   = E[ 1/G  sum_i  min( s_i A_i,  clip(s_i, 1 - eps_low, 1 + eps_high) A_i ) ]
+    (6)  A_i = ( r_i - mean(r_1 .. r_G) ) / std(r_1 .. r_G)
+    (7)  s_i = ( pi(y_i | x) / pi_old(y_i | x) )^(1 / |y_i|)
+             = exp( 1/|y_i|  sum_t  log pi(y_it | x, y_i<t) - log pi_old(y_it | x, y_i<t) )
+
+In words: (6) a response is as good as its reward is above the mean of its group, in standard deviations of the group.
+(7) The importance ratio belongs to a whole sequence: it is the geometric mean of its token ratios. (5) The gradient of
+a response stops as a whole once its ratio has left the band on the side that its advantage pushes it to. J is
+maximised; the loss is -J.
+
+    A_i                 advantages.group_advantages; here `advantages`
+    log pi, log pi_old  `current`, `old`: log-probs of the weights in training, and of those before the first update
+    |y_i|               `packed.num_tokens`: trained tokens, without prompt, tool output and padding
+    log s_i             `log_s` = packed.means(current - old); with its gradient s_i is `TokenTerms.ratio`
+    min(.., clip(..))   trust.py, rule `clip`; eps_low, eps_high are `clip_low`, `clip_high`
+    1/G sum_i           `_token_weights`: each of |y_i| tokens counts 1 / (|y_i| N), N = sequences of the mini-batch
+
+Shapes: T tokens of one packed micro-batch (this context-parallel rank's part), S sequences in it. All arithmetic is in
+float64: on [T] vectors that costs nothing beside a forward, and no sum depends on how a batch was split.
 """
 
 from __future__ import annotations
@@ -75,8 +95,9 @@ def _surrogate(
         log_ratio, low, high = clip_log_ratio(spec, log_ratio, advantages)
         center = packed.means(log_ratio)
     if spec.per_sequence:
-        # x - sg(x) is exactly 0 and carries the gradient; added to the detached mean it has the value, the clip
-        # condition and the gradient of the sequence ratio, and only two numbers a sequence cross ranks.
+        # x - sg(x) is exactly 0 and has the gradient (sg = detach). Added to the detached mean it has the value, the
+        # clip condition and the gradient of the sequence ratio (equation 14 of the paper), and only two numbers a
+        # sequence cross ranks.
         log_ratio = (log_ratio - log_ratio.detach()) + packed.spread(center)
     surrogate = find_rule(spec.trust)(TokenTerms(spec, current, base, log_ratio.exp(), advantages))
     if low is not None and high is not None:

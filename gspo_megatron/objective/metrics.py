@@ -1,10 +1,13 @@
-"""Metric sums of one micro-batch. Every entry is a sum over ranks and micro-batches, or ends in `/max`.
+"""Metric sums of one micro-batch, and how those of several micro-batches and ranks are combined.
 
-Formulas and healthy ranges: README.md beside this file. A sequence that is spread over context-parallel ranks counts
-once, because each rank adds the share of its tokens that it holds.
+An entry whose name ends in `/max` is combined by its maximum, every other entry by addition. Formulas and healthy
+ranges: README.md beside this file. A sequence that is spread over context-parallel ranks counts once, because each
+rank adds the share of its tokens that it holds.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,13 +15,27 @@ from torch import Tensor
 from gspo_megatron.objective.packed import Packed
 from gspo_megatron.objective.trust import Surrogate
 
-LENGTH_BUCKETS = 7
-"""Trained tokens a sequence: up to 64, 256, 1024, 4096, 16384, 65536, and more."""
 BINS_PER_DECADE = 10
 SMALLEST_EXPONENT, LARGEST_EXPONENT = -8, 1
 SIDE_BINS = BINS_PER_DECADE * (LARGEST_EXPONENT - SMALLEST_EXPONENT)
 HISTOGRAM_BINS = 2 * SIDE_BINS + 1
 """Bins of log s: negative magnitudes from large to small, |log s| < 1e-8, positive ones from small to large."""
+BUCKET_NAMES = ("le_64", "le_256", "le_1024", "le_4096", "le_16384", "le_65536", "gt_65536")
+"""Trained tokens of a sequence: at most 64, at most 256, ... and more than 65536."""
+MAXIMUM = "/max"
+"""Ends the names of entries that are combined by their maximum."""
+
+Sums = Mapping[str, Tensor]
+"""Float64 scalars by name, and `log_s_histogram` [length buckets, bins]."""
+
+
+def add_sums(parts: Sequence[Sums]) -> dict[str, Tensor]:
+    """Combine the sums of micro-batches, ranks or mini-batches; all parts hold the same names. Does not synchronise."""
+    total = dict(parts[0])
+    for part in parts[1:]:
+        for name, entry in part.items():
+            total[name] = torch.maximum(total[name], entry) if name.endswith(MAXIMUM) else total[name] + entry
+    return total
 
 
 @torch.no_grad()
@@ -72,18 +89,18 @@ def metric_sums(
 def _log_s_sums(packed: Packed, log_s: Tensor) -> dict[str, Tensor]:
     share = packed.local_share()
     # log2 / 2 - 3 is 0 at 64 tokens and rises by one with every factor of four.
-    bucket = (torch.log2(packed.num_tokens.clamp(min=1)) / 2 - 3).ceil().clamp(0, LENGTH_BUCKETS - 1).long()
+    bucket = (torch.log2(packed.num_tokens.clamp(min=1)) / 2 - 3).ceil().clamp(0, len(BUCKET_NAMES) - 1).long()
     magnitude = torch.log10(log_s.abs().clamp(min=10.0 ** (SMALLEST_EXPONENT - 1))) - SMALLEST_EXPONENT
     # A NaN would become an index out of bounds, which on a GPU ends the process; nonfinite_tokens tells of it.
     step = (magnitude * BINS_PER_DECADE).floor().clamp(-1, SIDE_BINS - 1).nan_to_num(-1.0).long() + 1
     where = bucket * HISTOGRAM_BINS + SIDE_BINS + torch.where(log_s < 0, -step, step)
-    counts = torch.zeros(LENGTH_BUCKETS * HISTOGRAM_BINS, dtype=torch.float64, device=log_s.device)
+    counts = torch.zeros(len(BUCKET_NAMES) * HISTOGRAM_BINS, dtype=torch.float64, device=log_s.device)
     return {
         "log_s": (share * log_s).sum(),
         "log_s_square": (share * log_s.square()).sum(),
         "log_s_square_length": (share * log_s.square() * packed.num_tokens).sum(),
         "log_s_abs/max": _largest(log_s.abs()),
-        "log_s_histogram": counts.index_add_(0, where, share).view(LENGTH_BUCKETS, HISTOGRAM_BINS),
+        "log_s_histogram": counts.index_add_(0, where, share).view(len(BUCKET_NAMES), HISTOGRAM_BINS),
     }
 
 

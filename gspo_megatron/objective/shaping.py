@@ -1,27 +1,11 @@
-"""Length handling and the group filter, as pure functions of rewards and lengths.
-
-All take and return [N] tensors, one entry an answer.
-"""
+"""The length rule of the objective: rewards of long responses, and which of them are trained on."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gspo_megatron.config.objective_spec import ObjectiveSpec
-from gspo_megatron.objective.advantages import equal_groups, number_groups
-
-
-@dataclass(frozen=True, slots=True)
-class ShapedRewards:
-    """Rewards after the length rule."""
-
-    rewards: Tensor
-    """[N] what advantages are taken of."""
-    trained: Tensor
-    """[N] bool: answers that are trained on; the others still count in their group's mean."""
 
 
 def soft_overlong_penalty(lengths: Tensor, limits: Tensor, buffer: int) -> Tensor:
@@ -40,37 +24,23 @@ def soft_overlong_penalty(lengths: Tensor, limits: Tensor, buffer: int) -> Tenso
     return ((limits - buffer - lengths.double()) / buffer).clamp(-1.0, 0.0)
 
 
-def shape_rewards(
-    spec: ObjectiveSpec, rewards: Tensor, lengths: Tensor, truncated: Tensor, limits: Tensor
-) -> ShapedRewards:
-    """Apply the spec's length rule.
+def shape_rewards(spec: ObjectiveSpec, rewards: Tensor, lengths: Tensor, truncated: Tensor, limits: Tensor) -> Tensor:
+    """[N] rewards after the spec's length rule: what advantages are computed from.
 
     Args:
         spec: overlong and overlong_buffer.
         rewards: [N] scores.
-        lengths: [N] answer tokens.
+        lengths: [N] response tokens.
         truncated: [N] bool: cut at the limit.
-        limits: [N] most tokens that each answer might get.
+        limits: [N] most tokens that each response might get.
     """
-    everything = torch.ones_like(truncated, dtype=torch.bool)
     if spec.overlong == "soft":
         if spec.overlong_buffer is None:
             raise ValueError("overlong=soft has no overlong_buffer; set it, e.g. to a fifth of the answer limit")
-        penalty = soft_overlong_penalty(lengths, limits, spec.overlong_buffer)
-        return ShapedRewards(rewards + penalty.to(rewards.dtype), everything)
-    if spec.overlong == "zero":
-        return ShapedRewards(torch.where(truncated, 0.0, rewards), everything)
-    if spec.overlong == "filter":
-        return ShapedRewards(rewards, ~truncated)
-    return ShapedRewards(rewards, everything)
+        return rewards + soft_overlong_penalty(lengths, limits, spec.overlong_buffer).to(rewards.dtype)
+    return torch.where(truncated, 0.0, rewards) if spec.overlong == "zero" else rewards
 
 
-def informative_groups(rewards: Tensor, group_ids: Tensor) -> Tensor:
-    """[N] bool: answers of groups whose rewards differ (dynamic sampling keeps these and refills the rest).
-
-    Args:
-        rewards: [N] scores before any length rule: a group that is all right or all wrong teaches nothing.
-        group_ids: [N].
-    """
-    group, num_groups = number_groups(group_ids)
-    return ~equal_groups(rewards.double(), group, num_groups)[group]
+def is_trained(spec: ObjectiveSpec, truncated: bool) -> bool:
+    """Whether a response is trained on. One that overlong=filter leaves out still counts in its group's mean."""
+    return not (spec.overlong == "filter" and truncated)

@@ -1,4 +1,4 @@
-"""From reduced metric sums to the numbers that are logged. Plain Python, no torch.
+"""From reduced metric sums to the numbers that are logged.
 
 `finalize_metrics` serves one mini-batch, `finalize_step` a whole rollout batch; README.md lists every name.
 """
@@ -8,17 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
 
-Sums = Mapping[str, float | Sequence[Sequence[float]]]
-"""Reduced sums; `log_s_histogram` is the only one that is not a number."""
+from gspo_megatron.objective.metrics import (
+    BINS_PER_DECADE,
+    BUCKET_NAMES,
+    SIDE_BINS,
+    SMALLEST_EXPONENT,
+    Sums,
+    add_sums,
+)
+from gspo_megatron.types import are_equal
 
-# As in metrics.py, which needs torch; a test holds the two together.
-BINS_PER_DECADE, SMALLEST_EXPONENT, SIDE_BINS = 10, -8, 90
-BUCKET_NAMES = ("le_64", "le_256", "le_1024", "le_4096", "le_16384", "le_65536", "gt_65536")
 PER_MINIBATCH = ("clip_fraction_sequences", "clip_left_sequences", "clip_right_sequences", "clip_fraction_tokens",
                  "clip_left_tokens", "clip_right_tokens", "log_s_abs_max", "log_s_p50")  # fmt: skip
 _QUANTILES = {"p01": 0.01, "p50": 0.50, "p99": 0.99}
@@ -26,7 +28,7 @@ _QUANTILES = {"p01": 0.01, "p50": 0.50, "p99": 0.99}
 
 def finalize_metrics(sums: Sums) -> dict[str, float]:
     """Logged metrics of what the sums were taken over."""
-    value = {name: entry for name, entry in sums.items() if isinstance(entry, (int, float))}
+    value = {name: float(entry) for name, entry in sums.items() if entry.dim() == 0}
     tokens, sequences = max(value["tokens"], 1.0), max(value["sequences"], 1.0)
     logged = {
         "loss": value["loss"],
@@ -44,7 +46,7 @@ def finalize_metrics(sums: Sums) -> dict[str, float]:
         logged[f"clip_left_{unit}"] = value[f"clip_low_{unit}"] / count
         logged[f"clip_right_{unit}"] = value[f"clip_high_{unit}"] / count
         logged[f"clip_fraction_{unit}"] = logged[f"clip_left_{unit}"] + logged[f"clip_right_{unit}"]
-    logged |= _log_s(value, sums["log_s_histogram"], sequences)
+    logged |= _log_s(value, sums["log_s_histogram"].tolist(), sequences)
     if "mismatch_k" in value:
         logged |= _mismatch(value, tokens, sequences)
     if "correction_weight" in value:
@@ -59,7 +61,7 @@ def finalize_step(minibatches: Sequence[Sums]) -> dict[str, float]:
     """Logged metrics of one rollout batch, and the clip and log s metrics of its mini-batches as `name/minibatch_K`.
 
     Args:
-        minibatches: reduced sums of each optimizer step, in order.
+        minibatches: sums of each optimizer step over all ranks, in order, on the host.
     """
     logged = finalize_metrics(add_sums(minibatches))
     logged["loss"] /= len(minibatches)
@@ -69,19 +71,6 @@ def finalize_step(minibatches: Sequence[Sums]) -> dict[str, float]:
     return logged
 
 
-def add_sums(parts: Sequence[Sums]) -> Sums:
-    """Combine reduced sums: `/max` entries by their maximum, all others by addition."""
-    total = dict(parts[0])
-    for part in parts[1:]:
-        for name, entry in part.items():
-            have = total.get(name, 0.0)
-            if isinstance(entry, (int, float)) and isinstance(have, (int, float)):
-                total[name] = max(have, entry) if name.endswith("/max") else have + entry
-            elif not isinstance(entry, (int, float)) and not isinstance(have, (int, float)):
-                total[name] = [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(have, entry, strict=True)]
-    return total
-
-
 def group_metrics(rewards: Tensor, group_ids: Tensor) -> dict[str, float]:
     """Logged metrics of a rollout batch's groups, from the scores [N] and their groups [N], on the host."""
     groups: dict[int, list[float]] = {}
@@ -89,7 +78,7 @@ def group_metrics(rewards: Tensor, group_ids: Tensor) -> dict[str, float]:
         groups.setdefault(group, []).append(reward)
     every, num_groups = [r for members in groups.values() for r in members], max(len(groups), 1)
     mean = sum(every) / max(len(every), 1)
-    flat = [members[0] for members in groups.values() if min(members) == max(members)]
+    flat = [members[0] for members in groups.values() if are_equal(members)]
     return {
         "reward_mean": mean,
         "reward_std": math.sqrt(sum((r - mean) ** 2 for r in every) / max(len(every), 1)),
@@ -100,9 +89,7 @@ def group_metrics(rewards: Tensor, group_ids: Tensor) -> dict[str, float]:
     }
 
 
-def _log_s(
-    value: Mapping[str, float], histogram: float | Sequence[Sequence[float]], sequences: float
-) -> dict[str, float]:
+def _log_s(value: Mapping[str, float], histogram: Sequence[Sequence[float]], sequences: float) -> dict[str, float]:
     mean = value["log_s"] / sequences
     logged = {
         "log_s_mean": mean,
@@ -110,7 +97,6 @@ def _log_s(
         "log_s_noise": math.sqrt(value["log_s_square_length"] / sequences),
         "log_s_abs_max": value["log_s_abs/max"],
     }
-    assert not isinstance(histogram, (int, float))
     overall = [sum(column) for column in zip(*histogram, strict=True)]
     logged |= {f"log_s_{name}": quantile(overall, q) for name, q in _QUANTILES.items() if sum(overall) > 0}
     for bucket, counts in zip(BUCKET_NAMES, histogram, strict=True):

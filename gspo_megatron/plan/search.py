@@ -10,7 +10,7 @@ from typing import Any
 from gspo_megatron.cluster.machines import Machine, machine_of
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe
-from gspo_megatron.parallel import Layout
+from gspo_megatron.parallel import Layout, round_up
 from gspo_megatron.plan.estimate import batch, flops, memory, step_time
 from gspo_megatron.plan.estimate.batch import BatchPlan
 from gspo_megatron.plan.estimate.rollout import RolloutPlan, plan_rollout
@@ -111,9 +111,7 @@ def _layouts(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[d
                     "trainer.virtual_pipeline": None,
                     "trainer.expert_tensor_parallel": 1,
                     "trainer.offload_activations": False,
-                    "trainer.micro_batch_tokens": max(
-                        recipe.trainer.micro_batch_tokens, batch.round_up(longest, multiple)
-                    ),
+                    "trainer.micro_batch_tokens": max(recipe.trainer.micro_batch_tokens, round_up(longest, multiple)),
                 }
                 for expert in _divisors(stage, arch.num_experts or 1):
                     yield {**base, "trainer.expert_parallel": expert}

@@ -8,7 +8,7 @@ from typing import Any
 from gspo_megatron.cluster.machines import Machine, machine_of
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe
-from gspo_megatron.parallel import Layout
+from gspo_megatron.parallel import Layout, round_up
 from gspo_megatron.plan.estimate import batch, step_time
 from gspo_megatron.plan.estimate.batch import BatchPlan
 from gspo_megatron.plan.estimate.memory import StageMemory, stage_memory
@@ -84,8 +84,7 @@ def _changes(recipe: Recipe, machine: Machine) -> Iterator[Change]:
         yield {"trainer.recompute": "selective"}
     if trainer.recompute != "full":
         yield {"trainer.recompute": "full"}
-    multiple = batch.pad_multiple(layout.layout_of(trainer, machine.ranks))
-    shortest = -(-longest // multiple) * multiple
+    shortest = round_up(longest, layout.layout_of(trainer, machine.ranks).pad_multiple)
     if trainer.micro_batch_tokens > shortest:
         yield {"trainer.micro_batch_tokens": shortest}
     doubles: tuple[Callable[[], Change], ...] = (

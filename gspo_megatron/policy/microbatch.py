@@ -25,8 +25,6 @@ class MicroBatch:
     """[T_local] int64, the token each position predicts."""
     loss_mask: Tensor
     """[T_local] bool, True where the target is trained."""
-    advantages: Tensor
-    """[S] float64."""
     rollout_logprobs: Tensor
     """[T_local] float32, aligned with `targets`."""
     cu_seqlens: Tensor
@@ -37,11 +35,6 @@ class MicroBatch:
     """The pack as Megatron wants it: global padded lengths."""
     routes: Tensor | None = None
     """[T_local, layers, k] int16, the sampler's experts, -1 = not recorded; None = it reported none."""
-
-
-def pad_multiple(layout: Layout) -> int:
-    """Each sequence is padded to a multiple of this, so that it divides over CP and TP ranks."""
-    return (2 * layout.context if layout.context > 1 else 1) * layout.tensor
 
 
 def place(batch: PackedBatch, layout: Layout, at: Coordinates, device: torch.device) -> MicroBatch:
@@ -72,7 +65,6 @@ def place(batch: PackedBatch, layout: Layout, at: Coordinates, device: torch.dev
         token_ids=cut(batch.token_ids, torch.int64),
         targets=cut(batch.targets, torch.int64),
         loss_mask=cut(batch.loss_mask, torch.bool),
-        advantages=torch.as_tensor(batch.advantages, dtype=torch.float64).to(device),
         rollout_logprobs=cut(batch.rollout_logprobs, torch.float32),
         cu_seqlens=on_device // layout.context,
         indices=keep.to(device),

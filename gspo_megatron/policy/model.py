@@ -15,8 +15,6 @@ from gspo_megatron.models.registry import family_of
 from gspo_megatron.policy.offload import offload_inputs
 from gspo_megatron.policy.specs import has_transformer_engine, reference_spec, transformer_engine_spec
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-
 
 def transformer_config(arch: Architecture, trainer: TrainerSection, dtype: torch.dtype) -> TransformerConfig:
     """Megatron's configuration of a model under the recipe's layout."""
@@ -109,7 +107,7 @@ def _recompute_settings(trainer: TrainerSection) -> dict[str, Any]:
 def build_chunks(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None) -> list[GPTModel]:
     """The model chunks of this rank: one, or one for each virtual stage. Weights are uninitialised until loaded."""
     arch = recipe.arch
-    config = transformer_config(arch, recipe.trainer, dtype or DTYPES[recipe.model.dtype])
+    config = transformer_config(arch, recipe.trainer, dtype or getattr(torch, recipe.model.dtype))
     chunks = []
     for index in range(recipe.trainer.virtual_pipeline or 1):
         stage = index if recipe.trainer.virtual_pipeline else None

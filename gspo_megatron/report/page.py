@@ -8,10 +8,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gspo_megatron.report.plots import PLOT_FILE, write_expert_plot
-from gspo_megatron.run_log import EXAMPLES_FILE, read_rows
+from gspo_megatron.report.plots import write_expert_plot
+from gspo_megatron.run_dir import RunDir
+from gspo_megatron.run_log import read_rows
 
-PAGE_FILE = "report.html"
 COLUMNS = {
     "eval/accuracy": "held-out accuracy",
     "reward_mean": "sampled reward",
@@ -34,26 +34,26 @@ pre { background: #f6f6f6; padding: 1rem; overflow-x: auto }
 
 def write_report(run_dir: Path) -> Path:
     """Write RUN_DIR/report.html from metrics.jsonl, the plots, examples.json and the resolved recipe."""
-    rows, experts = read_rows(run_dir), write_expert_plot(run_dir)
+    run, rows, experts = RunDir(run_dir), read_rows(run_dir), write_expert_plot(run_dir)
     parts = [
         f"<h1>{html.escape(run_dir.name)}</h1>",
-        f"<p>{html.escape(_read(run_dir / 'objective.txt'))}</p>",
-        _image(run_dir / PLOT_FILE, "accuracy, reward and clip fraction by step"),
+        f"<p>{html.escape(_read(run.objective))}</p>",
+        _image(run.plot, "accuracy, reward and clip fraction by step"),
         _image(experts, "changed expert choices and load by layer and step") if experts else "",
-        "<h2>Three answers of the last evaluation</h2>",
-        _examples(run_dir / EXAMPLES_FILE),
+        "<h2>Three responses of the last evaluation</h2>",
+        _examples(run.examples),
         "<h2>Steps</h2>",
         _table(rows),
         "<h2>Recipe</h2>",
-        f"<pre>{html.escape(_read(run_dir / 'recipe.resolved.yaml'))}</pre>",
+        f"<pre>{html.escape(_read(run.recipe))}</pre>",
     ]
     head = f"<!doctype html><meta charset=utf-8><title>{html.escape(run_dir.name)}</title><style>{STYLE}</style>"
-    (run_dir / PAGE_FILE).write_text(head + "\n".join(parts))
-    return run_dir / PAGE_FILE
+    run.page.write_text(head + "\n".join(parts))
+    return run.page
 
 
-def _image(file: Path, told: str) -> str:
-    return f'<img alt="{told}" src="data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}">'
+def _image(file: Path, text: str) -> str:
+    return f'<img alt="{text}" src="data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}">'
 
 
 def _read(file: Path) -> str:

@@ -1,14 +1,13 @@
-"""The plots of a run: accuracy, reward and clip fraction; and what the routers of the experts did, layer by layer."""
+"""The plots of a run: accuracy, reward and clip fraction; and the expert choices of the routers, layer by layer."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from gspo_megatron.run_dir import RunDir
 from gspo_megatron.run_log import read_rows
 
-PLOT_FILE = "accuracy.png"
-EXPERTS_FILE = "experts.png"
 EXPERTS = {
     "experts/probe_changed": "expert choices changed by one update",
     "experts/load_max_over_mean": "busiest expert over the mean",
@@ -18,8 +17,8 @@ CLIP = "clip_fraction_sequences"
 
 def curve(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
     """Steps and values of one metric, where it was recorded."""
-    held = [(row["step"], row[name]) for row in rows if name in row]
-    return [step for step, _ in held], [value for _, value in held]
+    values = [(row["step"], row[name]) for row in rows if name in row]
+    return [step for step, _ in values], [value for _, value in values]
 
 
 def write_plot(run_dir: Path) -> Path:
@@ -32,13 +31,12 @@ def write_plot(run_dir: Path) -> Path:
     rows = read_rows(run_dir)
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(7.5, 6.0), sharex=True, height_ratios=(3, 2))
     above.plot(*curve(rows, "eval/accuracy"), "o-", color="#1b6ca8", label="held-out accuracy, greedy")
-    above.plot(*curve(rows, "reward_mean"), "-", color="#e07b39", label="reward of sampled answers")
+    above.plot(*curve(rows, "reward_mean"), "-", color="#e07b39", label="reward of sampled responses")
     above.set_ylim(0, 1)
     above.set_ylabel("share correct")
     above.legend(loc="lower right", frameon=False)
-    above.set_title(
-        (run_dir / "objective.txt").read_text().split(",")[0] if (run_dir / "objective.txt").is_file() else ""
-    )
+    objective = RunDir(run_dir).objective
+    above.set_title(objective.read_text().split(",")[0] if objective.is_file() else "")
     minibatches = sorted({name for row in rows for name in row if name.startswith(f"{CLIP}/minibatch_")})
     for index, name in enumerate(minibatches):
         shade = 0.25 + 0.75 * index / max(1, len(minibatches) - 1)
@@ -51,9 +49,9 @@ def write_plot(run_dir: Path) -> Path:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(run_dir / PLOT_FILE, dpi=130)
+    figure.savefig(RunDir(run_dir).plot, dpi=130)
     pyplot.close(figure)
-    return run_dir / PLOT_FILE
+    return RunDir(run_dir).plot
 
 
 def write_expert_plot(run_dir: Path) -> Path | None:
@@ -83,6 +81,6 @@ def write_expert_plot(run_dir: Path) -> Path | None:
     axes[0].legend(loc="upper right", frameon=False, fontsize="small", ncols=2)
     axes[1].set_xlabel("rollout batch")
     figure.tight_layout()
-    figure.savefig(run_dir / EXPERTS_FILE, dpi=130)
+    figure.savefig(RunDir(run_dir).experts_plot, dpi=130)
     pyplot.close(figure)
-    return run_dir / EXPERTS_FILE
+    return RunDir(run_dir).experts_plot

@@ -1,9 +1,9 @@
-"""From stored samples to this rank's micro-batches: packed so that ranks wait little, then cut over their ranks."""
+"""From stored samples to this rank's micro-batches: packed to balance the ranks, then cut over context parallelism."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -17,36 +17,51 @@ from gspo_megatron.data.packing import PackedBatch, collate, pack
 from gspo_megatron.data.samples import build_samples
 from gspo_megatron.data.store import SampleStore
 from gspo_megatron.objective import BatchTotals, kl_in_reward
-from gspo_megatron.policy.microbatch import MicroBatch, pad_multiple
+from gspo_megatron.parallel import round_up
+from gspo_megatron.policy.microbatch import MicroBatch
 from gspo_megatron.policy.policy import Policy, Scored
 from gspo_megatron.policy.replay import Routes
 from gspo_megatron.types import Sample, SampleRef
 
 
 @dataclass(frozen=True, slots=True)
-class MiniBatch:
+class ScoredMicroBatch:
+    """One micro-batch of this rank, and what the weights before the first update say about its tokens."""
+
+    refs: Sequence[SampleRef]
+    """[S] its sequences in order; empty in a micro-batch that only fills a slot."""
+    batch: MicroBatch
+    """What the forward pass reads."""
+    routes: Routes
+    """Experts that the old policy chose; empty for a dense model."""
+    old: Scored | None
+    """Log-probs under the old policy: the weights at the start of the rollout batch. None off the last stage."""
+    reference: Scored | None
+    """Log-probs under the reference policy. None off the last stage, and without a divergence from it."""
+
+    def with_advantages(self, advantages: Mapping[SampleRef, float]) -> TrainingMicroBatch:
+        """This micro-batch, ready for its update."""
+        values = torch.tensor([advantages[ref] for ref in self.refs] or [0.0], dtype=torch.float64)
+        known = {field.name: getattr(self, field.name) for field in fields(self)}
+        return TrainingMicroBatch(**known, advantages=values.to(self.batch.loss_mask.device))
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingMicroBatch(ScoredMicroBatch):
+    """A scored micro-batch whose sequences have their advantages."""
+
+    advantages: Tensor
+    """[S] float64; one 0 in a micro-batch that only fills a slot."""
+
+
+@dataclass(frozen=True, slots=True)
+class MiniBatch[Part: ScoredMicroBatch]:
     """What one optimizer step trains on."""
 
-    refs: list[list[SampleRef]]
-    """Whose sequences each of this rank's micro-batches holds, in order; none in one that only fills a slot."""
-    micro_batches: list[MicroBatch]
+    micro_batches: Sequence[Part]
     """This rank's, as many as every other rank's."""
     totals: BatchTotals
     """Denominators over all ranks."""
-    old: list[Scored]
-    """Log-probs under the weights at the start of the rollout batch, one entry a micro-batch; last stage only."""
-    routes: list[Routes]
-    """Experts chosen under those weights, one entry a micro-batch; those of a dense model are empty."""
-    reference: list[Scored] | None
-    """Log-probs under the reference policy, as `old`; None without a divergence from it."""
-
-    def with_advantages(self, value: dict[SampleRef, float]) -> MiniBatch:
-        """The same with the advantage of every sequence put in."""
-        weighed = []
-        for refs, batch in zip(self.refs, self.micro_batches, strict=True):
-            values = torch.tensor([value[ref] for ref in refs] or [0.0], dtype=batch.advantages.dtype)
-            weighed.append(replace(batch, advantages=values.to(batch.advantages.device)))
-        return replace(self, micro_batches=weighed)
 
 
 class Batcher:
@@ -56,20 +71,24 @@ class Batcher:
         self.recipe, self.policy, self.store = recipe, policy, store
 
     def place_refs(self, refs: Sequence[SampleRef]) -> tuple[list[list[SampleRef]], list[MicroBatch]]:
-        """Read, pack and place this rank's share of stored samples; advantages are put in later."""
+        """Read, pack and place this rank's share of stored samples.
+
+        Returns:
+            For each micro-batch its references in order, and the micro-batch.
+        """
         mine = [[refs[i] for i in members] for members in self._pack([r.prompt_length + r.answer_length for r in refs])]
         reported = self.recipe.objective.replay == "sampler"
-        samples = [build_samples(members, [0.0] * len(members), self.store, reported) for members in mine]
+        samples = [build_samples(members, self.store, reported) for members in mine]
         return mine, self.policy.place([self.collate(members) for members in samples])
 
     def place_samples(self, samples: Sequence[Sample]) -> list[MicroBatch]:
-        """Pack samples that are at hand (fine-tuning) and place this rank's share."""
+        """Pack samples that are in memory (fine-tuning) and place this rank's share."""
         mine = self._pack([len(sample.token_ids) for sample in samples])
         return self.policy.place([self.collate([samples[i] for i in members]) for members in mine])
 
     def collate(self, samples: Sequence[Sample]) -> PackedBatch:
         """One packed row."""
-        return collate(samples, pad_multiple(self.policy.layout))
+        return collate(samples, self.policy.layout.pad_multiple)
 
     def probes(self) -> list[Sample]:
         """Twice `weight_update.canary_prompts` sequences of random tokens, the same at every call and on every rank."""
@@ -81,9 +100,9 @@ class Batcher:
         return [_only_scored(row.astype(np.int32)) for row in rows]
 
     def score_probes(self) -> list[tuple[list[int], list[float]]]:
-        """Ids of the canary's probes and the policy's log-probs of all but the first id of each.
+        """Token ids of the canary's probes, and the policy's log-probs of all but the first id of each.
 
-        Of those that there are the half that is farthest from a router tie.
+        Of all probes the half that is farthest from a router tie.
         """
         scored = []
         for sample in self.probes():
@@ -93,9 +112,9 @@ class Batcher:
         return [probe for _, probe in scored[: self.recipe.weight_update.canary_prompts]]
 
     def _pack(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Members of each of this data-parallel rank's micro-batches."""
-        layout, multiple = self.policy.layout, pad_multiple(self.policy.layout)
-        padded = [-(-length // multiple) * multiple for length in lengths]
+        """[micro-batch] -> members of each micro-batch of this data-parallel rank, as indices into `lengths`."""
+        layout, multiple = self.policy.layout, self.policy.layout.pad_multiple
+        padded = [round_up(length, multiple) for length in lengths]
         slots = pack(
             padded,
             cost=self._cost,
@@ -116,27 +135,31 @@ class Batcher:
 
 
 def _only_scored(token_ids: np.ndarray) -> Sample:
-    """A sequence that nothing is trained on; its tokens after the first count as an answer."""
+    """A sequence for scoring; its tokens after the first are marked as trained so that they are scored."""
     ref = SampleRef("", 0, 0, 1, len(token_ids) - 1, 0.0, "stop", ())
     mask = np.arange(len(token_ids)) > 0
-    return Sample(token_ids, mask, np.zeros(len(token_ids), np.float32), 0.0, ref)
+    return Sample(token_ids, mask, np.zeros(len(token_ids), np.float32), ref)
 
 
-def divergence(
-    spec: ObjectiveSpec, minibatches: Sequence[MiniBatch], sum_over_context: Callable[[Tensor], Tensor]
+def charge_divergence(
+    spec: ObjectiveSpec,
+    minibatches: Sequence[MiniBatch[ScoredMicroBatch]],
+    sum_over_context: Callable[[Tensor], Tensor],
 ) -> dict[tuple[int, int], float]:
-    """What each answer, by (prompt, sample), is charged for its divergence from the reference policy, on every rank."""
+    """What the reward of each response is lowered by for its divergence from the reference policy, on every rank.
+
+    Returns:
+        By (prompt, sample).
+    """
     mine: dict[tuple[int, int], float] = {}
-    for minibatch in minibatches:
-        assert minibatch.reference is not None
-        # Off the last stage there are no log-probs, and nothing to charge.
-        parts = zip(minibatch.refs, minibatch.micro_batches, minibatch.old, minibatch.reference, strict=False)
-        for refs, batch, old, reference in parts:
-            charges = kl_in_reward(
-                spec, old.logprobs, reference.logprobs, batch.loss_mask, batch.cu_seqlens, sum_over_context
-            )
-            for ref, charge in zip(refs, charges.tolist(), strict=False):
-                mine[ref.prompt_index, ref.sample_index] = charge
+    for micro in (micro for minibatch in minibatches for micro in minibatch.micro_batches):
+        if micro.old is None or micro.reference is None:
+            continue  # off the last stage there are no log-probs, and nothing to charge
+        batch, old, reference = micro.batch, micro.old.logprobs, micro.reference.logprobs
+        charges = kl_in_reward(spec, old, reference, batch.loss_mask, batch.cu_seqlens, sum_over_context)
+        # The one sequence of a micro-batch that fills a slot has no reference.
+        for ref, charge in zip(micro.refs, charges.tolist(), strict=False):
+            mine[ref.prompt_index, ref.sample_index] = charge
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)
     return {sample: charge for part in gathered for sample, charge in part.items()}

@@ -24,22 +24,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gspo_megatron.cluster.attempts import (
-    COMPLETE,
-    checkpoint_name,
-    complete_checkpoints,
-    is_partial_checkpoint,
-    partial_checkpoint_name,
-    refuse_if_replaced,
-)
+from gspo_megatron.cluster.attempts import refuse_if_replaced
 from gspo_megatron.parallel import Layout
 from gspo_megatron.policy.restore import SavedPolicy, restore
 from gspo_megatron.policy.snapshot import Snapshot, optimizer_steps, rank_file
+from gspo_megatron.run_dir import CHECKPOINT, CheckpointDir, RunDir, complete_checkpoints, is_partial, partial_name
 from gspo_megatron.run_log import RunLog
 from gspo_megatron.trainer.step import Trainer
 
-STATE = "state.json"
-RECIPE = "recipe.resolved.yaml"
 POLL_SECONDS = 0.02
 
 
@@ -79,7 +71,7 @@ class CheckpointWriter:
         began = time.monotonic()
         # Before anything is copied: the data position belongs to the end of this step.
         controller, token = trainer.on_first_rank(lambda controller: (controller.state(), secrets.token_hex(4)))
-        partial = self.directory / partial_checkpoint_name(step, token)
+        partial = self.directory / partial_name(step, token)
         partial.mkdir(parents=True, exist_ok=True)
         self._snapshot.take(trainer.policy)
         state = {
@@ -154,22 +146,22 @@ class CheckpointWriter:
         return not waiting
 
     def _publish(self, partial: Path, state: dict[str, Any]) -> None:
-        final = self.directory / checkpoint_name(state["step"])
+        final, written = self.directory / CHECKPOINT.name(state["step"]), CheckpointDir(partial)
         files = sorted(partial.glob("rank_*"))
-        written = {**state, "files": {file.name: file.stat().st_size for file in files}}
-        (partial / STATE).write_text(json.dumps(written, indent=1))
-        recipe = self.directory.parent / RECIPE
+        sizes = {file.name: file.stat().st_size for file in files}
+        written.state.write_text(json.dumps({**state, "files": sizes}, indent=1))
+        recipe = RunDir(self.directory.parent).recipe
         if recipe.is_file():
-            shutil.copyfile(recipe, partial / RECIPE)
-        _sync(partial / STATE)
+            shutil.copyfile(recipe, written.recipe)
+        _sync(written.state)
         refuse_if_replaced(self.directory.parent)
-        (partial / COMPLETE).touch()
+        written.marker.touch()
         _sync(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         _sync(self.directory)
-        cut_short = [path for path in self.directory.iterdir() if is_partial_checkpoint(path.name)]
-        for old in [*complete_checkpoints(self.directory)[: -self.kept], *cut_short]:
+        abandoned = [path for path in self.directory.iterdir() if is_partial(path.name)]
+        for old in [*complete_checkpoints(self.directory)[: -self.kept], *abandoned]:
             shutil.rmtree(old, ignore_errors=True)
 
 
@@ -188,7 +180,7 @@ def load(trainer: Trainer, checkpoint: Path) -> int:
     Returns:
         Steps done.
     """
-    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
+    state: dict[str, Any] = json.loads(CheckpointDir(checkpoint).state.read_text())
     saved = SavedPolicy(checkpoint, trainer.policy.weights.arch, Layout(**state["layout"]))
     restore(trainer.policy, saved, state["optimizer_steps"])
     # `sync` counts on: the version that the servers get first is the one they had.
@@ -204,7 +196,7 @@ def load(trainer: Trainer, checkpoint: Path) -> int:
 
 def is_whole(checkpoint: Path) -> bool:
     """Whether every file of a complete checkpoint still has the size that was written."""
-    sizes: dict[str, int] = json.loads((checkpoint / STATE).read_text()).get("files", {})
+    sizes: dict[str, int] = json.loads(CheckpointDir(checkpoint).state.read_text()).get("files", {})
     files = {checkpoint / name: size for name, size in sizes.items()}
     return bool(files) and all(file.is_file() and file.stat().st_size == size for file, size in files.items())
 

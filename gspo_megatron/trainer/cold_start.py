@@ -1,4 +1,4 @@
-"""Where the first weights come from: a checkpoint, or fine-tuning on worked answers with the same trainer."""
+"""The first weights: a Hugging Face directory, or fine-tuning on worked answers with the same trainer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from gspo_megatron.types import Finding
 
 
 def prepare_weights(trainer: Trainer) -> None:
-    """Load the starting weights: of `model.path`, or of the cold start (made once, then cached), or random ones."""
+    """Load the starting weights: from `model.path`, from the cold start (made once, then cached), or random ones."""
     recipe, policy = trainer.recipe, trainer.policy
     arch = recipe.arch
     if recipe.cold_start is None:
@@ -42,7 +42,7 @@ def prepare_weights(trainer: Trainer) -> None:
             safetensors_pieces(recipe.model.path, arch) if recipe.model.path else random_pieces(arch, recipe.run.seed)
         )
         fine_tune(trainer, recipe.cold_start)
-        run = hashlib.sha256(str(trainer.log.run_dir.absolute()).encode()).hexdigest()[:8]
+        run = hashlib.sha256(str(trainer.log.run_dir.path.absolute()).encode()).hexdigest()[:8]
         own = cached.with_name(f"{cached.name}.{run}")
         policy.save(own)
         if dist.get_rank() == 0:
@@ -53,10 +53,10 @@ def prepare_weights(trainer: Trainer) -> None:
 
 
 def publish(own: Path, cached: Path) -> None:
-    """Move a run's own weights to the cache; of runs that made them at the same time, all go on with the first one's.
+    """Move a run's own weights to the cache. Runs that made them at the same time all use the first one's.
 
     Raises:
-        OSError: something else is in the way.
+        OSError: the place is taken by something that is no Hugging Face directory.
     """
     try:
         own.rename(cached)  # never over a directory that holds something

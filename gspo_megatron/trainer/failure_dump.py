@@ -1,6 +1,6 @@
 """What is kept of an update that went wrong: enough to compute its loss again without a model, by `gspo debug`.
 
-alarms/update_000012/   bundle.json                   why, objective, denominators, metrics, layout
+alarms/update_000012/   bundle.json                   reason, objective, denominators, metrics, layout
                         rank_00001.safetensors        tokens, masks, advantages and log-probs of its micro-batches
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,56 +18,64 @@ from torch import Tensor
 
 from gspo_megatron.config.objective_spec import ObjectiveSpec
 from gspo_megatron.policy.policy import Policy
-from gspo_megatron.trainer.batches import MiniBatch
+from gspo_megatron.run_dir import DUMP, RunDir
+from gspo_megatron.trainer.batches import MiniBatch, TrainingMicroBatch
 from gspo_megatron.trainer.failure_replay import BUNDLE
 
-DIRECTORY = "alarms"
 CODES = ("first-minibatch-moved",)
 """Warnings of a step after which its first update is kept."""
 MOST = 5
-"""Bundles of a run: a fault that repeats must not fill the disk."""
+"""Dumps of a run: a fault that repeats must not fill the disk."""
 
 
-def write_bundle(
-    run_dir: Path,
-    policy: Policy,
-    spec: ObjectiveSpec,
-    update: int,
-    minibatch: MiniBatch,
-    logprobs: Sequence[Tensor],
-    about: dict[str, Any],
+@dataclass(frozen=True, slots=True)
+class TrainedUpdate:
+    """One optimizer step of this rank, until the end of its rollout batch."""
+
+    number: int
+    """Updates of the run, this one included."""
+    minibatch: MiniBatch[TrainingMicroBatch]
+    """What it trained on."""
+    logprobs: Sequence[Tensor]
+    """[T_local] of each micro-batch in the training pass; empty off the last stage."""
+
+
+def write_dump(
+    run: RunDir, policy: Policy, spec: ObjectiveSpec, update: TrainedUpdate, about: dict[str, Any]
 ) -> Path | None:
-    """Keep an update, once; every rank calls it. None when the run has kept enough.
+    """Write an update to the run directory, once; every rank calls it.
 
     Args:
-        run_dir: of the run.
-        policy: whose ranks hold the batch.
+        run: the run directory.
+        policy: the policy that the update is of.
         spec: the objective.
-        update: its number.
-        minibatch: what it trained on.
-        logprobs: [T_local] of each micro-batch in the training pass; last stage only.
+        update: what to keep.
         about: `reason` and whatever else the reader should see.
+
+    Returns:
+        The directory of the dump; None when the run has kept `MOST` others.
     """
-    directory = run_dir / DIRECTORY / f"update_{update:06d}"
-    kept = list((run_dir / DIRECTORY).glob("update_*")) if dist.get_rank() == 0 else []
-    found = [directory in kept, len(kept) >= MOST]
+    directory = run.dump(update.number)
+    kept = DUMP.find(run.alarms) if dist.get_rank() == 0 else {}
+    found = [update.number in kept, len(kept) >= MOST]
     dist.broadcast_object_list(found, src=0)
     if any(found):
         return directory if found[0] else None
     directory.mkdir(parents=True, exist_ok=True)
     if policy.is_last_stage and policy.at.tensor == 0:
+        micro_batches = zip(update.minibatch.micro_batches, update.logprobs, strict=False)
         tensors = {
             f"{index}/{name}": tensor.detach().cpu().contiguous()
-            for index, now in enumerate(logprobs)
-            for name, tensor in _micro_batch(minibatch, index, now).items()
+            for index, (micro, now) in enumerate(micro_batches)
+            for name, tensor in _tensors(micro, now).items()
         }
         save_file(tensors, directory / f"rank_{dist.get_rank():05d}.safetensors")
     if dist.get_rank() == 0:
         content = {
-            "update": update,
+            "update": update.number,
             **about,
             "objective": spec.model_dump(mode="json"),
-            "totals": asdict(minibatch.totals),
+            "totals": asdict(update.minibatch.totals),
             "context_parallel": policy.layout.context,
         }
         (directory / BUNDLE).write_text(json.dumps(content, indent=1))
@@ -75,18 +83,19 @@ def write_bundle(
     return directory
 
 
-def _micro_batch(minibatch: MiniBatch, index: int, now: Tensor) -> dict[str, Tensor]:
-    batch = minibatch.micro_batches[index]
+def _tensors(micro: TrainingMicroBatch, now: Tensor) -> dict[str, Tensor]:
+    batch = micro.batch
+    assert micro.old is not None, "only the last stage is kept, which scored the old policy"
     found = {
         "targets": batch.targets,
         "loss_mask": batch.loss_mask,
-        "advantages": batch.advantages,
+        "advantages": micro.advantages,
         "rollout_logprobs": batch.rollout_logprobs,
         "cu_seqlens": batch.cu_seqlens,
         "indices": batch.indices,
-        "old_logprobs": minibatch.old[index].logprobs,
+        "old_logprobs": micro.old.logprobs,
         "logprobs": now,
     }
-    if minibatch.reference is not None:
-        found["reference_logprobs"] = minibatch.reference[index].logprobs
+    if micro.reference is not None:
+        found["reference_logprobs"] = micro.reference.logprobs
     return found

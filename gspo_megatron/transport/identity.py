@@ -16,11 +16,11 @@ from typing import Any
 
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.run_dir import RunDir
 
 RUN_VARIABLE = "GSPO_RUN_ID"
 TOKENIZER_VARIABLE = "GSPO_TOKENIZER_HASH"
 """Set by `rollout.server` in its own environment, which vLLM's workers inherit; they answer for the server."""
-RUN_FILE = "run_id"
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json")
 """What decides ids in a Hugging Face directory; its chat template is read by the controller alone."""
 UNUSED = {"initializer_range"}
@@ -94,7 +94,8 @@ def identity_of(recipe: Recipe, run_dir: Path) -> Identity:
 
 def read_run_id(run_dir: Path) -> str:
     """The id of the run in this directory; whichever role asks first makes it."""
-    file, mine = run_dir / RUN_FILE, run_dir / f".{RUN_FILE}.{secrets.token_hex(4)}"
+    file = RunDir(run_dir).run_id
+    mine = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     if not file.is_file():
         mine.write_text(secrets.token_hex(8))
         # A link, because it appears complete and fails where another role was first.

@@ -7,8 +7,8 @@ import secrets
 import shutil
 from pathlib import Path
 
-from gspo_megatron.cluster.attempts import ATTEMPT_FILE
 from gspo_megatron.cluster.slurm_steps import running_jobs
+from gspo_megatron.run_dir import RunDir
 from launch.lib.planning import Plan, Refused
 
 
@@ -26,7 +26,7 @@ def claim_attempt(plan: Plan, job: str) -> None:
     if holder is not None:
         shutil.rmtree(plan.attempt, ignore_errors=True)
         raise Refused("run.directory: {}; {}".format(*in_use(plan.run_dir, holder)))
-    replace_text(plan.run_dir / ATTEMPT_FILE, f"{plan.number} {job}\n")
+    replace_text(RunDir(plan.run_dir).attempt, f"{plan.number} {job}\n")
     logs = plan.attempt.parent
     latest = logs / f".latest.{os.getpid()}"
     latest.symlink_to(plan.attempt.name)

@@ -23,13 +23,13 @@ from typing import Any, get_args
 
 from gspo_megatron.cli import prepare_run, refuse_unwritable
 from gspo_megatron.cluster import hosts, placement
-from gspo_megatron.cluster.attempts import attempt_name, attempts
 from gspo_megatron.cluster.exit_codes import REFUSED
 from gspo_megatron.cluster.hosts import Host, Kind, Ports, Spread, Task
 from gspo_megatron.config import Recipe, RecipeError
 from gspo_megatron.models import load_recipe, load_resolved
 from gspo_megatron.plan.rules.not_built import not_built
 from gspo_megatron.plan.run_plan import make_plan
+from gspo_megatron.run_dir import ATTEMPT
 from gspo_megatron.types import Finding
 from launch.lib.attempt import replace_text
 from launch.lib.preflight import judge
@@ -210,9 +210,9 @@ def make_attempt(logs: Path, job: str) -> tuple[int, Path, list[str]]:
     (fresh / "preflight").mkdir(parents=True)
     (fresh / JOB).write_text(job)
     while True:
-        older = attempts(logs)
+        older = list(ATTEMPT.find(logs))
         number = 1 + max(older, default=0)
-        path = logs / attempt_name(number)
+        path = logs / ATTEMPT.name(number)
         try:
             # Fails where a job that started in the same second was quicker: the directory is there and not empty.
             fresh.rename(path)
@@ -220,7 +220,7 @@ def make_attempt(logs: Path, job: str) -> tuple[int, Path, list[str]]:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-    places = [logs / attempt_name(each) for each in older]
+    places = [logs / ATTEMPT.name(each) for each in older]
     for place in places:
         # Whoever made a key removes it, unless its node lost power.
         (place / "key").unlink(missing_ok=True)

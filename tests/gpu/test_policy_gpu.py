@@ -228,5 +228,5 @@ def make_long_samples(vocab_size: int, lengths: Sequence[int] = LENGTHS) -> list
         mask = np.arange(length) > 0
         ref = SampleRef("", index, 0, 1, length - 1, 0.0, "stop", ())
         tokens = generator.integers(0, vocab_size, length).astype(np.int32)
-        samples.append(Sample(tokens, mask, np.zeros(length, np.float32), 1.0, ref))
+        samples.append(Sample(tokens, mask, np.zeros(length, np.float32), ref))
     return samples

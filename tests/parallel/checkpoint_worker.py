@@ -18,7 +18,7 @@ from gspo_megatron.data.packing import collate
 from gspo_megatron.models import load_recipe
 from gspo_megatron.parallel import Layout
 from gspo_megatron.policy import mesh
-from gspo_megatron.policy.microbatch import MicroBatch, pad_multiple
+from gspo_megatron.policy.microbatch import MicroBatch
 from gspo_megatron.policy.policy import OptimizerSettings, Policy, Scored
 from gspo_megatron.policy.restore import SavedPolicy, restore
 from gspo_megatron.policy.snapshot import MOMENTS, Snapshot, optimizer_steps, rank_file, stepped
@@ -145,7 +145,7 @@ def train(policy: Policy, steps: int) -> float:
     samples = make_samples(policy.recipe.arch.vocab_size)
     data = policy.layout.data
     mine = [SLOTS[i : i + data][policy.at.data] for i in range(0, len(SLOTS), data)]
-    batches = policy.place([collate([samples[i] for i in members], pad_multiple(policy.layout)) for members in mine])
+    batches = policy.place([collate([samples[i] for i in members], policy.layout.pad_multiple) for members in mine])
 
     def loss(batch: MicroBatch, scored: Scored, _: int) -> tuple[Tensor, dict[str, Tensor]]:
         return -torch.where(batch.loss_mask, scored.logprobs, 0.0).sum() / 48, {}

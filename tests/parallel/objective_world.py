@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gspo_megatron.objective import ObjectiveSpec, group_advantages, policy_loss
+from gspo_megatron.objective import ObjectiveSpec, add_sums, group_advantages, policy_loss
+from gspo_megatron.trainer.metric_sums import TOKEN_ENTROPY, reduce_sums, zero_sums
 from tests.reference import Response
 from tests.unit.objective.cases import (
     FIXTURES,
@@ -26,7 +27,6 @@ from tests.unit.objective.cases import (
     loss_inputs,
     preset,
     random_answers,
-    reduce_metrics,
     totals_of,
 )
 
@@ -103,35 +103,66 @@ def run_case(case: Case, layout: str, rank: int, world: int) -> dict[str, Any]:
     value = loss.detach().clone()
     dist.all_reduce(value)
     dist.all_reduce(flat)
+    [reduced] = reduce_sums(
+        [add_sums([out.metrics for out in outputs]) if outputs else None], objective_zero(case.spec)
+    )
     return {
         "value": -value.item(),
         "grads": [(-part).tolist() for part in flat.split([row.leaf.numel() for row in rows])],
-        "metrics": reduce_over_world(reduce_metrics(outputs), sorted(policy_loss(case.spec, empty_like(rows)).metrics)),
+        # Where a sequence lies on the edge of two bins depends on the order of its sum.
+        "metrics": {name: value.tolist() for name, value in reduced.items() if name != "log_s_histogram"},
     }
 
 
-def empty_like(rows: Sequence[Any]) -> Any:
-    """Inputs of no sequence, to know the names of the metrics on a rank that had no micro-batch."""
-    return loss_inputs([], totals_of(rows), reference=False)
+def objective_zero(spec: ObjectiveSpec) -> dict[str, Tensor]:
+    """The sums of the objective as 0, without the one that the trainer adds."""
+    return {name: entry for name, entry in zero_sums(spec, torch.device("cpu")).items() if name != TOKEN_ENTROPY}
 
 
-def reduce_over_world(sums: dict[str, Any], names: Sequence[str]) -> dict[str, float]:
-    """One reduction of all scalar sums, one of all maxima."""
-    reduced = {}
-    for maximum in (False, True):
-        kind = [name for name in names if name.endswith("/max") == maximum and name != "log_s_histogram"]
-        vector = torch.tensor([sums.get(name, 0.0) for name in kind], dtype=torch.float64)
-        dist.all_reduce(vector, dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM)
-        reduced |= dict(zip(kind, vector.tolist(), strict=True))
-    return reduced
+def compare_reductions(rank: int, world: int) -> list[dict[str, list[Any]]]:
+    """For each mini-batch and name [reduced once, by the old formula]: every micro-batch's numbers from every rank.
+
+    Mini-batches have several micro-batches; in the last one only rank 0 counts.
+    """
+    spec = preset("gspo").replace(correction=("tis",), kl="k3", kl_coefficient=0.1)
+    mine: list[list[dict[str, Tensor]]] = []
+    for minibatch, micro_batches in enumerate((3, 1, 2)):
+        counts = micro_batches if minibatch < 2 or rank == 0 else 0
+        drawn = [as_rows(random_answers(100 * minibatch + 10 * rank + at, 5e-4)) for at in range(counts)]
+        mine.append([policy_loss(spec, loss_inputs(rows, totals_of(rows))).metrics for rows in drawn])
+    reduced = reduce_sums([add_sums(parts) if parts else None for parts in mine], objective_zero(spec))
+    gathered: list[Any] = [None] * world
+    dist.all_gather_object(gathered, [[{n: v.tolist() for n, v in part.items()} for part in parts] for parts in mine])
+    old = [add_by_hand([part for ranks in gathered for part in ranks[index]]) for index in range(len(mine))]
+    return [
+        {name: [new[name].tolist(), by_hand[name]] for name in by_hand}
+        for new, by_hand in zip(reduced, old, strict=True)
+    ]
+
+
+def add_by_hand(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Numbers and tables entry by entry: the maximum of names that end in `/max`, the sum of all others."""
+    total = dict(parts[0])
+    for part in parts[1:]:
+        for name, entry in part.items():
+            if name.endswith("/max"):
+                total[name] = max(total[name], entry)
+            elif isinstance(entry, list):
+                total[name] = [
+                    [a + b for a, b in zip(x, y, strict=True)] for x, y in zip(total[name], entry, strict=True)
+                ]
+            else:
+                total[name] += entry
+    return total
 
 
 def main(directory: Path, rank: int, world: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory / 'rendezvous'}", rank=rank, world_size=world)
-    results = {
+    results: dict[str, Any] = {
         f"{name}@{layout}": run_case(case, layout, rank, world) for name, case in cases().items() for layout in LAYOUTS
     }
+    results["reductions"] = compare_reductions(rank, world)
     if rank == 0:
         (directory / "results.json").write_text(json.dumps(results))
     dist.destroy_process_group()

@@ -13,7 +13,15 @@ from gspo_megatron.policy import weights
 from tests import reference
 from tests.parallel.hf_model import build_oracle, gradients, read_whole, token_logprobs
 from tests.parallel.layouts import MODELS
-from tests.parallel.policy_batch import CLIP_HIGH, CLIP_LOW, SEED, SEQUENCES, make_samples, old_logprobs
+from tests.parallel.policy_batch import (
+    CLIP_HIGH,
+    CLIP_LOW,
+    SEED,
+    SEQUENCES,
+    make_advantages,
+    make_samples,
+    old_logprobs,
+)
 
 ADAM = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 """The Adam step that is compared. Megatron decays no vectors."""
@@ -71,9 +79,10 @@ def gspo_loss(hf: torch.nn.Module, arch: Architecture) -> tuple[Tensor, float, l
     samples = make_samples(arch.vocab_size)
     logprobs = token_logprobs(hf, [torch.as_tensor(sample.token_ids).long() for sample in samples])
     answers = []
-    for index, ((length, trained), sample, logp) in enumerate(zip(SEQUENCES, samples, logprobs, strict=True)):
+    rows = zip(SEQUENCES, make_advantages(arch.vocab_size), logprobs, strict=True)
+    for index, ((length, trained), value, logp) in enumerate(rows):
         now = logp[length - 1 - trained :]
-        advantage = torch.full((trained,), sample.advantage, dtype=torch.float64)
+        advantage = torch.full((trained,), value, dtype=torch.float64)
         answers.append(reference.Response(now, now.detach() - old_logprobs(trained, index), advantage))
     counted = [answer for answer in answers if answer.length]
     scale = sum(abs(float(reference.sequence_ratio(a).detach() * a.advantage[0])) for a in counted) / len(counted)

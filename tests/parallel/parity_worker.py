@@ -20,7 +20,7 @@ from gspo_megatron.data.packing import PackedBatch, collate
 from gspo_megatron.models import load_recipe
 from gspo_megatron.objective import BatchTotals, LossInputs, ObjectiveSpec, policy_loss
 from gspo_megatron.policy import mesh, weights
-from gspo_megatron.policy.microbatch import MicroBatch, pad_multiple
+from gspo_megatron.policy.microbatch import MicroBatch
 from gspo_megatron.policy.policy import LossFunction, OptimizerSettings, Policy, Scored
 from tests.parallel import faults
 from tests.parallel.keep_double import KeepDouble
@@ -29,6 +29,7 @@ from tests.parallel.policy_batch import (
     CLIP_LOW,
     PADDED_LENGTH,
     SEQUENCES,
+    make_advantages,
     make_samples,
     share_slots,
 )
@@ -87,7 +88,7 @@ def compare_step(policy: Policy, oracle: dict[str, Any], form: str) -> dict[str,
     """Loss, gradients and the weights after one SGD step of a batch that is packed or padded."""
     samples = make_samples(policy.weights.arch.vocab_size)
     layout = policy.layout
-    multiple = pad_multiple(layout) if form == "packed" else math.lcm(PADDED_LENGTH, pad_multiple(layout))
+    multiple = layout.pad_multiple if form == "packed" else math.lcm(PADDED_LENGTH, layout.pad_multiple)
     group = layout.pipeline if layout.virtual > 1 else 1
     mine = [slot[policy.at.data] for slot in share_slots(layout.data, group)]
     whole = [collate([samples[i] for i in members], multiple) for members in mine]
@@ -97,7 +98,9 @@ def compare_step(policy: Policy, oracle: dict[str, Any], form: str) -> dict[str,
     shifts = [0.0]
     old = [place_old(oracle["old"], members, batch) for members, batch in zip(mine, whole, strict=True)]
     lr = start_plain_step(policy, oracle["sgd_lr"])
-    sums, norm, _ = policy.train(batches, objective(policy, scored, old, shifts), lr)
+    values = make_advantages(policy.weights.arch.vocab_size)
+    advantages = [torch.tensor([values[i] for i in members] or [0.0]).double().to(policy.device) for members in mine]
+    sums, norm, _ = policy.train(batches, objective(policy, scored, old, advantages, shifts), lr)
     bits = collect_bits(policy, sums, norm)
     share = sum(float(entry["loss"]) for entry in sums) if policy.at.tensor == 0 else 0.0
     loss = over_ranks(share, dist.ReduceOp.SUM)
@@ -143,7 +146,9 @@ def digest(tensors: Iterator[torch.Tensor]) -> str:
     return found.hexdigest()
 
 
-def objective(policy: Policy, scored: list[Scored], old: list[torch.Tensor], shifts: list[float]) -> LossFunction:
+def objective(
+    policy: Policy, scored: list[Scored], old: list[torch.Tensor], advantages: list[torch.Tensor], shifts: list[float]
+) -> LossFunction:
     """The share of a micro-batch under the paper's objective."""
     totals = BatchTotals(sum(trained > 0 for _, trained in SEQUENCES), sum(trained for _, trained in SEQUENCES))
     spec = ObjectiveSpec.preset("gspo").replace(clip_low=CLIP_LOW, clip_high=CLIP_HIGH)
@@ -154,7 +159,7 @@ def objective(policy: Policy, scored: list[Scored], old: list[torch.Tensor], shi
         inputs = LossInputs(
             logprobs=now.logprobs,
             old_logprobs=old[index][batch.indices.cpu()].to(logprobs),
-            advantages=batch.advantages,
+            advantages=advantages[index],
             loss_mask=batch.loss_mask,
             cu_seqlens=batch.cu_seqlens,
             totals=totals,
@@ -179,7 +184,7 @@ def place_old(old: list[torch.Tensor], members: list[int], batch: PackedBatch) -
 def skips_what_is_not_finite(policy: Policy, oracle: dict[str, Any]) -> bool:
     """Whether one rank's gradient that is not a number leaves the weights of all ranks alone."""
     samples = make_samples(policy.weights.arch.vocab_size)
-    share = [collate([samples[0]], pad_multiple(policy.layout))] * max(2, policy.layout.pipeline)
+    share = [collate([samples[0]], policy.layout.pad_multiple)] * max(2, policy.layout.pipeline)
     rotten = policy.at.data == policy.layout.data - 1
 
     def loss(_: MicroBatch, now: Scored, __: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

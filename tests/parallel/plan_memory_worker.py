@@ -107,7 +107,7 @@ def _offloaded_bytes(policy: Policy) -> int:
     offload.to_host = count
     ref = SampleRef("", 0, 0, 1, TOKENS - 1, 0.0, "stop", ())
     words, trained = np.ones(TOKENS, np.int32), np.arange(TOKENS) > 0
-    batches = [collate([Sample(words, trained, np.zeros(TOKENS, np.float32), 1.0, ref)], TOKENS)] * MICRO_BATCHES
+    batches = [collate([Sample(words, trained, np.zeros(TOKENS, np.float32), ref)], TOKENS)] * MICRO_BATCHES
     policy.train(policy.place(batches), lambda _, scored, __: (scored.logprobs.sum(), {}), 0.0)
     offload.to_host = original
     return most

@@ -21,6 +21,15 @@ PADDED_LENGTH = 32
 
 def make_samples(vocab_size: int) -> list[Sample]:
     """The same ragged batch everywhere."""
+    return [sample for sample, _ in _draw(vocab_size)]
+
+
+def make_advantages(vocab_size: int) -> list[float]:
+    """The advantage of each sequence of the batch."""
+    return [advantage for _, advantage in _draw(vocab_size)]
+
+
+def _draw(vocab_size: int) -> list[tuple[Sample, float]]:
     generator = np.random.default_rng(SEED)
     samples = []
     for index, (length, trained) in enumerate(SEQUENCES):
@@ -28,9 +37,8 @@ def make_samples(vocab_size: int) -> list[Sample]:
         mask[length - trained :] = trained > 0
         ref = SampleRef("", index, 0, length - trained, trained, 0.0, "stop", ())
         token_ids = generator.integers(0, vocab_size, length).astype(np.int32)
-        samples.append(
-            Sample(token_ids, mask, np.zeros(length, np.float32), float(generator.choice([-1.0, 0.5, 1.0])), ref)
-        )
+        sample = Sample(token_ids, mask, np.zeros(length, np.float32), ref)
+        samples.append((sample, float(generator.choice([-1.0, 0.5, 1.0]))))
     return samples
 
 

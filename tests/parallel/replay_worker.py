@@ -16,7 +16,7 @@ import gspo_megatron.policy  # noqa: F401  the device layer must be in before me
 from gspo_megatron.data.packing import collate
 from gspo_megatron.models import load_recipe
 from gspo_megatron.policy import mesh
-from gspo_megatron.policy.microbatch import MicroBatch, pad_multiple
+from gspo_megatron.policy.microbatch import MicroBatch
 from gspo_megatron.policy.policy import OptimizerSettings, Policy, Scored
 from gspo_megatron.policy.replay import Routes, from_stored
 from gspo_megatron.policy.weights import random_pieces
@@ -45,7 +45,7 @@ def run_case(name: str, overrides: list[str], directory: Path, device: torch.dev
     policy.load(random_pieces(arch, RECORDED))
     samples = make_samples(arch.vocab_size)
     mine = [SLOTS[i : i + policy.layout.data][policy.at.data] for i in range(0, len(SLOTS), policy.layout.data)]
-    batches = policy.place([collate([samples[i] for i in members], pad_multiple(policy.layout)) for members in mine])
+    batches = policy.place([collate([samples[i] for i in members], policy.layout.pad_multiple) for members in mine])
     policy.start_optimizer(OptimizerSettings(0.0, (0.9, 0.95), 1e-8, 0.0, 1e9))
     scored = policy.score(batches, records=True)
     routes = policy.routing.recorded(len(batches))
@@ -64,7 +64,7 @@ def run_case(name: str, overrides: list[str], directory: Path, device: torch.dev
         torch.save(result, directory / f"{name}.pt")
     torch.save(describe(policy, batches, routes, mine), directory / f"{name}-routes-{dist.get_rank()}.pt")
     told = [replace(sample, routes=reported_routes(arch, sample)) for sample in samples]
-    batches = policy.place([collate([told[i] for i in members], pad_multiple(policy.layout)) for members in mine])
+    batches = policy.place([collate([told[i] for i in members], policy.layout.pad_multiple) for members in mine])
     policy.score(batches, routes=policy.routing.reported(batches, arch.num_experts_per_tok), records=True)
     routes = policy.routing.recorded(len(batches))
     torch.save(describe(policy, batches, routes, mine), directory / f"{name}-reported-{dist.get_rank()}.pt")
@@ -98,7 +98,7 @@ def describe(policy: Policy, batches: list[MicroBatch], routes: list[Routes], me
             "members": slot,
             "rows": batch.indices.chunk(policy.layout.tensor)[policy.at.tensor],
             "chosen": [from_stored(part) for part in entry.chosen],
-            "multiple": pad_multiple(policy.layout),
+            "multiple": policy.layout.pad_multiple,
         }
         for batch, entry, slot in zip(batches, routes, members, strict=True)
     ]

@@ -23,21 +23,20 @@ import torch.distributed as dist
 
 import gspo_megatron.policy  # noqa: F401  the device layer must be in before megatron
 from gspo_megatron.cluster import watchdog
-from gspo_megatron.cluster.attempts import ATTEMPT_FILE
-from gspo_megatron.cluster.exit_codes import STOPPED
+from gspo_megatron.cluster.exit_codes import FAILED, STOPPED
 from gspo_megatron.cluster.local_backend import free_ports
 from gspo_megatron.cluster.watchdog import Pulse
 from gspo_megatron.models import load_recipe
+from gspo_megatron.objective import Sums
 from gspo_megatron.policy import mesh
 from gspo_megatron.policy.policy import Policy
 from gspo_megatron.policy.snapshot import MOMENTS, random_states, stepped
+from gspo_megatron.run_dir import RunDir
 from gspo_megatron.run_log import RunLog
 from gspo_megatron.trainer import loop
-from gspo_megatron.trainer.batches import MiniBatch
+from gspo_megatron.trainer.batches import MiniBatch, TrainingMicroBatch
 from gspo_megatron.trainer.step import Trainer
 from tests.parallel.recorded import NoServers, RecordedLink
-
-FAILED = 1
 
 
 def main() -> None:
@@ -52,10 +51,10 @@ def run_until_done(run_dir: Path, case: dict) -> list[dict]:
     """Attempts in order: what was to interrupt each, whether it did, how its ranks ended."""
     run_dir.mkdir()
     if "newest_attempt" in case:
-        (run_dir / ATTEMPT_FILE).write_text(f"{case['newest_attempt']} 4242\n")
+        RunDir(run_dir).attempt.write_text(f"{case['newest_attempt']} 4242\n")
     interruptions = list(case["interruptions"])
     history = []
-    while not (run_dir / "DONE").exists():
+    while not RunDir(run_dir).done.exists():
         expected = interruptions.pop(0) if interruptions else None
         if case.get("fails") and history:
             return history
@@ -154,21 +153,21 @@ def train(run_dir: Path, case: dict, interruption: dict | None, mark: Path) -> i
     if first:
         trainer.update = poisoned(trainer, case.get("poison", []))  # type: ignore[method-assign]
     with log:
-        if not loop.train(trainer, run_dir / "checkpoints"):
+        if not loop.train(trainer):
             return STOPPED
         (run_dir / f"final-{dist.get_rank()}.json").write_text(json.dumps(describe(trainer)))
         dist.barrier()
         if first:
-            (run_dir / "DONE").touch()
+            RunDir(run_dir).done.touch()
     dist.barrier()
     return 0
 
 
-def poisoned(trainer: Trainer, updates: list[int]) -> Callable[[MiniBatch], list[dict[str, Any]]]:
+def poisoned(trainer: Trainer, updates: list[int]) -> Callable[[MiniBatch[TrainingMicroBatch]], Sums | None]:
     """`Trainer.update` with weights of this one rank that are no numbers during the given updates."""
     update, weight = trainer.update, next(trainer.policy.chunks[0].parameters())
 
-    def with_poison(minibatch: MiniBatch) -> list[dict[str, Any]]:
+    def with_poison(minibatch: MiniBatch[TrainingMicroBatch]) -> Sums | None:
         if trainer.updates + 1 not in updates:
             return update(minibatch)
         kept = weight.detach().clone()

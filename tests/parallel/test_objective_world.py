@@ -88,6 +88,17 @@ def test_metrics_are_those_of_one_process(world: dict[str, Any], name: str, layo
         assert value == pytest.approx(sums[metric], abs=1e-9), metric
 
 
+def test_metric_sums_that_are_added_before_they_travel_are_the_old_ones(world: dict[str, Any]) -> None:
+    """One reduction of what each rank added first, against every micro-batch of every rank gathered and added."""
+    compared = world["reductions"]
+    assert len(compared) == 3 and {"log_s_histogram", "log_s_abs/max", "correction_weight"} <= compared[0].keys()
+    for minibatch in compared:
+        for name, (reduced, by_hand) in minibatch.items():
+            new, old = torch.tensor(reduced, dtype=torch.float64), torch.tensor(by_hand, dtype=torch.float64)
+            torch.testing.assert_close(new, old, rtol=1e-12, atol=1e-12, msg=name)
+    assert sum(minibatch["tokens"][1] for minibatch in compared) > 0
+
+
 def test_the_hand_numbers_come_out_of_the_world(world: dict[str, Any]) -> None:
     for layout in LAYOUTS:
         for name, expected in (

@@ -12,8 +12,9 @@ from gspo_megatron.models import load_recipe
 from gspo_megatron.models.hf_table import local_parameters
 from gspo_megatron.plan.estimate.activations import Shape
 from gspo_megatron.plan.estimate.batch import plan_batch
-from gspo_megatron.plan.estimate.memory import Held, element_bytes, exact_bytes, stage_memory
+from gspo_megatron.plan.estimate.memory import Held, exact_bytes, stage_memory
 from gspo_megatron.plan.rules.layout import layout_of
+from gspo_megatron.types import ITEM_BYTES
 from tests.parallel.world import run_world
 
 RECIPE = Path("recipes/tiny_moe.yaml")
@@ -81,7 +82,7 @@ def planned(overrides: list[str], size: int, rank: int) -> dict[str, int]:
     arch, layout = recipe.arch, layout_of(recipe.trainer, size)
     at = layout.coordinates(rank)
     chunks = [Held.of(local_parameters(arch, layout, at, chunk)) for chunk in range(layout.virtual)]
-    found = exact_bytes(chunks, layout, element_bytes(recipe), distributed=False, on_cpu=True)
+    found = exact_bytes(chunks, layout, ITEM_BYTES[recipe.model.dtype], distributed=False, on_cpu=True)
     if recipe.model.dtype == "float32":
         found["projection"] = Shape(arch, layout, recipe.trainer.recompute, TOKENS, 4).projection_bytes
     if recipe.trainer.offload_activations and at.pipeline == 0:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from gspo_megatron.config.model_section import Architecture
-from gspo_megatron.data.packing import padded_length
 from gspo_megatron.models import load_recipe
+from gspo_megatron.parallel import round_up
 from gspo_megatron.plan.estimate.flops import route_bytes
 from gspo_megatron.policy.weights import random_pieces
 from tests.parallel.hf_model import KeepDouble, build_oracle, gradients, read_whole
@@ -53,7 +53,7 @@ def routes_of_sequences(directory: Path, case: str, arch: Architecture, kind: st
         for slot in torch.load(directory / f"{case}-{kind}-{rank}.pt", weights_only=True):
             start = 0
             for member in slot["members"]:
-                size = padded_length(SEQUENCES[member][0], slot["multiple"])
+                size = round_up(SEQUENCES[member][0], slot["multiple"])
                 inside = (slot["rows"] >= start) & (slot["rows"] < start + size)
                 for layer, chosen in zip(slot["layers"], slot["chosen"], strict=True):
                     at = slot["rows"][inside] - start
@@ -122,6 +122,6 @@ def test_equal_weights_move_no_log_prob(case: str, results: Path) -> None:
 def test_replay_takes_a_byte_for_each_choice(case: str, results: Path, arch: Architecture) -> None:
     slots = torch.load(results / f"{case}-routes-0.pt", weights_only=True)
     multiple = slots[0]["multiple"]
-    tokens = sum(padded_length(SEQUENCES[member][0], multiple) for slot in SLOTS for member in slot)
+    tokens = sum(round_up(SEQUENCES[member][0], multiple) for slot in SLOTS for member in slot)
     num_bytes = torch.load(results / f"{case}.pt", weights_only=True)["counts"][3]
     assert num_bytes / tokens == route_bytes(arch) == arch.num_hidden_layers * arch.num_experts_per_tok

@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gspo_megatron.cluster.attempts import complete_checkpoints
 from gspo_megatron.data.store import HEADER
 from gspo_megatron.data.stream import PromptStream
 from gspo_megatron.data.tokenizers import load_tokenizer
 from gspo_megatron.models import load_resolved
+from gspo_megatron.run_dir import complete_checkpoints
 from tests.rollout.saves_again import AGAIN, HERE
 from tests.rollout.test_lost_server import rows_of, wait_for
 from tests.rollout.test_main_job import assert_all_ended, start

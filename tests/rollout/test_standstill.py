@@ -14,6 +14,7 @@ import pytest
 
 from gspo_megatron.cluster import watchdog
 from gspo_megatron.cluster.watchdog import INTERVAL, Pulse, Watchdog
+from gspo_megatron.run_dir import RunDir
 from tests.rollout.conftest import Server
 
 RANK = """
@@ -38,7 +39,7 @@ def test_the_rank_that_is_behind_is_named_and_the_server_writes_its_stacks(
     children = psutil.Process(server.process.pid).children(recursive=True)
     engine = next(child for child in children if "EngineCore" in child.cmdline()[0])
     other = subprocess.Popen([sys.executable, "-c", RANK, str(run_dir)])
-    beats = run_dir / watchdog.DIRECTORY
+    beats = RunDir(run_dir).heartbeat
     ended: list[int] = []
     try:
         wait_for((beats / "trainer-1.json").exists, "second rank")

@@ -12,7 +12,7 @@ import pytest
 from gspo_megatron.models import load_recipe
 from gspo_megatron.models.hf_table import count_parameters, hf_shapes, local_parameters
 from gspo_megatron.models.qwen3.architecture import Qwen3Architecture
-from gspo_megatron.parallel import Layout
+from gspo_megatron.parallel import Layout, round_up
 
 LAYOUTS = [
     Layout(8, tensor=2, pipeline=2, expert=2),
@@ -101,3 +101,10 @@ def test_uneven_stages_and_interleaved_layers() -> None:
     ]
     with pytest.raises(ValueError, match="94 layers over pipeline_parallel=8 leave 6; set first_stage_layers"):
         Layout(8, pipeline=8).stage_sizes(94)
+
+
+def test_padding_divides_over_context_and_tensor_ranks() -> None:
+    """Zig-zag cuts a sequence into 2 CP chunks, and sequence parallelism each chunk into TP parts."""
+    layouts = [Layout(1), Layout(2, tensor=2), Layout(2, context=2), Layout(8, tensor=2, context=4)]
+    assert [layout.pad_multiple for layout in layouts] == [1, 2, 4, 16]
+    assert [round_up(length, 8) for length in (0, 1, 8, 9)] == [0, 8, 8, 16]

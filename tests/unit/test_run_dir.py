@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from gspo_megatron.run_dir import ATTEMPT, CHECKPOINT, DUMP, EXPORT, NumberedName, RunDir
+from gspo_megatron.run_dir import (
+    ATTEMPT,
+    CHECKPOINT,
+    DUMP,
+    EXPORT,
+    NumberedName,
+    RunDir,
+    complete_checkpoints,
+    is_partial,
+    partial_name,
+)
 
 
 @pytest.mark.parametrize(
@@ -49,12 +59,28 @@ def test_a_foreign_name_has_no_number(family: NumberedName, name: str) -> None:
 
 def test_only_complete_checkpoints_of_our_names_count(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    assert list(run.complete_checkpoints()) == []
+    assert complete_checkpoints(run.checkpoints) == []
     for name in ("step_000010", "step_000002", "step_000002_best", "step_1000000", "final"):
         (run.checkpoints / name).mkdir(parents=True)
         (run.checkpoints / name / "COMPLETE").touch()
     run.checkpoint(3).path.mkdir()
-    assert [found.path.name for found in run.complete_checkpoints()] == ["step_000002", "step_000010", "step_1000000"]
+    assert [path.name for path in complete_checkpoints(run.checkpoints)] == [
+        "step_000002",
+        "step_000010",
+        "step_1000000",
+    ]
+
+
+def test_a_partial_checkpoint_is_known_by_its_name() -> None:
+    assert partial_name(12, "0a1b2c3d") == ".step_000012.0a1b2c3d.partial"
+    assert is_partial(partial_name(12, "0a1b2c3d"))
+    for name in (
+        ".step_000012.partial",
+        ".step_000012_best.0a1b2c3d.partial",
+        "step_000012.0a1b2c3d.partial",
+        ".step_12.0a1b2c3d.partial",
+    ):
+        assert not is_partial(name)
 
 
 def test_the_next_attempt_follows_the_largest_number(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gspo_megatron import run_log
-from gspo_megatron.run_log import METRICS_FILE, RunLog, read_rows
+from gspo_megatron.run_dir import RunDir
+from gspo_megatron.run_log import RunLog, read_rows
 from gspo_megatron.types import Finding
 
 ROW = {"reward_mean": 0.5, "answer_length": 18.25, "clip_fraction_sequences": 0.125, "grad_norm": 0.71}
@@ -49,7 +50,7 @@ def test_parts_add_up_within_a_step_and_start_anew(tmp_path: Path) -> None:
 
 def test_a_line_that_a_crash_cut_off_is_forgotten(tmp_path: Path) -> None:
     write_steps(tmp_path, 1, 2)
-    file = tmp_path / METRICS_FILE
+    file = RunDir(tmp_path).metrics
     file.write_text(file.read_text() + '{"step": 3, "rew')
     assert [row["step"] for row in read_rows(tmp_path)] == [1, 2]
     write_steps(tmp_path, 3)
@@ -57,7 +58,7 @@ def test_a_line_that_a_crash_cut_off_is_forgotten(tmp_path: Path) -> None:
 
 
 def test_a_broken_line_that_is_no_crash_is_not_hidden(tmp_path: Path) -> None:
-    (tmp_path / METRICS_FILE).write_text('{"step": 1\n{"step": 2}\n')
+    (RunDir(tmp_path).metrics).write_text('{"step": 1\n{"step": 2}\n')
     with pytest.raises(json.JSONDecodeError):
         read_rows(tmp_path)
 
@@ -83,7 +84,7 @@ def test_a_run_that_goes_on_takes_back_the_later_points(tmp_path: Path) -> None:
 def test_a_failed_step_leaves_no_row(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), RunLog(tmp_path, owns_terminal=True) as log, log.step(1):
         raise RuntimeError("lost server")
-    assert not (tmp_path / METRICS_FILE).exists()
+    assert not (RunDir(tmp_path).metrics).exists()
 
 
 def test_long_phases_get_plain_lines_where_there_is_no_terminal(

@@ -13,6 +13,7 @@ from gspo_megatron.models.layer_costs import LayerShape
 from gspo_megatron.models.registry import family_of
 from gspo_megatron.parallel import Layout
 from gspo_megatron.plan.estimate.batch import BatchPlan
+from gspo_megatron.types import ITEM_BYTES
 
 PEAK_IMBALANCE, MEAN_IMBALANCE = 1.5, 1.1
 """Rows of the fullest expert rank over the mean, in its fullest layer and over all layers; auxiliary loss 0."""
@@ -29,7 +30,7 @@ class Shape(LayerShape):
     def of(cls, recipe: Recipe, arch: Architecture, layout: Layout) -> Shape:
         """The layer that a recipe trains."""
         tokens = recipe.trainer.micro_batch_tokens / layout.context
-        return cls(arch, layout, tokens, 4 if recipe.model.dtype == "float32" else 2, recipe.trainer.recompute)
+        return cls(arch, layout, tokens, ITEM_BYTES[recipe.model.dtype], recipe.trainer.recompute)
 
     @property
     def attention_bytes(self) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gspo_megatron.config.schema import Recipe
-from gspo_megatron.parallel import Layout
+from gspo_megatron.parallel import Layout, round_up
 from gspo_megatron.plan.units import many
 from gspo_megatron.types import Finding
 
@@ -70,15 +70,10 @@ class BatchPlan:
         ]
 
 
-def pad_multiple(layout: Layout) -> int:
-    """Return the multiple that sequences are padded to: 2*CP chunks, each of which divides over TP."""
-    return (2 * layout.context if layout.context > 1 else 1) * layout.tensor
-
-
 def plan_batch(recipe: Recipe, layout: Layout) -> BatchPlan:
     """Compute the sizes of one rollout batch."""
     batch, rollout, capacity = recipe.batch, recipe.rollout, recipe.trainer.micro_batch_tokens
-    multiple = pad_multiple(layout)
+    multiple = layout.pad_multiple
     longest = round_up(rollout.max_prompt_tokens + rollout.max_answer_tokens, multiple)
     answer = min(rollout.expected_answer_tokens or rollout.max_answer_tokens / 2, rollout.max_answer_tokens)
     expected = min(float(longest), rollout.max_prompt_tokens * PROMPT_SHARE + answer + (multiple - 1) / 2)
@@ -106,11 +101,6 @@ def plan_batch(recipe: Recipe, layout: Layout) -> BatchPlan:
     )
 
 
-def round_up(value: int, multiple: int) -> int:
-    """Round up to a multiple."""
-    return -(-value // multiple) * multiple
-
-
 def findings(recipe: Recipe, layout: Layout, plan: BatchPlan) -> Iterator[Finding]:
     """Find sequences that do not fit a micro-batch, and ranks and stages without work."""
     rollout = recipe.rollout
@@ -118,7 +108,7 @@ def findings(recipe: Recipe, layout: Layout, plan: BatchPlan) -> Iterator[Findin
         yield Finding(
             "sequence-exceeds-micro-batch", "error", "trainer.micro_batch_tokens",
             f"{plan.micro_batch_tokens} tokens do not hold one sequence of {rollout.max_prompt_tokens} + "
-            f"{rollout.max_answer_tokens} tokens, {plan.longest_tokens} with padding to {pad_multiple(layout)}",
+            f"{rollout.max_answer_tokens} tokens, {plan.longest_tokens} padded to {layout.pad_multiple}",
             f"set it to at least {plan.longest_tokens}",
         )  # fmt: skip
         return

@@ -13,9 +13,10 @@ from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.models import architecture_of
 from gspo_megatron.models.hf_table import Parameter, local_parameters
-from gspo_megatron.parallel import Coordinates, Layout
+from gspo_megatron.parallel import Coordinates, Layout, round_up
 from gspo_megatron.plan.estimate import activations, flops
 from gspo_megatron.plan.estimate.batch import BatchPlan
+from gspo_megatron.types import ITEM_BYTES
 
 GRADIENT_BYTES = 4
 """Bytes of a gradient: DDP's buffer is float32 for every type of weight."""
@@ -62,11 +63,6 @@ class StageMemory:
     def largest(self) -> tuple[str, int]:
         """Name and bytes of the largest term."""
         return max({**self.exact, **self.estimated}.items(), key=lambda item: item[1])
-
-
-def element_bytes(recipe: Recipe) -> int:
-    """Bytes of a weight."""
-    return 4 if recipe.model.dtype == "float32" else 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +146,8 @@ def _buffer_elements(sizes: Sequence[int], shards: int) -> int:
     """
     end = 0
     for size in reversed(sizes):
-        end = -(-end // 64) * 64 + size
-    multiple = math.lcm(shards, 128)
-    return -(-end // multiple) * multiple
+        end = round_up(end, 64) + size
+    return round_up(end, math.lcm(shards, 128))
 
 
 def stage_memory(recipe: Recipe, layout: Layout, batch: BatchPlan, machine: Machine) -> list[StageMemory]:
@@ -170,7 +165,7 @@ def stage_memory(recipe: Recipe, layout: Layout, batch: BatchPlan, machine: Mach
                 layers=layers,
                 dense_parameters=sum(sum(chunk.dense) for chunk in chunks),
                 expert_parameters=sum(sum(chunk.expert) for chunk in chunks),
-                exact=exact_bytes(chunks, layout, element_bytes(recipe), distributed, machine.is_cpu),
+                exact=exact_bytes(chunks, layout, ITEM_BYTES[recipe.model.dtype], distributed, machine.is_cpu),
                 estimated=_estimate(recipe, arch, layout, batch, machine, stage, layers),
                 offloaded=activations.offloaded_bytes(shape, batch, stage, layers) if offloads else 0,
             )

@@ -16,7 +16,7 @@ from gspo_megatron.models import architecture_of
 from gspo_megatron.models.hf_table import hf_shapes
 from gspo_megatron.plan.estimate import flops
 from gspo_megatron.plan.estimate.batch import PROMPT_SHARE, BatchPlan
-from gspo_megatron.types import Finding
+from gspo_megatron.types import ITEM_BYTES, Finding
 
 BANDWIDTH_SHARE = 0.6
 """Share of the memory bandwidth during decoding."""
@@ -91,7 +91,7 @@ def _kinds(key: str) -> tuple[int, int, int]:
 def plan_rollout(recipe: Recipe, arch: Architecture, batch: BatchPlan, machine: Machine) -> RolloutPlan:
     """Estimate memory and speed of the servers."""
     rollout = recipe.rollout
-    element = 4 if recipe.model.dtype == "float32" else 2
+    element = ITEM_BYTES[recipe.model.dtype]
     devices = rollout.tensor_parallel * rollout.pipeline_parallel
     weights = weight_bytes(arch, rollout.tensor_parallel, rollout.pipeline_parallel, element)
     per_token = flops.kv_bytes(arch, element)
@@ -134,7 +134,7 @@ def decode_seconds(recipe: Recipe, arch: Architecture, machine: Machine, batch: 
     """Return the seconds of one decoding step: reading weights and KV, or arithmetic, whichever takes longer."""
     rollout, device = recipe.rollout, machine.device
     tensor, stages = rollout.tensor_parallel, rollout.pipeline_parallel
-    element = 4 if recipe.model.dtype == "float32" else 2
+    element = ITEM_BYTES[recipe.model.dtype]
     # Each stage works on a share of the batch, which reads only the experts that it selects.
     met = 1.0
     if arch.num_experts:

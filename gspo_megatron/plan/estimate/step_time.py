@@ -10,9 +10,10 @@ from gspo_megatron.config.schema import Recipe
 from gspo_megatron.parallel import Layout
 from gspo_megatron.plan.estimate import flops
 from gspo_megatron.plan.estimate.batch import BatchPlan
-from gspo_megatron.plan.estimate.memory import StageMemory, element_bytes
+from gspo_megatron.plan.estimate.memory import StageMemory
 from gspo_megatron.plan.estimate.rollout import RolloutPlan
 from gspo_megatron.plan.rules.layout import spans
+from gspo_megatron.types import ITEM_BYTES
 
 LINEAR_SHARE = 0.40
 """Share of peak FLOP/s in matrix products of attention, experts and head. NVIDIA's trainer reaches 0.30 with
@@ -166,7 +167,7 @@ def trainer_times(
         exchange, ring = _exchange_seconds(recipe, arch, layout, machine, each * arch.num_hidden_layers * passes[0])
         exchange += max(0.0, ring - attention)
         if part == "training" and recipe.trainer.offload_activations:
-            inputs = each * arch.num_hidden_layers * arch.hidden_size * element_bytes(recipe)
+            inputs = each * arch.num_hidden_layers * arch.hidden_size * ITEM_BYTES[recipe.model.dtype]
             exchange += 2 * inputs / HOST_LINK
         busy = products + attention + exchange
         waiting = busy * (IMBALANCE / (1 - batch.pipeline_bubble) - 1)
@@ -187,7 +188,7 @@ def _exchange_seconds(
         span.name: (machine.device.node_link if span.inside_node else machine.device.network) * EXCHANGE_SHARE
         for span in spans(layout, machine.per_node)
     }
-    element = element_bytes(recipe)
+    element = ITEM_BYTES[recipe.model.dtype]
     state = arch.hidden_size * element
     gathered = 2 * state * (layout.tensor - 1) * token_layers / speed["tensor"]
     if layout.tensor > arch.num_key_value_heads:  # every rank gathers the queries, keys and values of all heads

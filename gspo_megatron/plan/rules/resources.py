@@ -10,10 +10,10 @@ from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.plan.estimate import flops
 from gspo_megatron.plan.estimate.batch import BatchPlan
-from gspo_megatron.plan.estimate.memory import PROCESS_BYTES, StageMemory, element_bytes
+from gspo_megatron.plan.estimate.memory import PROCESS_BYTES, StageMemory
 from gspo_megatron.plan.estimate.rollout import CPU_SERVER_BYTES, RolloutPlan
 from gspo_megatron.plan.estimate.step_time import ComputePlan
-from gspo_megatron.types import Finding
+from gspo_megatron.types import ITEM_BYTES, Finding
 
 TIGHT = 0.94
 """Share of the memory above which an estimate gives a warning."""
@@ -104,7 +104,7 @@ def disk_bytes(recipe: Recipe, arch: Architecture, batch: BatchPlan) -> dict[str
     routes = flops.route_bytes(arch) if recipe.objective.replay != "off" else 0
     return {
         "two training states": 2 * parameters * STATE_BYTES,
-        "final weights": parameters * element_bytes(recipe),
+        "final weights": parameters * ITEM_BYTES[recipe.model.dtype],
         "samples": int(recipe.trainer.max_steps * batch.expected_tokens_per_batch * (9 + 2 * routes)),
     }
 

@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
 from gspo_megatron.models import architecture_of
-from gspo_megatron.models.manifest import ITEM_BYTES
 from gspo_megatron.models.vllm_layout import ServerLayout, ServerParameter
 from gspo_megatron.parallel import Layout
 from gspo_megatron.transport.weights.checksum import plane
 from gspo_megatron.transport.weights.plan import Message, TransferPlan
+from gspo_megatron.types import ITEM_BYTES
 
 MIB = 1 << 20
 JOIN_SECONDS = 60.0

@@ -1,4 +1,4 @@
-"""Which names of a run directory are the program's own, and which attempt may publish."""
+"""How far a run is, and which attempt may publish."""
 
 from __future__ import annotations
 
@@ -6,62 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from gspo_megatron.cluster.attempts import (
-    Attempt,
-    attempt_number,
-    attempts,
-    checkpoint_step,
-    complete_checkpoints,
-    is_partial_checkpoint,
-    newest_checkpoint,
-    partial_checkpoint_name,
-    read_attempt,
-    refuse_if_replaced,
-    replacement,
-)
+from gspo_megatron.cluster.attempts import Attempt, newest_checkpoint, read_attempt, refuse_if_replaced, replacement
 
 
-@pytest.mark.parametrize(
-    ("name", "step"),
-    [("step_000012", 12), ("step_000000", 0), ("step_1234567", 1234567), ("step_000002_best", None), ("step_12", None),
-     ("step_0000012", None), ("step_-00012", None), ("step_000012.bak", None), ("Step_000012", None), ("step_", None),
-     (" step_000012", None), ("step_000012\n", None), ("step_\u0661\u0661\u0661\u0661\u0661\u0661", None),
-     ("step_00001_", None), ("step_" + "9" * 5000, None)],
-)  # fmt: skip
-def test_only_our_own_checkpoint_names_are_read(name: str, step: int | None) -> None:
-    assert checkpoint_step(name) == step
-
-
-@pytest.mark.parametrize(
-    ("name", "number"),
-    [("attempt_1", 1), ("attempt_12", 12), ("attempt_1_old", None), ("attempt_01", None), ("attempt_", None),
-     ("attempt_1.tar", None), ("attempt_one", None), ("my_attempt_1", None)],
-)  # fmt: skip
-def test_only_our_own_attempt_names_are_read(name: str, number: int | None) -> None:
-    assert attempt_number(name) == number
-
-
-def test_partial_names() -> None:
-    assert is_partial_checkpoint(partial_checkpoint_name(3, "0a1b2c3d"))
-    assert not is_partial_checkpoint(".step_000003.partial.mine") and not is_partial_checkpoint(".step_3.x.partial")
-
-
-def test_only_marked_directories_count_and_the_newest_is_last(tmp_path: Path) -> None:
+def test_the_newest_checkpoint_is_the_largest_marked_one_of_our_names(tmp_path: Path) -> None:
     places = tmp_path / "checkpoints"
     for name in ("step_000010", "step_1000000", "step_000009", ".step_000012.0a1b2c3d.partial", "final", "step_9_x"):
         (places / name).mkdir(parents=True)
         (places / name / "COMPLETE").touch()
     (places / "step_2000000").mkdir()
-    found = [path.name for path in complete_checkpoints(places)]
-    assert found == ["step_000009", "step_000010", "step_1000000"]
-    assert newest_checkpoint(tmp_path) == 1000000
-    assert complete_checkpoints(tmp_path / "none") == [] and newest_checkpoint(tmp_path / "none") == 0
-
-
-def test_attempts_are_counted_without_a_users_copies(tmp_path: Path) -> None:
-    for name in ("attempt_1", "attempt_10", "attempt_2", "attempt_10_old", "latest"):
-        (tmp_path / name).mkdir()
-    assert attempts(tmp_path) == [1, 2, 10] and attempts(tmp_path / "none") == []
+    assert newest_checkpoint(tmp_path) == 1000000 and newest_checkpoint(tmp_path / "none") == 0
 
 
 def test_the_attempt_file(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gspo_megatron.cluster import watchdog
-from gspo_megatron.cluster.attempts import ATTEMPT_FILE, ATTEMPT_VARIABLE
+from gspo_megatron.cluster.attempts import ATTEMPT_VARIABLE
 from gspo_megatron.cluster.watchdog import Beat, Pulse, Watchdog, blame, follow
 
 NOW = 1000.0
@@ -110,13 +110,13 @@ def test_a_replaced_attempt_ends_within_an_interval(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(ATTEMPT_VARIABLE, "1")
-    (tmp_path / ATTEMPT_FILE).write_text("1 77\n")
+    (tmp_path / "attempt").write_text("1 77\n")
     ended: list[int] = []
     dog = Watchdog(tmp_path, 0, 1, Pulse(), 0.05, ended.append)
     dog.start()
     time.sleep(0.2)
     assert dog.is_alive() and not ended
-    (tmp_path / ATTEMPT_FILE).write_text("2 77\n")
+    (tmp_path / "attempt").write_text("2 77\n")
     dog.join(5.0)
     assert ended == [watchdog.FAILED]
     assert f"attempt 1 was replaced by attempt 2 of {tmp_path}; this one ends" in capfd.readouterr().err

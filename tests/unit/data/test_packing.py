@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gspo_megatron.data.packing import collate, imbalance, pack, padded_length, unpack
+from gspo_megatron.data.packing import collate, imbalance, pack, unpack
 from gspo_megatron.types import Sample, SampleRef
 
 
@@ -75,17 +75,17 @@ def test_long_tails_are_balanced(count: int, span: int, worst: float) -> None:
     assert imbalance(slots, costs, span) <= worst * bound
 
 
-def make_sample(prompt: int, answer: int, advantage: float, first: int = 100) -> Sample:
+def make_sample(prompt: int, answer: int, first: int = 100) -> Sample:
     """Tokens first, first+1, ...; each trained token's log-prob is minus its id."""
     ids = np.arange(first, first + prompt + answer, dtype=np.int32)
     mask = np.arange(prompt + answer) >= prompt
     ref = SampleRef(f"{first}.bin", first, 0, prompt, answer, 0.0, "stop", ())
-    return Sample(ids, mask, np.where(mask, -ids, 0).astype(np.float32), advantage, ref)
+    return Sample(ids, mask, np.where(mask, -ids, 0).astype(np.float32), ref)
 
 
 def test_collate_by_hand() -> None:
     """Prompt 100 101 with answer 102 103 104, prompt 200 with answer 201, padded to multiples of 4."""
-    batch = collate([make_sample(2, 3, 0.5), make_sample(1, 1, -1.0, first=200)], pad_multiple=4)
+    batch = collate([make_sample(2, 3), make_sample(1, 1, first=200)], pad_multiple=4)
     assert batch.token_ids.tolist() == [100, 101, 102, 103, 104, 0, 0, 0, 200, 201, 0, 0]
     assert batch.targets.tolist() == [101, 102, 103, 104, 0, 0, 0, 0, 201, 0, 0, 0]
     assert batch.loss_mask.astype(int).tolist() == [0, 1, 1, 1, 0, 0, 0, 0, 1, 0, 0, 0]
@@ -93,14 +93,13 @@ def test_collate_by_hand() -> None:
     assert batch.positions.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3]
     assert batch.cu_seqlens.tolist() == [0, 8, 12]
     assert batch.lengths.tolist() == [5, 2]
-    assert batch.advantages.tolist() == [0.5, -1.0]
 
 
-samples_strategy = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9), st.floats(-2, 2, width=32)), max_size=6)
+samples_strategy = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=6)
 
 
 @given(samples_strategy, st.sampled_from([1, 2, 8]))
-def test_what_is_packed_comes_out_again(shapes: list[tuple[int, int, float]], multiple: int) -> None:
+def test_what_is_packed_comes_out_again(shapes: list[tuple[int, int]], multiple: int) -> None:
     samples = [make_sample(*shape, first=100 * (i + 1)) for i, shape in enumerate(shapes)]
     batch = collate(samples, multiple)
     total = int(batch.cu_seqlens[-1])
@@ -119,7 +118,7 @@ def test_what_is_packed_comes_out_again(shapes: list[tuple[int, int, float]], mu
 @pytest.mark.parametrize("name", ["loss_mask", "rollout_logprobs", "targets"])
 def test_a_shift_by_one_token_is_seen(name: str) -> None:
     """The alignment that the tests above check would not survive one token either way."""
-    batch = collate([make_sample(2, 3, 0.5), make_sample(1, 4, 1.0, first=200)])
+    batch = collate([make_sample(2, 3), make_sample(1, 4, first=200)])
     assert is_aligned(batch)
     for step in (-1, 1):
         assert not is_aligned(dataclasses.replace(batch, **{name: np.roll(getattr(batch, name), step)}))
@@ -138,18 +137,10 @@ def is_aligned(batch) -> bool:
 def test_an_idle_rank_gets_one_row_of_padding() -> None:
     batch = collate([], pad_multiple=8)
     assert (len(batch.token_ids), batch.cu_seqlens.tolist(), batch.loss_mask.any()) == (8, [0, 8], False)
-    assert (batch.advantages.tolist(), batch.lengths.tolist(), unpack(batch, batch.rollout_logprobs)) == (
-        [0.0],
-        [0],
-        [],
-    )
+    assert (batch.lengths.tolist(), unpack(batch, batch.rollout_logprobs)) == ([0], [])
 
 
 def test_a_trained_first_token_is_refused() -> None:
-    sample = make_sample(1, 2, 0.0)
+    sample = make_sample(1, 2)
     with pytest.raises(ValueError, match=r"first token of 100.bin is marked as trained"):
         collate([dataclasses.replace(sample, loss_mask=np.ones(3, dtype=bool))])
-
-
-def test_padded_length() -> None:
-    assert [padded_length(length, 8) for length in (1, 8, 9)] == [8, 8, 16]

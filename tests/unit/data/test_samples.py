@@ -26,28 +26,19 @@ class Shelf:
 
 
 def test_rows_by_hand() -> None:
-    (row,) = build_samples([make_ref(0)], [0.25], Shelf())
+    (row,) = build_samples([make_ref(0)], Shelf())
     assert row.token_ids.tolist() == [7, 7, 0, 1, 2]
     assert row.loss_mask.tolist() == [False, False, True, True, True]
     assert row.rollout_logprobs.tolist() == [0, 0, 0, -1, -2]
-    assert (row.advantage, row.ref, row.token_ids.dtype) == (0.25, make_ref(0), np.int32)
+    assert (row.ref, row.token_ids.dtype) == (make_ref(0), np.int32)
 
 
-def test_what_cannot_be_trained_is_counted_and_the_rest_keeps_its_advantage() -> None:
+def test_what_cannot_be_trained_is_counted() -> None:
     refs = [make_ref(0, 0), make_ref(0, 1, stop="abort"), make_ref(1, 0, answer=0), make_ref(1, 1, stop="length")]
-    kept = select(refs, [1.0, 2.0, 3.0, 0.0])
+    kept = select(refs)
     assert kept.refs == (refs[0], refs[3])
-    assert kept.advantages.tolist() == [1.0, 0.0]
     assert kept.dropped == {"aborted": 1, "empty-answer": 1}
-    assert select(refs[:1], [1.0]).dropped == {}
-
-
-@pytest.mark.parametrize(
-    ("advantages", "said"), [([1.0], "2 samples but advantages of shape"), ([1.0, np.nan], "nan is not finite")]
-)
-def test_advantages_must_fit(advantages: list[float], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        select([make_ref(0), make_ref(1)], advantages)
+    assert select(refs[:1]).dropped == {}
 
 
 def test_a_file_that_contradicts_its_reference_is_named() -> None:
@@ -56,7 +47,7 @@ def test_a_file_that_contradicts_its_reference_is_named() -> None:
             return super().read(dataclasses.replace(ref, answer_length=ref.answer_length + 1))
 
     with pytest.raises(ValueError, match=r"5_0.bin holds .* \(2, 4, 4\) tokens, its reference says \(2, 3, 3\)"):
-        build_samples([make_ref(5)], [0.0], Wrong())
+        build_samples([make_ref(5)], Wrong())
 
 
 def test_a_log_prob_that_is_not_finite_is_named() -> None:
@@ -66,7 +57,7 @@ def test_a_log_prob_that_is_not_finite_is_named() -> None:
             return ids, start, np.full_like(logprobs, -np.inf)
 
     with pytest.raises(ValueError, match=r"5_0.bin holds a log-prob that is not finite"):
-        build_samples([make_ref(5)], [0.0], Broken())
+        build_samples([make_ref(5)], Broken())
 
 
 def test_split_keeps_groups_whole_and_in_order() -> None:
@@ -74,7 +65,7 @@ def test_split_keeps_groups_whole_and_in_order() -> None:
     refs = [make_ref(prompt, sample) for prompt, size in ((4, 3), (9, 1), (2, 2), (7, 4)) for sample in range(size)]
     assert [[ref.prompt_index for ref in part] for part in split(refs, 2)] == [[4, 4, 4, 9], [2, 2, 7, 7, 7, 7]]
     assert [len(part) for part in split(refs, 3)] == [4, 2, 4]
-    rows = build_samples(refs, np.zeros(len(refs)), Shelf())
+    rows = build_samples(refs, Shelf())
     assert [[row.ref for row in part] for part in split(rows, 2)] == split(refs, 2)
 
 

@@ -1,21 +1,40 @@
-"""Which checkpoint is whole, and which ones the rotation deletes."""
+"""Which checkpoint directories count, and which ones the rotation deletes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from gspo_megatron.run_dir import complete_checkpoints
 from gspo_megatron.run_log import RunLog
 from gspo_megatron.trainer.checkpoint import CheckpointWriter, is_whole
 
 
+def make(directory: Path, name: str, marked: bool) -> Path:
+    (directory / name).mkdir()
+    if marked:
+        (directory / name / "COMPLETE").touch()
+    return directory / name
+
+
+def test_only_marked_directories_count_and_the_newest_is_last(tmp_path: Path) -> None:
+    newest = make(tmp_path, "step_000010", marked=True)
+    older = make(tmp_path, "step_000009", marked=True)
+    make(tmp_path, "step_000011", marked=False)
+    make(tmp_path, ".step_000012.partial", marked=True)
+    make(tmp_path, "final", marked=True)
+    assert complete_checkpoints(tmp_path) == [older, newest]
+    assert complete_checkpoints(tmp_path / "none") == []
+
+
 def test_a_checkpoint_whose_files_were_cut_or_lost_is_not_whole(tmp_path: Path) -> None:
-    (tmp_path / "rank_00000.safetensors").write_bytes(bytes(100))
-    (tmp_path / "state.json").write_text('{"files": {"rank_00000.safetensors": 100}}')
-    assert is_whole(tmp_path)
-    (tmp_path / "rank_00000.safetensors").write_bytes(bytes(99))
-    assert not is_whole(tmp_path)
-    (tmp_path / "rank_00000.safetensors").unlink()
-    assert not is_whole(tmp_path)
+    place = make(tmp_path, "step_000003", marked=True)
+    (place / "rank_00000.safetensors").write_bytes(bytes(100))
+    (place / "state.json").write_text('{"files": {"rank_00000.safetensors": 100}}')
+    assert is_whole(place)
+    (place / "rank_00000.safetensors").write_bytes(bytes(99))
+    assert not is_whole(place)
+    (place / "rank_00000.safetensors").unlink()
+    assert not is_whole(place)
 
 
 def test_the_rotation_deletes_only_what_the_trainer_wrote(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from gspo_megatron.objective import BatchTotals, LossInputs, LossOutput, ObjectiveSpec, policy_loss
+from gspo_megatron.objective import BatchTotals, LossInputs, LossOutput, ObjectiveSpec, add_sums, policy_loss
 from tests.places import DATA
 from tests.reference import Response
 
@@ -199,19 +199,13 @@ def engine(
     used = [row.leaf for row in rows]
     grads = torch.autograd.grad(loss, used, allow_unused=True)
     grads = [torch.zeros_like(leaf) if g is None else -g for leaf, g in zip(used, grads, strict=True)]
-    return -loss.item(), grads, reduce_metrics(outputs)
+    sums = add_sums([out.metrics for out in outputs])
+    return -loss.item(), grads, {name: value.tolist() for name, value in sums.items()}
 
 
-def reduce_metrics(outputs: Sequence[LossOutput]) -> dict[str, Any]:
-    """What the reduction over ranks does: sums, and the maximum of `/max` names."""
-    reduced: dict[str, Tensor] = {}
-    for out in outputs:
-        for name, value in out.metrics.items():
-            if name not in reduced:
-                reduced[name] = value
-            else:
-                reduced[name] = torch.maximum(reduced[name], value) if name.endswith("/max") else reduced[name] + value
-    return {name: value.tolist() for name, value in reduced.items()}
+def as_sums(numbers: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Metric sums of `engine` as the package holds them."""
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
 
 
 def over_context(context: int, run: Callable[[int, Callable[[Tensor], Tensor]], LossOutput]) -> list[LossOutput]:

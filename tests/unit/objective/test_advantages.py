@@ -13,11 +13,12 @@ from gspo_megatron.objective import (
     ObjectiveSpec,
     group_advantages,
     group_metrics,
-    informative_groups,
+    is_trained,
     kl_in_reward,
     shape_rewards,
     soft_overlong_penalty,
 )
+from gspo_megatron.types import are_equal
 from tests import reference
 from tests.unit.objective.cases import EXAMPLES, as_rows, loss_inputs, random_answers, totals_of
 
@@ -62,8 +63,9 @@ def test_length_rules() -> None:
     spec = ObjectiveSpec.preset("dapo")
 
     def shaped(**axes: Any) -> tuple[list[float], list[bool]]:
-        result = shape_rewards(spec.replace(**axes), rewards, lengths, truncated, torch.tensor([100, 100, 100]))
-        return result.rewards.tolist(), result.trained.tolist()
+        moved = spec.replace(**axes)
+        result = shape_rewards(moved, rewards, lengths, truncated, torch.tensor([100, 100, 100]))
+        return result.tolist(), [is_trained(moved, cut) for cut in truncated.tolist()]
 
     assert shaped() == ([1, 1, 0], [True, True, True])
     assert shaped(overlong="soft", overlong_buffer=20) == ([1, 0.5, -1], [True, True, True])
@@ -80,11 +82,14 @@ def test_a_soft_penalty_needs_a_buffer_within_the_limit() -> None:
         shape_rewards(spec, torch.ones(1), torch.ones(1), torch.zeros(1, dtype=torch.bool), torch.tensor([10]))
 
 
-def test_dynamic_sampling_keeps_groups_that_differ() -> None:
+def test_a_group_of_equal_rewards_is_what_dynamic_sampling_replaces() -> None:
+    """The rule of the controller and of the metrics, on Python numbers, and that of the advantages, on a tensor."""
     rewards = torch.tensor([1.0, 1.0, 0.0, 0.1, 0.1, 0.1, 0.0, 0.0, 1.0])
     groups = torch.tensor([7, 7, 7, 2, 2, 2, 5, 5, 9])
-    assert informative_groups(rewards, groups).tolist() == [True] * 3 + [False] * 6
-    assert informative_groups(torch.empty(0), torch.empty(0)).tolist() == []
+    advantages = group_advantages(rewards.double(), groups)
+    for group, equal in ((7, False), (2, True), (5, True), (9, True)):
+        assert are_equal(rewards[groups == group].tolist()) == equal
+        assert bool((advantages[groups == group] == 0).all()) == equal
     logged = group_metrics(rewards, groups)
     assert logged["groups"] == 4 and logged["zero_variance_groups"] == 0.75
     assert logged["solved_groups"] == 0.25 and logged["unsolved_groups"] == 0.25

@@ -16,7 +16,7 @@ from gspo_megatron.objective import (
     soft_overlong_penalty,
 )
 from tests import reference
-from tests.unit.objective.cases import FIXTURES, as_answers, as_rows, check_grads, engine, near, preset, run
+from tests.unit.objective.cases import FIXTURES, as_answers, as_rows, as_sums, check_grads, engine, near, preset, run
 
 B = FIXTURES["B"]
 TESTED_ENTRIES = {
@@ -62,7 +62,7 @@ def test_gspo_main_fixture() -> None:
     value, grads, sums = run(preset("gspo"), B["log_ratio"], B["A"])
     assert value == near(B["objective"])
     check_grads(grads, B["dJ_dlogp"])
-    logged = finalize_metrics(sums)
+    logged = finalize_metrics(as_sums(sums))
     assert logged["clip_fraction_sequences"] == near(B["gspo_clip_frac_seq"])
     assert logged["clip_fraction_tokens"] == near(B["gspo_clip_frac_token_weighted"])
     assert (sums["clip_low_sequences"], sums["clip_high_sequences"]) == pytest.approx((1, 1))
@@ -140,7 +140,7 @@ def test_kl_estimators_and_the_identity_with_log_s() -> None:
     entry = FIXTURES["H"]
     d = entry["d=logp_theta-logp_old"]
     s, _, sums = run(preset("gspo").replace(trust="none"), [d], [1.0])
-    logged = finalize_metrics(sums)
+    logged = finalize_metrics(as_sums(sums))
     assert logged["policy_k1"] == near(entry["k1_mean"])
     assert logged["policy_k3"] == near(entry["k3_mean"])
     assert logged["log_s_mean"] == pytest.approx(-logged["policy_k1"], abs=1e-15)

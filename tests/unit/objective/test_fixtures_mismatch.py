@@ -13,7 +13,7 @@ from gspo_megatron.objective import finalize_metrics
 from gspo_megatron.objective.correction import correction_factor
 from gspo_megatron.objective.packed import Packed, identity
 from tests import reference
-from tests.unit.objective.cases import FIXTURES, as_rows, engine, near, preset, run
+from tests.unit.objective.cases import FIXTURES, as_rows, as_sums, engine, near, preset, run
 
 
 def mismatch_tensors() -> tuple[Tensor, Tensor, Packed]:
@@ -63,7 +63,7 @@ def test_mismatch_metrics() -> None:
     entry = FIXTURES["mismatch"]
     old, sampler, _ = mismatch_tensors()
     answer = reference.Response(old.clone(), old, torch.ones(4, dtype=torch.float64), sampler)
-    logged = finalize_metrics(engine(preset("gspo"), as_rows([answer]))[2])
+    logged = finalize_metrics(as_sums(engine(preset("gspo"), as_rows([answer]))[2]))
     for name, column in {
         "mismatch_k1": "k1",
         "mismatch_k3": "k3",

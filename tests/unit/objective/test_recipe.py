@@ -26,6 +26,17 @@ def codes(spec: ObjectiveSpec, **run: Any) -> list[str]:
     return [finding.code for finding in findings(spec, **{**RUN, **run})]
 
 
+def test_gspo_is_written_out_and_is_the_default_of_every_axis() -> None:
+    """The preset names every axis that decides its algorithm; the numbers of other axes have no effect on it."""
+    row, written = PRESETS["gspo"], ObjectiveSpec.preset("gspo").model_dump()
+    assert {name: written[name] for name in row} == row
+    assert ObjectiveSpec().model_dump() == written
+    numbers = {"dual_clip_bound", "ratio_cap", "tau_positive", "tau_negative", "options", "tis_cap", "mask_low"}
+    numbers |= {"mask_high", "geometric_low", "geometric_high", "opsm_delta", "veto_below", "aggregation_length"}
+    numbers |= {"kl_in", "kl_coefficient", "overlong_buffer", "name"}
+    assert written.keys() == row.keys() | numbers and not row.keys() & numbers
+
+
 def test_the_presets_are_the_promised_ones() -> None:
     assert tuple(PRESETS) == PRESET_NAMES
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from gspo_megatron.models import parse_recipe
 from gspo_megatron.objective import BatchTotals, group_advantages
-from gspo_megatron.trainer.batches import MiniBatch
 from gspo_megatron.trainer.step import Trainer
 from gspo_megatron.types import Masked, SampleRef
 from tests.unit.controller.test_group_buffer import recipe
@@ -29,9 +27,8 @@ def answer(index: int, length: int, reward: float = 1.0, **more: Any) -> SampleR
 REFS = [answer(0, 4), answer(1, 10), answer(2, 12), answer(3, 5, reward=0.0)]
 
 
-@dataclass
-class Placed:
-    advantages: Tensor
+PLACED = SimpleNamespace(loss_mask=torch.ones(1, dtype=torch.bool))
+"""A micro-batch that no model reads."""
 
 
 class Log:
@@ -54,14 +51,18 @@ def make_trainer(**objective: Any) -> Trainer:
     trainer.spec = trainer.recipe.objective.spec(LIMIT)
     trainer.log = Log()  # type: ignore[assignment]  # stands for a RunLog, which writes into a run directory
     trainer.reference = None
+    # Off the last stage: no log-probs, which nothing here depends on.
+    routing = SimpleNamespace(recorded=lambda count: [None] * count)
+    trainer.policy = SimpleNamespace(score=lambda *a, **k: [], routing=routing, is_last_stage=False)  # type: ignore[assignment]
+    trainer.routers = SimpleNamespace(add_load=lambda *a: None)  # type: ignore[assignment]
     return trainer
 
 
-def weigh(trainer: Trainer, refs: list[SampleRef] = REFS) -> list[float]:
-    kept = trainer._trained(refs)
-    minibatch = MiniBatch([kept], [Placed(torch.zeros(len(kept)))], BatchTotals(len(kept), 1), [], [], None)  # type: ignore[list-item]
-    [weighed] = trainer.weigh(refs, [minibatch])
-    return weighed.micro_batches[0].advantages.tolist()
+def assigned(trainer: Trainer, refs: list[SampleRef] = REFS) -> list[float]:
+    """Advantages of the responses that are trained on."""
+    trainer.batcher = SimpleNamespace(place_refs=lambda kept: ([list(kept)], [PLACED]))  # type: ignore[assignment]
+    [minibatch] = trainer.assign_advantages(refs, trainer.score_old_policy(refs))
+    return minibatch.micro_batches[0].advantages.tolist()
 
 
 def advantages(*rewards: float) -> list[float]:
@@ -86,30 +87,28 @@ def test_the_length_rule_shapes_what_advantages_are_taken_of(
     objective: dict[str, Any], limit: int, rewards: list[float]
 ) -> None:
     refs = [replace(ref, limit=limit) for ref in REFS]
-    assert weigh(make_trainer(**objective), refs) == pytest.approx(advantages(*rewards))
+    assert assigned(make_trainer(**objective), refs) == pytest.approx(advantages(*rewards))
 
 
 def test_an_answer_that_was_carried_into_a_longer_stage_keeps_its_own_limit() -> None:
     trainer = make_trainer(overlong="soft", overlong_buffer=BUFFER)
     refs = [answer(0, 6, limit=8), answer(1, 6), answer(2, 10), answer(3, 10, limit=LIMIT)]
-    assert weigh(trainer, refs) == pytest.approx(advantages(0.5, 1, 0.5, 0.5))
+    assert assigned(trainer, refs) == pytest.approx(advantages(0.5, 1, 0.5, 0.5))
 
 
 def test_a_filtered_answer_counts_in_its_group_and_is_not_trained_on() -> None:
     trainer = make_trainer(overlong="filter")
     everyone = advantages(1, 1, 1, 0)
-    assert weigh(trainer) == pytest.approx([everyone[0], everyone[1], everyone[3]])
+    assert assigned(trainer) == pytest.approx([everyone[0], everyone[1], everyone[3]])
     assert trainer.log.row["dropped/filtered"] == 1  # type: ignore[attr-defined]
 
 
 def test_denominators_count_trained_tokens() -> None:
     trainer = make_trainer()
-    asked: list[list[SampleRef]] = []
-    trainer.batcher = SimpleNamespace(place_refs=lambda refs: asked.append(list(refs)) or ([list(refs)], []))  # type: ignore[assignment]
-    trainer.policy = SimpleNamespace(score=lambda *a, **k: [], routing=SimpleNamespace(recorded=lambda n: []))  # type: ignore[assignment]
-    trainer.routers = SimpleNamespace(add_load=lambda *a: None)  # type: ignore[assignment]
+    packed: list[list[SampleRef]] = []
+    trainer.batcher = SimpleNamespace(place_refs=lambda refs: packed.append(list(refs)) or ([list(refs)], [PLACED]))  # type: ignore[assignment]
     talked = answer(4, 11, masked=(Masked(2, 4, "observation"), Masked(5, 8, "closing")))
     mute = answer(5, 3, masked=(Masked(0, 3, "observation"),))
-    [minibatch] = trainer.prepare([*REFS, talked, mute])
+    [minibatch] = trainer.score_old_policy([*REFS, talked, mute])
     assert minibatch.totals == BatchTotals(5, 4 + 10 + 12 + 5 + 6)
-    assert asked == [[*REFS, talked]] and trainer.log.row == {"dropped/empty-answer": 1}  # type: ignore[attr-defined]
+    assert packed == [[*REFS, talked]] and trainer.log.row == {"dropped/empty-answer": 1}  # type: ignore[attr-defined]
