@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
 from gspo_megatron import __version__
 from gspo_megatron.cluster.exit_codes import OK, REFUSED
+from gspo_megatron.cluster.local_backend import plan_roles, run_roles
 from gspo_megatron.cluster.machines import count_gpus
-from gspo_megatron.cluster.supervisor import plan_roles, run_roles
 from gspo_megatron.config import Recipe, RecipeError, save_resolved
+from gspo_megatron.config.loading import refuse
 from gspo_megatron.models import load_recipe
 from gspo_megatron.plan import check
 from gspo_megatron.plan import command as plan_command
@@ -77,7 +79,10 @@ def train(path: Path, overrides: Sequence[str]) -> int:
         flush=True,
     )
     run = RunDir(run_dir)
-    return run_roles(plan_roles(recipe, run_dir, ranks), run.attempt_logs(run.next_attempt()).path)
+    logs = run.attempt_logs(run.next_attempt()).path
+    with refuse_unwritable(run_dir):
+        logs.mkdir(parents=True)
+    return run_roles(plan_roles(recipe, run_dir, ranks), logs)
 
 
 def convert(source: Path, out: Path, recipe: Path | None, overrides: Sequence[str]) -> int:
@@ -123,16 +128,29 @@ def prepare_run(recipe: Recipe) -> Path:
     """Make the run directory: resolved recipe, objective sentence, model description for the servers."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     run = RunDir(recipe.run.directory or Path("runs") / f"{recipe.run.name}-{stamp}")
-    run.model.mkdir(parents=True, exist_ok=True)
-    save_resolved(recipe, run.recipe)
-    batch = recipe.batch
-    spec = recipe.objective.spec(recipe.rollout.max_answer_tokens)
-    sentence = spec.describe(batch.prompts * batch.answers // batch.updates, batch.updates)
-    run.objective.write_text(sentence + "\n")
-    print(sentence, flush=True)
-    arch = recipe.arch
-    run.model_config.write_text(json.dumps(arch.to_hugging_face(recipe.model.dtype), indent=1))
+    with refuse_unwritable(run.path):
+        run.model.mkdir(parents=True, exist_ok=True)
+        save_resolved(recipe, run.recipe)
+        batch = recipe.batch
+        spec = recipe.objective.spec(recipe.rollout.max_answer_tokens)
+        sentence = spec.describe(batch.prompts * batch.answers // batch.updates, batch.updates)
+        run.objective.write_text(sentence + "\n")
+        print(sentence, flush=True)
+        arch = recipe.arch
+        run.model_config.write_text(json.dumps(arch.to_hugging_face(recipe.model.dtype), indent=1))
     return run.path
+
+
+@contextmanager
+def refuse_unwritable(run_dir: Path) -> Iterator[None]:
+    """Turn the system's refusal to write a run directory into one sentence. Raises RecipeError."""
+    try:
+        yield
+    except OSError as error:
+        raise refuse(
+            "run-directory", "run.directory", f"{error.filename or run_dir} cannot be written ({error.strerror})",
+            "name a directory that you can write, on a file system with room",
+        ) from None  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -12,5 +12,5 @@ set_environment
 [ $# -gt 0 ] || set -- "$home/recipes/tiny_moe.yaml"
 [ ! -f "$1" ] || set -- "$(realpath "$1")" "${@:2}"
 cd "$home"
-for role in trainer rollout; do need_python "$role"; done
-GSPO_ROLLOUT_PYTHON=$(python_of rollout) exec "$(python_of trainer)" -m gspo_megatron.cli train "$@"
+for venv in "$GSPO_VENV" "$GSPO_ROLLOUT_VENV"; do need_python "$venv/bin/python"; done
+GSPO_ROLLOUT_PYTHON=$GSPO_ROLLOUT_VENV/bin/python exec "$GSPO_VENV/bin/python" -m gspo_megatron.cli train "$@"

@@ -7,7 +7,9 @@
 #export SBATCH_PARTITION=${SBATCH_PARTITION:-gpu}
 #export SBATCH_TIMELIMIT=${SBATCH_TIMELIMIT:-24:00:00}
 
-# Modules that the programs below need.
+# Modules that the programs below need. `module` is a shell function, which a batch job may not have: define it first. A
+# command that is missing ends the job with a sentence; another one that fails is a warning (`|| true` = meant so).
+#type module >/dev/null 2>&1 || . /etc/profile.d/modules.sh    # Lmod: /etc/profile.d/lmod.sh
 #module load cuda
 
 # Either virtual environments: one for all roles (made by `make setup`), or another one for the vLLM servers.

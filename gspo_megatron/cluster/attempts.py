@@ -1,23 +1,69 @@
-"""Which attempt of a run is the newest: an older one, on nodes that were cut off and come back, must not go on."""
+"""Which attempt of a run is the newest, and how far the run is.
+
+An older attempt, on nodes that were cut off from the network and come back, must not go on.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
-ATTEMPT_FILE = "attempt"
-"""File of the run directory: number of its newest attempt, then the job."""
+from gspo_megatron.run_dir import CHECKPOINT, RunDir, complete_checkpoints
+
 ATTEMPT_VARIABLE = "GSPO_ATTEMPT"
 """Environment of every role of a job: the attempt that it belongs to."""
 
 
-def replacement(run_dir: Path) -> str | None:
-    """One sentence if this attempt is not the run's newest; without attempts (one machine) nothing is checked."""
-    mine, fence = os.environ.get(ATTEMPT_VARIABLE), run_dir / ATTEMPT_FILE
-    if mine is None or not fence.is_file():
+@dataclass(frozen=True)
+class Attempt:
+    """What the attempt file holds."""
+
+    number: int
+    """The newest attempt, from 1."""
+    job: str
+    """SLURM job that it runs in."""
+
+
+def newest_checkpoint(run_dir: Path) -> int:
+    """Step of the newest complete checkpoint of a run; 0 without any."""
+    found = complete_checkpoints(RunDir(run_dir).checkpoints)
+    return (CHECKPOINT.parse(found[-1].name) or 0) if found else 0
+
+
+def read_attempt(run_dir: Path) -> Attempt | None:
+    """The newest attempt of a run; None before the first.
+
+    Raises:
+        ValueError: the file is there but does not hold two words, a number and a job.
+    """
+    file = RunDir(run_dir).attempt
+    try:
+        text = file.read_text(errors="replace")
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    newest = fence.read_text().split()[0]
-    return f"attempt {mine} was replaced by attempt {newest} of {run_dir}" if int(newest) > int(mine) else None
+    match = re.fullmatch(r"(\d{1,9}) (\S+)\s*", text, re.ASCII)
+    if match is None:
+        raise ValueError(f"{file} holds {text[:40]!r}, not the number of an attempt and its job; remove the file")
+    return Attempt(int(match[1]), match[2])
+
+
+def replacement(run_dir: Path) -> str | None:
+    """One sentence if this attempt is not the run's newest; without attempts (one machine) nothing is checked.
+
+    A broken attempt file replaces nothing: the supervisor reports it.
+    """
+    mine = os.environ.get(ATTEMPT_VARIABLE)
+    if mine is None:
+        return None
+    try:
+        newest = read_attempt(run_dir)
+    except ValueError:
+        return None
+    if newest is None or newest.number <= int(mine):
+        return None
+    return f"attempt {mine} was replaced by attempt {newest.number} of {run_dir}"
 
 
 def refuse_if_replaced(run_dir: Path) -> None:

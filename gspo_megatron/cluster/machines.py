@@ -118,9 +118,9 @@ def find_gpus() -> tuple[GpuKind, int | None]:
     """Kind and number of this machine's GPUs, by nvidia-smi; an unknown kind is planned as an H100."""
     if shutil.which("nvidia-smi") is None:
         return "cpu", None
-    told = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True)
-    names = [line.lower() for line in told.stdout.splitlines() if line.strip()]
-    if told.returncode or not names:
+    listed = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True)
+    names = [line.lower() for line in listed.stdout.splitlines() if line.strip()]
+    if listed.returncode or not names:
         return "cpu", None
     kinds: tuple[GpuKind, ...] = ("h200", "b200", "h100")
     found: GpuKind = "h100"

@@ -1,217 +1,299 @@
-"""The roles of a run on this machine: started together, watched, ended together.
+"""Who failed first, and what follows: restart a server, end the attempt, requeue, or finish.
 
-The first role that fails ends the rest; its name and the end of its log are the last lines. Only processes that were
-started here are ended, each with its own process group.
+One state machine for one machine and for a SLURM job. It starts, sends and reads nothing: events go in, decisions come
+out, and the time is an argument. `local_backend.py` and `slurm_backend.py` make the events and carry out the decisions.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import secrets
 import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from types import FrameType
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
 
-from gspo_megatron.cluster.exit_codes import BY_SIGNAL, STOPPED
-from gspo_megatron.cluster.hosts import Host, Ports, Spread, tasks
-from gspo_megatron.cluster.machines import count_gpus
-from gspo_megatron.config.schema import Recipe
+from gspo_megatron.cluster.events import (
+    AskNodes,
+    AskSlurm,
+    CountRestart,
+    Decision,
+    Ended,
+    EndRoles,
+    Event,
+    Exit,
+    Explain,
+    Interrupted,
+    NodesAnswered,
+    Print,
+    Requeue,
+    Restart,
+    RolesEnded,
+    SendStop,
+    SlurmAnswered,
+    SlurmSilent,
+    StopRequested,
+    Tick,
+    Watched,
+)
+from gspo_megatron.cluster.exit_codes import BY_SIGNAL, FAILED, OK, STOPPED
 
-LOOPBACK = "127.0.0.1"
-STOP = signal.SIGUSR1
-"""Asks a run to save itself and to stop."""
-GRACE = 5.0
-"""Seconds between SIGTERM and SIGKILL."""
-SETTLE = 0.5
-"""Seconds to wait after the first end: a killed role takes others with it; one ended by a signal is the cause."""
-
-
-@dataclass(frozen=True, slots=True)
-class Role:
-    """One process of the run."""
-
-    name: str
-    """`trainer-0`, `rollout-1`, `controller`."""
-    command: tuple[str, ...]
-    """Program and arguments; never a secret."""
-    environment: dict[str, str] = field(default_factory=dict)
-    """Added to this process's environment."""
-    owns_terminal: bool = False
-    """Its standard output goes to the terminal instead of its log."""
-    restarts: int = 0
-    """Times it is started again when it ends while another of its kind runs."""
-
-
-class Interrupted(Exception):
-    """The user or the system asked the run to end."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"ended by {signal.Signals(number).name}")
-        self.code = BY_SIGNAL + number
+TRAINER = "trainer"
 
 
-def plan_roles(recipe: Recipe, run_dir: Path, ranks: int) -> list[Role]:
-    """The processes of a run on one machine: those of a job of one node, on ports that are free here."""
-    free = free_ports(2 + recipe.rollout.servers)
-    ports, here = Ports(free[0], free[1], tuple(free[2:])), Host("localhost", LOOPBACK)
-    over = Spread((here,), ranks, (here,), recipe.rollout.servers, count_gpus())
-    key = {"GSPO_JOB_KEY": secrets.token_hex(16)}
-    # Servers may have an environment of their own, as on a cluster (launch/local.sh).
-    programs = {"rollout": os.environ.get("GSPO_ROLLOUT_PYTHON", sys.executable)}
-    return [
-        Role(
-            task.name,
-            (programs.get(task.kind, sys.executable), *task.arguments),
-            {**key, **task.environment},
-            owns_terminal=task.name == "trainer-0",
-            restarts=task.restarts,
+@dataclass(frozen=True)
+class Rules:
+    """What differs between one machine and a SLURM job."""
+
+    settle: float
+    """Seconds between the first end and the verdict: a killed role takes others with it."""
+    run_dir: str = ""
+    queue: bool = False
+    """Whether a SLURM job can be requeued. Then exit codes of 0 prove nothing: only DONE does."""
+    attempt: int = 1
+    started_from: int = 0
+    """Step of the checkpoint that this attempt started from."""
+    grace: float = float("inf")
+    """Seconds from a stop request to the end of the attempt."""
+    resend: float = float("inf")
+    """Seconds between two sends of the stop request."""
+    max_restarts: int = 0
+    resume: str = ""
+    """Command that resumes the run."""
+
+
+class Phase(Enum):
+    """Where an attempt is."""
+
+    RUNNING = "running"
+    SETTLING = "settling"
+    ENDING = "ending"
+    ASKING_SLURM = "asking slurm"
+    ASKING_NODES = "asking nodes"
+    REQUEUING = "requeuing"
+
+
+def may_restart(left: int, asked: bool = False, served: bool = True, has_peer: bool = True) -> bool:
+    """Whether a server that ended is started again: another one serves meanwhile, and this one has served."""
+    return left > 0 and served and has_peer and not asked
+
+
+def restart_sentence(name: str, left: int) -> str:
+    """What the log says of a server that is started again."""
+    return f"{name} ended and is started again; {left} more times"
+
+
+class Supervisor:
+    """The state of one attempt."""
+
+    def __init__(self, roles: Sequence[Watched], rules: Rules) -> None:
+        self.roles, self.rules, self.phase = roles, rules, Phase.RUNNING
+        self._left = {role.name: role.restarts for role in roles}
+        self._fresh: list[Ended] = []
+        self._ended: dict[str, Ended] = {}
+        self._failures: list[Ended] = []
+        self._stop_at: float | None = None
+        self._sent_at = 0.0
+        self._settle_at = 0.0
+        self._interrupted: int | None = None
+        self._facts = RolesEnded()
+        self._slurm = SlurmAnswered()
+
+    def handle(self, event: Event, now: float) -> list[Decision]:
+        """What follows from an event.
+
+        Args:
+            event: what was seen; one that does not matter in the present phase has no consequence.
+            now: seconds on any clock that does not go back.
+        """
+        if isinstance(event, Interrupted):
+            return self._interrupt(event)
+        if self.phase in (Phase.RUNNING, Phase.SETTLING):
+            return self._watch(event, now)
+        if isinstance(event, RolesEnded) and self.phase is Phase.ENDING:
+            return self._judge(event)
+        if isinstance(event, SlurmAnswered) and self.phase is Phase.ASKING_SLURM:
+            return self._judge_with_slurm(event)
+        if isinstance(event, SlurmSilent) and self.phase is Phase.ASKING_SLURM:
+            return [Print(f"it does not come back; to go on: {self.rules.resume}"), Exit(FAILED)]
+        if isinstance(event, NodesAnswered) and self.phase is Phase.ASKING_NODES:
+            return self._judge_failure(event.lost)
+        return []
+
+    def _interrupt(self, event: Interrupted) -> list[Decision]:
+        if self.phase is Phase.REQUEUING:
+            # The end that SLURM brings now is the one that was asked for.
+            return [Exit(STOPPED)]
+        if self.rules.queue:
+            # SLURM ends the roles itself.
+            return [
+                Print(
+                    "SLURM ends this attempt (scancel, a lost node, or its limit); "
+                    f"{event.newest} is the newest complete checkpoint"
+                ),
+                Exit(BY_SIGNAL + event.number),
+            ]
+        if self.phase is Phase.ENDING:
+            return []
+        self._interrupted, self.phase = event.number, Phase.ENDING
+        return [EndRoles()]
+
+    def _watch(self, event: Event, now: float) -> list[Decision]:
+        if isinstance(event, StopRequested):
+            return self._stop(now)
+        if isinstance(event, Ended):
+            self._fresh.append(event)
+        if not isinstance(event, Tick):
+            return []
+        decisions = self._look(now)
+        return [*decisions, *self._keep_time(now)]
+
+    def _keep_time(self, now: float) -> list[Decision]:
+        if self.phase is Phase.SETTLING:
+            return self._end_roles() if now >= self._settle_at else []
+        if self._stop_at is None or self.phase is not Phase.RUNNING:
+            return []
+        if now - self._stop_at > self.rules.grace:
+            self._failures = [Ended(TRAINER, STOPPED)]
+            text = f"no checkpoint within {self.rules.grace:g} s; the unfinished step will be done again"
+            return [Print(text), *self._end_roles()]
+        if now - self._sent_at >= self.rules.resend:
+            self._sent_at = now
+            return [SendStop()]
+        return []
+
+    def _stop(self, now: float) -> list[Decision]:
+        first = self._stop_at is None
+        self._stop_at, self._sent_at = now if first else self._stop_at, now
+        text = f"asked to stop (USR1); the trainers have {self.rules.grace:g} s for a checkpoint"
+        return [Print(text), SendStop()] if first and self.rules.queue else [SendStop()]
+
+    def _look(self, now: float) -> list[Decision]:
+        """Judge together what has ended since the last tick: two servers that end at once are no peers."""
+        fresh, self._fresh = self._fresh, []
+        self._ended.update({end.name: end for end in fresh})
+        decisions: list[Decision] = []
+        for end in fresh:
+            role = next(role for role in self.roles if role.name == end.name)
+            if self.phase is Phase.RUNNING and may_restart(self._left[role.name], has_peer=self._has_peer(role)):
+                self._left[role.name] -= 1
+                del self._ended[role.name]
+                decisions.append(Restart(role.name, self._left[role.name]))
+            elif role.kind != TRAINER or end.code not in (OK, STOPPED):
+                self._failures.append(end)
+        if self.phase is Phase.RUNNING and self._trainers_ended_well() and not self.rules.queue:
+            self._failures = []
+            return [*decisions, *self._end_roles()]
+        if self.phase is Phase.RUNNING and (self._failures or (self.rules.queue and self._ended)):
+            self.phase, self._settle_at = Phase.SETTLING, now + self.rules.settle
+        return decisions
+
+    def _trainers_ended_well(self) -> bool:
+        ends = [self._ended.get(role.name) for role in self.roles if role.kind == TRAINER]
+        return all(end is not None and end.code in (OK, STOPPED) for end in ends)
+
+    def _has_peer(self, role: Watched) -> bool:
+        return any(
+            other.kind == role.kind and other.name != role.name and other.name not in self._ended
+            for other in self.roles
         )
-        for task in tasks(recipe, over, ports, run_dir)
-    ]
 
+    def _end_roles(self) -> list[Decision]:
+        self.phase = Phase.ENDING
+        return [EndRoles()]
 
-def free_ports(count: int) -> list[int]:
-    """Ports of the loopback interface that nothing listens on at this moment."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for probe in sockets:
-            probe.bind((LOOPBACK, 0))
-        return [probe.getsockname()[1] for probe in sockets]
-    finally:
-        for probe in sockets:
-            probe.close()
+    def culprit(self) -> Ended:
+        """The end that is the reason: trainers that stopped as asked, else the first killed role, else the first."""
+        stopped = [end for end in self._ended.values() if end.name == TRAINER and end.code == STOPPED]
+        killed = [end for end in self._failures if end.killed]
+        return [*stopped, *killed, *self._failures, *self._ended.values()][0]
 
+    def _judge(self, facts: RolesEnded) -> list[Decision]:
+        self._facts = facts
+        if facts.replaced_by is not None:
+            return self._leave(facts.replaced_by)
+        if not self.rules.queue:
+            return self._judge_here()
+        if facts.done:
+            return [Print(f"DONE; results are in {self.rules.run_dir}"), Exit(OK)]
+        self.phase = Phase.ASKING_SLURM
+        return [AskSlurm()]
 
-def run_roles(roles: Sequence[Role], log_dir: Path) -> int:
-    """Start the roles, wait for the trainer ranks, end everything.
+    def _judge_here(self) -> list[Decision]:
+        if self._interrupted is not None:
+            name = signal.Signals(self._interrupted).name
+            return [Print(f"ended by {name}"), Exit(BY_SIGNAL + self._interrupted)]
+        if self._failures:
+            culprit = self.culprit()
+            return [Explain(culprit.name, culprit.code), Exit(FAILED)]
+        return [Exit(max(end.code for end in self._ended.values()))]
 
-    Returns:
-        0 when every trainer rank ended well; STOPPED when they saved themselves because they were asked to stop; 130 or
-        143 after Ctrl-C or SIGTERM; 1 when a role failed.
-    """
-    log_dir.mkdir(parents=True, exist_ok=True)
-    running: dict[str, subprocess.Popen[bytes]] = {}
-    handlers = {signal.SIGINT: _interrupt, signal.SIGTERM: _interrupt, STOP: _pass_on(running)}
-    # A process is born with what its parent holds back, so a trainer that still imports does not die of a stop request.
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, {STOP})
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        for role in roles:
-            running[role.name] = _start(role, log_dir)
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)
-        failed = _wait(running, roles, log_dir)
-    except Interrupted as interruption:
-        reason, code = str(interruption), interruption.code
-    else:
-        ended = max(process.returncode or 0 for name, process in running.items() if name.startswith("trainer"))
-        reason, code = (_explain(failed, running[failed].returncode, log_dir), 1) if failed else ("", ended)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)
-        for number in before:
-            signal.signal(number, signal.SIG_IGN)
-        _end(running)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if reason:
-        print(f"gspo: {reason}", file=sys.stderr, flush=True)
-    return code
+    def _leave(self, newer: int) -> list[Decision]:
+        return [Print(f"attempt {self.rules.attempt} was replaced by attempt {newer}; this one ends"), Exit(FAILED)]
 
+    def _judge_with_slurm(self, answer: SlurmAnswered) -> list[Decision]:
+        self._slurm = answer
+        if answer.replaced_by is not None:
+            return self._leave(answer.replaced_by)
+        culprit, newest = self.culprit(), self._facts.newest
+        # Without a newer checkpoint the job would be queued again and again, and never get further.
+        if (culprit.name, culprit.code) == (TRAINER, STOPPED) and newest > self.rules.started_from:
+            text = f"attempt {self.rules.attempt} stopped as asked; step {newest} is checkpointed"
+            return [Print(text), *self._requeue()]
+        # Asked after every failure: it takes until SLURM misses a node, and it would start the job there again.
+        self.phase = Phase.ASKING_NODES
+        return [AskNodes()]
 
-def _interrupt(number: int, _: FrameType | None) -> None:
-    raise Interrupted(number)
-
-
-def _pass_on(running: dict[str, subprocess.Popen[bytes]]) -> Callable[[int, FrameType | None], None]:
-    """A handler that tells the trainer ranks to save and stop."""
-
-    def tell(number: int, _: FrameType | None) -> None:
-        for name, process in running.items():
-            if name.startswith("trainer"):
-                process.send_signal(number)
-
-    return tell
-
-
-def _start(role: Role, log_dir: Path) -> subprocess.Popen[bytes]:
-    with (log_dir / f"{role.name}.log").open("ab") as log:
-        return subprocess.Popen(
-            role.command,
-            env={**os.environ, **role.environment},
-            stdin=subprocess.DEVNULL,
-            stdout=None if role.owns_terminal else log,
-            stderr=log,
-            start_new_session=True,  # Ctrl-C reaches this process only, which then ends the others in order
+    def _judge_failure(self, node_lost: bool) -> list[Decision]:
+        culprit, rules, facts = self.culprit(), self.rules, self._facts
+        explanation = Explain(culprit.name, culprit.code)
+        reason = ""
+        if facts.newest > rules.started_from:
+            reason = f"a newer checkpoint exists (step {facts.newest})"
+        if node_lost:
+            reason = "a node is lost"
+        if reason and facts.restarts < rules.max_restarts:
+            text = f"restart {facts.restarts + 1} of at most {rules.max_restarts}, because {reason}"
+            return [explanation, CountRestart(reason), Print(text), *self._requeue()]
+        used_up = (
+            f"{rules.max_restarts} restarts are used up (GSPO_MAX_RESTARTS; remove {rules.run_dir}/logs/restarts to "
+            "allow as many again)"
         )
+        no_progress = f"there is no newer checkpoint than step {rules.started_from}, so it would fail the same way"
+        # The explanation comes last, so that the log ends with the reason.
+        return [Print(f"not restarted: {used_up if reason else no_progress}"), explanation, Exit(FAILED)]
+
+    def _requeue(self) -> list[Decision]:
+        if not self._slurm.requeues:
+            return [Print(f"the job was submitted with --no-requeue; to go on: {self.rules.resume}"), Exit(STOPPED)]
+        self.phase = Phase.REQUEUING
+        return [Requeue()]
 
 
-def _wait(running: dict[str, subprocess.Popen[bytes]], roles: Sequence[Role], log_dir: Path) -> str | None:
-    """Name of the role that failed first, or None once every trainer rank has ended well."""
-    left = {role.name: role.restarts for role in roles}
+class Backend(Protocol):
+    """Where the processes of an attempt run."""
+
+    def observe(self) -> list[Event]:
+        """What has happened since the last call."""
+        ...
+
+    def perform(self, decision: Decision) -> list[Event]:
+        """Carry out a decision; returns what is known afterwards."""
+        ...
+
+    def pause(self) -> None:
+        """Wait until it is time to look again."""
+        ...
+
+
+def supervise(supervisor: Supervisor, backend: Backend) -> int:
+    """Run an attempt to its end; returns the exit code."""
     while True:
-        for role in roles:
-            if left[role.name] and running[role.name].poll() is not None and _has_peer(role, running):
-                left[role.name] -= 1
-                said = f"gspo: {role.name} ended and is started again; {left[role.name]} more times"
-                print(said, file=sys.stderr, flush=True)
-                _signal_group(running[role.name], signal.SIGKILL)  # what it may have left behind
-                running[role.name] = _start(role, log_dir)
-        ended = {name: process.poll() for name, process in running.items()}
-        trainers = [code for name, code in ended.items() if name.startswith("trainer")]
-        if all(code in (0, STOPPED) for code in trainers):
-            return None
-        if any(_is_failure(name, code) for name, code in ended.items()):
-            time.sleep(SETTLE)
-            failures = {name: p.returncode for name, p in running.items() if _is_failure(name, p.poll())}
-            first = [name for name, code in ended.items() if _is_failure(name, code)]
-            by_signal = [name for name, code in failures.items() if code < 0]
-            return next((name for name in by_signal if name in first), None) or (by_signal or first)[0]
-        time.sleep(0.05)
-
-
-def _has_peer(role: Role, running: dict[str, subprocess.Popen[bytes]]) -> bool:
-    """Whether another role of the same kind runs."""
-    kind = role.name.rpartition("-")[0]
-    return any(
-        name != role.name and name.rpartition("-")[0] == kind and process.poll() is None
-        for name, process in running.items()
-    )
-
-
-def _is_failure(name: str, code: int | None) -> bool:
-    return code is not None and (code not in (0, STOPPED) or not name.startswith("trainer"))
-
-
-def _explain(name: str, code: int, log_dir: Path) -> str:
-    log = log_dir / f"{name}.log"
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    if code < 0:
-        said = f"killed by {signal.Signals(-code).name}"
-    else:
-        said = lines[-1].strip() if lines else f"it said nothing and ended with code {code}"
-    for line in lines[-12:]:
-        print(f"  {name} | {line}", file=sys.stderr)
-    return f"{name} failed: {said} (log: {log})"
-
-
-def _end(running: dict[str, subprocess.Popen[bytes]]) -> None:
-    """End what is left, its children included; processes that were not started here are never touched."""
-    for process in running.values():
-        _signal_group(process, signal.SIGTERM)
-    deadline = time.monotonic() + GRACE
-    for process in running.values():
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(max(0.0, deadline - time.monotonic()))
-        _signal_group(process, signal.SIGKILL)
-        process.wait()
-
-
-def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
+        events = deque([*backend.observe(), Tick()])
+        while events:
+            for decision in supervisor.handle(events.popleft(), time.monotonic()):
+                if isinstance(decision, Exit):
+                    return decision.code
+                events.extend(backend.perform(decision))
+        backend.pause()

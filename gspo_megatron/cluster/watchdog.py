@@ -1,9 +1,9 @@
-"""Ends an attempt that does not get on: says which rank is behind, and where every role stands.
+"""Ends an attempt that makes no progress: reports which rank is behind, and where every role is.
 
 Each trainer rank keeps a file of its own in the run directory up to date from a thread, so a process that is stopped,
 or a node that is gone, shows by its silence. A rank that is overdue looks at the others first: as long as one of them
-gets on (rank 0 sees answers come in while the others wait for it), nobody is. When nobody does, a mark in the same
-directory asks the roles of every node for their stacks.
+makes progress (rank 0 sees responses come in while the others wait for it), the run is not stuck. When none does, a
+mark in the same directory asks the roles of every node for their stacks.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ STALLED = "stalled"
 INTERVAL = 2.0
 """Seconds between two looks."""
 SILENT = 5
-"""A rank that has not written for so many intervals is stopped or gone."""
+"""A rank that has not written for this many intervals is stopped or gone."""
 FACTOR = 5.0
-"""A stage may take so many times as long as it ever took."""
+"""A stage may take this many times its longest duration so far."""
 SHORTEST, FIRST = 120.0, 7200.0
 """Least limit, seconds; and the limit of a stage that was never finished before."""
 STACKS = signal.SIGUSR2
@@ -41,20 +41,20 @@ STACKS_SECONDS = 0.2
 
 @dataclass(slots=True)
 class Beat:
-    """What one rank says about itself."""
+    """What one rank reports about itself."""
 
     stage: str
     """The stage it is in: `train`."""
     entered: int
     """Stages it has entered so far; the ranks enter the same ones."""
     at: float
-    """When it last got on, seconds since 1970."""
+    """When it last made progress, seconds since 1970."""
     written: float
     """When it wrote this."""
 
 
 class Pulse:
-    """How far this rank is: the log tells it the stages, progress bars what goes on inside of one."""
+    """How far this rank is: the log reports the stages to it, progress bars what happens within one."""
 
     def __init__(self) -> None:
         self.longest: dict[str, float] = {}
@@ -79,7 +79,7 @@ class Pulse:
         self._at = time.time()
 
     def limit(self) -> float:
-        """Seconds that this rank may go without getting on."""
+        """Seconds that this rank may go without progress."""
         longest = self.longest.get(self._open[-1][0])
         return FIRST if longest is None else max(SHORTEST, FACTOR * longest)
 
@@ -126,16 +126,16 @@ class Watchdog(threading.Thread):
                 print(f"{replaced}; this one ends", file=sys.stderr, flush=True)
                 self._end(FAILED)
                 return
-            if time.time() - mine.at > self.pulse.limit() and self._nobody_gets_on():
+            if time.time() - mine.at > self.pulse.limit() and self._nobody_makes_progress():
                 self._alarm(mine)
                 return
             time.sleep(self.interval)
 
-    def _nobody_gets_on(self) -> bool:
+    def _nobody_makes_progress(self) -> bool:
         return time.time() - max(beat.at for beat in self.read().values()) > self.pulse.limit()
 
     def read(self) -> dict[int, Beat]:
-        """What every rank last said."""
+        """What every rank last reported."""
         paths = {rank: self._path(rank) for rank in range(self.world)}
         return {rank: Beat(**json.loads(path.read_text())) for rank, path in paths.items() if path.exists()}
 
@@ -153,7 +153,7 @@ class Watchdog(threading.Thread):
 
 def follow(run_dir: Path, name: str, interval: float = INTERVAL) -> None:
     """Have a role that is no trainer write its stacks, and those of the processes that it started, when a trainer
-    finds that nothing gets on."""
+    finds that the run makes no progress."""
 
     mark = RunDir(run_dir).heartbeat / STALLED
 
@@ -211,7 +211,7 @@ def blame(beats: dict[int, Beat], now: float, interval: float) -> str:
     if not behind:
         stages = sorted({beat.stage for beat in beats.values()})
         return (
-            f"nothing got on for {idle:.0f} s: every trainer rank is in {', '.join(stages)}; "
+            f"no progress for {idle:.0f} s: every trainer rank is in {', '.join(stages)}; "
             "the logs of the roles hold the stacks"
         )
     rank, beat = min(behind.items(), key=lambda entry: (entry[1].entered, entry[1].at))
@@ -221,13 +221,13 @@ def blame(beats: dict[int, Beat], now: float, interval: float) -> str:
         else f"is {furthest - beat.entered} stages behind"
     )
     return (
-        f"nothing got on for {idle:.0f} s: trainer-{rank} {why}, in {beat.stage}; this attempt ends, "
+        f"no progress for {idle:.0f} s: trainer-{rank} {why}, in {beat.stage}; this attempt ends, "
         "the run goes on from its newest checkpoint"
     )
 
 
 def dump_stacks(name: str) -> None:
-    """Write where every thread of this process stands to its log."""
+    """Write the stack of every thread of this process to its log."""
     print(f"stacks of {name}:", file=sys.stderr, flush=True)
     faulthandler.dump_traceback(sys.stderr, all_threads=True)
 

@@ -1,39 +1,44 @@
-"""Plans a job for `gspo_moe.sh`, which runs this in the trainer's environment: `python -m launch.lib.plan PHASE ...`.
+"""Plans a job for `launch/job.py`, which runs this in the trainer's environment: `python -m launch.lib.plan PHASE ...`.
 
 draw    says what would run where, and changes nothing
 open    makes the run directory and a new attempt in it
 judge   reads what the preflight found on every node; then the roles may start
 
-Words for people go to standard error; standard output is `key=value` lines for the script. Exit 2 = refused.
+Words for people go to standard error; the last line of standard output is the plan in JSON. Exit 2 = refused.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from gspo_megatron.cli import prepare_run
+from gspo_megatron.cli import prepare_run, refuse_unwritable
 from gspo_megatron.cluster import hosts, placement
-from gspo_megatron.cluster.attempts import ATTEMPT_FILE
-from gspo_megatron.cluster.hosts import Host, Ports, Spread, Task
+from gspo_megatron.cluster.exit_codes import REFUSED
+from gspo_megatron.cluster.hosts import Host, Kind, Ports, Spread, Task
 from gspo_megatron.config import Recipe, RecipeError
 from gspo_megatron.models import load_recipe, load_resolved
 from gspo_megatron.plan.rules.not_built import not_built
 from gspo_megatron.plan.run_plan import make_plan
+from gspo_megatron.run_dir import ATTEMPT
 from gspo_megatron.types import Finding
+from launch.lib.attempt import replace_text
 from launch.lib.preflight import judge
 from launch.lib.resume import refuse_other_job, refuse_other_recipe
 from launch.lib.text import fold
 
-REFUSED = 2
 PLAN = "plan.json"
+JOB = "job"
+"""File of an attempt: the SLURM job that it belongs to."""
 ENVIRONMENT = re.compile(r"(SLURM|NCCL|GLOO|UCX|FI|CUDA|OMP|TORCH|VLLM|TRITON|GSPO|HF_HOME|TMPDIR|PATH|LD_LIBRARY)")
 SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
 
@@ -162,46 +167,64 @@ def describe(recipe: Recipe, over: Spread, ports: Ports) -> list[str]:
 
 
 def answer(recipe: Recipe, over: Spread, more: Mapping[str, Any]) -> None:
-    """What the script needs to know, as lines."""
-    facts: dict[str, Any] = {"run_dir": recipe.run.directory, "gpus": over.gpus, "colocated": over.colocated, **more}
-    for kind in ("trainer", "controller", "rollout"):
-        where, each = over.of(kind)
-        facts |= {f"{kind}_hosts": ",".join(host.name for host in where), f"{kind}_each": each}
-    for name, value in facts.items():
-        print(f"{name}={value}")
+    """What the job script has to know (`launch/lib/planning.py`), as one line of JSON."""
+    roles = {kind: ([host.name for host in over.of(kind)[0]], over.of(kind)[1]) for kind in get_args(Kind)}
+    facts = {"run_dir": str(recipe.run.directory), "gpus": over.gpus, "colocated": over.colocated, "roles": roles}
+    print(json.dumps({**facts, **more}))
 
 
 def open_attempt(recipe: Recipe, names: Sequence[str], gpus: int, job: str, running: Sequence[str]) -> int:
-    """Make or reopen the run directory, and a new attempt in it that fences off the older ones."""
+    """Make or reopen the run directory, and a directory for a new attempt in it."""
     run_dir = recipe.run.directory
     assert run_dir is not None
-    at = [Host(name, name) for name in names]
-    over, ports, _ = layout(recipe, at, gpus, job)
+    over, ports, _ = layout(recipe, [Host(name, name) for name in names], gpus, job)
     if (run_dir / "DONE").is_file():
-        answer(recipe, over, {"done": "yes"})
+        answer(recipe, over, {"done": True})
         return 0
-    refuse_other_job(run_dir, job, running)
-    refuse_other_recipe(run_dir, recipe)
-    prepare_run(recipe)
-    logs = run_dir / "logs"
-    logs.mkdir(exist_ok=True)
-    number = 1 + max((int(path.name.partition("_")[2]) for path in logs.glob("attempt_*")), default=0)
-    attempt = logs / f"attempt_{number}"
-    (attempt / "preflight").mkdir(parents=True)
-    # Whoever made them removes them, unless its node lost power.
-    for key in logs.glob("attempt_*/key"):
-        key.unlink()
-    write_plan(attempt, {"job": job, "attempt": number, "gpus": gpus, "hosts": [[name, name] for name in names]})
-    replace_text(run_dir / ATTEMPT_FILE, f"{number} {job}\n")
-    latest = logs / ".latest"
-    latest.unlink(missing_ok=True)
-    latest.symlink_to(attempt.name)
-    latest.replace(logs / "latest")
-    kept = {key: value for key, value in os.environ.items() if ENVIRONMENT.match(key) and not SECRET.search(key)}
-    (attempt / "environment.json").write_text(json.dumps(kept, indent=1, sort_keys=True))
+    with refuse_unwritable(run_dir):
+        refuse_other_job(run_dir, job, running)
+        refuse_other_recipe(run_dir, recipe)
+        number, attempt, earlier = make_attempt(run_dir / "logs", job)
+        try:
+            refuse_other_job(run_dir, job, running, earlier)
+        except RecipeError:
+            shutil.rmtree(attempt)
+            raise
+        prepare_run(recipe)
+        facts = {"job": job, "attempt": number, "gpus": gpus, "hosts": [[name, name] for name in names]}
+        write_plan(attempt, facts)
+        kept = {key: value for key, value in os.environ.items() if ENVIRONMENT.match(key) and not SECRET.search(key)}
+        (attempt / "environment.json").write_text(json.dumps(kept, indent=1, sort_keys=True))
     print("\n".join(describe(recipe, over, ports)), file=sys.stderr)
-    answer(recipe, over, {"attempt": attempt, "number": number})
+    answer(recipe, over, {"attempt": str(attempt), "number": number, "earlier_jobs": earlier})
     return 0
+
+
+def make_attempt(logs: Path, job: str) -> tuple[int, Path, list[str]]:
+    """Make the directory of a new attempt, exclusively: it appears with the name of its job in it.
+
+    Returns:
+        Its number, its path, and the jobs of older attempts.
+    """
+    fresh = logs / f".attempt.{job}.{os.getpid()}"
+    (fresh / "preflight").mkdir(parents=True)
+    (fresh / JOB).write_text(job)
+    while True:
+        older = list(ATTEMPT.find(logs))
+        number = 1 + max(older, default=0)
+        path = logs / ATTEMPT.name(number)
+        try:
+            # Fails where a job that started in the same second was quicker: the directory is there and not empty.
+            fresh.rename(path)
+            break
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    places = [logs / ATTEMPT.name(each) for each in older]
+    for place in places:
+        # Whoever made a key removes it, unless its node lost power.
+        (place / "key").unlink(missing_ok=True)
+    return number, path, [(place / JOB).read_text() for place in places if (place / JOB).is_file()]
 
 
 def judge_attempt(attempt: Path) -> int:
@@ -246,13 +269,6 @@ def write_plan(attempt: Path, facts: dict[str, Any]) -> None:
     }
     facts["read"] = {key: str(path) for key, path in read.items() if path is not None}
     replace_text(attempt / PLAN, json.dumps(facts, indent=1))
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file that readers see whole, before or after."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    fresh.write_text(text)
-    fresh.replace(path)
 
 
 if __name__ == "__main__":

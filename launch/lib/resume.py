@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gspo_megatron.cluster.attempts import ATTEMPT_FILE
+from gspo_megatron.cluster.attempts import read_attempt
 from gspo_megatron.config import Recipe
 from gspo_megatron.config.loading import refuse
 from gspo_megatron.models import load_resolved
+from launch.lib.attempt import in_use
 
 MAY_CHANGE = (
     "run.directory",
@@ -36,16 +38,24 @@ MUST_STAY = ("trainer.aux_loss_coefficient",)
 """Exceptions from MAY_CHANGE."""
 
 
-def refuse_other_job(run_dir: Path, job: str, running: Sequence[str]) -> None:
-    """Two jobs must not write one run."""
-    if not (run_dir / ATTEMPT_FILE).is_file():
-        return
-    _, holder = (run_dir / ATTEMPT_FILE).read_text().split()
-    if holder != job and holder in running:
-        raise refuse(
-            "run-in-use", "run.directory",
-            f"job {holder} is running in {run_dir}", f"wait for it, or `scancel {holder}` first",
-        )  # fmt: skip
+def refuse_other_job(run_dir: Path, job: str, running: Sequence[str], earlier: Sequence[str] = ()) -> None:
+    """Two jobs must not write one run.
+
+    Args:
+        run_dir: the run.
+        job: this one.
+        running: the user's jobs that run.
+        earlier: jobs of older attempts.
+    """
+    try:
+        newest = read_attempt(run_dir)
+    except ValueError as error:
+        print(f"warning: {error}", file=sys.stderr)
+        newest = None
+    holders = [*earlier, *([newest.job] if newest else [])]
+    holder = next((holder for holder in holders if holder != job and holder in running), None)
+    if holder is not None:
+        raise refuse("run-in-use", "run.directory", *in_use(run_dir, holder))
 
 
 def refuse_other_recipe(run_dir: Path, recipe: Recipe) -> None:

@@ -3,16 +3,52 @@
 # The site file: $GSPO_SITE, else launch/site.sh of the checkout, else none. What it sets, sbatch's environment may override
 # only if it says so itself, with ${NAME:-value} as the example does.
 load_site() {
-    local file=${GSPO_SITE:-$home/launch/site.sh}
-    if [ -e "$file" ]; then
-        # shellcheck source=/dev/null
-        . "$file"
+    # `sbatch --export=NONE` leaves the job without these; the PATH that bash takes then may end in the present directory.
+    export PATH=${PATH%:.} HOME=${HOME:-~}
+    local name
+    # Not local: bash leaves its functions before it runs the EXIT trap.
+    site_file=${GSPO_SITE:-$home/launch/site.sh}
+    if [ -e "$site_file" ]; then
+        source_site_file
     elif [ -n "${GSPO_SITE:-}" ]; then
-        refuse "GSPO_SITE=$file does not exist; correct it, or unset it"
+        refuse "GSPO_SITE=$site_file does not exist; correct it, or unset it"
     fi
     GSPO_ROLLOUT_IMAGE=${GSPO_ROLLOUT_IMAGE:-${GSPO_IMAGE:-}}
     GSPO_VENV=${GSPO_VENV:-.venv}
     GSPO_ROLLOUT_VENV=${GSPO_ROLLOUT_VENV:-$GSPO_VENV}
+    for name in "${!GSPO_@}"; do export "${name?}"; done
+}
+
+source_site_file() { # without -eu: what a module system does is not written for them
+    local fault
+    site_line=1
+    fault=$(bash -n "$site_file" 2>&1) ||
+        refuse "the site file cannot be read: ${fault%%$'\n'*}; correct that line (launch/site.example.sh shows the form)"
+    set +eu -T
+    # Within the EXIT trap bash counts lines from 1 again.
+    trap '[[ ${BASH_SOURCE[0]-} != "$site_file" || $LINENO -lt $site_line ]] || site_line=$LINENO' DEBUG
+    trap 'site_command_failed $? "$LINENO" "$BASH_COMMAND"' ERR
+    trap site_file_ended EXIT
+    # shellcheck source=/dev/null
+    . "$site_file"
+    trap - DEBUG ERR EXIT
+    set -eu +T
+}
+
+site_command_failed() { # STATUS LINE COMMAND: a program that is missing is an error, another failure may be meant
+    local where="the site file $site_file, line $2: \`$3\`"
+    # shellcheck disable=SC2016
+    [ "$3" != '. "$site_file"' ] || return 0 # its last line has failed and was reported
+    if [ "$1" = 127 ]; then
+        trap - DEBUG ERR EXIT
+        refuse "$where: command not found; define it there first (for module: see launch/site.example.sh), or remove the line"
+    fi
+    echo "gspo: $where ended with $1 and the job goes on; correct the line, or add \`|| true\` if that is expected" >&2
+}
+
+site_file_ended() { # `exit`, or bash itself, as for ${NAME:?}
+    trap - DEBUG ERR EXIT
+    refuse "the site file $site_file, line $site_line, ended the script; correct the line (bash's own message, if any, is above), and use no exit"
 }
 
 refuse() { # one sentence, exit 2
@@ -23,7 +59,6 @@ refuse() { # one sentence, exit 2
 set_environment() { # why each is set: launch/README.md
     export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 PYTHONNOUSERSITE=1 PYTHONDONTWRITEBYTECODE=
     if [ -n "${GSPO_INTERFACE:-}" ]; then
-        export GSPO_INTERFACE
         export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-=$GSPO_INTERFACE} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$GSPO_INTERFACE}
     fi
     local scratch=${TMPDIR:-/tmp}/gspo-$(id -un)
@@ -31,22 +66,6 @@ set_environment() { # why each is set: launch/README.md
     export VLLM_CACHE_ROOT=${VLLM_CACHE_ROOT:-$scratch/vllm}
 }
 
-python_of() { # ROLE -> the interpreter of its environment; in an image it is the one on the PATH
-    local image=${GSPO_IMAGE:-} venv=$GSPO_VENV
-    [ "$1" = rollout ] && image=$GSPO_ROLLOUT_IMAGE venv=$GSPO_ROLLOUT_VENV
-    if [ -n "$image" ]; then echo python3; else echo "$venv/bin/python"; fi
-}
-
-need_python() { # ROLE: refuses with a sentence where its interpreter is missing
-    local python
-    python=$(python_of "$1")
-    command -v "$python" >/dev/null || refuse "$python is not there; run make setup, or set GSPO_VENV in the site file"
-}
-
-container_of() { # ROLE -> pyxis' flags, one a line; nothing without an image, because srun would not know them
-    local image=${GSPO_IMAGE:-} mounts=$home:$home
-    [ "$1" = rollout ] && image=$GSPO_ROLLOUT_IMAGE
-    [ -n "$image" ] || return 0
-    [ -n "${GSPO_MOUNTS:-}" ] && mounts+=,$GSPO_MOUNTS
-    printf '%s\n' "--container-image=$image" "--container-mounts=$mounts" "--container-workdir=$home" --no-container-mount-home
+need_python() { # PYTHON: refuses with a sentence where it is missing
+    command -v "$1" >/dev/null || refuse "$1 is not there; run make setup, or set GSPO_VENV in the site file"
 }

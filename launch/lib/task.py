@@ -4,8 +4,8 @@ Reads its line of the attempt's plan by node and local number, because SLURM ord
 comes from a file that only the user can read, so that it is in no command line and in no record of SLURM's.
 
 Servers are run, not become: vLLM ends with code 0 when its engine has died, which would be no fault to srun. One of
-several that is lost is started again, as on one machine (`gspo_megatron/cluster/supervisor.py`): its neighbours serve
-its requests meanwhile, and with the next weights it serves again. Every other end ends the attempt.
+several that is lost is started again, as on one machine (`may_restart` of `gspo_megatron/cluster/supervisor.py`): its
+neighbours serve its requests meanwhile, and with the next weights it serves again. Every other end ends the attempt.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NoReturn
 
+from gspo_megatron.cluster.supervisor import may_restart, restart_sentence
+
 LOOK_SECONDS = 0.5
 """How often a server is looked at."""
 
 
 def main() -> None:
     """Replace this process by the role, or run it."""
-    # Held back through the role's own start: it hears of the time limit when it has a handler. The line that this
-    # program prints tells the script that it may send.
+    # Held back while the role starts: it receives the signal once it has a handler. The line that this program
+    # prints shows the job script that it may send.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     attempt, kind = Path(sys.argv[1]), sys.argv[2]
     node, local = os.environ["SLURMD_NODENAME"], int(os.environ["SLURM_LOCALID"])
@@ -72,10 +74,10 @@ def keep(command: Sequence[str], task: dict[str, Any], address: str) -> NoReturn
             if asked:
                 # It may have come while there was nobody to pass it on to.
                 child.terminate()
-        if asked or not served or not left:
+        if not may_restart(left, bool(asked), served):
             break
         left -= 1
-        print(f"gspo: {task['name']} ended and is started again; {left} more times", flush=True)
+        print(f"gspo: {restart_sentence(task['name'], left)}", flush=True)
         child, served = subprocess.Popen(command), False
     end_as(child.returncode, task["name"], bool(asked))
 

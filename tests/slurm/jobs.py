@@ -45,7 +45,7 @@ class Workplace:
         *overrides: str,
         options: Sequence[str],
         recipe: str = TINY,
-        cwd: Path = ROOT,
+        cwd: Path | str = ROOT,
         **environment: str,
     ) -> Job:
         """`sbatch OPTIONS launch/gspo_moe.sh RECIPE OVERRIDES` with a run directory of this name."""
@@ -54,7 +54,7 @@ class Workplace:
         settings = {"GSPO_SITE": "/dev/null", "GSPO_VENV": sys.prefix, **environment}
         where = (f"run.directory={run_dir}", f"cold_start.cache={self.cold_start}")
         arguments = (f"--output={log}", *options, str(ROOT / SCRIPT), recipe, *overrides, *where)
-        job = Job(self.lab, self.lab.submit(*arguments, environment=settings, cwd=cwd), run_dir, log)
+        job = Job(self.lab, self.lab.submit(*arguments, environment=settings, cwd=Path(cwd)), run_dir, log)
         self.jobs.append(job)
         return job
 

@@ -1,4 +1,4 @@
-"""What the launch script refuses on the real SLURM before any role starts: a sentence with the mend, exit 2."""
+"""What the launch script refuses on the real SLURM before any role starts: a sentence with the fix, exit 2."""
 
 from __future__ import annotations
 

@@ -54,12 +54,12 @@ def stop_one_rank(place: Workplace) -> None:
     job.wait_for_step(1)
     stop_within_a_save(job, 1)
     whole = job.checkpointed()
-    job.wait_for_words("nothing got on for")
+    job.wait_for_words("no progress for")
     job.wait_for_attempt(2)
     half = list((job.run_dir / "checkpoints").glob(".step_*.partial"))
     assert half and not any((path / "COMPLETE").exists() for path in half), "the save must have been cut short"
     said = job.text()
-    assert "gspo: trainer failed on node1: nothing got on for" in said and "trainer-1 is silent since" in said
+    assert "gspo: trainer failed on node1: no progress for" in said and "trainer-1 is silent since" in said
     assert f"gspo: restart 1 of at most 3, because a newer checkpoint exists (step {whole})" in said
     check_stacks(job)
     check_done(job, STEPS)
@@ -162,7 +162,7 @@ def fill(disk: Path, job: Job) -> None:
             return "No space left on device" in job.text()
 
         wait_for(failed, START, "save that fails")
-    assert not list(disk.glob(".step_*.partial/*.unfinished")), "what was begun must give its bytes back"
+    assert not list(disk.glob(".step_*.partial/*.unfinished")), "the unfinished file must be deleted"
 
 
 def be_warned_of_the_limit(job: Job) -> None:

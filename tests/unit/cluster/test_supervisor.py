@@ -1,160 +1,285 @@
-"""The supervisor of a run's processes, with small processes in place of the real roles."""
+"""The supervisor's decisions, as a table of cases: what happened when, and what follows."""
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import threading
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 
-from gspo_megatron.cluster.supervisor import Role, plan_roles, run_roles
-from gspo_megatron.models import load_recipe
-from tests.processes import runs
-from tests.waiting import HANG, wait_until
+from gspo_megatron.cluster.events import (
+    AskNodes,
+    AskSlurm,
+    CountRestart,
+    Decision,
+    Ended,
+    EndRoles,
+    Event,
+    Exit,
+    Explain,
+    Interrupted,
+    NodesAnswered,
+    Print,
+    Requeue,
+    Restart,
+    RolesEnded,
+    SendStop,
+    SlurmAnswered,
+    SlurmSilent,
+    StopRequested,
+    Tick,
+    Watched,
+)
+from gspo_megatron.cluster.exit_codes import FAILED, OK, STOPPED
+from gspo_megatron.cluster.supervisor import Rules, Supervisor, may_restart
 
-SLEEP = (sys.executable, "-c", "import time; time.sleep(3600)")
-"""Longer than any test may take: one that waits for its end hangs."""
-
-
-def python(code: str) -> tuple[str, ...]:
-    return (sys.executable, "-c", code)
-
-
-def assert_ends(pid: int) -> None:
-    """A process that was sent SIGKILL needs a moment on a busy machine."""
-    wait_until(lambda: not runs(pid), f"end of process {pid}")
-
-
-def test_ends_well_when_the_trainers_do(tmp_path: Path) -> None:
-    roles = [Role("controller", SLEEP), Role("trainer-0", python("pass")), Role("trainer-1", python("pass"))]
-    assert run_roles(roles, tmp_path) == 0
-
-
-@pytest.mark.parametrize("victim", ["rollout-0", "controller", "trainer-1"])
-def test_a_failing_role_ends_the_rest_and_is_named_last(
-    tmp_path: Path, victim: str, capfd: pytest.CaptureFixture[str]
-) -> None:
-    roles = [
-        Role(
-            name,
-            python("import sys; print('cannot listen: port in use', file=sys.stderr); sys.exit(3)")
-            if name == victim
-            else SLEEP,
-        )
-        for name in ("rollout-0", "controller", "trainer-0", "trainer-1")
-    ]
-    assert run_roles(roles, tmp_path) == 1
-    last = capfd.readouterr().err.strip().splitlines()[-1]
-    assert victim in last and "cannot listen: port in use" in last
-
-
-def test_a_server_that_ends_by_itself_is_a_failure_even_with_code_0(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert run_roles([Role("rollout-0", python("pass")), Role("trainer-0", SLEEP)], tmp_path) == 1
-    assert "rollout-0" in capfd.readouterr().err.strip().splitlines()[-1]
+HERE = Rules(settle=0.5)
+SLURM = Rules(
+    settle=2.0, run_dir="RUN", queue=True, attempt=2, started_from=4, grace=240.0, resend=5.0, max_restarts=3,
+    resume="sbatch again",
+)  # fmt: skip
+ROLES = [Watched(name) for name in ("rollout-0", "controller", "trainer-0", "trainer-1")]
+SERVERS = [Watched("rollout-0", 2), Watched("rollout-1", 2), Watched("controller"), Watched("trainer-0")]
+STEPS = [Watched(kind) for kind in ("rollout", "controller", "trainer")]
+TICK = Tick()
+ENDS = "SLURM ends this attempt (scancel, a lost node, or its limit); 6 is the newest complete checkpoint"
+REPLACED = Print("attempt 2 was replaced by attempt 3; this one ends")
+STUCK = Print("not restarted: there is no newer checkpoint than step 4, so it would fail the same way")
+NO_REQUEUE = Print("the job was submitted with --no-requeue; to go on: sbatch again")
+ASKED = Print("asked to stop (USR1); the trainers have 240 s for a checkpoint")
+USED_UP = Print(
+    "not restarted: 3 restarts are used up (GSPO_MAX_RESTARTS; remove RUN/logs/restarts to allow as many again)"
+)
 
 
-def test_trainers_that_were_asked_to_stop_have_not_failed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    stopped = python("import sys; sys.exit(85)")
-    assert run_roles([Role("rollout-0", SLEEP), Role("trainer-0", stopped), Role("trainer-1", stopped)], tmp_path) == 85
-    assert "failed" not in capfd.readouterr().err
+def restarts(number: int, reason: str) -> list[Decision]:
+    return [CountRestart(reason), Print(f"restart {number} of at most 3, because {reason}"), Requeue()]
 
 
-LISTENS = """
-import signal, sys, time
-open(sys.argv[1], "w").close()
-while signal.SIGUSR1 not in signal.sigpending():  # it imports, and the request comes
-    time.sleep(0.01)
-asked = []
-signal.signal(signal.SIGUSR1, lambda *_: asked.append(1))
-signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
-while not asked:
-    time.sleep(0.01)
-sys.exit(85)
-"""
+Script = list[tuple[float, Event]]
+STOPS: Script = [(0, StopRequested()), (9, Ended("trainer", STOPPED)), (9, TICK), (11, TICK)]
+CRASHES: Script = [(9, Ended("trainer", 1)), (9, TICK), (11, TICK)]
+SERVER_DIES: Script = [(9, Ended("rollout", 1)), (9, TICK), (11, TICK)]
+STOPPED_AT_6 = [Print("attempt 2 stopped as asked; step 6 is checkpointed")]
+
+HERE_CASES: dict[str, tuple[list[Watched], Script, list[Decision]]] = {
+    "nothing happens": (ROLES, [(0, TICK), (900, TICK)], []),
+    "trainers end well": (
+        ROLES,
+        [(1, Ended("trainer-0", 0)), (1, TICK), (2, Ended("trainer-1", 0)), (2, TICK), (3, RolesEnded())],
+        [EndRoles(), Exit(OK)],
+    ),
+    "trainers stop as asked": (
+        ROLES,
+        [(1, StopRequested()), (2, Ended("trainer-0", 85)), (2, Ended("trainer-1", 85)), (2, TICK), (3, RolesEnded())],
+        [SendStop(), EndRoles(), Exit(STOPPED)],
+    ),
+    "one trainer ends, one goes on": (ROLES, [(1, Ended("trainer-0", 0)), (1, TICK), (9, TICK)], []),
+    "a second request is passed on too": (
+        ROLES, [(1, StopRequested()), (2, StopRequested())], [SendStop(), SendStop()],
+    ),
+    "no grace on one machine": (ROLES, [(1, StopRequested()), (9999, TICK)], [SendStop()]),
+    "a trainer fails": (
+        ROLES,
+        [(1, Ended("trainer-1", 3)), (1, TICK), (1.4, TICK), (1.6, TICK), (2, RolesEnded())],
+        [EndRoles(), Explain("trainer-1", 3), Exit(FAILED)],
+    ),
+    "the controller ends with 0": (
+        ROLES,
+        [(1, Ended("controller", 0)), (1, TICK), (1.5, TICK), (2, RolesEnded())],
+        [EndRoles(), Explain("controller", 0), Exit(FAILED)],
+    ),
+    "the only server ends with 0": (
+        ROLES,
+        [(1, Ended("rollout-0", 0)), (1, TICK), (1.5, TICK), (2, RolesEnded())],
+        [EndRoles(), Explain("rollout-0", 0), Exit(FAILED)],
+    ),
+    "the killed role is the cause, not the one it took along": (
+        ROLES,
+        [(1, Ended("trainer-0", 1)), (1, TICK), (1.2, Ended("trainer-1", -9, True)), (1.2, TICK),
+         (1.5, TICK), (2, RolesEnded())],
+        [EndRoles(), Explain("trainer-1", -9), Exit(FAILED)],
+    ),
+    "a lost server comes back while another serves": (
+        SERVERS,
+        [(1, Ended("rollout-1", -9, True)), (1, TICK), (2, Ended("rollout-1", 0)), (2, TICK)],
+        [Restart("rollout-1", 1), Restart("rollout-1", 0)],
+    ),
+    "a server that was lost too often": (
+        SERVERS,
+        [*[(n, e) for n in (1, 2, 3) for e in (Ended("rollout-1", 1), TICK)], (4, TICK), (5, RolesEnded())],
+        [Restart("rollout-1", 1), Restart("rollout-1", 0), EndRoles(), Explain("rollout-1", 1), Exit(FAILED)],
+    ),
+    "two servers that end at once have no peer": (
+        SERVERS,
+        [(1, Ended("rollout-0", 1)), (1, Ended("rollout-1", 1)), (1, TICK), (2, TICK), (2, RolesEnded())],
+        [EndRoles(), Explain("rollout-0", 1), Exit(FAILED)],
+    ),
+    "Ctrl-C": (ROLES, [(1, Interrupted(2)), (2, RolesEnded())], [EndRoles(), Print("ended by SIGINT"), Exit(130)]),
+    "TERM": (ROLES, [(1, Interrupted(15)), (2, RolesEnded())], [EndRoles(), Print("ended by SIGTERM"), Exit(143)]),
+    "Ctrl-C while the roles end": (
+        ROLES,
+        [(1, Ended("controller", 1)), (1, TICK), (2, TICK), (2, Interrupted(2)), (3, RolesEnded())],
+        [EndRoles(), Explain("controller", 1), Exit(FAILED)],
+    ),
+}  # fmt: skip
+
+SLURM_CASES: dict[str, tuple[Rules, Script, list[Decision]]] = {
+    "DONE is success whatever srun returns": (
+        SLURM,
+        [*CRASHES, (12, RolesEnded(6, done=True))],
+        [EndRoles(), Print("DONE; results are in RUN"), Exit(OK)],
+    ),
+    "srun's 0 without DONE is a failure": (
+        SLURM,
+        [(9, Ended("trainer", 0)), (9, TICK), (11, TICK), (12, RolesEnded(4)),
+         (12, SlurmAnswered()), (13, NodesAnswered(False))],
+        [EndRoles(), AskSlurm(), AskNodes(), STUCK, Explain("trainer", 0), Exit(FAILED)],
+    ),
+    "a crash after a newer checkpoint": (
+        SLURM,
+        [*CRASHES, (12, RolesEnded(6, restarts=1)), (12, SlurmAnswered()), (13, NodesAnswered(False))],
+        [EndRoles(), AskSlurm(), AskNodes(), Explain("trainer", 1), *restarts(2, "a newer checkpoint exists (step 6)")],
+    ),
+    "a crash without a newer checkpoint": (
+        SLURM,
+        [*CRASHES, (12, RolesEnded(4)), (12, SlurmAnswered()), (13, NodesAnswered(False))],
+        [EndRoles(), AskSlurm(), AskNodes(), STUCK, Explain("trainer", 1), Exit(FAILED)],
+    ),
+    "restarts are used up": (
+        SLURM,
+        [*CRASHES, (12, RolesEnded(6, restarts=3)), (12, SlurmAnswered()), (13, NodesAnswered(False))],
+        [EndRoles(), AskSlurm(), AskNodes(), USED_UP, Explain("trainer", 1), Exit(FAILED)],
+    ),
+    "a lost node": (
+        SLURM,
+        [*SERVER_DIES, (12, RolesEnded(4)), (12, SlurmAnswered()), (13, NodesAnswered(True))],
+        [EndRoles(), AskSlurm(), AskNodes(), Explain("rollout", 1), *restarts(1, "a node is lost")],
+    ),
+    "a lost node when restarts are used up": (
+        SLURM,
+        [*SERVER_DIES, (12, RolesEnded(4, restarts=3)), (12, SlurmAnswered()), (13, NodesAnswered(True))],
+        [EndRoles(), AskSlurm(), AskNodes(), USED_UP, Explain("rollout", 1), Exit(FAILED)],
+    ),
+    "the killed step is the cause": (
+        SLURM,
+        [(9, Ended("controller", 1)), (9, TICK), (10, Ended("trainer", 9, True)), (11, TICK), (12, RolesEnded(4)),
+         (12, SlurmAnswered()), (13, NodesAnswered(False))],
+        [EndRoles(), AskSlurm(), AskNodes(), STUCK, Explain("trainer", 9), Exit(FAILED)],
+    ),
+    "stopped as asked": (
+        SLURM,
+        [*STOPS, (12, RolesEnded(6)), (12, SlurmAnswered())],
+        [ASKED, SendStop(), EndRoles(), AskSlurm(), *STOPPED_AT_6, Requeue()],
+    ),
+    "stopped as asked, whatever else ended first": (
+        SLURM,
+        [(9, Ended("rollout", 1)), (9, TICK), (10, Ended("trainer", STOPPED)), (11, TICK), (12, RolesEnded(6)),
+         (12, SlurmAnswered())],
+        [EndRoles(), AskSlurm(), *STOPPED_AT_6, Requeue()],
+    ),
+    "stopped as asked, submitted with --no-requeue": (
+        SLURM,
+        [*STOPS, (12, RolesEnded(6)), (12, SlurmAnswered(requeues=False))],
+        [ASKED, SendStop(), EndRoles(), AskSlurm(), *STOPPED_AT_6, NO_REQUEUE, Exit(STOPPED)],
+    ),
+    "stopped as asked without a newer checkpoint": (
+        SLURM,
+        [*STOPS, (12, RolesEnded(4)), (12, SlurmAnswered()), (13, NodesAnswered(False))],
+        [ASKED, SendStop(), EndRoles(), AskSlurm(), AskNodes(), STUCK, Explain("trainer", STOPPED), Exit(FAILED)],
+    ),
+    "the request is sent again every 5 s": (
+        SLURM,
+        [(0, StopRequested()), (3, TICK), (5, TICK), (6, TICK), (10, TICK)],
+        [ASKED, SendStop(), SendStop(), SendStop()],
+    ),
+    "a second request does not lengthen the grace": (
+        replace(SLURM, resend=float("inf")),
+        [(0, StopRequested()), (200, StopRequested()), (241, TICK)],
+        [ASKED, SendStop(), SendStop(), Print("no checkpoint within 240 s; the unfinished step will be done again"),
+         EndRoles()],
+    ),
+    "the grace is over, but there was a checkpoint before": (
+        replace(SLURM, resend=float("inf")),
+        [(0, StopRequested()), (241, TICK), (242, RolesEnded(6)), (242, SlurmAnswered())],
+        [ASKED, SendStop(), Print("no checkpoint within 240 s; the unfinished step will be done again"), EndRoles(),
+         AskSlurm(), *STOPPED_AT_6, Requeue()],
+    ),
+    "the grace is over and nothing was saved": (
+        replace(SLURM, resend=float("inf")),
+        [(0, StopRequested()), (241, TICK), (242, RolesEnded(4)), (242, SlurmAnswered()), (243, NodesAnswered(False))],
+        [ASKED, SendStop(), Print("no checkpoint within 240 s; the unfinished step will be done again"), EndRoles(),
+         AskSlurm(), AskNodes(), STUCK, Explain("trainer", STOPPED), Exit(FAILED)],
+    ),
+    "replaced when the roles have ended, even with DONE": (
+        SLURM,
+        [*CRASHES, (12, RolesEnded(9, done=True, replaced_by=3))],
+        [EndRoles(), REPLACED, Exit(FAILED)],
+    ),
+    "replaced while slurmctld is waited for": (
+        SLURM,
+        [*CRASHES, (12, RolesEnded(9)), (99, SlurmAnswered(replaced_by=3))],
+        [EndRoles(), AskSlurm(), REPLACED, Exit(FAILED)],
+    ),
+    "slurmctld does not come back": (
+        SLURM,
+        [*CRASHES, (12, RolesEnded(9)), (999, SlurmSilent())],
+        [EndRoles(), AskSlurm(), Print("it does not come back; to go on: sbatch again"), Exit(FAILED)],
+    ),
+    "a crash with --no-requeue": (
+        SLURM,
+        [*CRASHES, (12, RolesEnded(6)), (12, SlurmAnswered(requeues=False)), (13, NodesAnswered(False))],
+        [EndRoles(), AskSlurm(), AskNodes(), Explain("trainer", 1),
+         *restarts(1, "a newer checkpoint exists (step 6)")[:-1], NO_REQUEUE, Exit(STOPPED)],
+    ),
+    "SLURM ends a running attempt": (SLURM, [(1, Interrupted(15, newest=6))], [Print(ENDS), Exit(143)]),
+    "SLURM ends an attempt that is being judged": (
+        SLURM,
+        [*CRASHES, (12, RolesEnded(6)), (13, Interrupted(15, newest=6))],
+        [EndRoles(), AskSlurm(), Print(ENDS), Exit(143)],
+    ),
+    "SLURM carries out the requeue": (
+        SLURM,
+        [*STOPS, (12, RolesEnded(6)), (12, SlurmAnswered()), (13, Interrupted(15, newest=6))],
+        [ASKED, SendStop(), EndRoles(), AskSlurm(), *STOPPED_AT_6, Requeue(), Exit(STOPPED)],
+    ),
+    "an answer that nobody waits for": (
+        SLURM, [(1, SlurmAnswered()), (2, NodesAnswered(True)), (3, RolesEnded(9))], [],
+    ),
+}  # fmt: skip
 
 
-def test_a_stop_that_is_asked_for_while_the_trainers_start_reaches_them(tmp_path: Path) -> None:
-    born = [tmp_path / f"trainer-{rank}" for rank in range(2)]
-    trainers = [Role(path.name, (sys.executable, "-c", LISTENS, str(path))) for path in born]
-    parent = os.getpid()
-
-    def ask() -> None:
-        wait_until(lambda: all(path.exists() for path in born), "processes that start")
-        os.kill(parent, signal.SIGUSR1)
-
-    asking = threading.Thread(target=ask)
-    asking.start()
-    assert run_roles([Role("rollout-0", SLEEP), *trainers], tmp_path / "logs") == 85
-    asking.join()
+def run(supervisor: Supervisor, script: Script) -> list[Decision]:
+    return [decision for now, event in script for decision in supervisor.handle(event, now)]
 
 
-def test_a_lost_server_is_started_again_while_another_serves(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    count = f"open({str(tmp_path / 'starts')!r}, 'a').write('x')"
-    dying, serving = Role("rollout-1", python(count), restarts=2), Role("rollout-0", SLEEP, restarts=2)
-    assert run_roles([serving, dying, Role("trainer-0", SLEEP)], tmp_path / "logs") == 1
-    assert (tmp_path / "starts").read_text() == "xxx"
-    said = capfd.readouterr().err
-    assert said.count("rollout-1 ended and is started again") == 2 and "rollout-1 failed" in said.splitlines()[-1]
+@pytest.mark.parametrize("name", HERE_CASES)
+def test_on_one_machine(name: str) -> None:
+    roles, script, expected = HERE_CASES[name]
+    decisions = run(Supervisor(roles, HERE), script)
+    assert decisions == expected
 
 
-def test_the_killed_role_is_blamed_and_not_the_one_it_took_along(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    dying = tmp_path / "dying"
-    killed = python(f"import os, signal; open({str(dying)!r}, 'w').close(); os.kill(os.getpid(), signal.SIGKILL)")
-    code = f"import os, sys, time\nwhile not os.path.exists({str(dying)!r}): time.sleep(0.02)\nsys.exit(1)"
-    dragged = python(code)
-    assert run_roles([Role("trainer-0", dragged), Role("trainer-1", killed)], tmp_path) == 1
-    last = capfd.readouterr().err.strip().splitlines()[-1]
-    assert "trainer-1" in last and "SIGKILL" in last
+@pytest.mark.parametrize("name", SLURM_CASES)
+def test_on_slurm(name: str) -> None:
+    rules, script, expected = SLURM_CASES[name]
+    decisions = run(Supervisor(STEPS, rules), script)
+    assert decisions == expected
 
 
-def test_children_of_roles_are_ended_too(tmp_path: Path) -> None:
-    child = tmp_path / "child"
-    code = f"""
-import subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
-open({str(child)!r}, "w").write(str(child.pid))
-time.sleep(3600)
-"""
-    wait = f"""
-import os, time
-while not (os.path.exists({str(child)!r}) and open({str(child)!r}).read()):
-    time.sleep(0.05)
-"""
-    assert run_roles([Role("controller", python(code)), Role("trainer-0", python(wait))], tmp_path / "logs") == 0
-    assert_ends(int(child.read_text()))
+def test_the_table_reaches_every_kind_of_decision() -> None:
+    tables = (HERE_CASES, SLURM_CASES)
+    reached = {type(decision) for table in tables for *_, expected in table.values() for decision in expected}
+    assert reached == set(Decision.__subclasses__())
+    events = {type(event) for table in tables for _, script, _ in table.values() for _, event in script}
+    assert events == set(Event.__subclasses__())
 
 
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupt_ends_everything_with_a_sentence(tmp_path: Path, number: signal.Signals, exit_code: int) -> None:
-    code = f"import os, time; open({str(tmp_path)!r} + '/' + str(os.getpid()), 'w'); time.sleep(3600)"
-    script = f"""
-import sys
-from pathlib import Path
-from gspo_megatron.cluster.supervisor import Role, run_roles
-command = (sys.executable, "-c", {code!r})
-sys.exit(run_roles([Role("trainer-0", command), Role("controller", command)], Path({str(tmp_path / "logs")!r})))
-"""
-    process = subprocess.Popen(python(script), stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: len([entry for entry in tmp_path.iterdir() if entry.name.isdigit()]) == 2, "both roles")
-    process.send_signal(number)
-    _, said = process.communicate(timeout=HANG)
-    assert process.returncode == exit_code
-    assert number.name in said.strip().splitlines()[-1]
-    for entry in tmp_path.iterdir():
-        if entry.name.isdigit():
-            assert_ends(int(entry.name))
-
-
-def test_the_key_is_in_no_command_line(tmp_path: Path) -> None:
-    roles = plan_roles(load_recipe(Path("recipes/tiny_moe.yaml")), tmp_path, 2)
-    assert [role.name for role in roles] == ["rollout-0", "controller", "trainer-0", "trainer-1"]
-    (key,) = {role.environment["GSPO_JOB_KEY"] for role in roles}
-    assert not any(key in argument for role in roles for argument in role.command)
+@pytest.mark.parametrize(
+    ("left", "asked", "served", "has_peer", "again"),
+    [
+        (1, False, True, True, True), (0, False, True, True, False), (1, True, True, True, False),
+        (1, False, False, True, False), (1, False, True, False, False),
+    ],
+)  # fmt: skip
+def test_when_a_server_is_started_again(left: int, asked: bool, served: bool, has_peer: bool, again: bool) -> None:
+    assert may_restart(left, asked, served, has_peer) is again

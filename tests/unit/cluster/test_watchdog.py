@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gspo_megatron.cluster import watchdog
-from gspo_megatron.cluster.attempts import ATTEMPT_FILE, ATTEMPT_VARIABLE
+from gspo_megatron.cluster.attempts import ATTEMPT_VARIABLE
 from gspo_megatron.cluster.watchdog import Beat, Pulse, Watchdog, blame, follow
 from tests.waiting import HANG, wait_until
 
@@ -34,7 +34,7 @@ def test_a_silent_rank_is_named_before_one_that_is_behind() -> None:
 
 def test_the_rank_that_entered_fewest_stages_is_behind() -> None:
     beats = {0: beat(7, 900), 1: beat(5, 800, stage="pack"), 2: beat(6, 850)}
-    assert "nothing got on for 100 s: trainer-1 is 2 stages behind, in pack" in blame(beats, NOW, interval=2.0)
+    assert "no progress for 100 s: trainer-1 is 2 stages behind, in pack" in blame(beats, NOW, interval=2.0)
 
 
 def test_nobody_is_blamed_when_all_wait_in_one_place() -> None:
@@ -72,7 +72,7 @@ def test_a_stage_may_take_a_multiple_of_its_own_longest_time(monkeypatch: pytest
     assert pulse.limit() == 35.0
 
 
-def test_one_rank_that_gets_on_is_enough_and_a_standstill_ends_the_attempt(
+def test_one_rank_that_makes_progress_is_enough_and_a_standstill_ends_the_attempt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], clock: Clock
 ) -> None:
     monkeypatch.setattr(watchdog, "SHORTEST", 1.0)
@@ -150,7 +150,7 @@ def test_a_replaced_attempt_ends_within_an_interval(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(ATTEMPT_VARIABLE, "1")
-    (tmp_path / ATTEMPT_FILE).write_text("1 77\n")
+    (tmp_path / "attempt").write_text("1 77\n")
     ended: list[int] = []
     dog = Watchdog(tmp_path, 0, 1, Pulse(), 0.05, ended.append)
     dog.start()
@@ -159,7 +159,7 @@ def test_a_replaced_attempt_ends_within_an_interval(
         wait_until(lambda since=looked: any(one.written > since for one in dog.read().values()), "look")
     assert dog.is_alive() and not ended
     (tmp_path / "newer").write_text("2 77\n")
-    (tmp_path / "newer").rename(tmp_path / ATTEMPT_FILE)
+    (tmp_path / "newer").rename(tmp_path / "attempt")
     dog.join(HANG)
     assert ended == [watchdog.FAILED]
     assert f"attempt 1 was replaced by attempt 2 of {tmp_path}; this one ends" in capfd.readouterr().err

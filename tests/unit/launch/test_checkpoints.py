@@ -1,14 +1,12 @@
-"""Which checkpoint directories count, and which attempt may write one."""
+"""Which checkpoint directories count, and which ones the rotation deletes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
-from gspo_megatron.cluster.attempts import refuse_if_replaced
 from gspo_megatron.run_dir import complete_checkpoints
-from gspo_megatron.trainer.checkpoint import is_whole
+from gspo_megatron.run_log import RunLog
+from gspo_megatron.trainer.checkpoint import CheckpointWriter, is_whole
 
 
 def make(directory: Path, name: str, marked: bool) -> Path:
@@ -28,17 +26,6 @@ def test_only_marked_directories_count_and_the_newest_is_last(tmp_path: Path) ->
     assert complete_checkpoints(tmp_path / "none") == []
 
 
-def test_an_attempt_that_was_replaced_does_not_publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("GSPO_ATTEMPT", raising=False)
-    refuse_if_replaced(tmp_path)  # one machine: no attempts
-    (tmp_path / "attempt").write_text("2 4242\n")
-    monkeypatch.setenv("GSPO_ATTEMPT", "2")
-    refuse_if_replaced(tmp_path)
-    monkeypatch.setenv("GSPO_ATTEMPT", "1")
-    with pytest.raises(ValueError, match="attempt 1 was replaced by attempt 2"):
-        refuse_if_replaced(tmp_path)
-
-
 def test_a_checkpoint_whose_files_were_cut_or_lost_is_not_whole(tmp_path: Path) -> None:
     place = make(tmp_path, "step_000003", marked=True)
     (place / "rank_00000.safetensors").write_bytes(bytes(100))
@@ -48,3 +35,17 @@ def test_a_checkpoint_whose_files_were_cut_or_lost_is_not_whole(tmp_path: Path) 
     assert not is_whole(place)
     (place / "rank_00000.safetensors").unlink()
     assert not is_whole(place)
+
+
+def test_the_rotation_deletes_only_what_the_trainer_wrote(tmp_path: Path) -> None:
+    places = tmp_path / "checkpoints"
+    own = ("step_000001", "step_000002", ".step_000003.0a1b2c3d.partial")
+    foreign = ("step_000001_best", "step_1", "step_000001.bak", ".step_000001.partial", "best", "step_000002 copy")
+    for name in (*own, *foreign):
+        (places / name).mkdir(parents=True)
+        (places / name / "COMPLETE").touch()
+    partial = places / ".step_000003.00000000.partial"
+    partial.mkdir()
+    writer = CheckpointWriter(places, 2, RunLog(tmp_path, owns_terminal=False))
+    writer._publish(partial, {"step": 3})
+    assert sorted(path.name for path in places.iterdir()) == sorted(("step_000002", "step_000003", *foreign))

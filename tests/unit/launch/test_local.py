@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from gspo_megatron.cluster.hosts import Host, Ports, spread, tasks
-from gspo_megatron.cluster.supervisor import plan_roles
+from gspo_megatron.cluster.local_backend import plan_roles
 from gspo_megatron.models import load_recipe
 from tests.places import ROOT
 
-SAYS = """#!/bin/bash
+SAYS = f"""#!/bin/bash
+if [ "$2" = launch.job ]; then exec {sys.executable} "$@"; fi
 pwd
-echo "${GSPO_ROLLOUT_PYTHON}"
+echo "$GSPO_ROLLOUT_PYTHON"
 printf '%s\\n' "$@"
 """
 

@@ -1,4 +1,4 @@
-"""What the preflight makes of the nodes' reports: a sentence a fault, with the node and the mend."""
+"""What the preflight makes of the nodes' reports: a sentence a fault, with the node and the fix."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_nodes_that_are_alike_pass() -> None:
         ({"commit": "def"}, "n2: commit of the checkout is def, abc elsewhere"),
     ],
 )
-def test_a_fault_names_its_node_and_the_mend(changes: dict[str, Any], sentence: str) -> None:
+def test_a_fault_names_its_node_and_the_fix(changes: dict[str, Any], sentence: str) -> None:
     said = judge([GOOD[0], report("n2", **changes), GOOD[2]], ["n1", "n2", "n3"], 8, RECIPE)
     assert said and said[0].startswith(sentence)
     assert all("n2: " in line for line in said)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from gspo_megatron.cluster.slurm_backend import TASK_LINE
 from gspo_megatron.trainer import preemption
 from gspo_megatron.trainer.preemption import END_TIME, StopRequest
 from tests.unit.trainer.lone_rank import TRAINER
@@ -103,10 +103,4 @@ def test_a_signal_in_the_first_moment_of_a_task_is_kept(tmp_path: Path) -> None:
     said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG)
     assert said.returncode == 0, said
     assert said.stdout.splitlines()[1:] == ["True", "True"]
-    assert re.match(task_says(), said.stdout.splitlines()[0]), "the script waits for this line"
-
-
-def task_says() -> str:
-    """What launch/lib/watch.sh looks for, in Python's notation."""
-    (line,) = [line for line in Path("launch/lib/watch.sh").read_text().splitlines() if line.startswith("task_says=")]
-    return line.split("'")[1].replace("\\?", "?")
+    assert TASK_LINE.match(said.stdout.splitlines()[0]), "the script waits for this line"

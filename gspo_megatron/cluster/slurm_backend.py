@@ -1,0 +1,239 @@
+"""The roles of one attempt as steps of a SLURM job: one srun for each kind of role.
+
+What follows from an end is decided by `supervisor.py`. Runs on the batch node, with the standard library only.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+from gspo_megatron.cluster.attempts import newest_checkpoint, read_attempt
+from gspo_megatron.cluster.events import (
+    AskNodes,
+    AskSlurm,
+    CountRestart,
+    Decision,
+    Ended,
+    EndRoles,
+    Event,
+    Explain,
+    NodesAnswered,
+    Print,
+    Requeue,
+    RolesEnded,
+    SendStop,
+    SlurmAnswered,
+    SlurmSilent,
+)
+from gspo_megatron.cluster.exit_codes import STOPPED
+from gspo_megatron.cluster.slurm_steps import Step, describe_job, is_heterogeneous, srun
+
+KINDS = ("rollout", "controller", "trainer")
+"""In the order in which they are started and looked at: the end of a server takes the others with it."""
+TASK_LINE = re.compile(r"^ *(\d+: *)?trainer-\d+ on .*, process ", re.MULTILINE)
+"""What launch/lib/task.py prints once it holds USR1 back; with `--label` srun puts the rank in front."""
+FIRST_END = re.compile(r"error: [^ ]+: tasks? |Node failure on")
+TASK_END = re.compile(r"error: ([^ ]+): tasks? [^:]*: (.*)")
+NODE_LOST = re.compile(r"Node failure on ([^ ]+)")
+KILLED = re.compile(r"Killed|Aborted|fault|error$")
+OWN_WORDS = re.compile(r"^[0-9: ]*$|^ *([0-9]+: )?(slurmstepd|srun)")
+"""Lines of a log that are not the role's: empty, or SLURM's."""
+LOOK_SECONDS = 1.0
+SLURM_SECONDS = 900.0
+"""How long a slurmctld that does not answer is waited for."""
+NODES_SECONDS = 40.0
+REQUEUE_SECONDS = 60.0
+"""SLURM ends this process within it, once it has queued the job again."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """The attempt and its files."""
+
+    job: str
+    """SLURM's id."""
+    run_dir: Path
+    attempt: Path
+    """`RUN/logs/attempt_3`."""
+    number: int
+    hosts: tuple[str, ...]
+    """All nodes of the job."""
+    trainer_ranks: int
+
+    @property
+    def restarts(self) -> Path:
+        """File with one line for each restart after a crash."""
+        return self.run_dir / "logs" / "restarts"
+
+
+class SlurmBackend:
+    """The steps of one attempt."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.signals: list[Event] = []
+        """What the handlers of this process have received."""
+        self._steps: dict[str, subprocess.Popen[bytes]] = {}
+        self._reported: set[str] = set()
+
+    def start(self, kind: str, command: Sequence[str]) -> None:
+        """Start the step of a kind of role.
+
+        What srun writes itself (which task of which node ended, and how) is kept apart from the tasks' output.
+        """
+        with self._srun_file(kind).open("wb") as log:
+            self._steps[kind] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+    def observe(self) -> list[Event]:
+        """Signals that have come, and steps that have ended."""
+        events, self.signals[:] = list(self.signals), []
+        ended = [kind for kind in KINDS if kind in self._steps and self._steps[kind].poll() is not None]
+        for kind in ended:
+            if kind not in self._reported:
+                self._reported.add(kind)
+                killed = KILLED.search(self._first_end(kind)) is not None
+                events.append(Ended(kind, self._code(kind), killed))
+        # Of several codes srun returns the highest: the first rank that stops as asked gets the others killed.
+        if ended and "trainer" not in self._reported and self._stopped_as_asked():
+            self._reported.add("trainer")
+            events.append(Ended("trainer", STOPPED))
+        return events
+
+    def perform(self, decision: Decision) -> list[Event]:
+        """Carry out a decision."""
+        if isinstance(decision, Print):
+            print(f"gspo: {decision.text}", flush=True)
+        elif isinstance(decision, SendStop):
+            self._send_stop()
+        elif isinstance(decision, EndRoles):
+            self._end_steps()
+            return [self._read_run_dir()]
+        elif isinstance(decision, AskSlurm):
+            return [self._await_slurm()]
+        elif isinstance(decision, AskNodes):
+            return [NodesAnswered(self._is_node_lost())]
+        elif isinstance(decision, Explain):
+            print(self.explain(decision.name, decision.code), flush=True)
+        elif isinstance(decision, CountRestart):
+            when = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+            with self.place.restarts.open("a") as file:
+                file.write(f"{when} attempt {self.place.number}: {decision.reason}\n")
+        elif isinstance(decision, Requeue):
+            (self.place.attempt / "key").unlink(missing_ok=True)
+            subprocess.Popen(("scontrol", "requeue", self.place.job), stdin=subprocess.DEVNULL).wait()
+            time.sleep(REQUEUE_SECONDS)
+        return []
+
+    def pause(self) -> None:
+        """Wait a moment."""
+        time.sleep(LOOK_SECONDS)
+
+    def explain(self, kind: str, code: int) -> str:
+        """The end of the log of a kind of role, then one sentence: kind, node and reason."""
+        lines = _lines(self._srun_file(kind))
+        words = self._first_end(kind) or (lines[-1] if lines else "")
+        task, lost = TASK_END.search(words), NODE_LOST.search(words)
+        if task:
+            node, reason = task[1], task[2]
+        elif lost:
+            node, reason = lost[1], "the node is lost"
+        else:
+            node, reason = "", f"{words or 'it wrote nothing'} (srun ended with {code})"
+        log, shown = self._log_of(kind, node), ""
+        where = f" on {node}" if node else ""
+        if log is not None:
+            lines = _lines(log)
+            shown = "".join(f"  {kind}{where[3:]} | {line}\n" for line in lines[-15:])
+            own = [line for line in lines if not OWN_WORDS.search(line)]
+            # What the role wrote says more than its exit code; a killed one wrote nothing about it.
+            if reason.startswith("Exited") and own:
+                reason = re.sub(r"^ *[0-9]*: ", "", own[-1])
+        return f"{shown}gspo: {kind} failed{where}: {reason} (log: {log or self.place.attempt})"
+
+    def _code(self, kind: str) -> int:
+        return STOPPED if kind == "trainer" and self._stopped_as_asked() else self._steps[kind].returncode
+
+    def _stopped_as_asked(self) -> bool:
+        return any(f"exit code {STOPPED}" in line for line in _lines(self._srun_file("trainer")))
+
+    def _first_end(self, kind: str) -> str:
+        """What srun wrote about its first task that ended badly."""
+        return next((line for line in _lines(self._srun_file(kind)) if FIRST_END.search(line)), "")
+
+    def _srun_file(self, kind: str) -> Path:
+        return self.place.attempt / f"srun-{kind}.txt"
+
+    def _log_of(self, kind: str, node: str) -> Path | None:
+        """The log of a kind of role on a node, or its newest; None for a step that could not start."""
+        named = self.place.attempt / f"{kind}-{node}.log"
+        logs = sorted(self.place.attempt.glob(f"{kind}-*.log"), key=lambda path: path.stat().st_mtime)
+        return named if named in logs else (logs[-1] if logs else None)
+
+    def _send_stop(self) -> None:
+        """USR1 to all trainer ranks, once each holds it back until it can act on it; earlier it would end one."""
+        logs = self.place.attempt.glob("trainer-*.log")
+        ready = sum(len(TASK_LINE.findall(path.read_text(errors="replace"))) for path in logs)
+        trainer = self._steps.get("trainer")
+        if trainer is not None and ready >= self.place.trainer_ranks:
+            trainer.send_signal(signal.SIGUSR1)
+
+    def _end_steps(self) -> None:
+        for process in self._steps.values():
+            process.terminate()
+        for process in self._steps.values():
+            process.wait()
+
+    def _read_run_dir(self) -> RolesEnded:
+        run_dir = self.place.run_dir
+        newest, restarts = newest_checkpoint(run_dir), len(_lines(self.place.restarts))
+        # Read after the roles have ended: where the network is gone that takes a minute, and the attempt that runs
+        # elsewhere may be done by then.
+        return RolesEnded(newest, (run_dir / "DONE").is_file(), self._replaced_by(), restarts)
+
+    def _replaced_by(self) -> int | None:
+        try:
+            newest = read_attempt(self.place.run_dir)
+        except ValueError as error:
+            print(f"gspo: {error}; attempt {self.place.number} goes on as the newest", flush=True)
+            return None
+        return newest.number if newest is not None and newest.number > self.place.number else None
+
+    def _await_slurm(self) -> Event:
+        """A slurmctld that restarts knows nothing of the nodes, and queues nothing."""
+        deadline, waited = time.monotonic() + SLURM_SECONDS, False
+        while True:
+            record = describe_job(self.place.job)
+            replaced_by = self._replaced_by()
+            if record or replaced_by is not None:
+                return SlurmAnswered(" Requeue=1 " in record, replaced_by)
+            if not waited:
+                print("gspo: slurmctld does not answer; waiting for it", flush=True)
+                waited = True
+            if time.monotonic() > deadline:
+                return SlurmSilent()
+            time.sleep(2)
+
+    def _is_node_lost(self) -> bool:
+        """Whether a node of the job no longer runs even `true`."""
+        if is_heterogeneous():
+            return False
+        step = Step("alive", self.place.hosts)
+        with (self.place.attempt / "srun-alive.txt").open("wb") as log:
+            process = subprocess.Popen(srun(step, ("true",)), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            try:
+                return process.wait(NODES_SECONDS) != 0
+            except subprocess.TimeoutExpired:
+                process.terminate()
+                process.wait()
+                return True
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(errors="replace").splitlines() if path.is_file() else []

@@ -1,0 +1,247 @@
+"""One attempt of a run as a SLURM job: `launch/gspo_moe.sh` becomes this (`python -m launch.job DIRECTORY ARGUMENTS`).
+
+Runs on the batch node with the standard library of Python 3.9 or newer; what needs the recipe runs in the trainer's
+environment (`launch/lib/plan.py`). Without a SLURM job it becomes `launch/local.sh`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from gspo_megatron.cluster.attempts import newest_checkpoint
+from gspo_megatron.cluster.events import Exit, Interrupted, Print, StopRequested, Watched
+from gspo_megatron.cluster.exit_codes import FAILED, OK, REFUSED
+from gspo_megatron.cluster.slurm_backend import KINDS, Place, SlurmBackend
+from gspo_megatron.cluster.slurm_steps import expand_hosts, is_heterogeneous, running_jobs
+from gspo_megatron.cluster.supervisor import Rules, Supervisor, supervise
+from launch.lib.attempt import claim_attempt, remove_key, write_key
+from launch.lib.planning import Plan, Refused, ask_plan, role_step
+from launch.lib.preflight_steps import check_nodes
+from launch.lib.settings import Settings
+
+HOME = Path(__file__).resolve().parent.parent
+SCRIPT = HOME / "launch" / "gspo_moe.sh"
+FLAGSHIP = "recipes/qwen3_30b_a3b_gspo_100k.yaml"
+SETTLE = 2.0
+"""Seconds after the first end of a step in which srun writes about the others."""
+RESEND = 5.0
+"""Seconds between two sends of a stop request: earlier ones may have come before a rank could act on them."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What the user asked for."""
+
+    recipe: str
+    overrides: tuple[str, ...]
+    drawing: bool
+    nodes: int
+    gpus: int
+    """GPUs of a node; 0 = none."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """The SLURM job."""
+
+    id: str
+    hosts: tuple[str, ...]
+    """Names of its nodes, trainers first."""
+    gpus: int
+    """GPUs of a node; 0 = none."""
+
+
+class SlurmEnds(BaseException):
+    """TERM: SLURM ends this job."""
+
+
+def main(words: Sequence[str]) -> int:
+    """Entry. Exit codes: gspo_megatron/cluster/exit_codes.py."""
+    try:
+        arguments = read_arguments(words[1:], Path(words[0]))
+        job_id = os.environ.get("SLURM_JOB_ID", "")
+        if not job_id and not arguments.drawing:
+            become_local(arguments)
+        settings = Settings.read(HOME)
+        if arguments.drawing:
+            return draw(arguments, settings)
+        return Attempt(arguments, settings, job_id).run()
+    except (Refused, ValueError) as error:
+        # Whoever was asked for the plan has printed its own sentences.
+        if str(error):
+            print(f"gspo: {error}", file=sys.stderr, flush=True)
+        return REFUSED
+
+
+def read_arguments(words: Sequence[str], called_in: Path) -> Arguments:
+    """The command line; sbatch's own options stand before the script. Raises Refused."""
+    header = SCRIPT.read_text()
+    found = Arguments("", (), False, header_number(header, "nodes"), header_number(header, "gpus-per-node"))
+    for word in words:
+        name, _, value = word.partition("=")
+        if word == "--dry-run":
+            found = replace(found, drawing=True)
+        elif name in ("--nodes", "--gpus-per-node") and value.isdigit():
+            field = "nodes" if name == "--nodes" else "gpus"
+            found = replace(found, **{field: int(value)})
+        elif word in ("--help", "-h"):
+            print(re.sub(r"^# ?", "", header.split("\n", 1)[1].split("#SBATCH", 1)[0], flags=re.MULTILINE).rstrip())
+            sys.exit(OK)
+        elif word.startswith("-"):
+            raise Refused(
+                f"unknown option {word}; sbatch's own options go before the script, recipe keys are written key=value"
+            )
+        elif "=" in word:
+            found = replace(found, overrides=(*found.overrides, word))
+        elif found.recipe:
+            raise Refused(f"two recipes, {found.recipe} and {word}; give one, and overrides as key=value")
+        else:
+            found = replace(found, recipe=word)
+    recipe = found.recipe or FLAGSHIP
+    if called_in != HOME and (called_in / recipe).is_file():
+        recipe = str(called_in / recipe)
+    return replace(found, recipe=recipe)
+
+
+def header_number(header: str, option: str) -> int:
+    """What sbatch takes from the script's own lines."""
+    match = re.search(rf"^#SBATCH --{option}=(\d+)", header, re.MULTILINE)
+    assert match is not None
+    return int(match[1])
+
+
+def become_local(arguments: Arguments) -> NoReturn:
+    """Without SLURM: all roles on this machine."""
+    local = str(HOME / "launch" / "local.sh")
+    os.execv(local, [local, arguments.recipe, *arguments.overrides])
+
+
+def draw(arguments: Arguments, settings: Settings) -> int:
+    """Say what would run where, and with which commands; nothing is started."""
+    width = len(str(arguments.nodes))
+    hosts = tuple(f"node{number:0{width}d}" for number in range(1, arguments.nodes + 1))
+    job = Job("JOB", hosts, arguments.gpus)
+    plan = ask_plan("draw", settings, job.id, job.hosts, job.gpus, (arguments.recipe, *arguments.overrides))
+    for kind in KINDS:
+        print(shlex.join(role_step(kind, plan, settings, plan.run_dir / "logs" / "attempt_1")))
+    return OK
+
+
+def find_job(job_id: str) -> tuple[Job, tuple[str, ...]]:
+    """The job, and what it adds to the overrides: a heterogeneous job's second component holds the servers."""
+    gpus = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
+    if not is_heterogeneous():
+        return Job(job_id, tuple(expand_hosts(os.environ["SLURM_JOB_NODELIST"])), gpus), ()
+    trainers, servers = (expand_hosts(os.environ[f"SLURM_JOB_NODELIST_HET_GROUP_{group}"]) for group in (0, 1))
+    return Job(job_id, (*trainers, *servers), gpus), (f"placement.rollout_nodes={len(servers)}",)
+
+
+class Attempt:
+    """One attempt of a run: this process, from its start to its end."""
+
+    def __init__(self, arguments: Arguments, settings: Settings, job_id: str) -> None:
+        self.arguments, self.settings = arguments, settings
+        self.job_id = job_id
+        self._stop_requested = False
+        self._backend: SlurmBackend | None = None
+        self._supervisor: Supervisor | None = None
+        self._attempt: Path | None = None
+
+    def run(self) -> int:
+        """Plan, check the nodes, start the roles, watch them. Returns the exit code."""
+        signal.signal(signal.SIGUSR1, self._on_usr1)
+        signal.signal(signal.SIGTERM, self._on_term)
+        try:
+            return self._run()
+        except SlurmEnds:
+            return self._end_by_slurm()
+        finally:
+            # The whole script is one attempt: what it started is gone when it ends, and so is the key.
+            if self._attempt is not None:
+                remove_key(self._attempt)
+
+    def _run(self) -> int:
+        start = int(os.environ.get("SLURM_RESTART_COUNT") or 0) + 1
+        now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+        host = socket.gethostname().partition(".")[0]
+        print(f"gspo: job {self.job_id}, start {start}, on {host}, {now}", flush=True)
+        job, more = find_job(self.job_id)
+        running = running_jobs(str(os.getuid()))
+        arguments = (self.arguments.recipe, *self.arguments.overrides, *more)
+        plan = ask_plan("open", self.settings, job.id, job.hosts, job.gpus, arguments, running)
+        if plan.done:
+            print(f"gspo: {plan.run_dir} holds a finished run (DONE); for another, give another run.directory")
+            return OK
+        attempt = self._attempt = plan.attempt
+        claim_attempt(plan, job.id)
+        resume = print_commands(job, plan, arguments, attempt)
+        check_nodes(plan, self.settings, attempt)
+        write_key(attempt)
+        started_from = newest_checkpoint(plan.run_dir)
+        if started_from:
+            print(f"gspo: goes on after step {started_from}", flush=True)
+        place = Place(job.id, plan.run_dir, attempt, plan.number, job.hosts, plan.steps["trainer"].tasks)
+        backend = self._backend = SlurmBackend(place)
+        rules = Rules(
+            SETTLE, str(plan.run_dir), True, plan.number, started_from, self.settings.grace, RESEND,
+            self.settings.max_restarts, resume,
+        )  # fmt: skip
+        self._supervisor = Supervisor([Watched(kind) for kind in KINDS], rules)
+        if self._stop_requested:
+            backend.signals.append(StopRequested())
+        for kind in KINDS:
+            backend.start(kind, role_step(kind, plan, self.settings, attempt, log=True))
+        return supervise(self._supervisor, backend)
+
+    def _on_usr1(self, _: int, __: FrameType | None) -> None:
+        if self._backend is not None:
+            self._backend.signals.append(StopRequested())
+        self._stop_requested = True
+
+    def _on_term(self, _: int, __: FrameType | None) -> None:
+        # SLURM sends it more than once, and to everything that this process has started.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise SlurmEnds
+
+    def _end_by_slurm(self) -> int:
+        run_dir = self._attempt.parent.parent if self._attempt is not None else None
+        supervisor = self._supervisor or Supervisor([], Rules(SETTLE, queue=True))
+        newest = newest_checkpoint(run_dir) if run_dir is not None else 0
+        for decision in supervisor.handle(Interrupted(signal.SIGTERM, newest), 0.0):
+            if isinstance(decision, Print):
+                print(f"gspo: {decision.text}", flush=True)
+            elif isinstance(decision, Exit):
+                return decision.code
+        return FAILED
+
+
+def print_commands(job: Job, plan: Plan, arguments: Sequence[str], attempt: Path) -> str:
+    """Print one line each: follow, attach, cancel, resume. Returns the command that resumes."""
+    sizes = [f"--nodes={len(job.hosts)}"]
+    if job.gpus != 8:
+        sizes.append(f"--gpus-per-node={job.gpus}")
+    kept = [word for word in arguments if not word.startswith("run.directory=")]
+    words = ["sbatch", *sizes, "launch/gspo_moe.sh", *kept, f"run.directory={plan.run_dir}"]
+    resume = shlex.join(words)
+    if is_heterogeneous():
+        resume = f"the same two components again, with run.directory={plan.run_dir}"
+    print(f"follow      tail -F {HOME / attempt}/trainer-{job.hosts[0]}.log")
+    print(f"attach      srun --jobid={job.id} --overlap --pty --nodelist={job.hosts[0]} bash")
+    print(f"cancel      scancel {job.id}; with a checkpoint first: scancel --batch --signal=USR1 {job.id}")
+    print(f"resume      {resume}", flush=True)
+    return resume
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

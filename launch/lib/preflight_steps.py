@@ -1,0 +1,81 @@
+"""The preflight: one short step on every node before a role starts. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from gspo_megatron.cluster.slurm_steps import Step, srun
+from launch.lib.planning import Plan, Refused, in_trainer
+from launch.lib.settings import Settings
+
+LOOK_SECONDS = 0.2
+SLURM_WORDS = re.compile(r"^(srun|slurmstepd)")
+LOOK = """\
+fail() { echo "$SLURMD_NODENAME: $*" >&2; sleep 1; exit 2; } # srun drops what a task writes in its last moment
+cd "$1" 2>/dev/null || fail "$1 is not there; put the checkout on a file system that all nodes share"
+command -v "$2" >/dev/null || fail "$2 is not there; run make setup, or set GSPO_VENV or GSPO_IMAGE in the site file"
+[ -w "$3" ] || fail "$3 is not there or not writable; mount it, or give another run.directory"
+exec "$2" -m launch.lib.probe "$3" "$4"
+"""
+"""What must be there before any Python can report a fault; it runs on the node, so it is text and no file."""
+
+
+def check_nodes(plan: Plan, settings: Settings, attempt: Path) -> None:
+    """Probe every node, hold the reports against each other, and let the trainer nodes all-reduce.
+
+    Raises:
+        Refused: a sentence for each fault is printed.
+    """
+    kinds = ["trainer"]
+    # Two environments on one node are both probed; one is probed once.
+    trainer, rollout = ((settings.python(kind), settings.container(kind)) for kind in ("trainer", "rollout"))
+    if not plan.colocated or trainer != rollout:
+        kinds.append("rollout")
+    steps = [Step(kind, plan.steps[kind].hosts) for kind in kinds]
+    environment = {**os.environ, "GSPO_PROBES": str(sum(step.tasks for step in steps))}
+    texts = [attempt / "preflight" / f"{kind}.txt" for kind in kinds]
+    running: list[subprocess.Popen[bytes]] = []
+    for step, text in zip(steps, texts):
+        command = ("bash", "-c", LOOK, "look", str(settings.home), settings.python(step.kind), str(attempt), step.kind)
+        with text.open("wb") as log:
+            line = srun(step, command, settings.container(step.kind))
+            running.append(subprocess.Popen(line, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
+    if not _all_end_well(running):
+        lines = [line for text in texts for line in text.read_text(errors="replace").splitlines()]
+        own = [line for line in lines if not SLURM_WORDS.match(line)]
+        print("\n".join(own or lines), file=sys.stderr, flush=True)
+        raise Refused("")
+    judge = in_trainer(settings, plan.first_host, ("-m", "launch.lib.plan", "judge", str(attempt)))
+    if subprocess.run(judge, stdin=subprocess.DEVNULL).returncode:
+        raise Refused("")
+    if plan.gpus:
+        _reduce_over_network(plan, settings, attempt)
+
+
+def _all_end_well(running: Sequence[subprocess.Popen[bytes]]) -> bool:
+    """Wait for the probes. They wait for each other: once one has failed, the rest is ended."""
+    failed = False
+    while True:
+        time.sleep(LOOK_SECONDS)
+        codes = [process.poll() for process in running]
+        failed = failed or any(codes)
+        if None not in codes:
+            return not failed
+        if failed:
+            for process in running:
+                process.terminate()
+
+
+def _reduce_over_network(plan: Plan, settings: Settings, attempt: Path) -> None:
+    """A small all-reduce over all trainer nodes, one GPU of each."""
+    step = Step("trainer", plan.steps["trainer"].hosts)
+    command = (settings.python("trainer"), "tools/check_network.py", str(attempt / "plan.json"))
+    done = subprocess.run(srun(step, command, settings.container("trainer")), stdin=subprocess.DEVNULL)
+    if done.returncode:
+        raise Refused("the trainer nodes cannot all-reduce over their network (see above)")

@@ -1,0 +1,71 @@
+"""The site's settings, as launch/lib/site.sh has put them into the environment. Standard library only."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Interpreters and images of the roles."""
+
+    home: Path
+    """The checkout."""
+    venvs: dict[str, str]
+    """Virtual environment of each kind of environment, `trainer` and `rollout`."""
+    images: dict[str, str]
+    """Image of each; empty = none."""
+    mounts: str
+    """What is mounted beside the checkout: `from:to[:ro],...`."""
+    max_restarts: int
+    grace: float
+
+    @classmethod
+    def read(cls, home: Path) -> Settings:
+        """The settings of this process's environment. Raises ValueError for a number that is none."""
+        get = os.environ.get
+        venv, image = get("GSPO_VENV") or ".venv", get("GSPO_IMAGE") or ""
+        return cls(
+            home,
+            {"trainer": venv, "rollout": get("GSPO_ROLLOUT_VENV") or venv},
+            {"trainer": image, "rollout": get("GSPO_ROLLOUT_IMAGE") or image},
+            get("GSPO_MOUNTS") or "",
+            _seconds_or_count("GSPO_MAX_RESTARTS", "3"),
+            _seconds_or_count("GSPO_GRACE", "240"),
+        )
+
+    def python(self, kind: str) -> str:
+        """The interpreter of a role; in an image it is the one on the PATH."""
+        environment = environment_of(kind)
+        return "python3" if self.images[environment] else self.own_python(environment)
+
+    def own_python(self, environment: str) -> str:
+        """The interpreter of a virtual environment."""
+        return f"{self.venvs[environment]}/bin/python"
+
+    def container(self, kind: str) -> list[str]:
+        """pyxis' flags for a role; none without an image."""
+        image = self.images[environment_of(kind)]
+        if not image:
+            return []
+        mounts = f"{self.home}:{self.home}" + (f",{self.mounts}" if self.mounts else "")
+        return [
+            f"--container-image={image}",
+            f"--container-mounts={mounts}",
+            f"--container-workdir={self.home}",
+            "--no-container-mount-home",
+        ]
+
+
+def environment_of(kind: str) -> str:
+    """Which environment a kind of role runs in: the controller shares the trainer's."""
+    return "rollout" if kind == "rollout" else "trainer"
+
+
+def _seconds_or_count(name: str, default: str) -> int:
+    text = os.environ.get(name) or default
+    if not text.isdigit():
+        raise ValueError(f"{name}={text} is not a whole number; correct it in the site file or the environment")
+    return int(text)

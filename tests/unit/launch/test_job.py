@@ -1,0 +1,128 @@
+"""The job script's own part: its arguments, the lines it prints, who holds the run directory, the key."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gspo_megatron.cluster.exit_codes import REFUSED
+from gspo_megatron.cluster.slurm_steps import Step, srun
+from launch import job as script
+from launch.job import Job, print_commands, read_arguments
+from launch.lib import attempt as files
+from launch.lib.attempt import claim_attempt, remove_key, write_key
+from launch.lib.plan import make_attempt
+from launch.lib.planning import Plan, Refused
+from launch.lib.probe import find_broken_modules
+from launch.lib.settings import Settings
+from tests.places import ROOT
+
+RECIPE = "recipes/tiny_moe.yaml"
+
+
+def plan_of(run_dir: Path, number: int, earlier: tuple[str, ...] = ()) -> Plan:
+    return Plan(run_dir, 0, False, {}, False, run_dir / "logs" / f"attempt_{number}", number, earlier)
+
+
+def test_every_srun_gives_the_environment_itself() -> None:
+    assert "--export=ALL" in srun(Step("trainer", ("n1", "n2"), 2), ("true",))
+
+
+def test_the_resume_line_names_the_run_directory_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = plan_of(tmp_path / "a run", 1)
+    arguments = (RECIPE, "run.directory=one", "data.options={min_digits: 1}", "run.directory=two")
+    resume = print_commands(Job("7", ("n1",), 4), plan, arguments, plan.attempt)
+    assert shlex.split(resume) == [
+        "sbatch", "--nodes=1", "--gpus-per-node=4", "launch/gspo_moe.sh", RECIPE, "data.options={min_digits: 1}",
+        f"run.directory={tmp_path}/a run",
+    ]  # fmt: skip
+    assert f"resume      {resume}\n" in capsys.readouterr().out
+
+
+def test_without_arguments_the_flagship_runs_and_a_recipe_of_the_caller_is_found(tmp_path: Path) -> None:
+    assert read_arguments((), ROOT).recipe == script.FLAGSHIP
+    (tmp_path / "mine.yaml").touch()
+    found = read_arguments(("mine.yaml", "--dry-run", "--nodes=3", "a.b=c=d"), tmp_path)
+    assert (found.recipe, found.nodes, found.overrides) == (str(tmp_path / "mine.yaml"), 3, ("a.b=c=d",))
+
+
+def test_two_jobs_that_start_in_one_second_get_different_attempts_and_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logs = tmp_path / "logs"
+    (logs / "attempt_1_old").mkdir(parents=True)
+    first, second = make_attempt(logs, "7"), make_attempt(logs, "8")
+    assert first == (1, logs / "attempt_1", []) and second == (2, logs / "attempt_2", ["7"])
+    monkeypatch.setattr(files, "running_jobs", lambda user: ["7", "8"])
+    claim_attempt(plan_of(tmp_path, 1), "7")
+    with pytest.raises(Refused, match=r"job 7 is running in .*; wait for it, or `scancel 7` first"):
+        claim_attempt(plan_of(tmp_path, 2, ("7",)), "8")
+    assert (tmp_path / "attempt").read_text() == "1 7\n", "the first must not be replaced"
+    assert not second[1].exists() and (logs / "latest").resolve() == first[1]
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    third = make_attempt(logs, "9")
+    with pytest.raises(Refused, match=r"all tasks of --array have the same run.directory; .*--array=0-3%1"):
+        claim_attempt(plan_of(tmp_path, third[0], ("7",)), "9")
+    assert (logs / "attempt_1_old").is_dir()
+
+
+def test_a_job_that_has_ended_or_is_started_again_holds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_attempt(tmp_path / "logs", "6")
+    make_attempt(tmp_path / "logs", "7")
+    number, _, earlier = make_attempt(tmp_path / "logs", "7")
+    monkeypatch.setattr(files, "running_jobs", lambda user: ["7"])
+    claim_attempt(plan_of(tmp_path, number, tuple(earlier)), "7")
+    assert (tmp_path / "attempt").read_text() == "3 7\n"
+
+
+def test_the_key_is_readable_by_the_user_only_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        write_key(tmp_path)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600 and len((tmp_path / "key").read_text()) == 32
+    remove_key(tmp_path)
+    remove_key(tmp_path)
+    assert not (tmp_path / "key").exists()
+
+
+@pytest.mark.parametrize("directory", ["/proc/run", "/dev/null/run"])
+@pytest.mark.parametrize("command", ["train", "job"])
+def test_a_run_directory_that_cannot_be_written_is_one_sentence(command: str, directory: str) -> None:
+    words = (RECIPE, "placement.gpu=cpu", f"run.directory={directory}")
+    job = ("launch.lib.plan", "open", "--job", "7", "--hosts", "n1", "--gpus", "0", *words)
+    train = ("gspo_megatron.cli", "train", *words)
+    done = subprocess.run(
+        [sys.executable, "-m", *(train if command == "train" else job)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == REFUSED, done
+    (sentence,) = [line for line in done.stderr.splitlines() if "run-directory" in line]
+    assert f"error [run-directory] run.directory: {directory}" in sentence and "cannot be written (" in sentence
+    assert "Traceback" not in done.stderr
+
+
+def test_a_number_that_is_none_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GSPO_GRACE", "4m")
+    with pytest.raises(ValueError, match="GSPO_GRACE=4m is not a whole number; correct it in the site file"):
+        Settings.read(ROOT)
+
+
+def test_a_package_that_cannot_be_imported_is_a_fault_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_package.py").write_text("raise AttributeError('module has no attribute web')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("launch.lib.probe.MODULES", {"trainer": ("json", "broken_package", "absent_package")})
+    broken, absent = find_broken_modules("trainer")
+    assert broken.startswith(
+        "`import broken_package` fails with AttributeError: module has no attribute web; give this"
+    )
+    assert absent.startswith("`import absent_package` fails with ModuleNotFoundError: ")
