@@ -140,7 +140,7 @@ class ServerClient(ServerAdmin):
                 return
             # A request that was on its way came in after the abort and was held: it needs another one.
             if clock() > deadline:
-                raise ServerError(f"server {self.url} holds {len(self._readers)} requests that it was told to end")
+                raise ServerError(f"server {self.url} holds {len(self._readers)} requests that it was asked to end")
 
     async def generated_tokens(self) -> int:
         """Tokens generated since the server started."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.rollout.test_main_job import rows_of, start
+from tests.rollout.jobs import finish, rows_of, start
 
 QWEN2 = [
     f"model.architecture.{key}"
@@ -16,7 +16,7 @@ QWEN2 = [
 def test_it_trains_and_its_weights_arrive(tmp_path: Path) -> None:
     """Two steps; after every update the canary compares vLLM's log-probs with the trainer's."""
     job = start(tmp_path, *QWEN2, "trainer.max_steps=2", "trainer.tensor_parallel=2")
-    output, _ = job.communicate(timeout=280)
+    output = finish(job)
     assert job.returncode == 0, output[-3000:]
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     assert config["architectures"] == ["Qwen2ForCausalLM"] and not config["tie_word_embeddings"]

@@ -20,6 +20,8 @@ SCRIPT = "launch/gspo_moe.sh"
 TINY = "recipes/tiny_moe.yaml"
 START = 1200.0
 """Seconds that a run may take to its first checkpoint: six processes import torch, and more, on two cores."""
+END = 300.0
+"""Seconds that a job that runs nothing may take; a second on a quiet machine."""
 SMALL = (
     "placement.gpu=cpu", "batch.prompts=8", "batch.answers=4", "batch.updates=2", "rollout.max_answer_tokens=12",
     "evaluation.problems=8", "evaluation.every=0", "checkpoint.every=1", "optimizer.warmup_updates=0",
@@ -208,6 +210,13 @@ class Job:
                 lines = path.read_text(errors="replace").splitlines()[-25:]
                 texts.append("\n".join([f"--- {path}", *lines]))
         return "\n".join(texts)
+
+
+def refused(job: Job) -> str:
+    """What a job says that was refused before any role started."""
+    assert job.finish(END) == "FAILED" and job.exit_code() == 2, job.text()
+    assert not list(job.run_dir.glob("logs/attempt_*/trainer-*.log")), "no role may have started"
+    return job.text()
 
 
 def check_done(job: Job, steps: int, afterwards: str | None = None) -> None:

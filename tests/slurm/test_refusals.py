@@ -8,19 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.jobs import ROOT, SMALL, Job, Workplace, written
+from tests.slurm.jobs import END, ROOT, SMALL, Workplace, refused, written
 from tests.slurm.lab.cluster import wait_for
 
 pytestmark = pytest.mark.timeout(900)
-END = 300.0
-"""Seconds that a job that runs nothing may take; a second on a quiet machine."""
 SECRET = "hf_0123456789abcdef"
-
-
-def refused(job: Job) -> str:
-    assert job.finish(END) == "FAILED" and job.exit_code() == 2, job.text()
-    assert not list(job.run_dir.glob("logs/attempt_*/trainer-*.log")), "no role may have started"
-    return job.text()
 
 
 def test_a_recipe_that_does_not_fit_the_nodes(workplace: Workplace) -> None:

@@ -6,9 +6,8 @@ import sys
 
 import pytest
 
-from tests.slurm.jobs import ROOT, SMALL, START, Workplace
+from tests.slurm.jobs import ROOT, SMALL, START, Workplace, refused
 from tests.slurm.lab.cluster import wait_for
-from tests.slurm.test_refusals import refused
 
 pytestmark = pytest.mark.timeout(900)
 NO_GPU = ("placement.gpu=h100", "placement.rollout_nodes=1")

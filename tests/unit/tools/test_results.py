@@ -22,6 +22,6 @@ def test_the_main_job_ends_in_its_band() -> None:
 
 def test_the_recipe_writes_the_band_down() -> None:
     text = (ROOT / "recipes" / "tiny_moe.yaml").read_text()
-    found = re.search(r"held-out greedy accuracy .* -> (0\.\d+)-(0\.\d+)", text)
+    found = re.search(r"held-out greedy accuracy \S+ -> (0\.\d+)-(0\.\d+)", text)
     assert found is not None
     assert (float(found[1]), float(found[2])) == BAND
