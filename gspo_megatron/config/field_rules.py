@@ -115,8 +115,8 @@ class _Reader:
 
     def fault(self, key: tuple[str, ...], value: Any, message: str, fix: str) -> Any:
         where = getattr(value, "where", "")
-        told = f"{quote(str(value) if isinstance(value, Scalar) else value)}{f' ({where})' if where else ''} {message}"
-        self.faults.append(Finding("wrong-value", "error", key_text(key), told, fix))
+        shown = quote(str(value) if isinstance(value, Scalar) else value) + (f" ({where})" if where else "")
+        self.faults.append(Finding("wrong-value", "error", key_text(key), f"{shown} {message}", fix))
         return _WRONG
 
     def section(self, tree: Mapping[str, Any], model: type[BaseModel], key: tuple[str, ...]) -> dict[str, Any]:

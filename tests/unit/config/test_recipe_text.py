@@ -7,19 +7,13 @@ from typing import Any
 
 import pytest
 
-from gspo_megatron.config import Recipe, RecipeError, save_resolved
+from gspo_megatron.config import RecipeError, save_resolved
 from gspo_megatron.models import load_recipe as load
 from gspo_megatron.models import load_resolved
+from tests.unit.config.recipe_values import value_of
 
 TINY = Path("recipes/tiny_moe.yaml")
 OLD = Path(__file__).with_name("resolved_by_3b203e7.yaml")
-
-
-def value_of(recipe: Recipe, key: str) -> Any:
-    found: Any = recipe
-    for part in key.split("."):
-        found = found[part] if isinstance(found, dict) else getattr(found, part)
-    return found
 
 
 def refused(path: Path, *overrides: str) -> list[str]:
@@ -294,7 +288,8 @@ ITEMS = (
     "run={{seed: 1}", "model=null", "run=null", "=" * 9, "a." * 5000 + "b=1", "data.options." + "a." * 3000 + "b=1",
     "batch=[1]", "objective.trust=a\nb", "objective.preset=a\nb", "objective.preset=:", "objective.preset=.a:b",
     "objective.preset=a..b:c", "objective.preset=/:a.py:b", "objective.preset=" + "a" * 5000 + ".py:b",
-    "rollout.length_stages=[{a: 1}]", "rollout.length_stages=[1]",
+    "model.architecture.model_type=\U00012544", "model.architecture.model_type=" + "a" * 5000,
+    "model.architecture.model_type=7", "rollout.length_stages=[{a: 1}]", "rollout.length_stages=[1]",
 )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from gspo_megatron.models import load_recipe as load
 from gspo_megatron.models import load_resolved
 from gspo_megatron.models import parse_recipe as parse
 from gspo_megatron.plan.explain import all_keys
-from tests.unit.config.test_recipe_text import value_of
+from tests.unit.config.recipe_values import value_of
 
 pytestmark = pytest.mark.timeout(900)
 CASES = settings(max_examples=int(os.environ.get("GSPO_FUZZ", "1000")) // 10, deadline=None, print_blob=True)
