@@ -7,6 +7,7 @@ A row's layout is written as it is said: `TP2 PP2 VPP2 EP2` on 4 ranks. Sequence
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from dataclasses import dataclass
 
@@ -60,6 +61,14 @@ KEYS = {
     "last": "last_stage_layers",
 }
 SPREAD = "spread"
+
+
+def architecture_overrides(model: str) -> list[str]:
+    """What a model of MODELS changes in a recipe."""
+    values = {key: value if isinstance(value, str) else json.dumps(value) for key, value in MODELS[model].items()}
+    return [f"model.architecture.{key}={value}" for key, value in values.items()]
+
+
 WORDS = {"recompute": "recompute=full", "selective": "recompute=selective", "offload": "offload_activations=true"}
 DIMENSIONS = ("TP", "PP", "VPP", "CP", "EP", "ETP", "DP")
 
@@ -100,8 +109,7 @@ class Row:
         words = [re.fullmatch(r"([A-Za-z]+)(\d*)", word) for word in self.layout.split() if word != SPREAD]
         asked = [(word[1], word[2]) for word in words if word]
         trainer = [WORDS[key] if key in WORDS else f"{KEYS[key]}={size}" for key, size in asked]
-        shape = [f"model.architecture.{key}={value}" for key, value in MODELS[self.model].items()]
-        return [*shape, *(f"trainer.{value}" for value in trainer)]
+        return [*architecture_overrides(self.model), *(f"trainer.{value}" for value in trainer)]
 
     def dimensions(self, recipe: Recipe) -> frozenset[str]:
         """The kinds of parallelism that are really at work."""

@@ -12,7 +12,7 @@ from gspo_megatron.models import load_recipe
 from gspo_megatron.policy import weights
 from tests import reference
 from tests.parallel.hf_model import build_oracle, gradients, read_whole, token_logprobs
-from tests.parallel.layouts import MODELS
+from tests.parallel.layouts import architecture_overrides
 from tests.parallel.policy_batch import (
     CLIP_HIGH,
     CLIP_LOW,
@@ -36,9 +36,7 @@ def file_stem(model: str) -> str:
 
 def architecture(model: str) -> Architecture:
     """The architecture of a model of MODELS."""
-    overrides = [f"model.architecture.{key}={value}" for key, value in MODELS[model].items()]
-    arch = load_recipe(Path("recipes/tiny_moe.yaml"), overrides).arch
-    return arch
+    return load_recipe(Path("recipes/tiny_moe.yaml"), architecture_overrides(model)).arch
 
 
 def write_oracle(model: str, directory: Path) -> None:
