@@ -16,7 +16,7 @@ from gspo_megatron.data.balance_bound import lower_bound
 from gspo_megatron.data.balance_search import Search
 from gspo_megatron.data.balance_start import BinBuilder, regroup
 
-EXTRA_SLOTS = (0, 1, 2)
+EXTRA_SLOTS = (0, 1)
 """Slots beyond the fewest that are tried: free room lets short sequences even out the ranks."""
 SLOT_PRICE = 2e-3
 """Share of the time that an extra slot has to save: a micro-batch has fixed costs that FLOPs do not show."""
@@ -78,10 +78,8 @@ def _start(
     slots = _round_up(-(-bins // (groups * ranks)), slot_multiple)
     while (home := BinBuilder(tokens, costs, (groups, slots, ranks), max_tokens).build()) is None:
         slots += slot_multiple
-    # The bubble of a pipeline is shorter with more and shorter slots.
-    more = {slots + extra for extra in EXTRA_SLOTS} | ({2 * slots, 3 * slots, 4 * slots} if bubble_slots else set())
     best = None
-    for count in sorted({_round_up(number, slot_multiple) for number in more}):
+    for count in sorted({_round_up(slots + extra, slot_multiple) for extra in EXTRA_SLOTS}):
         full_shape = (groups, count, ranks)
         if count > slots:
             home = BinBuilder(tokens, costs, full_shape, max_tokens).build()

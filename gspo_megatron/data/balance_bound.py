@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+MOST_SLOTS = 8
+"""Largest k of the fourth bound; later slots are short, and ranks wait little in them."""
 MOST_PRICES = 64
 """Prices of a token that are tried; each gives a valid bound, more of them a slightly higher one."""
 
@@ -45,7 +47,8 @@ def lower_bound(tokens: np.ndarray, costs: np.ndarray, num_groups: int, ranks: i
     bins, total = num_groups * ranks, int(costs.sum())
     bound = max(total / bins, float(costs[0]), _pigeonhole(costs, bins))
     known = 0
-    for slots in range(1, len(costs) // ranks + 2):
+    # A rank without others in its group never waits.
+    for slots in range(1, MOST_SLOTS + 1 if ranks > 1 else 1):
         last = (slots - 1) * ranks
         if last >= len(costs) or (last and np.sort(tokens[: last + 1])[:2].sum() <= max_tokens):
             break

@@ -94,7 +94,9 @@ class Search:
         ordered = np.take_along_axis(table, order, axis=1)
         places = np.empty_like(order)
         np.put_along_axis(places, order, np.arange(ranks)[None, :], axis=1)
-        return np.pad(ordered, ((0, 0), (0, max(0, 3 - ranks)))), places.reshape(-1)
+        if ranks < 3:
+            ordered = np.concatenate([ordered, np.zeros((len(ordered), 3 - ranks), dtype=np.int64)], axis=1)
+        return ordered, places.reshape(-1)
 
     def _draw(self, generator: np.random.Generator, slowest: int) -> _Trials:
         """Random trials that keep to the token limit; half of them give from the slowest group."""
