@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,8 +19,10 @@ from gspo_megatron.data.balance_start import BinBuilder, regroup
 
 EXTRA_SLOTS = (0, 1)
 """Slots beyond the fewest that are tried: free room lets short sequences even out the ranks."""
-SLOT_PRICE = 2e-3
+SLOT_PRICE = 5e-4
 """Share of the time that an extra slot has to save: a micro-batch has fixed costs that FLOPs do not show."""
+FEW = 128
+"""Up to so many sequences every start is searched, beyond only the best."""
 WHOLE = 2**48
 """Sum of the costs as whole numbers: exact in float64, and fine beside the cheapest sequence."""
 
@@ -53,62 +56,77 @@ def balance(
     """
     order = np.lexsort((np.arange(len(costs)), -tokens, -costs))
     tokens, costs = tokens[order], costs[order]
-    groups, ranks = shape
-    bound = lower_bound(tokens, costs, groups, ranks, max_tokens)
-    home, slots = _start(tokens, costs, shape, max_tokens, slot_multiple, bubble_slots)
-    full_shape = (groups, slots, ranks)
-    found = Search(home, tokens, costs, full_shape, max_tokens).run(bound)
-    home = np.empty_like(found)
-    home[order] = found
-    return _read_out(home, np.bincount(found, costs, groups * slots * ranks), full_shape)
+    bound = lower_bound(tokens, costs, *shape, max_tokens)
+    starts = _starts(tokens, costs, shape, max_tokens, slot_multiple)
+    fewest = starts[0].shape[1]
+    starts.sort(key=lambda bins: bins.price(fewest, bubble_slots))
+    found = [
+        _Bins.of(Search(start.home, tokens, costs, start.shape, max_tokens).run(bound), costs, start.shape)
+        for start in starts[: len(starts) if len(costs) <= FEW else 1]
+    ]
+    best = min(found, key=lambda bins: bins.price(fewest, bubble_slots))
+    home = np.empty_like(best.home)
+    home[order] = best.home
+    return _read_out(home, best.loads)
 
 
-def _start(
-    tokens: np.ndarray,
-    costs: np.ndarray,
-    shape: tuple[int, int],
-    max_tokens: int,
-    slot_multiple: int,
-    bubble_slots: float,
-) -> tuple[np.ndarray, int]:
-    """The bins of the fastest number of slots, and that number."""
+@dataclass(frozen=True, slots=True)
+class _Bins:
+    """Sequences in bins."""
+
+    home: np.ndarray
+    """[n] bin of each sequence."""
+    loads: np.ndarray
+    """[E, K, R] int64 cost of each bin."""
+
+    @classmethod
+    def of(cls, home: np.ndarray, costs: np.ndarray, shape: tuple[int, int, int]) -> _Bins:
+        """Add up the costs of each bin, which float64 holds exactly."""
+        return cls(home, np.bincount(home, costs, math.prod(shape)).astype(np.int64).reshape(shape))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(E, K, R)."""
+        groups, slots, ranks = self.loads.shape
+        return groups, slots, ranks
+
+    def price(self, fewest: int, bubble_slots: float) -> float:
+        """The slowest group's time, its pipeline's bubble and the price of slots beyond the fewest included."""
+        times = self.loads.max(axis=2)
+        slowest = float((times.sum(axis=1) + bubble_slots * times.max(axis=1)).max())
+        return slowest * (1 + SLOT_PRICE * (self.shape[1] - fewest))
+
+
+def _starts(
+    tokens: np.ndarray, costs: np.ndarray, shape: tuple[int, int], max_tokens: int, slot_multiple: int
+) -> list[_Bins]:
+    """Bins for each number of slots that is tried, as they are built or regrouped, whichever is faster."""
     groups, ranks = shape
     # Two sequences above half of the limit never share a bin.
     bins = max(-(-int(tokens.sum()) // max_tokens), int((2 * tokens > max_tokens).sum()))
     slots = _round_up(-(-bins // (groups * ranks)), slot_multiple)
     while (home := BinBuilder(tokens, costs, (groups, slots, ranks), max_tokens).build()) is None:
         slots += slot_multiple
-    best = None
+    starts = []
     for count in sorted({_round_up(slots + extra, slot_multiple) for extra in EXTRA_SLOTS}):
         full_shape = (groups, count, ranks)
         if count > slots:
             home = BinBuilder(tokens, costs, full_shape, max_tokens).build()
-        if home is None:
-            continue
-        place = regroup(np.bincount(home, costs, groups * count * ranks).astype(np.int64), full_shape)
-        for bins_of in (home, place[home]):
-            loads = np.bincount(bins_of, costs, groups * count * ranks).reshape(full_shape)
-            price = _duration(loads, bubble_slots) * (1 + SLOT_PRICE * (count - slots))
-            if best is None or price < best[0]:
-                best = price, bins_of, count
-    assert best is not None
-    return best[1], best[2]
-
-
-def _duration(loads: np.ndarray, bubble_slots: float) -> float:
-    """[E, K, R] -> the slowest group's time, its pipeline's bubble included."""
-    times = loads.max(axis=2)
-    return float((times.sum(axis=1) + bubble_slots * times.max(axis=1)).max())
+        if home is not None:
+            built = _Bins.of(home, costs, full_shape)
+            regrouped = _Bins.of(regroup(built.loads.reshape(-1), full_shape)[home], costs, full_shape)
+            starts.append(min(built, regrouped, key=lambda bins: bins.price(count, 0.0)))
+    return starts
 
 
 def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def _read_out(home: np.ndarray, loads: np.ndarray, shape: tuple[int, int, int]) -> list[list[list[int]]]:
+def _read_out(home: np.ndarray, loads: np.ndarray) -> list[list[list[int]]]:
     """Lists by slot and rank; the longest slots first, so that slots of like cost meet across expert groups."""
-    groups, slots, ranks = shape
-    times = loads.reshape(shape).max(axis=2)
+    groups, slots, ranks = loads.shape
+    times = loads.max(axis=2)
     result: list[list[list[int]]] = [[[] for _ in range(groups * ranks)] for _ in range(slots)]
     place = np.argsort(np.argsort(-times, axis=1, kind="stable"), axis=1, kind="stable")
     for index, target in enumerate(home.tolist()):

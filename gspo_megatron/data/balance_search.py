@@ -18,7 +18,7 @@ NEAR = 10
 """Half of the swaps are tried with one of so many neighbours in the order of costs: they change loads the least."""
 CANDIDATES = 64
 """The most promising trials of a round; those that gain after the ones made before them are made."""
-TOLERANCE = 5e-4
+TOLERANCE = 2e-4
 """A round accepts losses up to this share of the time, falling to 0 in the last round, to leave local optima."""
 CLOSE_ENOUGH = 1e-4
 """The search ends within this share of the lower bound."""
