@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gspo_megatron.data.balance import balance
+from gspo_megatron.data.balance import balance, whole_costs
+from gspo_megatron.data.balance_bound import lower_bound
 from gspo_megatron.parallel import round_up
 from gspo_megatron.types import Sample, SampleRef
 
@@ -48,6 +49,8 @@ def pack(
     num_ranks: int,
     max_tokens: int,
     ranks_per_expert_group: int = 1,
+    slot_multiple: int = 1,
+    bubble_slots: float = 0.0,
 ) -> list[list[list[int]]]:
     """Spread sequences over ranks and micro-batch slots so that the ranks wait for each other as little as possible.
 
@@ -60,6 +63,10 @@ def pack(
         num_ranks: Data-parallel ranks.
         max_tokens: Most tokens of a bin.
         ranks_per_expert_group: Ranks that share one set of experts and wait for each other in every slot.
+        slot_multiple: The number of slots is a multiple of this; an interleaved pipeline schedule takes PP at a time.
+        bubble_slots: How often the longest slot is waited for beside its own turn: (PP - 1) / VPP in a pipeline of PP
+            stages with VPP model chunks each. Slots of equal stages leave it in the order given: the last stage ends
+            after the sum of all slots and PP - 1 times the longest.
 
     Returns:
         [slot][rank] -> indices into `lengths`; every rank has the same number of slots, some lists may be empty.
@@ -75,8 +82,9 @@ def pack(
     if not lengths:
         return []
     tokens = np.asarray(lengths, dtype=np.int64)
-    costs = np.array([cost(int(length)) for length in lengths], dtype=np.float64)
-    return balance(tokens, costs, num_ranks // ranks_per_expert_group, ranks_per_expert_group, max_tokens)
+    costs = whole_costs([cost(int(length)) for length in lengths])
+    shape = (num_ranks // ranks_per_expert_group, ranks_per_expert_group)
+    return balance(tokens, costs, shape, max_tokens, slot_multiple, bubble_slots)
 
 
 def imbalance(slots: list[list[list[int]]], costs: Sequence[float], ranks_per_expert_group: int = 1) -> float:
@@ -84,6 +92,15 @@ def imbalance(slots: list[list[list[int]]], costs: Sequence[float], ranks_per_ex
     per_bin = np.array([[sum(costs[index] for index in members) for members in slot] for slot in slots])
     per_group = per_bin.reshape(len(slots), -1, ranks_per_expert_group).max(axis=2).sum(axis=0)
     return float(per_group.max() / (per_bin.sum() / per_bin.shape[1]))
+
+
+def least_imbalance(
+    lengths: Sequence[int], costs: Sequence[float], num_ranks: int, max_tokens: int, ranks_per_expert_group: int = 1
+) -> float:
+    """A lower bound on `imbalance` of any slots whose bins take at most `max_tokens`, proved in `lower_bound`."""
+    tokens, whole = np.asarray(lengths, dtype=np.int64), whole_costs(costs)
+    groups = num_ranks // ranks_per_expert_group
+    return lower_bound(tokens, whole, groups, ranks_per_expert_group, max_tokens) / (float(whole.sum()) / num_ranks)
 
 
 def collate(samples: Sequence[Sample], pad_multiple: int = 1) -> PackedBatch:

@@ -18,6 +18,7 @@ from gspo_megatron.data.samples import build_samples
 from gspo_megatron.data.store import SampleStore
 from gspo_megatron.objective import BatchTotals, kl_in_reward
 from gspo_megatron.parallel import round_up
+from gspo_megatron.plan.estimate.flops import forward_flops
 from gspo_megatron.policy.microbatch import MicroBatch
 from gspo_megatron.policy.policy import Policy, Scored
 from gspo_megatron.policy.replay import Routes
@@ -123,17 +124,15 @@ class Batcher:
             num_ranks=layout.data,
             max_tokens=self.recipe.trainer.micro_batch_tokens,
             ranks_per_expert_group=max(1, layout.expert * layout.expert_tensor // (layout.tensor * layout.context)),
+            # The interleaved schedule takes micro-batches in groups of PP.
+            slot_multiple=layout.pipeline if layout.virtual > 1 else 1,
+            bubble_slots=(layout.pipeline - 1) / layout.virtual,
         )
-        # The interleaved schedule takes micro-batches in groups of PP; empty ones fill the last group.
-        group = layout.pipeline if layout.virtual > 1 else 1
-        slots += [[[] for _ in range(layout.data)] for _ in range(-len(slots) % group)]
         return [slot[self.policy.at.data] for slot in slots]
 
     def _cost(self, length: int) -> float:
-        """FLOPs of a sequence up to a factor: linear in its tokens, and attention's square of them."""
-        arch = self.recipe.arch
-        width = 8 * arch.hidden_size + 6 * arch.num_experts_per_tok * arch.moe_intermediate_size
-        return length * (arch.hidden_size * width + arch.num_attention_heads * arch.head_dim * length)
+        """Forward FLOPs of a sequence: linear in its tokens, and attention's square of them."""
+        return length * forward_flops(self.recipe.arch, length)
 
 
 def _only_scored(token_ids: np.ndarray) -> Sample:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gspo_megatron.data.packing import collate, imbalance, pack, unpack
+from gspo_megatron.data.packing import collate, imbalance, least_imbalance, pack, unpack
 from gspo_megatron.types import Sample, SampleRef
 
 
@@ -18,19 +20,58 @@ def attention_cost(length: int) -> float:
     return 6.08e9 * length + 393_216 * length**2
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 1000), max_size=60),
     groups=st.integers(1, 3),
     ranks=st.integers(1, 4),
     max_tokens=st.integers(1000, 3000),
+    multiple=st.sampled_from([1, 1, 2, 3]),
 )
-def test_every_sequence_once_and_no_bin_too_full(lengths: list[int], groups: int, ranks: int, max_tokens: int) -> None:
-    slots = pack(lengths, attention_cost, groups * ranks, max_tokens, ranks_per_expert_group=ranks)
+def test_every_sequence_once_no_bin_too_full_none_below_the_bound(
+    lengths: list[int], groups: int, ranks: int, max_tokens: int, multiple: int
+) -> None:
+    slots = pack(lengths, attention_cost, groups * ranks, max_tokens, ranks, slot_multiple=multiple)
     assert sorted(index for slot in slots for members in slot for index in members) == list(range(len(lengths)))
+    assert len(slots) % multiple == 0
     assert all(len(slot) == groups * ranks for slot in slots)
     assert all(sum(lengths[index] for index in members) <= max_tokens for slot in slots for members in slot)
-    assert pack(lengths, attention_cost, groups * ranks, max_tokens, ranks_per_expert_group=ranks) == slots
+    if lengths:
+        costs = [attention_cost(length) for length in lengths]
+        bound = least_imbalance(lengths, costs, groups * ranks, max_tokens, ranks)
+        assert imbalance(slots, costs, ranks) >= bound * (1 - 1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 1000), min_size=1, max_size=60), ranks=st.integers(1, 4), seed=st.integers(0, 99)
+)
+def test_the_same_input_gives_the_same_bins(lengths: list[int], ranks: int, seed: int) -> None:
+    """Whatever numpy's global generator holds: every rank packs for itself."""
+    first = pack(lengths, attention_cost, 2 * ranks, 1500, ranks)
+    np.random.seed(seed)
+    assert pack(lengths, attention_cost, 2 * ranks, 1500, ranks) == first
+
+
+@pytest.mark.parametrize("cost", [lambda length: 1.0, lambda length: 0.0, lambda length: 1e6 / length])
+def test_any_cost_is_spread(cost) -> None:
+    """Costs that do not rise with tokens, none at all among them."""
+    lengths = [900, 20, 500, 500, 70, 800, 1, 300]
+    slots = pack(lengths, cost, 4, 1000, ranks_per_expert_group=2)
+    assert sorted(index for slot in slots for members in slot for index in members) == list(range(len(lengths)))
+    assert all(sum(lengths[index] for index in members) <= 1000 for slot in slots for members in slot)
+
+
+def test_a_pipeline_gets_slots_of_like_length_or_shorter_ones() -> None:
+    """With a bubble as long as 15 of the longest slots, an extra slot that shortens the longest is worth its price."""
+    lengths = draw_lengths("agent", 128, 1)
+    costs = np.array([attention_cost(length) for length in lengths])
+
+    def longest(bubble_slots: float) -> float:
+        slots = pack(lengths, attention_cost, 8, 131_072, 8, bubble_slots=bubble_slots)
+        return max(costs[members].sum() for slot in slots for members in slot)
+
+    assert longest(15.0) <= longest(0.0)
 
 
 def test_nothing_to_pack() -> None:
@@ -64,15 +105,39 @@ def test_slots_of_an_expert_group_meet_their_like() -> None:
     assert imbalance(slots, [8100.0, 100.0, 8100.0, 100.0], 2) == 1.0
 
 
-@pytest.mark.parametrize(("count", "span", "worst"), [(512, 4, 1.04), (512, 1, 1.01), (128, 1, 1.05)])
-def test_long_tails_are_balanced(count: int, span: int, worst: float) -> None:
-    """Lognormal lengths, median 9K, cut at 100K, 8 ranks: time over the lower bound max(mean, costliest sequence)."""
-    random = np.random.default_rng(0)
-    lengths = np.clip(random.lognormal(np.log(9000), 1.0, count), 64, 100_000).astype(int).tolist()
-    costs = [attention_cost(length) for length in lengths]
-    slots = pack(lengths, attention_cost, 8, 131_072, ranks_per_expert_group=span)
-    bound = max(1.0, max(costs) / (sum(costs) / 8))
-    assert imbalance(slots, costs, span) <= worst * bound
+SHAPES = {"math": (9_000, 1.0), "agent": (24_000, 0.75)}
+MODELS = {"30B": (6.08e9, 393_216.0), "235B": (43.14e9, 1_540_096.0)}
+LIMITS = {512: 1.01, 128: 1.05, 64: 1.06}
+"""Sequences -> most of W over the bound in one draw; tools/bench_packing.py has the means."""
+GREEDY = json.loads((Path(__file__).parent / "packing_greedy.json").read_text())
+"""W of two draws of each cell with the packer of 5e4009c: most expensive sequence first, then the best exchanges."""
+
+
+def draw_lengths(shape: str, count: int, seed: int) -> list[int]:
+    """Lognormal lengths cut at 100K: `math` has median 9K and sigma 1, `agent` median 24K and sigma 0.75."""
+    median, sigma = SHAPES[shape]
+    drawn = np.random.default_rng(seed).lognormal(np.log(median), sigma, count)
+    return np.clip(drawn, 64, 100_000).astype(int).tolist()
+
+
+@pytest.mark.parametrize("cell", GREEDY)
+def test_long_tails_come_near_the_bound_and_beat_the_greedy_packer(cell: str) -> None:
+    shape, model, *numbers = cell.split()
+    count, span = map(int, numbers)
+    linear, quadratic = MODELS[model]
+
+    def cost(length: int) -> float:
+        return linear * length + quadratic * length**2
+
+    for seed, before in enumerate(GREEDY[cell]):
+        lengths = draw_lengths(shape, count, seed)
+        costs = [cost(length) for length in lengths]
+        slots = pack(lengths, cost, 8, 131_072, span)
+        bound = least_imbalance(lengths, costs, 8, 131_072, span)
+        reached = imbalance(slots, costs, span)
+        assert bound * (1 - 1e-9) <= reached <= LIMITS[count] * bound
+        # The search is random and short: it may end two parts in ten thousand above another packer.
+        assert reached <= before + 2e-4
 
 
 def make_sample(prompt: int, answer: int, first: int = 100) -> Sample:
