@@ -152,9 +152,9 @@ class Job:
         raise LabError(f"trainer-{rank} of job {self.id} does not run")
 
     @contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Stop its two trainer ranks for a while, so that the run stays where it is."""
-        pids = [self.rank(rank) for rank in range(2)]
+    def frozen(self, ranks: int = 2) -> Iterator[None]:
+        """Stop its trainer ranks for a while, so that the run stays where it is."""
+        pids = [self.rank(rank) for rank in range(ranks)]
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
         try:
