@@ -26,14 +26,14 @@ setup: ## make .venv with the pinned packages (CUDA stack where there is a GPU; 
 train: setup ## run the main job, recipes/tiny_moe.yaml (RECIPE= and ARGS= change it)
 	GSPO_VENV=.venv launch/local.sh $(RECIPE) $(ARGS)
 
-test: lint ## lint, then every test that needs neither a GPU nor SLURM
+test: lint ## lint, then every test that requires neither a GPU nor SLURM
 	$(PYTEST) $(addprefix --ignore=,$(OWN_TARGET)) $(ARGS)
 
 lint: setup ## ruff and pyright
 	$(BIN)/ruff check
 	$(BIN)/pyright
 
-test-slurm: setup ## the launcher on a real SLURM in network namespaces; wants root and the packages of .ci/run
+test-slurm: setup ## the launcher on a real SLURM in network namespaces; requires root and the packages of .ci/run
 	$(PYTEST) -rs tests/slurm $(ARGS)
 
 test-faults: setup ## plant 28 faults in the objective engine, one at a time: each must turn a test red

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "overrides", nargs="*", metavar="key=value", help="dotted overrides: trainer.max_steps=10"
     )
     plan_command.add_arguments(commands)
-    report_command = commands.add_parser("report", help="write the plot and report.html of a run directory")
+    report_command = commands.add_parser("report", help="write the plots and report.html of a run directory")
     report_command.add_argument("run_dir", type=Path)
     convert_command = commands.add_parser("convert", help="checkpoint to Hugging Face directory, or back to a layout")
     convert_command.add_argument("source", type=Path, help="a checkpoint directory, or a Hugging Face directory")
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     convert_command.add_argument("recipe", type=Path, nargs="?", help="recipe with the layout for such a directory")
     convert_command.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the recipe")
     debug_command = commands.add_parser("debug", help="examine an update that a run kept under alarms/")
-    debug_command.add_argument("bundle", type=Path)
+    debug_command.add_argument("bundle", type=Path, help="a failure dump: RUN_DIR/alarms/update_N")
     chosen = parser.parse_args(arguments)
     try:
         if chosen.command == "plan":

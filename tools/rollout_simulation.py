@@ -1,4 +1,4 @@
-"""Rollout in simulated time: `Pool`, `Scheduler`, `Fleet` and `Generation` are the real ones.
+"""Rollout in simulated time: `GroupBuffer`, `Scheduler`, `ServerSet` and `Generation` are the real ones.
 
 Engines and trainer only cost seconds, under an event loop whose clock jumps to the next event.
 """

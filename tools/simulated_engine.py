@@ -1,4 +1,4 @@
-"""An engine that only costs time: decoding steps, KV that fills, prefill, pauses; it stands in for a vLLM server.
+"""An engine that only costs time: decoding steps, KV that fills, prefill, pauses; it takes the place of a vLLM server.
 
 It decodes all its answers together; a step takes `latency + per_answer * answers + per_kv_token * KV tokens`, so it
 slows down as answers join and grow, and answers that do not fit its KV wait.
@@ -77,7 +77,7 @@ def _normal(text: str) -> float:
 class _Running:
     generation: Generation
     since: float
-    """The engine's clock when it joined, in tokens an answer; the part up to the last update is in the draft."""
+    """The engine's clock when it joined, in tokens an answer; the part up to the last update is in the generation."""
     done: asyncio.Future[StopReason]
 
 

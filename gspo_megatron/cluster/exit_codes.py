@@ -1,7 +1,7 @@
 """What the exit codes of a run's processes mean; one table for trainers, `gspo`, and the job script.
 
-This file, `attempts.py`, `supervisor.py` and the two SLURM files run under the Python 3.9 or newer of a batch node,
-where only the standard library is sure to be there.
+This file, `attempts.py`, `events.py`, `supervisor.py`, the two SLURM files and `run_dir.py` run under the Python 3.9 or
+newer of a batch node, where only the standard library is sure to be there.
 """
 
 from __future__ import annotations

@@ -63,8 +63,8 @@ def run_case(name: str, overrides: list[str], directory: Path, device: torch.dev
         result = {"counts": counts, "replayed": replayed, "free": free}
         torch.save(result, directory / f"{name}.pt")
     torch.save(describe(policy, batches, routes, mine), directory / f"{name}-routes-{dist.get_rank()}.pt")
-    told = [replace(sample, routes=reported_routes(arch, sample)) for sample in samples]
-    batches = policy.place([collate([told[i] for i in members], policy.layout.pad_multiple) for members in mine])
+    reported = [replace(sample, routes=reported_routes(arch, sample)) for sample in samples]
+    batches = policy.place([collate([reported[i] for i in members], policy.layout.pad_multiple) for members in mine])
     policy.score(batches, routes=policy.routing.reported(batches, arch.num_experts_per_tok), records=True)
     routes = policy.routing.recorded(len(batches))
     torch.save(describe(policy, batches, routes, mine), directory / f"{name}-reported-{dist.get_rank()}.pt")

@@ -94,7 +94,7 @@ def interrupt_at(pulse: Pulse, interruption: dict, rank: int, mark: Path) -> Non
     """Have this rank send itself a signal on entering a stage: the event is a place in the run and not a time.
 
     Args:
-        pulse: is told of every stage.
+        pulse: receives every stage.
         interruption: `kind` of signal, `rank` (USR1 reaches all), and where: `stage` stages behind the start of
             the rollout of the `step`-th step of the attempt.
         rank: this rank.

@@ -1,4 +1,4 @@
-"""Routing replay in a gloo world of 4 against transformers in float64 whose routers are told the recorded experts."""
+"""Routing replay in a gloo world of 4 against transformers in float64 whose routers get the recorded experts."""
 
 from __future__ import annotations
 
@@ -106,9 +106,9 @@ def test_routes_that_a_sampler_reported_are_used_and_the_others_chosen(
 ) -> None:
     used = routes_of_sequences(results, case, arch, "reported")
     for sample, found in zip(make_samples(arch.vocab_size), used, strict=True):
-        told = torch.as_tensor(reported_routes(arch, sample)).long().transpose(0, 1)
+        reported = torch.as_tensor(reported_routes(arch, sample)).long().transpose(0, 1)
         assert bool((found >= 0).all())
-        assert torch.equal(found[told >= 0], told[told >= 0])
+        assert torch.equal(found[reported >= 0], reported[reported >= 0])
 
 
 @pytest.mark.parametrize("case", CASES)

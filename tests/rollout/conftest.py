@@ -144,7 +144,7 @@ def answers(url: str) -> bool:
 
 
 class ControllerThread:
-    """A controller of its own event loop, reached through its HTTP face."""
+    """A controller of its own event loop, reached through its HTTP interface."""
 
     def __init__(
         self,

@@ -26,7 +26,7 @@ def test_sampler_and_trainer_agree(rows: dict[str, dict[str, Any]], rope: str) -
     assert faults(rows[rope], TOKENS) == []
 
 
-def test_memory_of_every_process_is_told(rows: dict[str, dict[str, Any]]) -> None:
+def test_memory_of_every_process_is_in_the_result(rows: dict[str, dict[str, Any]]) -> None:
     for row in rows.values():
         assert len(row["peak_mib"]["trainer"]) == 2 and len(row["peak_mib"]["server"]) >= 2
         assert min(row["peak_mib"]["trainer"]) > 100

@@ -29,13 +29,13 @@ def test_a_killed_server_costs_nothing_and_comes_back(tmp_path: Path) -> None:
         wait_for(job, "server that is back", lambda: "is back" in log.read_text())
         before = len(rows_of(tmp_path))
         wait_for(job, "step after that", lambda: len(rows_of(tmp_path)) >= before + 2)
-        told = log.read_text()
+        reported = log.read_text()
         job.send_signal(signal.SIGINT)
         said = finish(job)
     finally:
         job.terminate()
     assert said.count("rollout-1 ended and is started again") == 1
-    assert told.count("is taken out") == 1
+    assert reported.count("is taken out") == 1
     rows = rows_of(tmp_path)
     assert [row["step"] for row in rows] == list(range(len(rows)))
     assert all(row["canary_largest"] < 1e-4 for row in rows[1:]), "in every step each server equals the trainer"

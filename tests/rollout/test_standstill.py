@@ -55,9 +55,9 @@ def test_the_rank_that_is_behind_is_named_and_the_server_writes_its_stacks(
         other.wait()
         engine.resume()
     assert "trainer-1 is silent since" in capfd.readouterr().err
-    told = server.log.read_text()
-    own, _, _ = told.partition(f"process {engine.pid}")
+    reported = server.log.read_text()
+    own, _, _ = reported.partition(f"process {engine.pid}")
     assert "stacks of rollout-0:" in own and "in serve\n" in own
-    assert f"process {engine.pid} VLLM::EngineCore, T (stopped):" in told
+    assert f"process {engine.pid} VLLM::EngineCore, T (stopped):" in reported
     wait_until(lambda: "run_engine_core" in server.log.read_text(), "stack of the engine, which goes on")
     assert server.ask("GET", "/health").status_code == 200

@@ -47,7 +47,7 @@ FOREIGN = re.compile(
     r"\b(mend(s|ed|ing)?|dearest|begun|gets on|got on|told|fences?|fenced|mailbox(es)?|drafts?|stands? for|stood for)\b"
 )
 # Tokens that others named: a key of state.json, which earlier versions wrote; an attribute that vLLM reads.
-GIVEN = ('"drafts"', "supports_draft_weight_update")
+GIVEN = ('"drafts"', "supports_draft_weight_update", r'r"ControllerState has no field drafts\.0\.segments\.0\.worker"')
 WORDED = (tokenize.NAME, tokenize.STRING, tokenize.COMMENT, tokenize.FSTRING_MIDDLE)
 MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 70
@@ -288,5 +288,6 @@ def test_foreign_words_are_found_in_names_comments_and_sentences(tmp_path: Path)
 
 
 def test_words_are_the_field_s() -> None:
-    found = [entry for path in [*readmes(), *sources("gspo_megatron")] for entry in foreign_words(path)]
+    worded = [path for path in sources("gspo_megatron", "launch", "tools", "tests") if path != Path(__file__)]
+    found = [entry for path in [*readmes(), *worded] for entry in foreign_words(path)]
     assert not found, "say it in the field's words (CONTRIBUTING.md):\n" + "\n".join(found)

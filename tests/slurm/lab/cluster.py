@@ -58,7 +58,7 @@ TCPTimeout=2
 PropagatePrioProcess=1
 KillWait=5
 MinJobAge=600
-# Lets two real cores stand for many.
+# Lets two real cores count as many.
 SlurmdParameters=config_overrides
 NodeName=node[1-{nodes}] NodeAddr=10.77.0.[11-{last}] CPUs={cpus} Boards=1 SocketsPerBoard=2 CoresPerSocket={cores} \
 ThreadsPerCore=1 RealMemory=2000000 Gres=gpu:h100:{gpus} State=UNKNOWN

@@ -51,7 +51,7 @@ def test_a_wrong_key_is_refused_with_its_name_and_a_fix(override: str, code: str
     assert (code, key, fix) in findings_of(TINY, override)
 
 
-def test_every_fault_is_told_at_once() -> None:
+def test_every_fault_is_reported_at_once() -> None:
     assert len(findings_of(TINY, "trainer.a=1", "rollout.b=2", "batch.updates=5")) == 3
 
 

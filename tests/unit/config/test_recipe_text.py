@@ -255,9 +255,9 @@ def test_a_comment_that_may_have_been_text_is_refused(text: str, tmp_path: Path)
     ],
 )  # fmt: skip
 def test_files_that_are_not_read_name_the_line(text: bytes, line: int, word: str, tmp_path: Path) -> None:
-    (told,) = refused(recipe_file(tmp_path, text))
-    assert word in told
-    assert "mine.yaml:" in told and (not line or f"mine.yaml:{line}:" in told), told
+    (reported,) = refused(recipe_file(tmp_path, text))
+    assert word in reported
+    assert "mine.yaml:" in reported and (not line or f"mine.yaml:{line}:" in reported), reported
 
 
 @pytest.mark.parametrize("coding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp037"])

@@ -1,4 +1,4 @@
-"""A stand-in for vLLM's HTTP face, for the failures that a real server cannot be asked to have."""
+"""A fake of vLLM's HTTP interface, for the failures that a real server cannot be asked to have."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONTEXT = 24
 
 
 class FakeServer:
-    """Answers every request with the number of its token ids, three times unless told otherwise."""
+    """Answers every request with the number of its token ids, three times by default."""
 
     def __init__(self) -> None:
         self.url = ""
@@ -65,7 +65,7 @@ class FakeServer:
             return web.json_response({}, status=401)
         self.calls.append(path + (f" {request.query['tags']}" if path == "/wake_up" else ""))
         if path in self.fail:
-            return web.json_response({"error": f"{path} was told to fail"}, status=self.fail[path])
+            return web.json_response({"error": f"{path} was made to fail"}, status=self.fail[path])
         if path == "/inference/v1/generate":
             return await self._generate(request, await request.json())
         if path == "/metrics":

@@ -32,11 +32,11 @@ def set_version(controller: Controller, version: int, *servers: FakeServer) -> N
 
 def check_accounting(batch: RolloutBatch, controller: Controller, *servers: FakeServer) -> None:
     """What the controller counted is what the servers sampled; while some of it is on its way, no more than that."""
-    told = batch.accounting
-    dropped = sum(counts.tokens for counts in told.dropped.values())
-    assert told.sampled_tokens == told.taken.tokens + dropped + told.in_flight.tokens
+    reported = batch.accounting
+    dropped = sum(counts.tokens for counts in reported.dropped.values())
+    assert reported.sampled_tokens == reported.taken.tokens + dropped + reported.in_flight.tokens
     under_way = any(server.generations for server in controller.servers.all)
-    uncounted = sum(server.tokens for server in servers) - told.sampled_tokens
+    uncounted = sum(server.tokens for server in servers) - reported.sampled_tokens
     assert uncounted >= 0 if under_way else uncounted == 0
     files = {path.name for path in controller._store.directory.iterdir()}
     kept = {row.path for row in batch.samples} | {

@@ -23,7 +23,7 @@ def prompt_of(body: dict[str, Any]) -> int:
     return int(body["request_id"].split("-")[0])
 
 
-async def test_what_is_begun_beyond_a_synchronous_batch_is_cut(tmp_path: Path) -> None:
+async def test_what_is_started_beyond_a_synchronous_batch_is_cut(tmp_path: Path) -> None:
     fake = FakeServer()
     fake.length = lambda body: 12 if prompt_of(body) == 1 else 3
     fake.gate = 5  # only short answers end
@@ -135,7 +135,7 @@ async def test_tokens_of_an_unfinished_update_are_not_kept(tmp_path: Path) -> No
         while any(len(generation) < 4 for group in controller.buffer.groups for generation in group.generations):
             await asyncio.sleep(0.01)
         controller.updater.version = None
-        bad_drafts = len(controller.servers.all[1].generations)
+        lost_generations = len(controller.servers.all[1].generations)
         bad.version, bad.gate = "1", 99
         while not controller.servers.faults()[bad.url]:
             await asyncio.sleep(0.01)
@@ -143,7 +143,7 @@ async def test_tokens_of_an_unfinished_update_are_not_kept(tmp_path: Path) -> No
         set_version(controller, 1, good)
         batch = await controller.rollout(RolloutRequest(step=2))
         check_accounting(batch, controller, good, bad)
-        assert batch.accounting.dropped["server-lost"] == TokenCount(tokens=2 * bad_drafts)
+        assert batch.accounting.dropped["server-lost"] == TokenCount(tokens=2 * lost_generations)
 
 
 async def test_a_version_that_is_left_out_drops_what_became_too_old(tmp_path: Path) -> None:
@@ -200,8 +200,8 @@ async def test_a_controller_goes_on_from_its_state(tmp_path: Path) -> None:
 
     assert of_carried(found) == of_carried(wanted) != []
     assert found.accounting.taken == wanted.accounting.taken
-    begun = {body["request_id"].split("-")[0] for body in fake.bodies}
-    assert begun == {str(index) for index in range(10)}, "the stream goes on where the groups end"
+    started = {body["request_id"].split("-")[0] for body in fake.bodies}
+    assert started == {str(index) for index in range(10)}, "the stream goes on where the groups end"
 
 
 async def test_what_an_attempt_takes_with_it_is_counted_and_made_again(tmp_path: Path) -> None:
@@ -237,11 +237,11 @@ async def test_what_an_attempt_takes_with_it_is_counted_and_made_again(tmp_path:
     assert len(names) == len(set(names)), "every answer is there once"
     async with controlling(store, fake, recipe=settings) as third:
         await third.restore(again)
-        told = third.buffer.ledger.report(third.buffer.groups)
-        assert told.sampled_tokens == fake.tokens, "a second restart counts nothing twice"
+        reported = third.buffer.ledger.report(third.buffer.groups)
+        assert reported.sampled_tokens == fake.tokens, "a second restart counts nothing twice"
 
 
-def test_a_draft_keeps_its_versions_in_order() -> None:
+def test_a_generation_keeps_its_versions_in_order() -> None:
     generation = Generation(make_prompt(0), 0)
     generation.extend([1, 2], [-0.5] * 2, 3)
     generation.extend([4], [-0.5], 3)

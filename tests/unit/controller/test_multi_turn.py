@@ -134,7 +134,7 @@ async def test_a_conversation_goes_on_where_a_checkpoint_caught_it(tmp_path: Pat
 
     fake, partner = FakeServer(), Partner()
     async with talking(tmp_path / "samples", fake, partner, settings=one_prompt(CALCULATOR)) as controller:
-        await controller.buffer._admit()  # not taking: nothing is begun
+        await controller.buffer._admit()  # not taking: nothing is started
         fake.hang = True
         taking = asyncio.create_task(controller.rollout(RolloutRequest(step=1)))
         while len(fake.bodies) < 3:
@@ -242,7 +242,7 @@ async def test_every_answer_has_the_limit_of_the_step_that_began_it(tmp_path: Pa
     assert {row.answer_length for row in first.samples} == {4}
     assert all(row.limit == row.answer_length for row in [*first.samples, *second.samples])
     lengths = {row.prompt_index: row.answer_length for row in second.samples}
-    assert lengths.pop(2) == 4 and set(lengths.values()) == {6}, "prompt 2 was begun in the first stage"
+    assert lengths.pop(2) == 4 and set(lengths.values()) == {6}, "prompt 2 was started in the first stage"
     assert (first.measures["answer_limit"], second.measures["answer_limit"]) == (4, 6)
     async with controlling(tmp_path / "samples", fake, recipe=settings) as controller:
         await controller.restore(state)

@@ -94,7 +94,7 @@ async def test_a_refusal_and_a_dead_server_are_sentences() -> None:
     fake.fail["/inference/v1/generate"] = 500
     async with serving(fake) as [client]:
         with pytest.raises(
-            ServerError, match=f"server {fake.url} answered /inference/v1/generate with 500: .*told to fail"
+            ServerError, match=f"server {fake.url} answered /inference/v1/generate with 500: .*made to fail"
         ):
             await generate(client, make_prompt(0))
         assert await client.is_healthy()

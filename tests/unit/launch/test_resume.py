@@ -28,7 +28,7 @@ def test_what_changes_the_algorithm_is_refused_by_key(tmp_path: Path, override: 
         refuse_other_recipe(tmp_path, recipe(override))
 
 
-def test_machines_and_what_mends_a_lack_of_memory_may_change(tmp_path: Path) -> None:
+def test_machines_and_what_saves_memory_may_change(tmp_path: Path) -> None:
     refuse_other_recipe(tmp_path, recipe())
     save_resolved(recipe(), tmp_path / "recipe.resolved.yaml")
     refuse_other_recipe(tmp_path, recipe())

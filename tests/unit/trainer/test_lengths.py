@@ -49,7 +49,7 @@ def make_trainer(**objective: Any) -> Trainer:
     trainer = Trainer.__new__(Trainer)
     trainer.recipe = parse_recipe(values)
     trainer.spec = trainer.recipe.objective.spec(LIMIT)
-    trainer.log = Log()  # type: ignore[assignment]  # stands for a RunLog, which writes into a run directory
+    trainer.log = Log()  # type: ignore[assignment]  # in place of a RunLog, which writes into a run directory
     trainer.reference = None
     # Off the last stage: no log-probs, which nothing here depends on.
     routing = SimpleNamespace(recorded=lambda count: [None] * count)
