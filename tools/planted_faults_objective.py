@@ -242,7 +242,7 @@ def run_tests(copy: Path) -> int:
     os.chdir(copy)
     sys.path.insert(0, str(copy))
     watcher = FirstRed()
-    files = [f"tests/unit/test_objective_{name}.py" for name in TESTS]
+    files = [f"tests/unit/objective/test_{name}.py" for name in TESTS]
     options = ["-x", "-q", "-c", os.devnull, f"--rootdir={copy}", "--import-mode=importlib", "-p", "no:cacheprovider"]
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         code = int(pytest.main([*options, *files], plugins=[watcher]))
