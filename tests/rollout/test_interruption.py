@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gspo_megatron.config.schema import Recipe
-from gspo_megatron.transport.messages import RolloutRequest
+from gspo_megatron.transport.messages import RolloutBatch, RolloutRequest
 from tests.rollout.tiny import make_recipe
 from tests.rollout.updates import TRAINER, update
 from tests.shards import TrainerRanks
@@ -34,12 +34,30 @@ def check_segments(controller, refs, oracles) -> int:
     return later
 
 
+def roll_until_one_is_cut(controller, link) -> RolloutBatch:
+    """Batches until the end of one cuts a response half-way, however slow the engine is; the last batch."""
+    batch = link.rollout(RolloutRequest(step=0))
+    while not cut_half_way(controller):
+        batch = link.rollout(RolloutRequest(step=0))
+    return batch
+
+
+def cut_half_way(controller) -> set[tuple[int, int]]:
+    """(prompt, sample) of each response that was interrupted in its first request."""
+    return {
+        (generation.prompt.index, generation.sample_index)
+        for group in controller.controller.buffer.groups
+        for generation in group.generations
+        if generation.sample_index not in group.finished and generation.parts == 1 and 0 < len(generation) < 20
+    }
+
+
 @pytest.mark.parametrize("overlaps", [True, False], ids=["in-flight", "interrupted"])
 def test_answers_go_on_under_new_weights(start_controller, oracles, overlaps: bool) -> None:
     controller, link = start_controller(recipe=stale_recipe(), overlaps=overlaps, slots=SLOTS)
     ranks = TrainerRanks(TRAINER.world)
     update(link, 0, oracles[0], ranks)
-    first = link.rollout(RolloutRequest(step=0))
+    first = link.rollout(RolloutRequest(step=0)) if overlaps else roll_until_one_is_cut(controller, link)
     assert first.accounting.in_flight.tokens > 0, "nothing was under way"
     update(link, 1, oracles[1], ranks)
     second = link.rollout(RolloutRequest(step=1))
@@ -52,13 +70,9 @@ def test_an_interrupted_answer_is_what_it_would_have_been(start_controller, orac
     """Continued under equal weights, all its log-probs are those of one forward pass over the whole text."""
     controller, link = start_controller(recipe=stale_recipe(), overlaps=False, slots=SLOTS)
     update(link, 0, oracles[0])
-    link.rollout(RolloutRequest(step=0))
+    roll_until_one_is_cut(controller, link)
     generations = [generation for group in controller.controller.buffer.groups for generation in group.generations]
-    cut = {
-        (generation.prompt.index, generation.sample_index)
-        for generation in generations
-        if generation.parts == 1 and 0 < len(generation) < 20
-    }
+    cut = cut_half_way(controller)
     refs = [ref for ref in link.rollout(RolloutRequest(step=1)).samples if (ref.prompt_index, ref.sample_index) in cut]
     continued = [ref for ref in refs if generations_of(generations, ref).parts == 2]
     assert continued, "no answer was interrupted half-way"
