@@ -116,14 +116,6 @@ class Layout:
         start = chunk * sum(sizes) + sum(sizes[:stage])
         return range(start, start + sizes[stage])
 
-    def place_of_layer(self, num_layers: int, layer: int) -> tuple[int, int]:
-        """(stage, chunk) that holds a global layer."""
-        for chunk in range(self.virtual):
-            for stage in range(self.pipeline):
-                if layer in self.layers(num_layers, stage, chunk):
-                    return stage, chunk
-        raise ValueError(f"layer {layer} is not one of {num_layers} layers")
-
 
 def round_up(value: int, multiple: int) -> int:
     """The smallest multiple that is not below the value."""

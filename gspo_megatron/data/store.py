@@ -13,11 +13,10 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from gspo_megatron.types import Masked, Prompt, Response, SampleRef, Segment
+from gspo_megatron.types import Prompt, Response, SampleRef
 
 MAGIC = b"GSPO"
 FORMAT_VERSION = 1
@@ -143,10 +142,3 @@ def _checksum(body: bytes | np.ndarray, shape: tuple[int, ...]) -> int:
     """CRC-32 of the body and, where there are routes, of their shape."""
     checksum = zlib.crc32(body)
     return zlib.crc32(struct.pack("<III", *shape), checksum) if any(shape) else checksum
-
-
-def read_ref(entry: dict[str, Any]) -> SampleRef:
-    """A sample reference from its JSON."""
-    segments = tuple(Segment(**span) for span in entry["segments"])
-    masked = tuple(Masked(**span) for span in entry["masked"])
-    return SampleRef(**{**entry, "segments": segments, "masked": masked})

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gspo_megatron.config import Recipe
+from gspo_megatron.models.hf_table import count_parameters
 
 GIB = 1 << 30
 MAX_CLOCK_SECONDS = 5.0
@@ -44,7 +45,7 @@ def _each(reports: Sequence[Report], gpus: int, recipe: Recipe) -> Iterator[str]
         for place, free in report["free_bytes"].items():
             if free < MIN_SCRATCH:
                 yield f"{node}: {place} has {free / GIB:.2f} GiB free, 1 is needed; clean it, or set TMPDIR (site file)"
-        need = BYTES_PER_PARAMETER * CHECKPOINTS * count_parameters(recipe)
+        need = BYTES_PER_PARAMETER * CHECKPOINTS * count_parameters(recipe.arch)
         if report["run_dir_free_bytes"] < need:
             yield (
                 f"{node}: the run directory has {report['run_dir_free_bytes'] / GIB:.1f} GiB free, "
@@ -93,15 +94,3 @@ def _odd(what: str, values: Mapping[str, str]) -> Iterator[str]:
 def without(node: str) -> str:
     """The fix that always works."""
     return f"leave the node out (sbatch --exclude={node})"
-
-
-def count_parameters(recipe: Recipe) -> int:
-    """Weights of the model, norms left out."""
-    arch = recipe.arch
-    attention = arch.hidden_size * arch.head_dim * 2 * (arch.num_attention_heads + arch.num_key_value_heads)
-    if arch.num_experts:
-        mlp = arch.num_experts * (3 * arch.hidden_size * arch.moe_intermediate_size + arch.hidden_size)
-    else:
-        mlp = 3 * arch.hidden_size * arch.intermediate_size
-    tables = arch.vocab_size * arch.hidden_size * (1 if arch.tie_word_embeddings else 2)
-    return arch.num_hidden_layers * (attention + mlp) + tables

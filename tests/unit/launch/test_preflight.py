@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from gspo_megatron.models import load_recipe
+from gspo_megatron.models.hf_table import count_parameters
 from launch.lib import probe
-from launch.lib.preflight import GIB, count_parameters, judge
+from launch.lib.preflight import GIB, judge
 from launch.lib.text import fold
 from tests.places import GOLDEN
 
@@ -81,7 +82,7 @@ def test_two_environments_are_not_held_against_each_other() -> None:
 
 
 def test_parameters_of_30b_a3b() -> None:
-    assert abs(count_parameters(RECIPE) / 30.53e9 - 1) < 0.001
+    assert abs(count_parameters(RECIPE.arch) / 30.53e9 - 1) < 0.001
 
 
 def test_nodes_find_each_other_and_compare_clocks(tmp_path: Path, free_port: int) -> None:
