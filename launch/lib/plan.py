@@ -21,10 +21,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from gspo_megatron.cli import prepare_run, refuse_unwritable
 from gspo_megatron.cluster import hosts, placement
 from gspo_megatron.cluster.exit_codes import REFUSED
 from gspo_megatron.cluster.hosts import Host, Kind, Ports, Spread, Task
+from gspo_megatron.commands.train_run import prepare_run, refuse_unwritable
 from gspo_megatron.config import Recipe, RecipeError
 from gspo_megatron.models import load_recipe, load_resolved
 from gspo_megatron.plan.rules.not_built import not_built

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gspo_megatron import cli
 from gspo_megatron.cluster import local_backend
+from gspo_megatron.commands import train_run
 from gspo_megatron.config.schema import Recipe
 
 
@@ -21,5 +22,5 @@ def run_cli(arguments: Sequence[str], module: str, substitute: str) -> int:
             for role in planned
         ]
 
-    cli.plan_roles = plan_roles
+    train_run.plan_roles = plan_roles
     return cli.main(arguments)

@@ -30,6 +30,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"policy"}),
     frozenset({"trainer", "controller", "inference"}),
     frozenset({"convert"}),
+    frozenset({"commands"}),
     frozenset({"cli"}),
 )
 MUTUALLY_BLIND = (3, 4, 6)

@@ -1,0 +1,35 @@
+"""The command `gspo report`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from gspo_megatron.cluster.exit_codes import OK, REFUSED
+from gspo_megatron.run_dir import RunDir
+
+
+def add_arguments(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the `report` command to the parser."""
+    parser = subparsers.add_parser("report", help="write the plots and report.html of a run directory")
+    parser.add_argument("run_dir", type=Path)
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Run the command and return its exit code."""
+    return report(chosen.run_dir)
+
+
+def report(run_dir: Path) -> int:
+    """Write the plots and the page again from what a run recorded."""
+    metrics = RunDir(run_dir).metrics
+    if not metrics.is_file():
+        print(f"{run_dir} holds no {metrics.name}; give the directory that `gspo train` printed", file=sys.stderr)
+        return REFUSED
+    from gspo_megatron.report.page import write_report
+    from gspo_megatron.report.plots import write_plot
+
+    write_plot(run_dir)
+    print(write_report(run_dir))
+    return OK

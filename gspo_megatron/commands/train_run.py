@@ -1,0 +1,86 @@
+"""The command `gspo train`: all roles of a run on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from gspo_megatron.cluster.exit_codes import OK, REFUSED
+from gspo_megatron.cluster.local_backend import plan_roles, run_roles
+from gspo_megatron.cluster.machines import count_gpus
+from gspo_megatron.commands.recipe_arguments import add_recipe
+from gspo_megatron.config import Recipe, save_resolved
+from gspo_megatron.config.loading import refuse
+from gspo_megatron.models import load_recipe
+from gspo_megatron.plan import check
+from gspo_megatron.plan.rules.not_built import not_built
+from gspo_megatron.run_dir import RunDir
+
+
+def add_arguments(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the `train` command to the parser."""
+    add_recipe(subparsers.add_parser("train", help="run a recipe on this machine"))
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Run the command and return its exit code."""
+    return train(chosen.recipe, chosen.overrides)
+
+
+def train(path: Path, overrides: Sequence[str]) -> int:
+    """Run a recipe with all its roles on this machine."""
+    recipe = load_recipe(path, overrides)
+    gpus = count_gpus()
+    ranks = recipe.trainer.ranks or gpus or 2
+    findings = [*check(recipe, ranks), *not_built(recipe)]
+    for finding in findings:
+        print(finding, file=sys.stderr)
+    if any(finding.severity == "error" for finding in findings):
+        return REFUSED
+    if recipe.run.directory is not None and RunDir(recipe.run.directory).done.is_file():
+        print(f"{recipe.run.directory} holds a finished run (DONE); name another run.directory to start a new one")
+        return OK
+    run_dir = prepare_run(recipe)
+    print(
+        f"{recipe.run.name}: {ranks} trainer ranks, {recipe.rollout.servers} rollout server(s), all goes to {run_dir}",
+        flush=True,
+    )
+    run = RunDir(run_dir)
+    logs = run.attempt_logs(run.next_attempt()).path
+    with refuse_unwritable(run_dir):
+        logs.mkdir(parents=True)
+    return run_roles(plan_roles(recipe, run_dir, ranks), logs)
+
+
+def prepare_run(recipe: Recipe) -> Path:
+    """Make the run directory: resolved recipe, objective sentence, model description for the servers."""
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    run = RunDir(recipe.run.directory or Path("runs") / f"{recipe.run.name}-{stamp}")
+    with refuse_unwritable(run.path):
+        run.model.mkdir(parents=True, exist_ok=True)
+        save_resolved(recipe, run.recipe)
+        batch = recipe.batch
+        spec = recipe.objective.spec(recipe.rollout.max_answer_tokens)
+        sentence = spec.describe(batch.prompts * batch.answers // batch.updates, batch.updates)
+        run.objective.write_text(sentence + "\n")
+        print(sentence, flush=True)
+        arch = recipe.arch
+        run.model_config.write_text(json.dumps(arch.to_hugging_face(recipe.model.dtype), indent=1))
+    return run.path
+
+
+@contextmanager
+def refuse_unwritable(run_dir: Path) -> Iterator[None]:
+    """Turn the system's refusal to write a run directory into one sentence. Raises RecipeError."""
+    try:
+        yield
+    except OSError as error:
+        raise refuse(
+            "run-directory", "run.directory", f"{error.filename or run_dir} cannot be written ({error.strerror})",
+            "name a directory that you can write, on a file system with room",
+        ) from None  # fmt: skip
