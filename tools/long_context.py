@@ -98,9 +98,13 @@ def run(rope: str, overrides: Sequence[str], directory: Path) -> dict[str, Any]:
     settings += [f"model.path={directory / 'weights'}", f"run.directory={directory / 'run'}"]
     job = subprocess.Popen([sys.executable, "-m", "gspo_megatron.cli", "train", str(RECIPE), *settings])
     peaks: dict[int, tuple[str, int]] = {}
+    before: dict[int, tuple[str, int]] = {}
     began = time.monotonic()
     while job.poll() is None:
-        peaks |= memory_of(directory)
+        now = memory_of(directory)
+        # A process of one sample only is on its way to become another program.
+        peaks |= {pid: figures for pid, figures in now.items() if pid in before}
+        before = now
         time.sleep(2.0)
     if job.returncode:
         raise SystemExit(f"the run with {rope} rotary embedding ended with code {job.returncode}")
@@ -111,12 +115,17 @@ def run(rope: str, overrides: Sequence[str], directory: Path) -> dict[str, Any]:
 
 
 def memory_of(directory: Path) -> dict[int, tuple[str, int]]:
-    """Of the living processes of a run, by pid: command line of their group's leader, and most KiB so far."""
+    """Of the living processes of a run, by pid: command line of their group's leader, and most KiB so far.
+
+    A program that a role calls for a moment, as a shell or a compiler, is not a process of the role.
+    """
     found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            leader = Path("/proc", str(os.getpgid(int(entry.name))), "cmdline")
-            command = leader.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            leader = Path("/proc", str(os.getpgid(int(entry.name))))
+            command = (leader / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if (entry / "exe").readlink() != (leader / "exe").readlink():
+                continue
             status = (entry / "status").read_text()
         except OSError:  # it ended meanwhile
             continue

@@ -12,10 +12,11 @@ from tests.places import ROOT
 LOAD = """
 set -euo pipefail
 home=$1
+before=$(trap)  # signals that the caller ignores, as nohup does
 . "$home/launch/lib/site.sh"
 load_site
 echo "venv=$GSPO_VENV a=${A-}"
-[[ $- == *e* && $- == *u* && $- != *T* ]] && [ -z "$(trap)" ] || echo "options or traps are left"
+[[ $- == *e* && $- == *u* && $- != *T* ]] && [ "$(trap)" = "$before" ] || echo "options or traps are left"
 env | sort
 """
 
