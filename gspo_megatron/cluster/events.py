@@ -1,8 +1,9 @@
-"""What a supervisor is given and what it answers: events of an attempt, and decisions about it."""
+"""What a supervisor is given and what it answers: events, decisions, and the protocol of who carries them out."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 
 class Event:
@@ -75,6 +76,11 @@ class NodesAnswered(Event):
     """Whether one of them did not."""
 
 
+@dataclass(frozen=True)
+class RequeueRefused(Event):
+    """SLURM was asked to queue the job again, and this process still runs."""
+
+
 class Decision:
     """What the backend has to do."""
 
@@ -132,7 +138,7 @@ class CountRestart(Decision):
 
 @dataclass(frozen=True)
 class Requeue(Decision):
-    """Have SLURM queue the job again. It ends this process, so nothing may come after it."""
+    """Have SLURM queue the job again, which ends this process; answer with RequeueRefused where it does not."""
 
 
 @dataclass(frozen=True)
@@ -155,3 +161,19 @@ class Watched:
     def kind(self) -> str:
         """`trainer` of `trainer-0`."""
         return self.name.partition("-")[0]
+
+
+class Backend(Protocol):
+    """Where the processes of an attempt run."""
+
+    def observe(self) -> list[Event]:
+        """What has happened since the last call."""
+        ...
+
+    def perform(self, decision: Decision) -> list[Event]:
+        """Carry out a decision; returns what is known afterwards."""
+        ...
+
+    def pause(self) -> None:
+        """Wait until it is time to look again."""
+        ...

@@ -27,6 +27,7 @@ from gspo_megatron.cluster.events import (
     NodesAnswered,
     Print,
     Requeue,
+    RequeueRefused,
     RolesEnded,
     SendStop,
     SlurmAnswered,
@@ -51,6 +52,10 @@ SLURM_SECONDS = 900.0
 NODES_SECONDS = 40.0
 REQUEUE_SECONDS = 60.0
 """SLURM ends this process within it, once it has queued the job again."""
+REFUSALS = 3
+"""Times that a slurmctld which answers may refuse to queue the job again: once it may have been starting."""
+RETRY_SECONDS = 2.0
+"""Between two questions to slurmctld."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +132,7 @@ class SlurmBackend:
                 file.write(f"{when} attempt {self.place.number}: {decision.reason}\n")
         elif isinstance(decision, Requeue):
             (self.place.attempt / "key").unlink(missing_ok=True)
-            subprocess.Popen(("scontrol", "requeue", self.place.job), stdin=subprocess.DEVNULL).wait()
-            time.sleep(REQUEUE_SECONDS)
+            return [self._queue_again()]
         return []
 
     def pause(self) -> None:
@@ -218,7 +222,18 @@ class SlurmBackend:
                 waited = True
             if time.monotonic() > deadline:
                 return SlurmSilent()
-            time.sleep(2)
+            time.sleep(RETRY_SECONDS)
+
+    def _queue_again(self) -> RequeueRefused:
+        """Ask until slurmctld accepts, which ends this process; returns when it refuses or stays silent."""
+        deadline, refusals = time.monotonic() + SLURM_SECONDS, 0
+        while refusals < REFUSALS and time.monotonic() < deadline:
+            if subprocess.run(("scontrol", "requeue", self.place.job), stdin=subprocess.DEVNULL).returncode == 0:
+                time.sleep(REQUEUE_SECONDS)
+                break
+            refusals += bool(describe_job(self.place.job))
+            time.sleep(RETRY_SECONDS)
+        return RequeueRefused()
 
     def _is_node_lost(self) -> bool:
         """Whether a node of the job no longer runs even `true`."""

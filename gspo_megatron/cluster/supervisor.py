@@ -12,11 +12,11 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
 
 from gspo_megatron.cluster.events import (
     AskNodes,
     AskSlurm,
+    Backend,
     CountRestart,
     Decision,
     Ended,
@@ -28,6 +28,7 @@ from gspo_megatron.cluster.events import (
     NodesAnswered,
     Print,
     Requeue,
+    RequeueRefused,
     Restart,
     RolesEnded,
     SendStop,
@@ -119,6 +120,8 @@ class Supervisor:
             return [Print(f"it does not come back; to go on: {self.rules.resume}"), Exit(FAILED)]
         if isinstance(event, NodesAnswered) and self.phase is Phase.ASKING_NODES:
             return self._judge_failure(event.lost)
+        if isinstance(event, RequeueRefused) and self.phase is Phase.REQUEUING:
+            return [Print(f"SLURM does not queue this job again; to go on: {self.rules.resume}"), Exit(STOPPED)]
         return []
 
     def _interrupt(self, event: Interrupted) -> list[Decision]:
@@ -173,6 +176,10 @@ class Supervisor:
         """Judge together what has ended since the last tick: two servers that end at once are no peers."""
         fresh, self._fresh = self._fresh, []
         self._ended.update({end.name: end for end in fresh})
+        if not self.rules.queue and self._trainers_ended_well():
+            # The run is done or saved, whatever else ends in the same moment.
+            self._failures = []
+            return self._end_roles()
         decisions: list[Decision] = []
         for end in fresh:
             role = next(role for role in self.roles if role.name == end.name)
@@ -182,16 +189,17 @@ class Supervisor:
                 decisions.append(Restart(role.name, self._left[role.name]))
             elif role.kind != TRAINER or end.code not in (OK, STOPPED):
                 self._failures.append(end)
-        if self.phase is Phase.RUNNING and self._trainers_ended_well() and not self.rules.queue:
-            self._failures = []
-            return [*decisions, *self._end_roles()]
         if self.phase is Phase.RUNNING and (self._failures or (self.rules.queue and self._ended)):
             self.phase, self._settle_at = Phase.SETTLING, now + self.rules.settle
         return decisions
 
-    def _trainers_ended_well(self) -> bool:
+    def _trainer_codes(self) -> list[int | None]:
+        """Exit codes of the trainers; None = it runs."""
         ends = [self._ended.get(role.name) for role in self.roles if role.kind == TRAINER]
-        return all(end is not None and end.code in (OK, STOPPED) for end in ends)
+        return [None if end is None else end.code for end in ends]
+
+    def _trainers_ended_well(self) -> bool:
+        return all(code in (OK, STOPPED) for code in self._trainer_codes())
 
     def _has_peer(self, role: Watched) -> bool:
         return any(
@@ -227,7 +235,7 @@ class Supervisor:
         if self._failures:
             culprit = self.culprit()
             return [Explain(culprit.name, culprit.code), Exit(FAILED)]
-        return [Exit(max(end.code for end in self._ended.values()))]
+        return [Exit(STOPPED if STOPPED in self._trainer_codes() else OK)]
 
     def _leave(self, newer: int) -> list[Decision]:
         return [Print(f"attempt {self.rules.attempt} was replaced by attempt {newer}; this one ends"), Exit(FAILED)]
@@ -254,6 +262,8 @@ class Supervisor:
         if node_lost:
             reason = "a node is lost"
         if reason and facts.restarts < rules.max_restarts:
+            if not self._slurm.requeues:
+                return [explanation, *self._requeue()]
             text = f"restart {facts.restarts + 1} of at most {rules.max_restarts}, because {reason}"
             return [explanation, CountRestart(reason), Print(text), *self._requeue()]
         used_up = (
@@ -269,22 +279,6 @@ class Supervisor:
             return [Print(f"the job was submitted with --no-requeue; to go on: {self.rules.resume}"), Exit(STOPPED)]
         self.phase = Phase.REQUEUING
         return [Requeue()]
-
-
-class Backend(Protocol):
-    """Where the processes of an attempt run."""
-
-    def observe(self) -> list[Event]:
-        """What has happened since the last call."""
-        ...
-
-    def perform(self, decision: Decision) -> list[Event]:
-        """Carry out a decision; returns what is known afterwards."""
-        ...
-
-    def pause(self) -> None:
-        """Wait until it is time to look again."""
-        ...
 
 
 def supervise(supervisor: Supervisor, backend: Backend) -> int:

@@ -14,6 +14,7 @@ from tests.places import ROOT
 PROGRAM = """
 import signal, sys
 from pathlib import Path
+from gspo_megatron.cluster import slurm_backend
 from gspo_megatron.cluster.events import StopRequested, Watched
 from gspo_megatron.cluster.slurm_backend import KINDS, Place, SlurmBackend
 from gspo_megatron.cluster.supervisor import Rules, Supervisor, supervise
@@ -22,6 +23,7 @@ attempt = run_dir / "logs" / "attempt_1"
 backend = SlurmBackend(Place("7", run_dir, attempt, 1, ("n1", "n2"), 2))
 signal.signal(signal.SIGUSR1, lambda *_: backend.signals.append(StopRequested()))
 commands = {"rollout": ("sleep", "300"), "controller": ("sleep", "300"), "trainer": ("bash", "-c", trainer)}
+slurm_backend.RETRY_SECONDS = 0.1
 rules = Rules(0.5, str(run_dir), True, 1, 0, grace, 0.5, 1, "sbatch again")
 for kind in KINDS:
     backend.start(kind, commands[kind])
@@ -29,7 +31,9 @@ sys.exit(supervise(Supervisor([Watched(kind) for kind in KINDS], rules), backend
 """
 SCONTROL = """#!/bin/bash
 if [ -n "${DOWN:-}" ] && [ ! -f $RUN/up ]; then touch $RUN/up; exit 1; fi
-if [ "$1" = show ]; then echo "JobId=7 Requeue=${REQUEUE:-1} X="; else echo "scontrol $*"; kill -KILL $PPID; fi
+if [ "$1" = show ]; then echo "JobId=7 Requeue=${REQUEUE:-1} X="
+elif [ -n "${REFUSES:-}" ]; then echo "slurm_requeue error: Requested operation is presently disabled" >&2; exit 1
+else echo "scontrol $*"; kill -KILL $PPID; fi
 """
 REQUEUED = -9
 """The stand-in for `scontrol requeue` ends the job, as the real one does."""
@@ -125,6 +129,13 @@ def test_a_stop_as_asked_requeues_last_of_all(tmp_path: Path, requeue: str, code
     assert done.stdout.rstrip().endswith(end)
     assert not (tmp_path / "logs" / "restarts").exists(), "what was asked for is no crash"
     assert requeue == "0" or not (tmp_path / "logs" / "attempt_1" / "key").exists(), "SLURM ends the script here"
+
+
+def test_a_job_that_slurm_does_not_queue_again_ends_and_says_how_to_go_on(tmp_path: Path) -> None:
+    done = run(tmp_path, "checkpoint 000003; exit 1", REFUSES="yes")
+    assert done.returncode == 85, done
+    assert done.stdout.endswith("gspo: SLURM does not queue this job again; to go on: sbatch again\n")
+    assert done.stderr.count("Requested operation is presently disabled") == 3
 
 
 def test_a_trainer_that_is_still_starting_is_not_ended_by_the_stop(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from gspo_megatron.cluster.events import (
     NodesAnswered,
     Print,
     Requeue,
+    RequeueRefused,
     Restart,
     RolesEnded,
     SendStop,
@@ -45,6 +46,7 @@ ENDS = "SLURM ends this attempt (scancel, a lost node, or its limit); 6 is the n
 REPLACED = Print("attempt 2 was replaced by attempt 3; this one ends")
 STUCK = Print("not restarted: there is no newer checkpoint than step 4, so it would fail the same way")
 NO_REQUEUE = Print("the job was submitted with --no-requeue; to go on: sbatch again")
+NOT_QUEUED = Print("SLURM does not queue this job again; to go on: sbatch again")
 ASKED = Print("asked to stop (USR1); the trainers have 240 s for a checkpoint")
 USED_UP = Print(
     "not restarted: 3 restarts are used up (GSPO_MAX_RESTARTS; remove RUN/logs/restarts to allow as many again)"
@@ -113,6 +115,23 @@ HERE_CASES: dict[str, tuple[list[Watched], Script, list[Decision]]] = {
         SERVERS,
         [(1, Ended("rollout-0", 1)), (1, Ended("rollout-1", 1)), (1, TICK), (2, TICK), (2, RolesEnded())],
         [EndRoles(), Explain("rollout-0", 1), Exit(FAILED)],
+    ),
+    "a server fails in the moment in which the trainers end well": (
+        ROLES,
+        [(1, Ended("rollout-0", -9, True)), (1, Ended("trainer-0", 0)), (1, Ended("trainer-1", 0)), (1, TICK),
+         (2, RolesEnded())],
+        [EndRoles(), Exit(OK)],
+    ),
+    "trainers stop as asked just after a server was lost": (
+        ROLES,
+        [(1, Ended("rollout-0", 1)), (1, TICK), (1.2, Ended("trainer-0", 85)), (1.2, Ended("trainer-1", 85)),
+         (1.2, TICK), (2, RolesEnded())],
+        [EndRoles(), Exit(STOPPED)],
+    ),
+    "a server that is lost when the trainers end is not started again": (
+        SERVERS,
+        [(1, Ended("rollout-1", 1)), (1, Ended("trainer-0", 0)), (1, TICK), (2, RolesEnded())],
+        [EndRoles(), Exit(OK)],
     ),
     "Ctrl-C": (ROLES, [(1, Interrupted(2)), (2, RolesEnded())], [EndRoles(), Print("ended by SIGINT"), Exit(130)]),
     "TERM": (ROLES, [(1, Interrupted(15)), (2, RolesEnded())], [EndRoles(), Print("ended by SIGTERM"), Exit(143)]),
@@ -228,8 +247,7 @@ SLURM_CASES: dict[str, tuple[Rules, Script, list[Decision]]] = {
     "a crash with --no-requeue": (
         SLURM,
         [*CRASHES, (12, RolesEnded(6)), (12, SlurmAnswered(requeues=False)), (13, NodesAnswered(False))],
-        [EndRoles(), AskSlurm(), AskNodes(), Explain("trainer", 1),
-         *restarts(1, "a newer checkpoint exists (step 6)")[:-1], NO_REQUEUE, Exit(STOPPED)],
+        [EndRoles(), AskSlurm(), AskNodes(), Explain("trainer", 1), NO_REQUEUE, Exit(STOPPED)],
     ),
     "SLURM ends a running attempt": (SLURM, [(1, Interrupted(15, newest=6))], [Print(ENDS), Exit(143)]),
     "SLURM ends an attempt that is being judged": (
@@ -241,6 +259,11 @@ SLURM_CASES: dict[str, tuple[Rules, Script, list[Decision]]] = {
         SLURM,
         [*STOPS, (12, RolesEnded(6)), (12, SlurmAnswered()), (13, Interrupted(15, newest=6))],
         [ASKED, SendStop(), EndRoles(), AskSlurm(), *STOPPED_AT_6, Requeue(), Exit(STOPPED)],
+    ),
+    "SLURM does not carry out the requeue": (
+        SLURM,
+        [*STOPS, (12, RolesEnded(6)), (12, SlurmAnswered()), (99, RequeueRefused())],
+        [ASKED, SendStop(), EndRoles(), AskSlurm(), *STOPPED_AT_6, Requeue(), NOT_QUEUED, Exit(STOPPED)],
     ),
     "an answer that nobody waits for": (
         SLURM, [(1, SlurmAnswered()), (2, NodesAnswered(True)), (3, RolesEnded(9))], [],
