@@ -27,6 +27,7 @@ ARCHITECTURE = {
     "moe_intermediate_size": 32,
     "num_experts": 2,
     "num_experts_per_tok": 1,
+    "norm_topk_prob": True,
     "max_position_embeddings": 64,
 }
 
