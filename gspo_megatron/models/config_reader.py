@@ -58,7 +58,7 @@ def read_keys(
     else:
         # The schema knows none of them, and says so.
         fields |= {name: renamed[name] for name in rest}
-    return {"model_type": model_type, **fields, **rotary}, findings
+    return {"model_type": model_type, **fields, **({} if faults else rotary)}, findings
 
 
 def _differing(family: str, keys: ConfigKeys, values: Mapping[str, Any]) -> Iterator[Finding]:

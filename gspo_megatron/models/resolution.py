@@ -66,7 +66,7 @@ def read_architecture(directory: Path) -> Architecture:
     """The model of a Hugging Face `config.json`. Raises RecipeError naming the missing file or every faulty key."""
     arch, findings = _read_file(directory)
     if arch is None:
-        raise RecipeError(findings)
+        raise RecipeError([finding for finding in findings if finding.severity == "error"])
     return arch
 
 

@@ -34,4 +34,9 @@ class Qwen3Architecture(Architecture):
             )
         if self.model_type == "qwen3_moe" and not self.moe_intermediate_size:
             raise ValueError("moe_intermediate_size=0 leaves the experts empty; set it")
+        if self.num_experts_per_tok == 1 and self.norm_topk_prob:
+            raise ValueError(
+                "norm_topk_prob=true with num_experts_per_tok=1 weighs every expert with 1, and megatron-core does not "
+                "compute it; set norm_topk_prob=false if the weights allow it, or take another model"
+            )
         return self
