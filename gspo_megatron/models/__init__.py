@@ -13,4 +13,12 @@ from gspo_megatron.models.resolution import (
     resolve,
 )
 
-__all__ = ["architecture_of", "config_findings", "load_recipe", "load_resolved", "parse_recipe", "read_architecture", "resolve"]
+__all__ = [
+    "architecture_of",
+    "config_findings",
+    "load_recipe",
+    "load_resolved",
+    "parse_recipe",
+    "read_architecture",
+    "resolve",
+]

@@ -53,7 +53,7 @@ def _same(value: Any, allowed: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ConfigKeys:
-    """Every key of one `model_type` that changes what the model computes. Keys of rotary embeddings are in `rope.py`."""
+    """Every key of one `model_type` that changes what the model computes; those of rotary embeddings: `rope.KEYS`."""
 
     fields: Mapping[str, Field]
     """Keys that the trainer reads."""
@@ -102,25 +102,27 @@ ONLY = {
 }
 """The same in every family; swish is transformers' other name of silu."""
 
-IGNORED = frozenset(
-    # What the file is, and how transformers runs it.
-    "architectures auto_map dtype torch_dtype transformers_version _name_or_path name_or_path model_max_length "
-    "attn_implementation _attn_implementation _attn_implementation_autoset _attn_implementation_internal "
-    "experts_implementation _experts_implementation_internal chunk_size_feed_forward use_cache torchscript use_bfloat16 "
-    "use_return_dict return_dict output_hidden_states output_attentions unsloth_fixed unsloth_version "
-    "transformers.js_config tokenizer_class prefix "
-    # No effect without use_sliding_window.
-    "sliding_window max_window_layers "
-    # The auxiliary loss is the recipe's.
-    "output_router_logits router_aux_loss_coef "
-    # Heads of other tasks.
-    "id2label label2id num_labels problem_type finetuning_task task_specific_params tie_encoder_decoder is_decoder "
-    "add_cross_attention cross_attention_hidden_size tf_legacy_loss "
-    # Token ids and sampling: generation_config.json and the recipe decide.
-    "bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id max_length min_length max_new_tokens "
-    "do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p min_p typical_p "
-    "repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids "
-    "num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id "
-    "remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens".split()
-)
+_RUNNING = """
+architectures auto_map dtype torch_dtype transformers_version _name_or_path name_or_path model_max_length
+attn_implementation _attn_implementation _attn_implementation_autoset _attn_implementation_internal
+experts_implementation _experts_implementation_internal chunk_size_feed_forward use_cache torchscript use_bfloat16
+use_return_dict return_dict output_hidden_states output_attentions unsloth_fixed unsloth_version
+transformers.js_config tokenizer_class prefix
+"""
+"""What the file is, and how transformers runs it."""
+_UNUSED = """
+sliding_window max_window_layers output_router_logits router_aux_loss_coef id2label label2id num_labels problem_type
+finetuning_task task_specific_params tie_encoder_decoder is_decoder add_cross_attention cross_attention_hidden_size
+tf_legacy_loss
+"""
+"""Of sliding windows, which are off; of the auxiliary loss, which the recipe sets; of the heads of other tasks."""
+_SAMPLING = """
+bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id max_length min_length max_new_tokens
+do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p min_p typical_p
+repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences
+output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values
+exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+"""
+"""Token ids and sampling: generation_config.json, the tokenizer and the recipe decide."""
+IGNORED = frozenset((_RUNNING + _UNUSED + _SAMPLING).split())
 """Keys that change no log-prob in any of the families."""

@@ -9,6 +9,7 @@ from pydantic import model_validator
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.models.qwen3.config_keys import QWEN3, QWEN3_MOE
 
+
 class Qwen3Architecture(Architecture):
     """A Qwen3 or Qwen3-MoE model, under the names of its Hugging Face `config.json`."""
 
