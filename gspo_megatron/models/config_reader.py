@@ -95,8 +95,8 @@ def _filled(keys: ConfigKeys, given: Mapping[str, Any], from_file: bool) -> dict
         elif name in given and given[name] is None and row.null is not REFUSED:
             fields[name] = row.null
     heads, hidden = fields.get("num_attention_heads"), fields.get("hidden_size")
-    known = isinstance(heads, int) and isinstance(hidden, int) and heads > 0
-    derived = {HEADS: heads, QUOTIENT: hidden // heads if known else None}
+    quotient = hidden // heads if isinstance(heads, int) and isinstance(hidden, int) and heads > 0 else None
+    derived = {HEADS: heads, QUOTIENT: quotient}
     filled = {name: derived[value] if value in (HEADS, QUOTIENT) else value for name, value in fields.items()}
     # What cannot be derived is missing; the key that it would come from is named.
     return {name: value for name, value in filled.items() if value is not None or name in given}
