@@ -114,7 +114,7 @@ def draw_rotary(chance: random.Random, model_type: str) -> dict[str, Any]:
 
 
 def draw_config(chance: random.Random) -> dict[str, Any]:
-    """Keys of a `config.json`; about one in three has a value that may be refused."""
+    """Keys of a `config.json`; about one in four has a value that may be refused."""
     model_type = chance.choice(sorted(CLASSES))
     heads, groups, width = chance.choice([(4, 2, 16), (2, 2, 32), (4, 1, 16), (8, 4, 8)])
     values: dict[str, Any] = {
@@ -136,7 +136,7 @@ def draw_config(chance: random.Random) -> dict[str, Any]:
     for key in chance.sample(sorted(SAME), chance.randint(0, 5)):
         values[key] = chance.choice(SAME[key])
     values |= draw_rotary(chance, model_type)
-    if chance.random() < 0.35:
+    if chance.random() < 0.25:
         key, value = chance.choice(OTHER)
         values[key] = value
     return {key: value for key, value in values.items() if value is not ABSENT}
