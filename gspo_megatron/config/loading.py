@@ -100,9 +100,12 @@ def read_model_config(directory: Path) -> dict[str, Any]:
     except ValueError as error:
         raise refuse("model-file-broken", "model.path", f"{file} is not UTF-8: {error}", "fix it") from None
     try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError, RecursionError) as error:
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError("it has no keys at its top")
+    except (ValueError, RecursionError) as error:
         raise refuse("model-file-broken", "model.path", f"{file} is not a JSON object: {error}", "fix it") from None
+    return values
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

@@ -11,9 +11,7 @@ from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.objective_spec import ObjectiveSpec
 from gspo_megatron.config.schema import Recipe
-from gspo_megatron.models import read_architecture
-from gspo_megatron.models.registry import family_of
-from gspo_megatron.models.rope import scaling_findings
+from gspo_megatron.models import config_findings, read_architecture
 from gspo_megatron.plan.rules import long_tail
 from gspo_megatron.plan.rules.objective import findings as objective_findings
 from gspo_megatron.types import Finding
@@ -29,7 +27,6 @@ def findings(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[F
         max_answer_tokens=recipe.rollout.max_answer_tokens,
     )
     yield from _context(recipe, arch)
-    yield from scaling_findings(arch, family_of(arch).rope_types)
     yield from _sampler(recipe)
     yield from _router(recipe, arch)
     yield from _staleness(recipe, spec)
@@ -183,6 +180,7 @@ def _model_directory(recipe: Recipe, arch: Architecture) -> Iterator[Finding]:
     if path is None or not (path / "config.json").is_file():
         return
     try:
+        yield from config_findings(path)
         found = read_architecture(path)
     except RecipeError as error:
         yield from error.findings

@@ -173,8 +173,10 @@ def test_options_follow_yaml_1_2() -> None:
     options = load(TINY, [f"data.options={text}", "data.options.m.n=####"]).data.options
     assert {key: options[key] for key in wanted} == wanted
     assert options["m"] == {"n": "####"}
-    arch = load(TINY, ["model.architecture.rope_scaling={rope_type: yarn, factor: 4.0, n: 8}"]).arch
-    assert arch.rope_scaling == {"rope_type": "yarn", "factor": 4.0, "n": 8}
+    arch = load(
+        TINY, ["model.architecture.rope_scaling={rope_type: yarn, factor: 4.0, original_max_position_embeddings: 8}"]
+    ).arch
+    assert arch.rope_scaling == {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
 
 
 ESCAPES = (
