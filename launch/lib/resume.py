@@ -17,6 +17,7 @@ MAY_CHANGE = (
     "run.directory",
     "placement.",
     "trainer.",
+    "cold_start.cache",
     "rollout.servers",
     "rollout.tensor_parallel",
     "rollout.pipeline_parallel",
