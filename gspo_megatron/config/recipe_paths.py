@@ -37,14 +37,15 @@ def absolute_path(text: str | Path, directory: Path | None = None) -> Path:
     expanded = os.path.expanduser(written)
     if written.startswith("~") and expanded == written:
         raise ValueError(f"the home directory of {written.split('/')[0]} is not known; write the path without ~")
-    if os.path.isabs(expanded):
-        return Path(expanded)
     try:
-        return (directory or Path.cwd()).absolute() / expanded
+        made = str((directory or Path.cwd()).absolute() / expanded) if not os.path.isabs(expanded) else expanded
     except FileNotFoundError:
         raise ValueError(
             f"{written} is relative to a directory that was removed; change to another directory"
         ) from None
+    # `..` behind a link is not the directory that the text shows.
+    collapsed = os.path.normpath(made)
+    return Path(collapsed if os.path.realpath(collapsed) == os.path.realpath(made) else made)
 
 
 def absolute_reference(text: str, directory: Path | None = None) -> str:
