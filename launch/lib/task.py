@@ -17,7 +17,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Sequence
 from contextlib import suppress
 from http.client import HTTPException
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gspo_megatron.cluster.supervisor import may_restart, restart_sentence
+from gspo_megatron.http_clients import direct_opener
 
 LOOK_SECONDS = 0.5
 """How often a server is looked at."""
@@ -98,10 +98,8 @@ def end_as(code: int, name: str, asked: bool) -> NoReturn:
 def serves(address: str, port: int) -> bool:
     """Whether a server answers its health check there."""
     host = f"[{address}]" if ":" in address else address
-    # A proxy of the site is for what is outside.
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with suppress(OSError, HTTPException):
-        return direct.open(f"http://{host}:{port}/health", timeout=1).status == 200
+        return direct_opener().open(f"http://{host}:{port}/health", timeout=1).status == 200
     return False
 
 
