@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gspo_megatron.cluster.supervisor import may_restart, restart_sentence
+from gspo_megatron.cluster.visible_devices import VARIABLE, list_gpus, name_devices
 from gspo_megatron.http_clients import direct_opener
 
 LOOK_SECONDS = 0.5
@@ -43,7 +44,11 @@ def main() -> None:
         where = attempt / "plan.json"
         raise SystemExit(f"{where} has no {kind} number {local} on {node}; start it through launch/gspo_moe.sh")
     address = dict(plan["hosts"])[node]
-    os.environ.update(mine[0]["environment"])
+    settings = dict(mine[0]["environment"])
+    if VARIABLE in settings:
+        # SLURM that does not constrain devices shows the granted ones by this variable only.
+        settings[VARIABLE] = name_devices(settings[VARIABLE], list_gpus())
+    os.environ.update(settings)
     os.environ["GSPO_ATTEMPT"] = str(plan["attempt"])
     os.environ["GSPO_JOB_KEY"] = (attempt / "key").read_text().strip()
     os.environ["GSPO_JOB_ADDRESSES"] = ",".join(sorted({address for _, address in plan["hosts"]}))

@@ -187,11 +187,14 @@ def test_what_a_launcher_needs_never_names_torch() -> None:
 def clients_made(path: Path) -> Iterator[str]:
     """Where a file makes an HTTP client or sends a request without one of `http_clients`."""
     for node in ast.walk(ast.parse(path.read_text())):
-        name = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
-        if isinstance(node, ast.ImportFrom):
+        if isinstance(node, ast.Attribute):
+            name = ast.unparse(node)
+        elif isinstance(node, ast.ImportFrom):
             name = " ".join(f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
             name = " ".join(f"{alias.name}." for alias in node.names if alias.name in CLIENT_LIBRARIES)
+        else:
+            continue
         if MAKES_CLIENT.search(name):
             yield f"{path}:{node.lineno}: {name}"
 
