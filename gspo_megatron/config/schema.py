@@ -12,6 +12,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from gspo_megatron.config.base import Section
 from gspo_megatron.config.long_responses import EnvironmentSection, LengthStage, RepetitionHalt, ThinkingBudget
+from gspo_megatron.config.metrics_section import MetricsSection
 from gspo_megatron.config.model_section import Architecture, ModelSection
 from gspo_megatron.config.objective_spec import ObjectiveSection
 from gspo_megatron.config.optimizer_section import OptimizerSection
@@ -248,6 +249,7 @@ class Recipe(Section):
     weight_update: WeightUpdateSection = WeightUpdateSection()
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    metrics: MetricsSection = MetricsSection()
     acknowledge: dict[str, str] = Field(default_factory=dict)
     """Warnings that this recipe accepts: code -> reason."""
     _arch: Architecture | None = PrivateAttr(None)

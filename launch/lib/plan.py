@@ -28,9 +28,11 @@ from gspo_megatron.commands.train_run import prepare_run, refuse_unwritable
 from gspo_megatron.config import Recipe, RecipeError
 from gspo_megatron.config.recipe_paths import absolute_path, paths_of, short_path
 from gspo_megatron.models import load_recipe, load_resolved
+from gspo_megatron.plan.rules import metric_sinks
 from gspo_megatron.plan.rules.not_built import not_built
 from gspo_megatron.plan.run_plan import make_plan
 from gspo_megatron.run_dir import ATTEMPT
+from gspo_megatron.sinks.secret_text import SECRET
 from gspo_megatron.types import Finding
 from launch.lib.attempt import replace_text
 from launch.lib.preflight import judge
@@ -43,7 +45,6 @@ WRITTEN = ("run.directory", "cold_start.cache")
 JOB = "job"
 """File of an attempt: the SLURM job that it belongs to."""
 ENVIRONMENT = re.compile(r"(SLURM|NCCL|GLOO|UCX|FI|CUDA|OMP|TORCH|VLLM|TRITON|GSPO|HF_HOME|TMPDIR|PATH|LD_LIBRARY)")
-SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
 
 
 def main() -> int:
@@ -106,7 +107,9 @@ def say_findings(recipe: Recipe, drawing: bool) -> None:
     Raises:
         RecipeError: the run must not start.
     """
-    planned, unbuilt = make_plan(recipe).findings, not_built(recipe)
+    planned, unbuilt = list(make_plan(recipe).findings), not_built(recipe)
+    if not drawing:
+        planned += metric_sinks.findings(recipe, runs_here=True)
     if drawing:
         planned = [finding for finding in planned if finding.severity == "error"]
         unbuilt = [replace(finding, severity="warning") for finding in unbuilt]
