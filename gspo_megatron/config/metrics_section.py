@@ -24,7 +24,7 @@ class MetricsSection(Section):
     sinks: tuple[ObjectReference, ...] = ()
     """`wandb`, `mlflow`, `trackio`, or `file.py:NAME` (a MetricSink, see sinks/README.md). Several are allowed."""
     project: str = "gspo"
-    """Project of Weights & Biases and trackio, experiment of MLflow."""
+    """Project of Weights & Biases and trackio, experiment of MLflow. Source: chosen here."""
     online: bool = False
     """false: the sinks write below the run directory, without network. true: wandb and trackio send to their servers,
     mlflow to MLFLOW_TRACKING_URI. Keys come from the libraries' own variables, e.g. WANDB_API_KEY."""

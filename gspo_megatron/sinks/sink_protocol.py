@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True, slots=True)
 class SinkRun:
-    """What a sink is told of its run."""
+    """What a sink is given of its run."""
 
     id: str
     """16 hex digits, the same in every attempt: a resumed run appends to what this id has."""

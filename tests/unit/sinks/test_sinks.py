@@ -208,18 +208,31 @@ def read_mlflow(directory: Path) -> tuple[int, list[int]]:
 def read_wandb(directory: Path) -> tuple[int, list[int]]:
     """The ids in the names of its files, and the steps in them."""
     from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportMissingImports]
-    from wandb.sdk.internal.datastore import DataStore  # pyright: ignore[reportMissingImports]
 
     files, steps = sorted((directory / "wandb").glob("offline-run-*/*.wandb")), []
     for file in files:
-        store = DataStore()
-        store.open_for_scan(str(file))
-        while (data := store.scan_data()) is not None:
+        for data in records_of(file.read_bytes()):
             record = Record()
             record.ParseFromString(data)
             if record.WhichOneof("record_type") == "history":
                 steps.append(record.history.step.num)
     return len({file.name for file in files}), steps
+
+
+def records_of(data: bytes) -> Iterator[bytes]:
+    """The records of LevelDB's log format behind a header of 7 bytes: checksum, length, kind; blocks of 32 KiB."""
+    place, parts = 7, b""
+    while place + 7 <= len(data):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        size, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        parts += data[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            yield parts
+            parts = b""
 
 
 def read_trackio(directory: Path) -> tuple[int, list[int]]:
