@@ -255,6 +255,11 @@ class Recipe(Section):
     _arch: Architecture | None = PrivateAttr(None)
 
     @property
+    def total_updates(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.trainer.max_steps * self.batch.updates
+
+    @property
     def arch(self) -> Architecture:
         """The typed architecture of `model`, which `models.resolve` fills in."""
         if self._arch is None:
