@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from gspo_megatron.config.base import Section
+from gspo_megatron.config.recipe_paths import RecipePath
 
 
 class Architecture(Section):
@@ -94,7 +94,7 @@ class Architecture(Section):
 class ModelSection(Section):
     """`model`: which model is trained."""
 
-    path: Path | None = None
+    path: RecipePath | None = None
     """Hugging Face directory (config.json and safetensors); null = start from random weights of `architecture`."""
     architecture: dict[str, Any] | None = None
     """Shape under the names of a `config.json`; read from `path`/config.json when null. Keys by model_type."""

@@ -24,17 +24,18 @@ from gspo_megatron.models.registry import BY_TYPE, DEFAULT_TYPE, FAMILIES
 from gspo_megatron.types import Finding
 
 
-def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(path: Path, overrides: Iterable[str] = (), started_in: Path | None = None) -> Recipe:
     """Read a recipe, its bases and the overrides, with its typed architecture in `recipe.arch`.
 
     Args:
-        path: YAML file; its `base:` is a path relative to it.
+        path: YAML file; its `base:` and its paths are relative to it.
         overrides: `section.key=value` items, read by the type of the key.
+        started_in: what the paths of the overrides are relative to; null = the present directory.
 
     Raises:
         RecipeError: unreadable file, unknown key, wrong type, broken rule; every fault at once.
     """
-    return parse_recipe(read_tree(path, overrides))
+    return parse_recipe(read_tree(path, overrides, started_in))
 
 
 def load_resolved(path: Path) -> Recipe:

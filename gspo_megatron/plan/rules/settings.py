@@ -214,7 +214,7 @@ def _offload(recipe: Recipe, machine: Machine) -> Iterator[Finding]:
 
 def _small_print(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[Finding]:
     """Check keys that another key makes ineffective."""
-    trainer, rollout = recipe.trainer, recipe.rollout
+    rollout = recipe.rollout
     if rollout.expected_answer_tokens and rollout.expected_answer_tokens > rollout.max_answer_tokens:
         yield Finding(
             "expected-above-limit", "error", "rollout.expected_answer_tokens",
@@ -234,13 +234,7 @@ def _small_print(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterat
             "float32 doubles weights and KV and leaves the tensor cores idle",
             "set it to bfloat16; log-probs and the router stay float32",
         )  # fmt: skip
-    if recipe.optimizer.warmup_updates > trainer.max_steps * recipe.batch.updates:
-        yield Finding(
-            "warmup-beyond-run", "warning", "optimizer.warmup_updates",
-            f"{recipe.optimizer.warmup_updates} updates of warm-up in a run of "
-            f"{trainer.max_steps * recipe.batch.updates}",
-            "shorten it, or raise trainer.max_steps",
-        )  # fmt: skip
+    yield from _learning_rate(recipe)
     if recipe.evaluation.answers > 1 and recipe.evaluation.temperature == 0:
         yield Finding(
             "evaluation-repeats", "warning", "evaluation.answers",
@@ -249,3 +243,19 @@ def _small_print(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterat
         )  # fmt: skip
     if recipe.optimizer.lr == 0:
         yield Finding("updates-off", "info", "optimizer.lr", "0 switches the updates off", "leave it for a control run")
+
+
+def _learning_rate(recipe: Recipe) -> Iterator[Finding]:
+    optimizer, total = recipe.optimizer, recipe.total_updates
+    if optimizer.schedule == "constant" and optimizer.final_fraction:
+        yield Finding(
+            "final-fraction-inert", "warning", "optimizer.final_fraction",
+            f"{optimizer.final_fraction:g} has no effect with schedule=constant",
+            "set optimizer.schedule=cosine or linear, or remove it",
+        )  # fmt: skip
+    if optimizer.warmup_updates > total:
+        yield Finding(
+            "warmup-beyond-run", "warning", "optimizer.warmup_updates",
+            f"{optimizer.warmup_updates} updates of warm-up in a run of {total}",
+            "shorten it, or raise trainer.max_steps",
+        )  # fmt: skip
