@@ -9,7 +9,7 @@ from types import ModuleType
 
 from gspo_megatron import __version__
 from gspo_megatron.cluster.exit_codes import REFUSED
-from gspo_megatron.commands import conversion, failure_debug, run_report, train_run
+from gspo_megatron.commands import conversion, failure_debug, hook_check, run_report, train_run
 from gspo_megatron.config import RecipeError
 from gspo_megatron.plan import command as plan_command
 
@@ -19,6 +19,7 @@ COMMANDS: dict[str, ModuleType] = {
     "report": run_report,
     "convert": conversion,
     "debug": failure_debug,
+    "check": hook_check,
 }
 """Subcommand -> module with `add_arguments(subparsers)` and `run(arguments) -> exit code`."""
 

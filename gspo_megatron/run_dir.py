@@ -165,6 +165,11 @@ class RunDir:
         return self.path / "tensorboard"
 
     @property
+    def sinks(self) -> Path:
+        """One directory a metric sink."""
+        return self.path / "sinks"
+
+    @property
     def examples(self) -> Path:
         """Three responses of the last evaluation."""
         return self.path / "examples.json"

@@ -1,4 +1,4 @@
-"""The log of a run: metrics.jsonl, TensorBoard, one line a step on the terminal, progress bars.
+"""The log of a run: metrics.jsonl, TensorBoard, metric sinks, one line a step on the terminal, progress bars.
 
 Names and meanings of the metrics: README.md beside this file and objective/README.md.
 """
@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gspo_megatron.cluster.watchdog import Pulse
 from gspo_megatron.run_dir import RunDir
+from gspo_megatron.sinks.sink_threads import Sinks
 from gspo_megatron.types import Finding
 
 PLAIN_INTERVAL = 15.0
@@ -80,8 +81,8 @@ class RunLog:
     Usage: `with log:` around the run, `with log.step(n):` around a step; within it `add` collects the step's row.
     """
 
-    def __init__(self, run_dir: Path, owns_terminal: bool) -> None:
-        self.run_dir, self.owns_terminal = RunDir(run_dir), owns_terminal
+    def __init__(self, run_dir: Path, owns_terminal: bool, sinks: Sinks | None = None) -> None:
+        self.run_dir, self.owns_terminal, self._sinks = RunDir(run_dir), owns_terminal, sinks or Sinks([])
         self.console = Console(quiet=not owns_terminal, highlight=False, soft_wrap=True)
         self.live = owns_terminal and self.console.is_terminal
         self.bars = Progress(*BAR_COLUMNS, console=self.console, transient=True)
@@ -105,6 +106,8 @@ class RunLog:
             self.bars.stop()
         if self._board is not None:
             self._board.close()
+        for finding in self._sinks.close():
+            self.warn(finding)
 
     @contextlib.contextmanager
     def time(self, part: str) -> Iterator[None]:
@@ -193,11 +196,16 @@ class RunLog:
         if not self.owns_terminal:
             return
         row = self._row | {f"seconds/{part}": seconds for part, seconds in self._seconds.items()}
+        if self._sinks:
+            row["sink_failures"] = self._sinks.failures
         with self.run_dir.metrics.open("a") as file:
             file.write(json.dumps({"step": number, **row}) + "\n")
         for name, value in row.items():
             self._board.add_scalar(name, value, number)
         self._board.flush()
+        self._sinks.write(number, row)
+        for finding in self._sinks.warnings():
+            self.warn(finding)
 
     def _print(self, number: int) -> None:
         row = self._row

@@ -72,8 +72,8 @@ def main(words: Sequence[str]) -> int:
         arguments = read_arguments(words[1:], Path(words[0]))
         job_id = os.environ.get("SLURM_JOB_ID", "")
         if not job_id and not arguments.drawing:
-            become_local(arguments)
-        settings = Settings.read(HOME)
+            become_local(arguments, Path(words[0]))
+        settings = Settings.read(HOME, Path(words[0]))
         if arguments.drawing:
             return draw(arguments, settings)
         return Attempt(arguments, settings, job_id).run()
@@ -121,10 +121,11 @@ def header_number(header: str, option: str) -> int:
     return int(match[1])
 
 
-def become_local(arguments: Arguments) -> NoReturn:
+def become_local(arguments: Arguments, called_in: Path) -> NoReturn:
     """Without SLURM: all roles on this machine."""
     local = str(HOME / "launch" / "local.sh")
-    os.execv(local, [local, arguments.recipe, *arguments.overrides])
+    os.chdir(called_in)
+    os.execv(local, [local, str(HOME / arguments.recipe), *arguments.overrides])
 
 
 def draw(arguments: Arguments, settings: Settings) -> int:
@@ -185,7 +186,7 @@ class Attempt:
             return OK
         attempt = self._attempt = plan.attempt
         claim_attempt(plan, job.id)
-        resume = print_commands(job, plan, arguments, attempt)
+        resume = print_commands(job, plan, arguments, attempt, self.settings.called_in)
         check_nodes(plan, self.settings, attempt)
         write_key(attempt)
         started_from = newest_checkpoint(plan.run_dir)
@@ -226,13 +227,14 @@ class Attempt:
         return FAILED
 
 
-def print_commands(job: Job, plan: Plan, arguments: Sequence[str], attempt: Path) -> str:
+def print_commands(job: Job, plan: Plan, arguments: Sequence[str], attempt: Path, called_in: Path) -> str:
     """Print one line each: follow, attach, cancel, resume. Returns the command that resumes."""
     sizes = [f"--nodes={len(job.hosts)}"]
     if job.gpus != 8:
         sizes.append(f"--gpus-per-node={job.gpus}")
     kept = [word for word in arguments if not word.startswith("run.directory=")]
-    words = ["sbatch", *sizes, "launch/gspo_moe.sh", *kept, f"run.directory={plan.run_dir}"]
+    script = ["launch/gspo_moe.sh"] if called_in == HOME else [f"--chdir={called_in}", str(SCRIPT)]
+    words = ["sbatch", *sizes, *script, *kept, f"run.directory={plan.run_dir}"]
     resume = shlex.join(words)
     if is_heterogeneous():
         resume = f"the same two components again, with run.directory={plan.run_dir}"

@@ -10,7 +10,11 @@ load_site
 GSPO_IMAGE='' GSPO_ROLLOUT_IMAGE=''
 set_environment
 [ $# -gt 0 ] || set -- "$home/recipes/tiny_moe.yaml"
-[ ! -f "$1" ] || set -- "$(realpath "$1")" "${@:2}"
-cd "$home"
+[ ! -f "$1" ] || set -- "$(realpath -s "$1")" "${@:2}"
+# Relative paths of the recipe keys are the caller's, those of the site file the checkout's.
+for name in GSPO_VENV GSPO_ROLLOUT_VENV; do
+    case ${!name} in /*) ;; *) printf -v "$name" %s "$home/${!name}" ;; esac
+done
+export PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH}
 for venv in "$GSPO_VENV" "$GSPO_ROLLOUT_VENV"; do need_python "$venv/bin/python"; done
 GSPO_ROLLOUT_PYTHON=$GSPO_ROLLOUT_VENV/bin/python exec "$GSPO_VENV/bin/python" -m gspo_megatron.cli train "$@"

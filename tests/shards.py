@@ -28,6 +28,7 @@ ARCH = Qwen3Architecture(
     moe_intermediate_size=64,
     num_experts=8,
     num_experts_per_tok=2,
+    norm_topk_prob=True,
     max_position_embeddings=128,
 )
 

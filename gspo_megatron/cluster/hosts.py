@@ -63,7 +63,7 @@ class Task:
     arguments: tuple[str, ...]
     """What follows `python`; never a secret."""
     environment: dict[str, str]
-    """Added to the environment."""
+    """Added to the environment. `CUDA_VISIBLE_DEVICES` holds places among the GPUs that its host shows."""
     ports: tuple[int, ...]
     """Ports of its host on which it listens."""
     part: int = 0

@@ -33,9 +33,10 @@ from gspo_megatron.cluster.events import (
     StopRequested,
     Watched,
 )
-from gspo_megatron.cluster.hosts import Host, Ports, Spread, tasks
-from gspo_megatron.cluster.machines import count_gpus
+from gspo_megatron.cluster.hosts import Host, Ports, Spread, Task, tasks
 from gspo_megatron.cluster.supervisor import Rules, Supervisor, restart_sentence, supervise
+from gspo_megatron.cluster.visible_devices import VARIABLE, Gpu, list_gpus, name_devices
+from gspo_megatron.config.refusal import refuse
 from gspo_megatron.config.schema import Recipe
 
 LOOPBACK = "127.0.0.1"
@@ -68,7 +69,8 @@ def plan_roles(recipe: Recipe, run_dir: Path, ranks: int) -> list[Role]:
     """The processes of a run on one machine: those of a job of one node, on ports that are free here."""
     free = free_ports(2 + recipe.rollout.servers)
     ports, here = Ports(free[0], free[1], tuple(free[2:])), Host("localhost", LOOPBACK)
-    over = Spread((here,), ranks, (here,), recipe.rollout.servers, count_gpus())
+    visible = list_gpus()
+    over = Spread((here,), ranks, (here,), recipe.rollout.servers, len(visible))
     key = {"GSPO_JOB_KEY": secrets.token_hex(16)}
     # Servers may have an environment of their own, as on a cluster (launch/local.sh).
     programs = {"rollout": os.environ.get("GSPO_ROLLOUT_PYTHON", sys.executable)}
@@ -76,12 +78,22 @@ def plan_roles(recipe: Recipe, run_dir: Path, ranks: int) -> list[Role]:
         Role(
             task.name,
             (programs.get(task.kind, sys.executable), *task.arguments),
-            {**key, **task.environment},
+            {**key, **task.environment, **_own_devices(task, visible)},
             owns_terminal=task.name == "trainer-0",
             restarts=task.restarts,
         )
         for task in tasks(recipe, over, ports, run_dir)
     ]
+
+
+def _own_devices(task: Task, visible: Sequence[Gpu]) -> dict[str, str]:
+    """What a task sees of the GPUs, if not all. Raises RecipeError where there are too few."""
+    places = task.environment.get(VARIABLE)
+    try:
+        return {} if places is None else {VARIABLE: name_devices(places, visible)}
+    except ValueError as error:
+        message, _, fix = str(error).partition("; ")
+        raise refuse("too-few-gpus", "rollout.servers", message, fix) from None
 
 
 def free_ports(count: int) -> list[int]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from gspo_megatron.cluster.visible_devices import list_gpus
 from gspo_megatron.config.placement_section import GpuKind
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.types import Finding
@@ -115,12 +114,9 @@ def takes_turns(recipe: Recipe) -> bool:
 
 
 def find_gpus() -> tuple[GpuKind, int | None]:
-    """Kind and number of this machine's GPUs, by nvidia-smi; an unknown kind is planned as an H100."""
-    if shutil.which("nvidia-smi") is None:
-        return "cpu", None
-    listed = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True)
-    names = [line.lower() for line in listed.stdout.splitlines() if line.strip()]
-    if listed.returncode or not names:
+    """Kind and number of the GPUs that this process may use; an unknown kind is planned as an H100."""
+    names = [gpu.model.lower() for gpu in list_gpus()]
+    if not names:
         return "cpu", None
     kinds: tuple[GpuKind, ...] = ("h200", "b200", "h100")
     found: GpuKind = "h100"
@@ -132,7 +128,7 @@ def find_gpus() -> tuple[GpuKind, int | None]:
 
 
 def count_gpus() -> int:
-    """GPUs of this machine, without importing torch."""
+    """GPUs of this machine that this process may use, without importing torch."""
     return find_gpus()[1] or 0
 
 

@@ -8,15 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gspo_megatron.cluster.exit_codes import OK, REFUSED
+from gspo_megatron.commands.recipe_arguments import read_path
 from gspo_megatron.models import load_recipe
 
 
 def add_arguments(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the `convert` command to the parser."""
     parser = subparsers.add_parser("convert", help="checkpoint to Hugging Face directory, or back to a layout")
-    parser.add_argument("source", type=Path, help="a checkpoint directory, or a Hugging Face directory")
-    parser.add_argument("out", type=Path, help="directory to write; an older one is replaced")
-    parser.add_argument("recipe", type=Path, nargs="?", help="recipe with the layout for such a directory")
+    parser.add_argument("source", type=read_path, help="a checkpoint directory, or a Hugging Face directory")
+    parser.add_argument("out", type=read_path, help="directory to write; an older one is replaced")
+    parser.add_argument("recipe", type=read_path, nargs="?", help="recipe with the layout for such a directory")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the recipe")
 
 

@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 from gspo_megatron.cluster.exit_codes import OK, REFUSED
+from gspo_megatron.commands.recipe_arguments import read_path
 
 
 def add_arguments(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the `debug` command to the parser."""
     parser = subparsers.add_parser("debug", help="examine an update that a run kept under alarms/")
-    parser.add_argument("bundle", type=Path, help="a failure dump: RUN_DIR/alarms/update_N")
+    parser.add_argument("bundle", type=read_path, help="a failure dump: RUN_DIR/alarms/update_N")
 
 
 def run(chosen: argparse.Namespace) -> int:

@@ -5,8 +5,18 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from gspo_megatron.config.recipe_paths import absolute_path
+
+
+def read_path(text: str) -> Path:
+    """Read a path on the command line by the rule of the recipe's paths: the type of every such argument."""
+    try:
+        return absolute_path(text) if text.startswith("~") else Path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """Add `recipe` (a path) and `overrides` (a list of `key=value`) to the parser of a command."""
-    parser.add_argument("recipe", type=Path, help="YAML recipe, e.g. recipes/tiny_moe.yaml")
+    parser.add_argument("recipe", type=read_path, help="YAML recipe, e.g. recipes/tiny_moe.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides: trainer.max_steps=10")

@@ -7,13 +7,14 @@ import sys
 from pathlib import Path
 
 from gspo_megatron.cluster.exit_codes import OK, REFUSED
+from gspo_megatron.commands.recipe_arguments import read_path
 from gspo_megatron.run_dir import RunDir
 
 
 def add_arguments(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the `report` command to the parser."""
     parser = subparsers.add_parser("report", help="write the plots and report.html of a run directory")
-    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("run_dir", type=read_path)
 
 
 def run(chosen: argparse.Namespace) -> int:

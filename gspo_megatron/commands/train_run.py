@@ -16,6 +16,7 @@ from gspo_megatron.cluster.machines import count_gpus
 from gspo_megatron.commands.recipe_arguments import add_recipe
 from gspo_megatron.config import Recipe, save_resolved
 from gspo_megatron.config.loading import refuse
+from gspo_megatron.config.recipe_paths import absolute_path, short_path
 from gspo_megatron.models import load_recipe
 from gspo_megatron.plan import check
 from gspo_megatron.plan.rules.not_built import not_built
@@ -47,7 +48,8 @@ def train(path: Path, overrides: Sequence[str]) -> int:
         return OK
     run_dir = prepare_run(recipe)
     print(
-        f"{recipe.run.name}: {ranks} trainer ranks, {recipe.rollout.servers} rollout server(s), all goes to {run_dir}",
+        f"{recipe.run.name}: {ranks} trainer ranks, {recipe.rollout.servers} rollout server(s), "
+        f"all goes to {short_path(run_dir)}",
         flush=True,
     )
     run = RunDir(run_dir)
@@ -60,7 +62,7 @@ def train(path: Path, overrides: Sequence[str]) -> int:
 def prepare_run(recipe: Recipe) -> Path:
     """Make the run directory: resolved recipe, objective sentence, model description for the servers."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    run = RunDir(recipe.run.directory or Path("runs") / f"{recipe.run.name}-{stamp}")
+    run = RunDir(recipe.run.directory or absolute_path(f"runs/{recipe.run.name}-{stamp}"))
     with refuse_unwritable(run.path):
         run.model.mkdir(parents=True, exist_ok=True)
         save_resolved(recipe, run.recipe)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from gspo_megatron.config.base import Section
+from gspo_megatron.config.recipe_paths import ObjectReference
 
 TRUST_RULES = ("clip", "dual_clip", "detached_clip", "soft_gate", "mask", "log_clip", "none")
 Correction = Literal["tis", "mis", "icepop", "geometric_mask", "sequence_product", "opsm", "veto"]
@@ -38,7 +39,7 @@ class Axes(Section):
 
     Source: GSPO. The two engines' log-probs differ by more than the width of its clip band.
     """
-    trust: str = "clip"
+    trust: ObjectReference = "clip"
     """Rule that limits the ratio: clip, dual_clip, detached_clip, soft_gate, mask, log_clip, none, or
     `file.py:function`. Source: GSPO, eq. 5."""
     clip_low: float = Field(default=3e-4, ge=0)

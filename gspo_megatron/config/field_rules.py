@@ -9,7 +9,8 @@
 | list, mapping | YAML; a value follows the rule of its type |
 | anything (`data.options`) | `null`, `true`, `false` and numbers by these rules, else text |
 
-The word `null`, unquoted, is null where the key may be null. `${x}`, `~` and `#` have no meaning in a text.
+The word `null`, unquoted, is null where the key may be null. `${x}`, `~` and `#` have no meaning in a text;
+`recipe_paths` says what `~` means in a path.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -33,6 +34,8 @@ _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _NOT_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _MOST_DIGITS = 18
 _NULL_LIKE = ("", "~", "Null", "NULL")
+NULL_WORDS = ("null", *_NULL_LIKE)
+"""Plain scalars that are null, or that are refused because YAML 1.1 takes them for it."""
 _WRONG = object()
 """Stands in a tree where a value was refused."""
 
@@ -77,9 +80,15 @@ RULES: dict[type, Rule] = {
 
 def options_of(annotation: Any) -> tuple[tuple[Any, ...], bool]:
     """Return the types that a key may have without null, and whether it may be null."""
+    annotation = _bare(annotation)
     options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    rest = tuple(option for option in options if option is not type(None))
+    rest = tuple(_bare(option) for option in options if option is not type(None))
     return rest, len(rest) < len(options) or Any in rest
+
+
+def _bare(annotation: Any) -> Any:
+    """The type without what a recipe section says about it, e.g. that it is a path."""
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:

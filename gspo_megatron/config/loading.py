@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from gspo_megatron.config.field_rules import read_section, section_of
 from gspo_megatron.config.override_text import read_override
+from gspo_megatron.config.recipe_paths import absolute_path, place_paths
 from gspo_megatron.config.refusal import RecipeError, key_text, quote, refuse
 from gspo_megatron.config.resolved_file import save_resolved
 from gspo_megatron.config.schema import Recipe
@@ -30,12 +31,13 @@ __all__ = [
 ]
 
 
-def read_tree(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+def read_tree(path: Path, overrides: Iterable[str] = (), started_in: Path | None = None) -> dict[str, Any]:
     """Read a recipe file, its bases and the overrides.
 
     Args:
-        path: YAML file; its `base:` is a path relative to it.
+        path: YAML file; its `base:` and its paths are relative to it.
         overrides: `section.key=value` items. The type of the key decides how the value is read (`field_rules`).
+        started_in: what the paths of the overrides are relative to; null = the present directory.
 
     Returns:
         One tree of texts and values, not checked against the schema yet.
@@ -45,7 +47,9 @@ def read_tree(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """
     merged = _read(Path(path), seen=())
     for item in overrides:
-        merged = _merge(merged, read_override(item), quote(item), ())
+        tree = read_override(item)
+        tree = place_paths(tree, Recipe, started_in) if started_in else tree
+        merged = _merge(merged, tree, quote(item), ())
     return merged
 
 
@@ -100,9 +104,12 @@ def read_model_config(directory: Path) -> dict[str, Any]:
     except ValueError as error:
         raise refuse("model-file-broken", "model.path", f"{file} is not UTF-8: {error}", "fix it") from None
     try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError, RecursionError) as error:
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError("it has no keys at its top")
+    except (ValueError, RecursionError) as error:
         raise refuse("model-file-broken", "model.path", f"{file} is not a JSON object: {error}", "fix it") from None
+    return values
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -122,13 +129,18 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise refuse("base-cycle", "base", f"{path} inherits from itself", "remove one `base:` of the cycle")
     tree = dict(_mapping(read_yaml_file(path), path))
     base = tree.pop("base", None)
+    tree = place_paths(tree, Recipe, path.parent)
     if base is None or base == "null":
         return tree
     values, faults = read_section({"base": base}, _Base)
     if faults or not isinstance(values["base"], str):
         fix = "give the path of a recipe, relative to this file"
         raise RecipeError(faults) if faults else refuse("base-form", "base", f"{path}: is not a path", fix)
-    return _merge(_read(path.parent / values["base"], (*seen, resolved)), tree, str(path), ())
+    try:
+        below = absolute_path(values["base"], path.parent) if values["base"].startswith("~") else values["base"]
+    except ValueError as error:
+        raise refuse("base-form", "base", *str(error).split("; ")) from None
+    return _merge(_read(path.parent / below, (*seen, resolved)), tree, str(path), ())
 
 
 class _Base(BaseModel):

@@ -14,6 +14,7 @@ from gspo_megatron.config.axes import Axes
 from gspo_megatron.config.objective_text import one_sentence
 from gspo_megatron.config.plugins import load_object
 from gspo_megatron.config.presets import PRESETS
+from gspo_megatron.config.recipe_paths import ObjectReference
 
 
 class ObjectiveSpec(Axes):
@@ -62,7 +63,7 @@ class ObjectiveSpec(Axes):
 class ObjectiveSection(Axes):
     """`objective`: a preset, and the axes that the recipe changes. A missing or null axis keeps the preset's value."""
 
-    preset: str = "gspo"
+    preset: ObjectReference = "gspo"
     """gspo, gspo_token, grpo, grpo_replay, dr_grpo, dapo, cispo, sapo, gmpo, luspo, rloo, minirl, or `file.py:NAME`.
 
     Source: the algorithm this repository is for.

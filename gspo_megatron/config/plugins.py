@@ -41,7 +41,7 @@ def _load_file(path: Path) -> ModuleType:
     if name in sys.modules:
         return sys.modules[name]
     if not os.path.isfile(resolved):
-        raise ValueError(f"{path} does not exist; give the path of a Python file, relative to where the run starts")
+        raise ValueError(f"{path} does not exist; give the path of a Python file (config/README.md, Paths)")
     spec = importlib.util.spec_from_file_location(name, resolved)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -6,28 +6,19 @@ Each docstring is what `gspo plan --explain KEY` prints. "Source: chosen here" m
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
 from gspo_megatron.config.base import Section
 from gspo_megatron.config.long_responses import EnvironmentSection, LengthStage, RepetitionHalt, ThinkingBudget
+from gspo_megatron.config.metrics_section import MetricsSection
 from gspo_megatron.config.model_section import Architecture, ModelSection
 from gspo_megatron.config.objective_spec import ObjectiveSection
+from gspo_megatron.config.optimizer_section import OptimizerSection
 from gspo_megatron.config.placement_section import PlacementSection
+from gspo_megatron.config.run_section import RunSection
 from gspo_megatron.config.task_sections import ColdStartSection, DataSection, RewardSection, TokenizerSection
-
-
-class RunSection(Section):
-    """`run`: name, seed and directory of the run."""
-
-    name: str = "run"
-    """Name of the run, used in its directory and in titles."""
-    seed: int = Field(default=0, ge=0)
-    """Seed of initialisation, data order and sampling. Runs with one seed see the same prompts in the same order."""
-    directory: Path | None = None
-    """Directory that the run writes to; null = runs/<name>-<date>."""
 
 
 class BatchSection(Section):
@@ -51,26 +42,6 @@ class BatchSection(Section):
                 f"updates={self.updates} does not divide prompts={self.prompts}; set prompts to a multiple"
             )
         return self
-
-
-class OptimizerSection(Section):
-    """`optimizer`: AdamW of the reinforcement learning phase."""
-
-    lr: float = Field(default=1e-6, ge=0)
-    """Learning rate after warm-up, constant from there. 0 switches the updates off (a control run).
-
-    Source: public Qwen3 recipes.
-    """
-    warmup_updates: int = Field(default=0, ge=0)
-    """Optimizer steps of linear warm-up."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Adam's decay rates of the first and second moment. Source: usual for large language models."""
-    eps: float = Field(default=1e-8, gt=0)
-    """Adam's epsilon. Source: Adam, arXiv 1412.6980."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay of matrices. Weights of norms are not decayed."""
-    clip_grad: float = Field(default=1.0, gt=0)
-    """Largest global gradient norm. Source: usual for transformers."""
 
 
 class TrainerSection(Section):
@@ -278,9 +249,15 @@ class Recipe(Section):
     weight_update: WeightUpdateSection = WeightUpdateSection()
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    metrics: MetricsSection = MetricsSection()
     acknowledge: dict[str, str] = Field(default_factory=dict)
     """Warnings that this recipe accepts: code -> reason."""
     _arch: Architecture | None = PrivateAttr(None)
+
+    @property
+    def total_updates(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.trainer.max_steps * self.batch.updates
 
     @property
     def arch(self) -> Architecture:

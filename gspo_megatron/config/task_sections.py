@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from gspo_megatron.config.base import Section
+from gspo_megatron.config.recipe_paths import RecipePath
 
 
 class TokenizerSection(Section):
@@ -15,7 +16,7 @@ class TokenizerSection(Section):
 
     kind: Literal["sentencepiece", "huggingface"] = "huggingface"
     """Library that reads the tokenizer. Source: the format that Qwen3 ships."""
-    path: Path | None = None
+    path: RecipePath | None = None
     """SentencePiece model file or Hugging Face directory; null = `model.path`."""
     system_prompt: str | None = None
     """System message of the chat template; null = none. Hugging Face only."""
@@ -31,9 +32,9 @@ class DataSection(Section):
 
     Source: the usual format of prompt sets.
     """
-    path: Path | None = None
+    path: RecipePath | None = None
     """JSONL file of training problems."""
-    held_out_path: Path | None = None
+    held_out_path: RecipePath | None = None
     """JSONL file of held-out problems; null = `held_out` questions of `path`, chosen by the hash of their text."""
     task: str | None = None
     """Name of a reasoning-gym task: `basic_arithmetic`."""
@@ -121,5 +122,6 @@ class ColdStartSection(Section):
 
     Source: chosen here: enough right responses for a signal, enough wrong ones to learn from.
     """
-    cache: Path = Path("runs/cold_start")
-    """Directory of finished cold starts, named by the hash of everything that made them. Source: chosen here."""
+    cache: RecipePath = Path("runs/cold_start")
+    """Directory of finished cold starts, named by the hash of everything that made them. The default lies where the
+    command was started. Source: chosen here."""

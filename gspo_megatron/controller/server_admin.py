@@ -10,6 +10,7 @@ import aiohttp
 
 from gspo_megatron.controller import vllm_format
 from gspo_megatron.controller.vllm_format import FormatError
+from gspo_megatron.http_clients import direct_session
 from gspo_megatron.transport.auth import key_header
 from gspo_megatron.transport.messages import ServerIdentity
 from gspo_megatron.transport.update_messages import JoinRequest, WorkerLayout, WorkerReport
@@ -35,8 +36,8 @@ class ServerAdmin:
         self.url = url.rstrip("/")
         self.fault = ""
         """Why this server is not used any more; empty = it is."""
-        self._session = aiohttp.ClientSession(
-            headers=key_header(key),
+        self._session = direct_session(
+            key_header(key),
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
         )

@@ -17,6 +17,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import make_online_process_loader
 
@@ -147,7 +148,7 @@ class ShardTransferEngine(WeightTransferEngine[JoinInfo, ReceiveInfo]):
         finalize_layerwise_reload(self.model, self.model_config)
         self._apart = False
         if self.device.type == "cpu":
-            pack_experts(self.model)
+            pack_again(self.model)
 
     def shutdown(self) -> None:
         """Leave the transfer."""
@@ -191,13 +192,24 @@ def copy_whole(param: torch.Tensor, loaded_weight: torch.Tensor) -> None:
     param.data.copy_(loaded_weight)
 
 
-def pack_experts(model: torch.nn.Module) -> None:
-    """Bring experts into the layout of vLLM's CPU kernel, which its reload path leaves out (vllm 0.32)."""
+def pack_again(model: torch.nn.Module) -> None:
+    """Repack for vLLM's CPU kernels what its reload path leaves as it was (vllm 0.32).
+
+    These are experts, and a layer that shares a weight with one before it, as a tied head does with the embedding: it
+    has the new values, but computes with a packed copy of the old ones.
+    """
+    seen: set[int] = set()
     for layer in model.modules():
         if isinstance(layer, RoutedExperts):
             kernel = layer.quant_method.moe_kernel
             assert kernel is not None, "vLLM builds it at the first load"
             kernel.fused_experts.process_weights_after_loading(layer)
+        own = {id(parameter) for parameter in layer.parameters(recurse=False)}
+        if own & seen:
+            method = layer.quant_method
+            assert isinstance(method, QuantizeMethodBase)
+            method.process_weights_after_loading(layer)
+        seen |= own
 
 
 def as_text[**P](method: Callable[P, WireMessage]) -> Callable[P, str]:

@@ -4,6 +4,21 @@
 """
 
 from gspo_megatron.models.registry import architecture_of
-from gspo_megatron.models.resolution import load_recipe, load_resolved, parse_recipe, read_architecture, resolve
+from gspo_megatron.models.resolution import (
+    config_findings,
+    load_recipe,
+    load_resolved,
+    parse_recipe,
+    read_architecture,
+    resolve,
+)
 
-__all__ = ["architecture_of", "load_recipe", "load_resolved", "parse_recipe", "read_architecture", "resolve"]
+__all__ = [
+    "architecture_of",
+    "config_findings",
+    "load_recipe",
+    "load_resolved",
+    "parse_recipe",
+    "read_architecture",
+    "resolve",
+]

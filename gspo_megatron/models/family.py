@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gspo_megatron.config.model_section import Architecture
+from gspo_megatron.models.config_keys import ConfigKeys
 from gspo_megatron.models.layer_costs import LayerShape
 from gspo_megatron.models.server_cuts import ServerLayout, ServerParameter
 from gspo_megatron.models.trainer_cuts import Parameter
@@ -33,8 +34,8 @@ class Family:
     """Of the folder."""
     architectures: Mapping[str, type[Architecture]]
     """The class of keys for each `model_type` that runs."""
-    only_values: Mapping[str, Any]
-    """Keys of a `config.json` that run with one value only, with that value."""
+    config_keys: Mapping[str, ConfigKeys]
+    """The table of its keys of a `config.json` for each `model_type`."""
     rope_types: tuple[str, ...]
     """Kinds of `rope_scaling` that run; the last is the one to set instead of another."""
     layer_shapes: Callable[[Architecture, int], Iterator[tuple[str, tuple[int, ...]]]]

@@ -19,24 +19,23 @@ from gspo_megatron.config.loading import (
 from gspo_megatron.config.model_section import Architecture, ModelSection
 from gspo_megatron.config.refusal import quote
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.models.config_reader import PLACE, read_keys
 from gspo_megatron.models.registry import BY_TYPE, DEFAULT_TYPE, FAMILIES
 from gspo_megatron.types import Finding
 
-PLACE = ("model", "architecture")
-"""Where the keys of an architecture stand in a recipe."""
 
-
-def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(path: Path, overrides: Iterable[str] = (), started_in: Path | None = None) -> Recipe:
     """Read a recipe, its bases and the overrides, with its typed architecture in `recipe.arch`.
 
     Args:
-        path: YAML file; its `base:` is a path relative to it.
+        path: YAML file; its `base:` and its paths are relative to it.
         overrides: `section.key=value` items, read by the type of the key.
+        started_in: what the paths of the overrides are relative to; null = the present directory.
 
     Raises:
         RecipeError: unreadable file, unknown key, wrong type, broken rule; every fault at once.
     """
-    return parse_recipe(read_tree(path, overrides))
+    return parse_recipe(read_tree(path, overrides, started_in))
 
 
 def load_resolved(path: Path) -> Recipe:
@@ -59,24 +58,33 @@ def resolve(recipe: Recipe) -> Recipe:
     """The same recipe with its typed architecture, from `model.architecture` or else from `model.path`/config.json."""
     model = recipe.model
     if model.architecture is not None:
-        return recipe.with_arch(_typed(model.architecture, model.architecture, ".".join((*PLACE, "model_type"))))
+        return recipe.with_arch(_typed(model.architecture))
     assert model.path is not None
     return recipe.with_arch(read_architecture(model.path))
 
 
 def read_architecture(directory: Path) -> Architecture:
-    """The typed part of a Hugging Face `config.json`. Raises RecipeError naming the missing file or key."""
+    """The model of a Hugging Face `config.json`. Raises RecipeError naming the missing file or every faulty key."""
+    arch, findings = _read_file(directory)
+    if arch is None:
+        raise RecipeError([finding for finding in findings if finding.severity == "error"])
+    return arch
+
+
+def config_findings(directory: Path) -> list[Finding]:
+    """What is to be said of a Hugging Face `config.json`: why it cannot be trained, and keys that nobody reads.
+
+    Raises RecipeError if there is none that can be read.
+    """
+    return _read_file(directory)[1]
+
+
+def _read_file(directory: Path) -> tuple[Architecture | None, list[Finding]]:
     values = read_model_config(directory)
-    # transformers 5 writes `num_local_experts` and `rope_parameters`, the published files `num_experts`, `rope_theta`.
-    values.setdefault("num_experts", values.get("num_local_experts"))
-    rope = dict(values.get("rope_parameters") or {})
-    if "rope_theta" in rope:
-        values.setdefault("rope_theta", rope.pop("rope_theta"))
-    if rope.get("rope_type", "default") != "default":
-        values.setdefault("rope_scaling", rope)
-    given = {name: value for name, value in values.items() if value is not None}
-    cls = _class_of(given, "model.path")
-    return _typed(given, {name: given[name] for name in cls.model_fields if name in given}, "model.path")
+    if "model_type" not in values:
+        message = f"{directory / 'config.json'} has no model_type, by which the model is known"
+        raise refuse("model-type-unknown", "model.path", message, "add it, as in the published config.json")
+    return _check(values, "model.path", from_file=True)
 
 
 def _faults_of(texts: Mapping[str, Any]) -> tuple[Finding, ...]:
@@ -84,17 +92,29 @@ def _faults_of(texts: Mapping[str, Any]) -> tuple[Finding, ...]:
     section, faults = read_section({"architecture": texts}, ModelSection)
     if faults:  # `parse` has reported them
         return ()
-    values = section["architecture"]
     try:
-        _typed(values, values, ".".join((*PLACE, "model_type")))
+        _typed(section["architecture"])
     except RecipeError as error:
         return error.findings
     return ()
 
 
+def _typed(texts: Mapping[str, Any]) -> Architecture:
+    """The architecture that a recipe writes down."""
+    where = ".".join((*PLACE, "model_type"))
+    texts = {"model_type": DEFAULT_TYPE, **texts}
+    values, faults = read_section(texts, _class_of(texts, where), PLACE)
+    if faults:
+        raise RecipeError(faults)
+    arch, findings = _check(values, where, from_file=False)
+    if arch is None:
+        raise RecipeError(findings)
+    return arch
+
+
 def _class_of(values: Mapping[str, Any], key: str) -> type[Architecture]:
     """The class of a model type. Raises RecipeError at `key` with the types that run."""
-    name = values.get("model_type", DEFAULT_TYPE)
+    name = values["model_type"]
     if not isinstance(name, str) or name not in BY_TYPE:
         runs = "; ".join(f"{family.name}: {', '.join(family.architectures)}" for family in FAMILIES)
         raise refuse(
@@ -103,30 +123,19 @@ def _class_of(values: Mapping[str, Any], key: str) -> type[Architecture]:
     return BY_TYPE[name].architectures[name]
 
 
-def _typed(config: Mapping[str, Any], keys: Mapping[str, Any], where: str) -> Architecture:
-    """The typed architecture.
+def _check(values: Mapping[str, Any], where: str, from_file: bool) -> tuple[Architecture | None, list[Finding]]:
+    """The architecture, or None where a finding is an error.
 
     Args:
-        config: all that was given; keys that run with one value only are looked up here.
-        keys: those that become fields.
+        values: every key that was given.
         where: the key that names the model, for an error.
+        from_file: whether the keys are those of a `config.json`.
     """
-    cls = _class_of(config, where)
-    family = BY_TYPE[config.get("model_type", DEFAULT_TYPE)]
-    found = [
-        Finding(
-            "model-key-differs", "error", ".".join((*PLACE, name)),
-            f"{quote(config[name])}: models/{family.name} computes {name}={value} only",
-            f"set {name}={value} if the weights allow it, or take another model",
-        )
-        for name, value in family.only_values.items()
-        if name in config and config[name] is not None and config[name] != value
-    ]  # fmt: skip
+    cls = _class_of(values, where)
+    fields, findings = read_keys(cls, BY_TYPE[values["model_type"]], values, from_file)
+    named = {finding.key for finding in findings}
     try:
-        fields = {name: value for name, value in keys.items() if name not in family.only_values}
-        arch = validate({"model_type": DEFAULT_TYPE, **fields}, cls, PLACE)
+        arch = validate(fields, cls, PLACE)
     except RecipeError as error:
-        raise RecipeError([*found, *error.findings]) from None
-    if found:
-        raise RecipeError(found)
-    return arch
+        return None, [*findings, *(finding for finding in error.findings if finding.key not in named)]
+    return (None if any(finding.severity == "error" for finding in findings) else arch), findings

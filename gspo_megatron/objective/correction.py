@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gspo_megatron.config.objective_spec import ObjectiveSpec
+from gspo_megatron.objective.bounded import bounded_exp
 from gspo_megatron.objective.packed import Packed
 
 
@@ -27,7 +28,7 @@ def correction_factor(
         advantages: [T].
     """
     log_k = (old - sampler).detach()
-    k = log_k.exp()
+    k = bounded_exp(log_k)
     factor = torch.ones_like(k)
     for name in spec.correction:
         if name == "tis":
@@ -36,11 +37,11 @@ def correction_factor(
             low, high = spec.mask_bounds(name)
             factor = torch.where((k >= low) & (k <= high), factor * k, 0.0)
         elif name == "geometric_mask":
-            mean = packed.means(log_k).exp()
+            mean = bounded_exp(packed.means(log_k))
             kept = (mean >= spec.geometric_low) & (mean <= spec.geometric_high)
             factor = torch.where(packed.spread(kept), factor, 0.0)
         elif name == "sequence_product":
-            factor = factor * packed.spread(packed.totals(log_k).exp().clamp(max=spec.tis_cap))
+            factor = factor * packed.spread(bounded_exp(packed.totals(log_k)).clamp(max=spec.tis_cap))
         elif name == "opsm":
             drifted = packed.spread(packed.means(sampler - current) > spec.opsm_delta)
             factor = torch.where(drifted & (advantages < 0), 0.0, factor)

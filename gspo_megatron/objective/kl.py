@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gspo_megatron.config.objective_spec import ObjectiveSpec
+from gspo_megatron.objective.bounded import bounded_expm1
 from gspo_megatron.objective.packed import Packed, SumOverContext, identity
 
 Estimator = Literal["k1", "k2", "k3", "k3_unbiased"]
@@ -27,7 +28,7 @@ def kl_estimate(kind: Estimator, current: Tensor, reference: Tensor, ratio: Tens
         return gap
     if kind == "k2":
         return gap.square() / 2
-    k3 = torch.expm1(-gap) + gap
+    k3 = bounded_expm1(-gap) + gap
     return ratio * k3 if kind == "k3_unbiased" else k3
 
 

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from gspo_megatron.config.objective_spec import ObjectiveSpec
+from gspo_megatron.objective.bounded import bounded_exp, limit_gradient, narrowed
 from gspo_megatron.objective.correction import correction_factor
 from gspo_megatron.objective.inputs import LossInputs, LossOutput, check_shapes, check_values
 from gspo_megatron.objective.kl import kl_estimate
@@ -51,6 +52,7 @@ def policy_loss(spec: ObjectiveSpec, inputs: LossInputs, sum_over_context: SumOv
         check_values(inputs)
     packed = Packed.of(inputs.loss_mask, inputs.cu_seqlens, sum_over_context)
     current = packed.trained(inputs.logprobs)
+    limit_gradient(current, inputs.logprobs.dtype)
     old = packed.trained(inputs.old_logprobs.detach())
     sampler = None if inputs.rollout_logprobs is None else packed.trained(inputs.rollout_logprobs.detach())
     advantages = _token_advantages(packed, inputs)
@@ -64,12 +66,12 @@ def policy_loss(spec: ObjectiveSpec, inputs: LossInputs, sum_over_context: SumOv
     divergence = None
     if spec.kl != "none" and spec.kl_in == "loss" and inputs.reference_logprobs is not None:
         reference = packed.trained(inputs.reference_logprobs.detach())
-        divergence = kl_estimate(spec.kl, current, reference, (current - old).exp())
+        divergence = kl_estimate(spec.kl, current, reference, bounded_exp(current - old))
         objective = objective - spec.kl_coefficient * divergence
 
     share = -(torch.where(packed.mask, objective, 0.0) * _token_weights(spec, packed, inputs)).sum()
     metrics = metric_sums(packed, share, current, old, sampler, advantages, surrogate, log_s, factor, divergence)
-    return LossOutput(share.to(inputs.logprobs.dtype), metrics)
+    return LossOutput(narrowed(share, inputs.logprobs.dtype), metrics)
 
 
 def _token_advantages(packed: Packed, inputs: LossInputs) -> Tensor:
@@ -99,7 +101,7 @@ def _surrogate(
         # clip condition and the gradient of the sequence ratio (equation 14 of the paper), and only two numbers a
         # sequence cross ranks.
         log_ratio = (log_ratio - log_ratio.detach()) + packed.spread(center)
-    surrogate = find_rule(spec.trust)(TokenTerms(spec, current, base, log_ratio.exp(), advantages))
+    surrogate = find_rule(spec.trust)(TokenTerms(spec, current, base, bounded_exp(log_ratio), advantages))
     if low is not None and high is not None:
         surrogate = Surrogate(surrogate.objective, low, high)
     return surrogate, log_s

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from gspo_megatron.objective.bounded import bounded_exp, bounded_expm1
 from gspo_megatron.objective.packed import Packed
 from gspo_megatron.objective.trust import Surrogate
 
@@ -71,7 +72,7 @@ def metric_sums(
         "zero_sequences": (fraction * zero).sum(),
         "zero_advantage_sequences": (fraction * ((advantages == 0) & mask)).sum(),
         "policy_k1": -shift.sum(),
-        "policy_k3": (torch.expm1(shift) - shift).sum(),
+        "policy_k3": (bounded_expm1(shift) - shift).sum(),
         "negative_logprobs": -current.sum(),
         "nonfinite_tokens": (~finite).sum(dtype=torch.float64),
     }
@@ -107,19 +108,19 @@ def _log_s_sums(packed: Packed, log_s: Tensor) -> dict[str, Tensor]:
 def _mismatch_sums(packed: Packed, fraction: Tensor, old: Tensor, sampler: Tensor) -> dict[str, Tensor]:
     mask = packed.mask
     log_k = old - sampler
-    k = log_k.exp()
+    k = bounded_exp(log_k)
     p_trainer, p_sampler = packed.trained(old.exp()), packed.trained(sampler.exp())
     gap = (p_trainer - p_sampler).abs()
     return {
         "mismatch_k": packed.trained(k).sum(),
         "mismatch_k_square": packed.trained(k.square()).sum(),
         "mismatch_k1": -log_k.sum(),
-        "mismatch_k3": (torch.expm1(log_k) - log_k).sum(),
+        "mismatch_k3": (bounded_expm1(log_k) - log_k).sum(),
         "mismatch_k/max": _largest(packed.trained(k)),
         "mismatch_abs/max": _largest(log_k.abs()),
         "mismatch_outside_2": ((log_k.abs() > 0.6931471805599453) & mask).sum(dtype=torch.float64),
         "mismatch_outside_icepop": (((k < 0.5) | (k > 5)) & mask).sum(dtype=torch.float64),
-        "mismatch_sequence_k_square": (packed.local_share() * (2 * packed.means(log_k)).exp()).sum(),
+        "mismatch_sequence_k_square": (packed.local_share() * bounded_exp(2 * packed.means(log_k))).sum(),
         "mismatch_log_ppl_trainer": -(fraction * old).sum(),
         "mismatch_log_ppl_sampler": -(fraction * sampler).sum(),
         "mismatch_dp": gap.sum(),

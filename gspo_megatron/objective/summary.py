@@ -11,6 +11,7 @@ from itertools import accumulate
 
 from torch import Tensor
 
+from gspo_megatron.objective.bounded import LARGEST
 from gspo_megatron.objective.metrics import (
     BINS_PER_DECADE,
     BUCKET_NAMES,
@@ -141,5 +142,5 @@ def _mismatch(value: Mapping[str, float], tokens: float, sequences: float) -> di
         "mismatch_correlation": covariance / math.sqrt(spread) if spread > 1e-20 else 1.0,
         "mismatch_log_ppl_trainer": log_trainer,
         "mismatch_log_ppl_sampler": log_sampler,
-        "mismatch_ppl_ratio": math.exp(log_trainer - log_sampler),
+        "mismatch_ppl_ratio": math.exp(min(log_trainer - log_sampler, LARGEST)),
     }

@@ -6,7 +6,7 @@ import difflib
 import json
 from collections.abc import Iterator
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -107,6 +107,8 @@ def _written(value: Any) -> str:
 
 def _type_words(annotation: Any) -> str:
     origin = get_origin(annotation)
+    if origin is Annotated:
+        return _type_words(get_args(annotation)[0])
     if origin is Literal:
         return " | ".join(str(option) for option in get_args(annotation))
     if origin in (Union, UnionType):

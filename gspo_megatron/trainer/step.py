@@ -203,9 +203,8 @@ class Trainer:
         Returns:
             This rank's metric sums over its micro-batches; None on a rank that counts nothing.
         """
-        section = self.recipe.optimizer
         self.updates += 1
-        lr = section.lr * min(1.0, self.updates / max(1, section.warmup_updates))
+        lr = self.recipe.optimizer.learning_rate(self.updates, self.recipe.total_updates)
         logprobs: list[Tensor] = []
         self._trained_on.append(TrainedUpdate(self.updates, minibatch, logprobs))
         batches = [micro.batch for micro in minibatch.micro_batches]
@@ -220,7 +219,7 @@ class Trainer:
             )
         self.routers.add_update(batches, routes)
         self.probe_routers()
-        self.log.add({"grad_norm": norm})
+        self.log.add({"grad_norm": norm, "learning_rate": lr})
         if not taken:
             self.skipped += 1
             self._dump_failure(f"the gradient norm is {norm}; the step is skipped on every rank", self._trained_on[-1])

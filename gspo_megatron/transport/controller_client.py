@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
+from gspo_megatron.http_clients import direct_client
 from gspo_megatron.transport import routes
 from gspo_megatron.transport.auth import key_header
 from gspo_megatron.transport.messages import (
@@ -38,7 +39,7 @@ class ControllerClient:
     """Requests to one controller. A request is sent again only if it cannot have arrived."""
 
     def __init__(self, url: str, key: str) -> None:
-        self._client = httpx.Client(base_url=url, headers=key_header(key), timeout=httpx.Timeout(None, connect=5.0))
+        self._client = direct_client(base_url=url, headers=key_header(key), timeout=httpx.Timeout(None, connect=5.0))
 
     def close(self) -> None:
         """Close the connection."""

@@ -26,10 +26,13 @@ from gspo_megatron.cluster.exit_codes import REFUSED
 from gspo_megatron.cluster.hosts import Host, Kind, Ports, Spread, Task
 from gspo_megatron.commands.train_run import prepare_run, refuse_unwritable
 from gspo_megatron.config import Recipe, RecipeError
+from gspo_megatron.config.recipe_paths import absolute_path, paths_of, short_path
 from gspo_megatron.models import load_recipe, load_resolved
+from gspo_megatron.plan.rules import metric_sinks
 from gspo_megatron.plan.rules.not_built import not_built
 from gspo_megatron.plan.run_plan import make_plan
 from gspo_megatron.run_dir import ATTEMPT
+from gspo_megatron.sinks.secret_text import SECRET
 from gspo_megatron.types import Finding
 from launch.lib.attempt import replace_text
 from launch.lib.preflight import judge
@@ -37,10 +40,11 @@ from launch.lib.resume import refuse_other_job, refuse_other_recipe
 from launch.lib.text import fold
 
 PLAN = "plan.json"
+WRITTEN = ("run.directory", "cold_start.cache")
+"""Paths of a recipe that a run writes to; it reads the others."""
 JOB = "job"
 """File of an attempt: the SLURM job that it belongs to."""
 ENVIRONMENT = re.compile(r"(SLURM|NCCL|GLOO|UCX|FI|CUDA|OMP|TORCH|VLLM|TRITON|GSPO|HF_HOME|TMPDIR|PATH|LD_LIBRARY)")
-SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
 
 
 def main() -> int:
@@ -53,6 +57,7 @@ def main() -> int:
         phase.add_argument("--hosts", required=True, help="names of the nodes, comma-separated, trainers first")
         phase.add_argument("--gpus", type=int, required=True, help="GPUs of a node, 0 = none")
         phase.add_argument("--running", default="", help="ids of the user's running jobs")
+        phase.add_argument("--called-in", type=Path, default=Path(), help="what relative paths are relative to")
         phase.add_argument("recipe", type=Path)
         phase.add_argument("overrides", nargs="*")
     judging = phases.add_parser("judge")
@@ -62,7 +67,7 @@ def main() -> int:
         if chosen.phase == "judge":
             return judge_attempt(chosen.attempt)
         names = chosen.hosts.split(",")
-        recipe = load_for_job(chosen.recipe, chosen.overrides, chosen.job, names, chosen.gpus)
+        recipe = load_for_job(chosen.recipe, chosen.overrides, chosen.job, names, chosen.gpus, chosen.called_in)
         gpus = count_gpus(recipe)
         say_findings(recipe, drawing=chosen.phase == "draw")
         if chosen.phase == "draw":
@@ -74,9 +79,11 @@ def main() -> int:
         return REFUSED
 
 
-def load_for_job(path: Path, overrides: Sequence[str], job: str, names: Sequence[str], gpus: int) -> Recipe:
+def load_for_job(
+    path: Path, overrides: Sequence[str], job: str, names: Sequence[str], gpus: int, called_in: Path
+) -> Recipe:
     """The recipe with the job's nodes and GPUs in `placement`. Raises RecipeError for one that does not fit them."""
-    recipe = load_recipe(path, overrides)
+    recipe = load_recipe(path, overrides, called_in)
     wanted = recipe.placement.nodes
     if "nodes" in recipe.placement.model_fields_set and wanted != len(names):
         print(f"placement.nodes={wanted} in the recipe, {len(names)} in the job: the latter counts", file=sys.stderr)
@@ -86,7 +93,7 @@ def load_for_job(path: Path, overrides: Sequence[str], job: str, names: Sequence
     facts: dict[str, Any] = {"nodes": len(names), "gpus_per_node": gpus or hosts.CPU_RANKS}
     if not gpus:
         facts["gpu"] = "cpu"
-    run = {"directory": recipe.run.directory or Path("runs") / f"{recipe.run.name}-{job}"}
+    run = {"directory": recipe.run.directory or absolute_path(f"runs/{recipe.run.name}-{job}", called_in)}
     sections = {"placement": recipe.placement.model_copy(update=facts), "run": recipe.run.model_copy(update=run)}
     recipe = recipe.model_copy(update=sections)
     # What does not fit the nodes makes the plan's own findings noise.
@@ -100,7 +107,9 @@ def say_findings(recipe: Recipe, drawing: bool) -> None:
     Raises:
         RecipeError: the run must not start.
     """
-    planned, unbuilt = make_plan(recipe).findings, not_built(recipe)
+    planned, unbuilt = list(make_plan(recipe).findings), not_built(recipe)
+    if not drawing:
+        planned += metric_sinks.findings(recipe, runs_here=True)
     if drawing:
         planned = [finding for finding in planned if finding.severity == "error"]
         unbuilt = [replace(finding, severity="warning") for finding in unbuilt]
@@ -129,7 +138,10 @@ def layout(recipe: Recipe, at: Sequence[Host], gpus: int, job: str) -> tuple[Spr
 
 
 def draw(recipe: Recipe, names: Sequence[str], gpus: int, job: str) -> int:
-    """Say what would run where."""
+    """Say what would run where, with short paths."""
+    assert recipe.run.directory is not None
+    run = recipe.run.model_copy(update={"directory": short_path(recipe.run.directory)})
+    recipe = recipe.model_copy(update={"run": run})
     over, ports, tasks = layout(recipe, [Host(name, name) for name in names], gpus, job)
     print("\n".join(describe(recipe, over, ports)), file=sys.stderr)
     for kind in ("rollout", "controller", "trainer"):
@@ -261,13 +273,7 @@ def write_plan(attempt: Path, facts: dict[str, Any]) -> None:
         }
         for task in tasks
     ]
-    read = {
-        "model.path": recipe.model.path,
-        "tokenizer.path": recipe.tokenizer.path,
-        "data.path": recipe.data.path,
-        "data.held_out_path": recipe.data.held_out_path,
-    }
-    facts["read"] = {key: str(path) for key, path in read.items() if path is not None}
+    facts["read"] = {key: str(path) for key, path in paths_of(recipe).items() if key not in WRITTEN}
     replace_text(attempt / PLAN, json.dumps(facts, indent=1))
 
 

@@ -57,7 +57,8 @@ def ask_plan(
     running: Sequence[str] = (),
 ) -> Plan:  # fmt: skip
     """Plan a job or a drawing. Raises Refused when `plan.py` has refused it."""
-    words = ("-m", "launch.lib.plan", phase, "--job", job, "--hosts", ",".join(hosts), "--gpus", str(gpus))
+    words = ("-m", "launch.lib.plan", phase, "--job", job, "--hosts", ",".join(hosts), "--gpus", str(gpus),
+             "--called-in", str(settings.called_in))  # fmt: skip
     command = in_trainer(settings, hosts[0], (*words, "--running", " ".join(running), *arguments), phase == "draw")
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     if done.returncode:

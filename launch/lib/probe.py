@@ -20,8 +20,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from gspo_megatron.cluster.visible_devices import VARIABLE, select_devices
 
 PACKAGES = {
     "trainer": ("torch", "megatron-core", "transformer-engine", "transformers"),
@@ -142,13 +145,22 @@ def find_commit() -> str:
 
 
 def find_gpus() -> list[dict[str, Any]]:
-    """Name, driver and memory in use of every GPU."""
+    """Name, driver and memory in use of every GPU that this task may use."""
     if shutil.which("nvidia-smi") is None:
         return []
-    query = ("nvidia-smi", "--query-gpu=name,driver_version,memory.used", "--format=csv,noheader,nounits")
+    query = ("nvidia-smi", "--query-gpu=uuid,name,driver_version,memory.used", "--format=csv,noheader,nounits")
     listed = subprocess.run(query, capture_output=True, text=True)
-    rows = [[cell.strip() for cell in line.split(",")] for line in listed.stdout.splitlines() if line.count(",") == 2]
-    return [{"name": name, "driver": driver, "used_mib": int(used)} for name, driver, used in rows if used.isdigit()]
+    rows = [[cell.strip() for cell in line.split(",")] for line in listed.stdout.splitlines() if line.count(",") == 3]
+    seen = select_devices(os.environ.get(VARIABLE), [row[0] for row in rows])
+    # Parts of a GPU are not listed; what can be said of them is said of the whole.
+    shown = [row for place, row in enumerate(rows) if _is_seen(place, row[0], seen)]
+    return [
+        {"name": name, "driver": driver, "used_mib": int(used)} for _, name, driver, used in shown if used.isdigit()
+    ]
+
+
+def _is_seen(place: int, uuid: str, seen: Sequence[str]) -> bool:
+    return any(name == str(place) or name.startswith("MIG-") or uuid.startswith(name) for name in seen)
 
 
 def can_listen(port: int) -> bool:

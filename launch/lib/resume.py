@@ -17,6 +17,7 @@ MAY_CHANGE = (
     "run.directory",
     "placement.",
     "trainer.",
+    "cold_start.cache",
     "rollout.servers",
     "rollout.tensor_parallel",
     "rollout.pipeline_parallel",
@@ -31,6 +32,7 @@ MAY_CHANGE = (
     "weight_update.",
     "checkpoint.",
     "evaluation.",
+    "metrics.",
     "acknowledge",
 )
 """Recipe keys that a resumed run may have otherwise than before: where it runs, what it takes, not what it computes."""

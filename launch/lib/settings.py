@@ -13,6 +13,8 @@ class Settings:
 
     home: Path
     """The checkout."""
+    called_in: Path
+    """Where the command was started: paths on the command line are relative to it."""
     venvs: dict[str, str]
     """Virtual environment of each kind of environment, `trainer` and `rollout`."""
     images: dict[str, str]
@@ -23,12 +25,13 @@ class Settings:
     grace: float
 
     @classmethod
-    def read(cls, home: Path) -> Settings:
+    def read(cls, home: Path, called_in: Path) -> Settings:
         """The settings of this process's environment. Raises ValueError for a number that is none."""
         get = os.environ.get
         venv, image = get("GSPO_VENV") or ".venv", get("GSPO_IMAGE") or ""
         return cls(
             home,
+            called_in,
             {"trainer": venv, "rollout": get("GSPO_ROLLOUT_VENV") or venv},
             {"trainer": image, "rollout": get("GSPO_ROLLOUT_IMAGE") or image},
             get("GSPO_MOUNTS") or "",
@@ -50,7 +53,8 @@ class Settings:
         image = self.images[environment_of(kind)]
         if not image:
             return []
-        mounts = f"{self.home}:{self.home}" + (f",{self.mounts}" if self.mounts else "")
+        places = [self.home] if self.called_in.is_relative_to(self.home) else [self.home, self.called_in]
+        mounts = ",".join([*(f"{place}:{place}" for place in places), *([self.mounts] if self.mounts else [])])
         return [
             f"--container-image={image}",
             f"--container-mounts={mounts}",

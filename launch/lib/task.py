@@ -17,7 +17,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Sequence
 from contextlib import suppress
 from http.client import HTTPException
@@ -25,6 +24,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gspo_megatron.cluster.supervisor import may_restart, restart_sentence
+from gspo_megatron.cluster.visible_devices import VARIABLE, list_gpus, name_devices
+from gspo_megatron.http_clients import direct_opener
 
 LOOK_SECONDS = 0.5
 """How often a server is looked at."""
@@ -43,7 +44,11 @@ def main() -> None:
         where = attempt / "plan.json"
         raise SystemExit(f"{where} has no {kind} number {local} on {node}; start it through launch/gspo_moe.sh")
     address = dict(plan["hosts"])[node]
-    os.environ.update(mine[0]["environment"])
+    settings = dict(mine[0]["environment"])
+    if VARIABLE in settings:
+        # SLURM that does not constrain devices shows the granted ones by this variable only.
+        settings[VARIABLE] = name_devices(settings[VARIABLE], list_gpus())
+    os.environ.update(settings)
     os.environ["GSPO_ATTEMPT"] = str(plan["attempt"])
     os.environ["GSPO_JOB_KEY"] = (attempt / "key").read_text().strip()
     os.environ["GSPO_JOB_ADDRESSES"] = ",".join(sorted({address for _, address in plan["hosts"]}))
@@ -98,10 +103,8 @@ def end_as(code: int, name: str, asked: bool) -> NoReturn:
 def serves(address: str, port: int) -> bool:
     """Whether a server answers its health check there."""
     host = f"[{address}]" if ":" in address else address
-    # A proxy of the site is for what is outside.
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with suppress(OSError, HTTPException):
-        return direct.open(f"http://{host}:{port}/health", timeout=1).status == 200
+        return direct_opener().open(f"http://{host}:{port}/health", timeout=1).status == 200
     return False
 
 

@@ -25,13 +25,17 @@ SERVER, CONTROLLER, TRAINER = (
     f"gspo_megatron.{module}" for module in ("inference.server", "controller.main", "trainer.loop")
 )
 """What the command line of each role holds."""
+DEAD_PROXY = dict.fromkeys(("http_proxy", "HTTP_PROXY", "ALL_PROXY"), "http://127.0.0.1:9")
+"""Nothing of a run may go through a proxy of the site: this one refuses every connection."""
 
 
 def start(directory: Path, *more: str, module: str = "gspo_megatron.cli") -> subprocess.Popen[str]:
     """The main job with the recipe keys of `SMALL` and `more`; `directory`/run is its run directory."""
     overrides = [*SMALL, *more, f"run.directory={directory / 'run'}", f"cold_start.cache={directory / 'cold_start'}"]
     command = [sys.executable, "-m", module, "train", "recipes/tiny_moe.yaml", *overrides]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = {**os.environ, **DEAD_PROXY}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(job: subprocess.Popen[str]) -> str:

@@ -42,6 +42,7 @@ def make_recipe() -> Recipe:
                     "moe_intermediate_size": 64,
                     "num_experts": 8,
                     "num_experts_per_tok": 2,
+                    "norm_topk_prob": True,
                     "rope_theta": 1e4,
                     "max_position_embeddings": 128,
                 },

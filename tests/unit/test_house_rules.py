@@ -24,7 +24,7 @@ PACKAGE = ROOT / "gspo_megatron"
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"types", "config"}),
     frozenset({"models", "parallel"}),
-    frozenset({"cluster", "plan", "run_dir", "run_log"}),
+    frozenset({"cluster", "plan", "run_dir", "run_log", "http_clients", "sinks"}),
     frozenset({"objective", "data", "rewards", "environments"}),
     frozenset({"transport", "report"}),
     frozenset({"policy"}),
@@ -41,6 +41,13 @@ WITHOUT_TORCH = (
 )  # fmt: skip
 # Names that may stand in several folders of the package.
 LIKE_NAMED = {"__init__"}
+# Ways to send an HTTP request that take a proxy from the environment.
+CLIENT_LIBRARIES = ("requests", "urllib3", "openai", "pycurl")
+MAKES_CLIENT = re.compile(
+    r"\b(httpx\.(Client|AsyncClient|get|post|put|patch|delete|head|options|request|stream)"
+    r"|aiohttp\.(ClientSession|request)|urllib\.request\.(urlopen|build_opener|urlretrieve)|http\.client\.HTTPS?Connection"
+    rf"|({'|'.join(CLIENT_LIBRARIES)})\.)"
+)
 # Words of a README outside tables and code; those of three folders have more to say.
 MAX_README_WORDS, README_WORDS = 600, {"objective": 900, "controller": 900, "recipes": 900}
 # Words that a reader of the field has to translate first.
@@ -175,6 +182,37 @@ def test_what_a_launcher_needs_never_names_torch() -> None:
         if module.split(".")[0] == "torch"
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def clients_made(path: Path) -> Iterator[str]:
+    """Where a file makes an HTTP client or sends a request without one of `http_clients`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            name = ast.unparse(node)
+        elif isinstance(node, ast.ImportFrom):
+            name = " ".join(f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            name = " ".join(f"{alias.name}." for alias in node.names if alias.name in CLIENT_LIBRARIES)
+        else:
+            continue
+        if MAKES_CLIENT.search(name):
+            yield f"{path}:{node.lineno}: {name}"
+
+
+def test_every_http_client_is_made_in_one_place(tmp_path: Path) -> None:
+    made = [entry for path in sources("gspo_megatron", "launch", "tools") if path.stem != "http_clients"
+            for entry in clients_made(path)]  # fmt: skip
+    assert not made, "use gspo_megatron/http_clients.py, which leaves out the site's proxies:\n" + "\n".join(made)
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text(
+        "import requests\nfrom aiohttp import ClientSession\nhttpx.get(url)\nhttpx.Client()\nhttpx.AsyncClient()\n"
+        "urllib.request.urlopen(url)\naiohttp.ClientSession()\naiohttp.request('GET', url)\nimport openai\n"
+    )
+    assert len(list(clients_made(wrong))) == 9
+    wrong.write_text(
+        "import aiohttp, httpx\nhttpx.Timeout(1)\naiohttp.ClientError\nself._client.request()\nweb.get()\n"
+    )
+    assert list(clients_made(wrong)) == []
 
 
 def test_test_modules_do_not_import_from_each_other() -> None:

@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from gspo_megatron.config.model_section import Architecture
-
-ONLY_VALUES = {
-    "attention_bias": False,
-    "hidden_act": "silu",
-    "use_sliding_window": False,
-    "mlp_only_layers": [],
-    "decoder_sparse_step": 1,
-}
-"""What every published Qwen3 has."""
+from gspo_megatron.models.qwen3.config_keys import QWEN3, QWEN3_MOE
 
 
 class Qwen3Architecture(Architecture):
@@ -23,26 +15,13 @@ class Qwen3Architecture(Architecture):
 
     model_type: Literal["qwen3_moe", "qwen3"] = "qwen3_moe"  # pyright: ignore[reportIncompatibleVariableOverride]  frozen
     """`qwen3_moe` = every layer a mixture of experts; `qwen3` = dense. Source: what the recipes here train."""
-    norm_topk_prob: bool = True
-    """Renormalise the chosen experts' probabilities. transformers' class default is false, the models say true.
-
-    Source: config.json of Qwen3-30B-A3B and 235B-A22B.
-    """
-    rope_theta: float = Field(default=1e6, gt=0)
-    """Base of the rotary embedding. Source: config.json of the Qwen3 releases; the 2507 ones have 1e7 and 5e6."""
-    rope_scaling: dict[str, float | int | str] | None = None
-    """YaRN parameters as in `config.json`, or null."""
-    rms_norm_eps: float = Field(default=1e-6, gt=0)
-    """Epsilon of every RMSNorm. Source: config.json of every Qwen3."""
-    initializer_range: float = Field(default=0.02, gt=0)
-    """Standard deviation of a random initialisation. Source: config.json of every Qwen3."""
 
     def to_hugging_face(self, dtype: str) -> dict[str, Any]:
         """The `config.json` that transformers and vLLM read."""
         values = self.model_dump(exclude={"rope_theta", "rope_scaling"})
-        name = "Qwen3MoeForCausalLM" if self.num_experts else "Qwen3ForCausalLM"
-        rope = self.rope_parameters
-        return {"architectures": [name], **values, "rope_parameters": rope, "dtype": dtype, "hidden_act": "silu"}
+        name, keys = ("Qwen3MoeForCausalLM", QWEN3_MOE) if self.num_experts else ("Qwen3ForCausalLM", QWEN3)
+        rope = {"rope_parameters": self.rope_parameters, "dtype": dtype}
+        return {"architectures": [name], **values, **rope, **keys.written()}
 
     @model_validator(mode="after")
     def experts_fit_the_model_type(self) -> Qwen3Architecture:
@@ -56,4 +35,9 @@ class Qwen3Architecture(Architecture):
             )
         if self.model_type == "qwen3_moe" and not self.moe_intermediate_size:
             raise ValueError("moe_intermediate_size=0 leaves the experts empty; set it")
+        if self.num_experts_per_tok == 1 and self.norm_topk_prob:
+            raise ValueError(
+                "norm_topk_prob=true with num_experts_per_tok=1 weighs every expert with 1, and megatron-core does not "
+                "compute it; set norm_topk_prob=false if the weights allow it, or take another model"
+            )
         return self

@@ -11,9 +11,7 @@ from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.objective_spec import ObjectiveSpec
 from gspo_megatron.config.schema import Recipe
-from gspo_megatron.models import read_architecture
-from gspo_megatron.models.registry import family_of
-from gspo_megatron.models.rope import scaling_findings
+from gspo_megatron.models import config_findings, read_architecture
 from gspo_megatron.plan.rules import long_tail
 from gspo_megatron.plan.rules.objective import findings as objective_findings
 from gspo_megatron.types import Finding
@@ -29,7 +27,6 @@ def findings(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[F
         max_answer_tokens=recipe.rollout.max_answer_tokens,
     )
     yield from _context(recipe, arch)
-    yield from scaling_findings(arch, family_of(arch).rope_types)
     yield from _sampler(recipe)
     yield from _router(recipe, arch)
     yield from _staleness(recipe, spec)
@@ -183,6 +180,7 @@ def _model_directory(recipe: Recipe, arch: Architecture) -> Iterator[Finding]:
     if path is None or not (path / "config.json").is_file():
         return
     try:
+        yield from config_findings(path)
         found = read_architecture(path)
     except RecipeError as error:
         yield from error.findings
@@ -216,7 +214,7 @@ def _offload(recipe: Recipe, machine: Machine) -> Iterator[Finding]:
 
 def _small_print(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[Finding]:
     """Check keys that another key makes ineffective."""
-    trainer, rollout = recipe.trainer, recipe.rollout
+    rollout = recipe.rollout
     if rollout.expected_answer_tokens and rollout.expected_answer_tokens > rollout.max_answer_tokens:
         yield Finding(
             "expected-above-limit", "error", "rollout.expected_answer_tokens",
@@ -236,13 +234,7 @@ def _small_print(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterat
             "float32 doubles weights and KV and leaves the tensor cores idle",
             "set it to bfloat16; log-probs and the router stay float32",
         )  # fmt: skip
-    if recipe.optimizer.warmup_updates > trainer.max_steps * recipe.batch.updates:
-        yield Finding(
-            "warmup-beyond-run", "warning", "optimizer.warmup_updates",
-            f"{recipe.optimizer.warmup_updates} updates of warm-up in a run of "
-            f"{trainer.max_steps * recipe.batch.updates}",
-            "shorten it, or raise trainer.max_steps",
-        )  # fmt: skip
+    yield from _learning_rate(recipe)
     if recipe.evaluation.answers > 1 and recipe.evaluation.temperature == 0:
         yield Finding(
             "evaluation-repeats", "warning", "evaluation.answers",
@@ -251,3 +243,19 @@ def _small_print(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterat
         )  # fmt: skip
     if recipe.optimizer.lr == 0:
         yield Finding("updates-off", "info", "optimizer.lr", "0 switches the updates off", "leave it for a control run")
+
+
+def _learning_rate(recipe: Recipe) -> Iterator[Finding]:
+    optimizer, total = recipe.optimizer, recipe.total_updates
+    if optimizer.schedule == "constant" and optimizer.final_fraction:
+        yield Finding(
+            "final-fraction-inert", "warning", "optimizer.final_fraction",
+            f"{optimizer.final_fraction:g} has no effect with schedule=constant",
+            "set optimizer.schedule=cosine or linear, or remove it",
+        )  # fmt: skip
+    if optimizer.warmup_updates > total:
+        yield Finding(
+            "warmup-beyond-run", "warning", "optimizer.warmup_updates",
+            f"{optimizer.warmup_updates} updates of warm-up in a run of {total}",
+            "shorten it, or raise trainer.max_steps",
+        )  # fmt: skip

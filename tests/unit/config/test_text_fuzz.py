@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from gspo_megatron.config import Recipe, RecipeError, save_resolved
 from gspo_megatron.config.field_rules import is_text, section_of
+from gspo_megatron.config.recipe_paths import absolute_path
 from gspo_megatron.models import load_recipe as load
 from gspo_megatron.models import load_resolved
 from gspo_megatron.models import parse_recipe as parse
@@ -118,12 +119,13 @@ def test_overrides_of_text_keep_the_text(data: st.DataObject, text: str) -> None
         try:
             recipe = load(path, [f"{key}={text}"])
         except RecipeError:
-            # Only a path has texts that it cannot be.
-            is_path = key.endswith(("path", "directory", "cache"))
-            assert is_path and (not text or re.search("[\n\t\u2028\u2029]", text)), ascii(text)
+            # Only a path and a name have texts that they cannot be.
+            is_path = key.endswith(("path", "directory", "cache", "name"))
+            other_home = text.startswith("~") or key.endswith("name")
+            assert is_path and (not text or other_home or re.search("[\n\t\u2028\u2029]", text)), ascii(text)
             return
     found = value_of(recipe, key)
-    assert found == (Path(text) if isinstance(found, Path) else text)
+    assert found == (absolute_path(text) if isinstance(found, Path) else text)
 
 
 @CASES

@@ -26,7 +26,8 @@ ARCHITECTURE = {
     "intermediate_size": 32,
     "moe_intermediate_size": 32,
     "num_experts": 2,
-    "num_experts_per_tok": 1,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
     "max_position_embeddings": 64,
 }
 

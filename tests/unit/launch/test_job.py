@@ -16,8 +16,8 @@ from launch import job as script
 from launch.job import Job, print_commands, read_arguments
 from launch.lib import attempt as files
 from launch.lib.attempt import claim_attempt, remove_key, write_key
-from launch.lib.plan import make_attempt
-from launch.lib.planning import Plan, Refused
+from launch.lib.plan import load_for_job, make_attempt
+from launch.lib.planning import Plan, Refused, ask_plan
 from launch.lib.probe import find_broken_modules
 from launch.lib.settings import Settings
 from tests.places import ROOT
@@ -36,12 +36,49 @@ def test_every_srun_gives_the_environment_itself() -> None:
 def test_the_resume_line_names_the_run_directory_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = plan_of(tmp_path / "a run", 1)
     arguments = (RECIPE, "run.directory=one", "data.options={min_digits: 1}", "run.directory=two")
-    resume = print_commands(Job("7", ("n1",), 4), plan, arguments, plan.attempt)
+    resume = print_commands(Job("7", ("n1",), 4), plan, arguments, plan.attempt, ROOT)
     assert shlex.split(resume) == [
         "sbatch", "--nodes=1", "--gpus-per-node=4", "launch/gspo_moe.sh", RECIPE, "data.options={min_digits: 1}",
         f"run.directory={tmp_path}/a run",
     ]  # fmt: skip
     assert f"resume      {resume}\n" in capsys.readouterr().out
+
+
+def test_a_job_submitted_from_elsewhere_resumes_with_the_same_relative_paths(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path / "runs" / "a", 1)
+    resume = print_commands(Job("7", ("n1",), 8), plan, (RECIPE, "data.path=mine.jsonl"), plan.attempt, tmp_path)
+    assert shlex.split(resume) == [
+        "sbatch", "--nodes=1", f"--chdir={tmp_path}", str(ROOT / "launch" / "gspo_moe.sh"), RECIPE,
+        "data.path=mine.jsonl", f"run.directory={tmp_path}/runs/a",
+    ]  # fmt: skip
+
+
+def test_the_plan_of_a_job_takes_relative_paths_from_where_it_was_submitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def answer(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 2, "")
+
+    monkeypatch.setattr("launch.lib.planning.subprocess.run", answer)
+    monkeypatch.setenv("GSPO_IMAGE", "")
+    with pytest.raises(Refused):
+        ask_plan("open", Settings.read(ROOT, tmp_path), "7", ("n1",), 0, (RECIPE,))
+    assert asked[0][asked[0].index("--called-in") + 1] == str(tmp_path)
+    recipe = load_for_job(Path(RECIPE), ["data.path=a", "placement.gpu=cpu"], "7", ["n1"], 0, tmp_path)
+    assert (recipe.data.path, recipe.run.directory) == (tmp_path / "a", tmp_path / "runs" / "tiny_moe-7")
+
+
+def test_an_image_sees_the_checkout_and_where_the_job_was_submitted(tmp_path: Path) -> None:
+    for called_in, mounts in (
+        (ROOT / "recipes", f"{ROOT}:{ROOT},/a:/b"),
+        (tmp_path, f"{ROOT}:{ROOT},{tmp_path}:{tmp_path},/a:/b"),
+    ):
+        images = {"trainer": "image", "rollout": "image"}
+        settings = Settings(ROOT, called_in, {"trainer": ".venv", "rollout": ".venv"}, images, "/a:/b", 3, 240.0)
+        assert f"--container-mounts={mounts}" in settings.container("trainer")
 
 
 def test_without_arguments_the_flagship_runs_and_a_recipe_of_the_caller_is_found(tmp_path: Path) -> None:
@@ -112,7 +149,7 @@ def test_a_run_directory_that_cannot_be_written_is_one_sentence(command: str, di
 def test_a_number_that_is_none_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GSPO_GRACE", "4m")
     with pytest.raises(ValueError, match="GSPO_GRACE=4m is not a whole number; correct it in the site file"):
-        Settings.read(ROOT)
+        Settings.read(ROOT, ROOT)
 
 
 def test_a_package_that_cannot_be_imported_is_a_fault_with_its_reason(

@@ -39,11 +39,11 @@ def venv(tmp_path: Path) -> Path:
     return tmp_path / "venv"
 
 
-def test_it_trains_the_recipe_of_the_caller_from_the_checkout(venv: Path, tmp_path: Path) -> None:
+def test_it_trains_the_recipe_of_the_caller_where_the_caller_is(venv: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").touch()
     said = run(venv, "mine.yaml", "run.seed=1", cwd=tmp_path)
     words = ["-m", "gspo_megatron.cli", "train", str(tmp_path / "mine.yaml"), "run.seed=1"]
-    assert said.stdout.splitlines() == [str(ROOT), str(venv / "bin" / "python"), *words]
+    assert said.stdout.splitlines() == [str(tmp_path), str(venv / "bin" / "python"), *words]
     assert run(venv).stdout.splitlines()[-1] == str(ROOT / "recipes" / "tiny_moe.yaml")
 
 
@@ -58,8 +58,15 @@ def test_without_slurm_the_job_script_becomes_it(venv: Path) -> None:
     environment = {**os.environ, "GSPO_SITE": "/dev/null", "GSPO_VENV": str(venv)}
     environment.pop("SLURM_JOB_ID", None)
     command = (str(ROOT / "launch" / "gspo_moe.sh"), "recipes/tiny_moe.yaml", "run.seed=1")
-    said = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert said.stdout.splitlines()[-2:] == [str(ROOT / "recipes" / "tiny_moe.yaml"), "run.seed=1"]
+    for where in (ROOT, venv):
+        said = subprocess.run(command, env=environment, cwd=where, capture_output=True, text=True)
+        assert said.stdout.splitlines()[-2:] == [str(ROOT / "recipes" / "tiny_moe.yaml"), "run.seed=1"]
+        assert said.stdout.splitlines()[0] == str(where)
+
+
+def test_a_relative_environment_is_the_checkouts_and_the_package_is_found_from_elsewhere(tmp_path: Path) -> None:
+    said = run(".venv", "absent.yaml", cwd=tmp_path)
+    assert said.returncode == 2 and "absent.yaml does not exist" in said.stderr, said.stderr
 
 
 def test_make_train_goes_through_it() -> None:

@@ -21,7 +21,7 @@ from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.models import architecture_of, load_recipe, load_resolved
 from gspo_megatron.models.hf_table import count_parameters, hf_shapes, local_parameters
 from gspo_megatron.models.registry import BY_TYPE, FAMILIES, family_of
-from gspo_megatron.models.rope import scaling_findings
+from gspo_megatron.models.rope import read_rope
 from gspo_megatron.models.vllm_layout import ServerLayout, server_parameters
 from gspo_megatron.parallel import Layout
 from gspo_megatron.plan import make_plan
@@ -39,13 +39,14 @@ LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }  # fmt: skip
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+DENSE = {"num_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0}
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
     "qwen3_moe": {"model_type": "qwen3_moe", "head_dim": 32, **EXPERTS},
-    "llama": {"model_type": "llama"},
+    "llama": {"model_type": "llama", "head_dim": 16},
     "llama, wide heads, tied": {"model_type": "llama", "head_dim": 32, "tie_word_embeddings": True},
-    "qwen2": {"model_type": "qwen2"},
-    "qwen2, tied": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen2": {"model_type": "qwen2", "head_dim": 16},
+    "qwen2, tied": {"model_type": "qwen2", "head_dim": 16, "tie_word_embeddings": True},
 }
 
 
@@ -84,11 +85,11 @@ def test_parameter_counts_of_the_published_models() -> None:
     """Qwen2.5-7B and Llama-3.1-8B, as their model cards count them."""
     qwen = architecture(
         "qwen2", vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
-        num_attention_heads=28, num_key_value_heads=4,
+        num_attention_heads=28, num_key_value_heads=4, head_dim=128,
     )  # fmt: skip
     llama = architecture(
         "llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-        num_attention_heads=32, num_key_value_heads=8,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128,
     )  # fmt: skip
     assert (count_parameters(qwen), count_parameters(llama)) == (7_615_616_512, 8_030_261_248)
 
@@ -151,24 +152,29 @@ def test_llama3_frequencies_are_those_of_transformers_to_the_bit(factor: float) 
 @pytest.mark.parametrize(
     ("scaling", "message"),
     [
-        ({"rope_type": "linear", "factor": 2.0, "original_max_position_embeddings": 128}, "rope_type=linear"),
-        ({"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 128}, "rope_type=dynamic"),
+        ({"rope_type": "linear", "factor": 2.0, "original_max_position_embeddings": 128}, "rope_type='linear'"),
+        ({"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 128}, "rope_type='dynamic'"),
         (LLAMA3 | {"low_freq_factor": 2.0}, "low_freq_factor=2.0: the trainer computes llama3 with 1 only"),
         (LLAMA3 | {"original_max_position_embeddings": 4096}, "original_max_position_embeddings=4096"),
         ({"rope_type": "llama3", "factor": 8.0}, "low_freq_factor=missing"),
     ],
 )
-def test_a_scaling_that_is_computed_otherwise_is_refused_by_name(scaling: dict[str, Any], message: str) -> None:
-    arch = architecture("llama", rope_scaling=scaling)
-    found = list(scaling_findings(arch, family_of(arch).rope_types))
-    assert any(finding.severity == "error" and message in finding.message for finding in found)
+def test_a_scaling_that_is_computed_otherwise_is_refused_by_name(
+    tmp_path: Path, scaling: dict[str, Any], message: str
+) -> None:
+    shape = {**SHAPE, **MODELS["llama"]}
+    for spelling in ("rope_scaling", "rope_parameters"):
+        found = refusals(*write_config(tmp_path, **shape, **{spelling: scaling}))
+        assert any(place == "model.architecture.rope_scaling" and message in said for place, said, _ in found)
+    overrides = [f"model.architecture.{key}={value}" for key, value in {**DENSE, **shape}.items()]
+    assert any(message in said for _, said, _ in refusals(*overrides, f"model.architecture.rope_scaling={scaling}"))
 
 
 def test_the_scaling_of_the_published_llamas_runs_and_qwen3_has_none_of_it() -> None:
-    arch = architecture("llama", rope_scaling=LLAMA3)
-    assert not list(scaling_findings(arch, family_of(arch).rope_types))
-    other = architecture("qwen3", rope_scaling=LLAMA3)
-    assert "rope_type=llama3" in next(scaling_findings(other, family_of(other).rope_types)).message
+    fields, faults = read_rope({"rope_scaling": LLAMA3}, 128, BY_TYPE["llama"].rope_types)
+    assert (fields["rope_scaling"], faults) == (LLAMA3, [])
+    _, (fault,) = read_rope({"rope_scaling": LLAMA3}, 128, BY_TYPE["qwen3"].rope_types)
+    assert "rope_type='llama3'" in fault.message
 
 
 @pytest.mark.parametrize(
@@ -182,12 +188,14 @@ def test_what_the_trainer_would_leave_out_is_refused_with_its_value(
 ) -> None:
     overrides = write_config(tmp_path, **SHAPE, **MODELS[name], **{key: value})
     assert [(place, message) for place, message, _ in refusals(*overrides)] == [
-        (f"model.architecture.{key}", f"{value!r}: models/llama computes {key}={family_value(name, key)} only")
+        (f"model.architecture.{key}", f"{value!r}: models/llama computes {key}={family_value(name, key)!r} only")
     ]
 
 
 def family_value(name: str, key: str) -> Any:
-    return family_of(architecture(name)).only_values[key]
+    row = family_of(architecture(name)).config_keys[MODELS[name]["model_type"]].allowed(key)
+    assert row is not None
+    return row.values[0]
 
 
 def test_an_unknown_model_type_names_the_families_that_run(tmp_path: Path) -> None:
@@ -202,8 +210,8 @@ def test_experts_and_unknown_keys_of_a_dense_family_are_refused() -> None:
     found = refusals("model.architecture.model_type=llama")
     assert found[0][0] == "model.architecture" and "has no experts" in found[0][1]
     dense = ("model_type=llama", "num_experts=0", "num_experts_per_tok=0", "moe_intermediate_size=0")
-    overrides = [f"model.architecture.{value}" for value in (*dense, "norm_topk_prob=true")]
-    assert [key for key, _, _ in refusals(*overrides)] == ["model.architecture.norm_topk_prob"]
+    overrides = [f"model.architecture.{value}" for value in (*dense, "shared_expert_intermediate_size=8")]
+    assert [key for key, _, _ in refusals(*overrides)] == ["model.architecture.shared_expert_intermediate_size"]
 
 
 def test_heads_that_vllm_would_make_otherwise_are_refused() -> None:

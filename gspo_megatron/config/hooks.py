@@ -1,0 +1,144 @@
+"""The table of hooks: every place where a recipe takes an object of the user's own by `file.py:NAME`.
+
+Add a hook: one row in HOOKS and one contract function in the part that uses the object. `gspo check` and `load_hook`
+read the row.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gspo_megatron.config.plugins import load_object
+from gspo_megatron.config.refusal import refuse
+
+Contract = Callable[[Any], Sequence[str]]
+"""Takes a user's object and returns what was checked, one sentence each. Raises ValueError with one fault a line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """One kind of object that a user can supply."""
+
+    name: str
+    """Name of the kind, as `gspo check --hook` takes it."""
+    key: str
+    """Recipe key that names the object."""
+    signature: str
+    """What the object must be, as the README shows it."""
+    default: str
+    """What runs where the key is not set."""
+    example: str
+    """A working object in this repository, `recipes/...py:NAME`."""
+    contract: str
+    """`module:NAME` of its `Contract`. `load_hook` runs it, so it is quick and has no effect outside the process."""
+    trial: str = ""
+    """`module:NAME` of a second `Contract` that only `gspo check` runs: it calls the object with sample inputs.
+    Empty = the contract does so already."""
+    parameters: tuple[str, ...] = ()
+    """Names of the first parameters of a function, by which `gspo check` recognises the kind."""
+    members: tuple[str, ...] = ()
+    """Names that a class or an object of the kind has, by which `gspo check` recognises it."""
+
+
+HOOKS: dict[str, Hook] = {
+    hook.name: hook
+    for hook in (
+        Hook(
+            name="reward",
+            key="reward.name",
+            signature="score(problem, response) -> float or dict of named parts; may be async",
+            default="math_verify",
+            example="recipes/rewards/closeness.py:score",
+            contract="gspo_megatron.rewards.reward_contract:check_form",
+            trial="gspo_megatron.rewards.reward_contract:try_samples",
+            parameters=("problem", "response"),
+        ),
+        Hook(
+            name="objective",
+            key="objective.preset",
+            signature="ObjectiveSpec(name=..., AXIS=...)",
+            default="gspo",
+            example="recipes/objectives/dppo.py:DPPO",
+            contract="gspo_megatron.objective.objective_contract:check_objective",
+            members=("ratio_level", "trust", "aggregation"),
+        ),
+        Hook(
+            name="trust",
+            key="objective.trust",
+            signature="rule(terms: TokenTerms) -> Surrogate",
+            default="clip",
+            example="recipes/objectives/dppo.py:binary_tv",
+            contract="gspo_megatron.objective.objective_contract:check_trust_rule",
+            parameters=("terms",),
+        ),
+    )
+}
+"""Name -> hook. The contract is named by text, because the part that owns it lies above this one."""
+
+
+def is_reference(text: str) -> bool:
+    """Whether a value of a key names a user's object, and not one of the built-in choices."""
+    return ":" in text
+
+
+def check_choice(name: str, choices: Sequence[str]) -> str:
+    """Return a value of a hook's key: one of the built-in choices, or a reference. For a validator of the key.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if name in choices or is_reference(name):
+        return name
+    close = difflib.get_close_matches(name, choices, n=1)
+    known = f"use one of {', '.join(choices)}, file.py:NAME or package.module:NAME"
+    raise ValueError(f"{name} is not known; {f'did you mean {close[0]}?' if close else known}")
+
+
+def load_hook(name: str, reference: str) -> Any:
+    """Return the object that a recipe names, after its contract was checked.
+
+    Raises:
+        RecipeError: it cannot be imported, or is not what the hook takes.
+    """
+    hook = HOOKS[name]
+    try:
+        found = load_object(reference)
+        load_object(hook.contract)(found)
+    except ValueError as fault:
+        raise refuse("hook", hook.key, f"{reference}: {fault}", f"see `gspo check {reference} --hook {name}`") from None
+    return found
+
+
+def recognise_hook(found: Any) -> Hook:
+    """Return the hook that an object is meant for, by the parameters of a function or the members of an object.
+
+    Raises:
+        ValueError: no hook or several take such an object.
+    """
+    names = _parameters(found)
+    fitting = [
+        hook
+        for hook in HOOKS.values()
+        if (hook.parameters and names[: len(hook.parameters)] == hook.parameters)
+        or (hook.members and all(hasattr(found, member) for member in hook.members))
+    ]
+    if len(fitting) == 1:
+        return fitting[0]
+    kinds = ", ".join(f"{hook.name} ({hook.signature})" for hook in fitting or HOOKS.values())
+    what = f"a function of ({', '.join(names)})" if names else f"a {type(found).__name__}"
+    many = "could be several of" if fitting else "is none of"
+    raise ValueError(f"{what} {many} the hooks: {kinds}; name one with --hook")
+
+
+def _parameters(found: Any) -> tuple[str, ...]:
+    """Names of the parameters of a function; nothing for any other object."""
+    if not inspect.isroutine(found):
+        return ()
+    try:
+        return tuple(inspect.signature(found).parameters)
+    except (TypeError, ValueError):
+        return ()

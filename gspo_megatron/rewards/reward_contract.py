@@ -1,0 +1,108 @@
+"""The contract of a user's own reward: its form, and what it returns for sample responses."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import inspect
+from typing import Any
+
+from gspo_megatron.rewards.reward_input import RewardInput, read_parts
+from gspo_megatron.rewards.time_limit import OutOfTime, limit_time
+
+SAMPLE_SECONDS = 10.0
+"""Processor time of a reward for one sample response."""
+PROBLEM = {"prompt": "What is 1 + 1?", "answer": "2"}
+SAMPLES = (
+    RewardInput("It is \\boxed{2}.", "It is \\boxed{2}.", (5, 6, 7, 2), "stop"),
+    RewardInput("<think>1 + 1</think>3", "3", (8, 9, 2), "stop"),
+    RewardInput("", "", (2,), "stop"),
+    RewardInput("\ufffd\x00 " * 50, "\ufffd\x00 " * 50, (95,) * 50, "length"),
+    RewardInput("x" * 100_000, "x" * 100_000, (4,) * 100_000, "length"),
+)
+"""A right answer, a wrong one, an empty one, one cut within characters, a long one."""
+
+
+def check_form(found: Any) -> list[str]:
+    """Check what can be seen without a call. Raises ValueError with one fault a line."""
+    if inspect.isclass(found):
+        raise ValueError(f"is the class {found.__name__}; name a function, or an instance that can be called")
+    if not callable(found):
+        raise ValueError(f"is a {type(found).__name__}; name a function score(problem, response)")
+    call = found if inspect.isroutine(found) else found.__call__
+    if inspect.isgeneratorfunction(call) or inspect.isasyncgenfunction(call):
+        raise ValueError("is a generator (it holds `yield`); return the score instead")
+    try:
+        signature = inspect.signature(found)
+    except (TypeError, ValueError):
+        raise ValueError("has no readable signature; wrap it in a function score(problem, response)") from None
+    try:
+        signature.bind({}, SAMPLES[0])
+    except TypeError as error:
+        raise ValueError(f"cannot be called as score(problem, response): {error}; take these two") from None
+    return ["takes (problem, response)" + (", asynchronous" if is_asynchronous(found) else "")]
+
+
+def is_asynchronous(reward: Any) -> bool:
+    """Whether a reward is `async def`, as a function or as the call of an object."""
+    call = reward if inspect.isroutine(reward) else reward.__call__
+    return inspect.iscoroutinefunction(call)
+
+
+class _Line(dict[str, Any]):
+    """A line of data that notes which fields a reward looked for and did not find."""
+
+    def __init__(self) -> None:
+        super().__init__(copy.deepcopy(PROBLEM))
+        self.missing: list[str] = []
+
+    def __missing__(self, name: str) -> Any:
+        self.missing.append(name)
+        raise KeyError(name)
+
+
+def try_samples(found: Any) -> list[str]:
+    """Call the reward with sample responses. Raises ValueError with one fault a line; each fault is named once."""
+    faults: dict[str, None] = {}
+    scores, names = [], set[frozenset[str]]()
+    for sample in SAMPLES:
+        line = _Line()
+        try:
+            with limit_time(SAMPLE_SECONDS):
+                result = found(line, sample)
+                if is_asynchronous(found):
+                    result = asyncio.run(result)
+            if inspect.isawaitable(result):
+                getattr(result, "close", lambda: None)()
+                raise ValueError("returned something to await; define it with `async def`")
+            parts = read_parts(result)
+        except KeyError as error:
+            if error.args == tuple(line.missing[-1:]):
+                # The sample cannot know which fields the user's lines have.
+                return [f"reads problem[{error.args[0]!r}], which the sample line lacks: no score was tried"]
+            faults[f"raised KeyError: {error}; return a score for any text"] = None
+            continue
+        except ValueError as fault:
+            faults[str(fault) if "return" in str(fault) else f"raised ValueError: {fault}"] = None
+            continue
+        except OutOfTime:
+            faults[f"took more than {SAMPLE_SECONDS:g} s for one response; set a limit within it"] = None
+            continue
+        except (Exception, SystemExit) as error:
+            faults[f"raised {type(error).__name__}: {error}; return a score for any text"] = None
+            continue
+        if line != PROBLEM:
+            faults["changed the problem, which all responses to a prompt share; copy it first"] = None
+        names.add(frozenset(parts))
+        scores.append(sum(parts.values()))
+    if len(names) > 1:
+        listed = " and ".join(sorted(f"({', '.join(sorted(part))})" for part in names))
+        faults[f"returned other parts for other responses: {listed}; return the same parts always"] = None
+    if faults:
+        raise ValueError("\n".join(faults))
+    checked = [f"scored {len(scores)} sample responses from {min(scores):g} to {max(scores):g}"]
+    if parts := sorted(next(iter(names)) - {""}):
+        checked.append(f"parts: {', '.join(parts)}; reward.weights weighs them, 1 each without it")
+    if min(scores) < 0 or max(scores) > 1:
+        checked.append("scores outside reward.bounds=[0, 1] are clipped to it: set reward.bounds to the range you mean")
+    return checked

@@ -1,0 +1,56 @@
+"""What a reward gets, and how its result is read."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from gspo_megatron.types import StopReason
+
+
+@dataclass(frozen=True, slots=True)
+class RewardInput:
+    """The response that a reward scores."""
+
+    text: str
+    """The whole response as text, without its stop token; with an environment the last turn."""
+    answer: str
+    """The part that counts: `text` without thinking, after the last `reward.answer_marker`, blanks at its ends
+    removed."""
+    token_ids: tuple[int, ...]
+    """Ids of the whole response, stop token and observations included."""
+    stop_reason: StopReason
+    """`stop` = a stop token was sampled; `length` = cut at the response limit; `repetition`."""
+
+
+def read_parts(result: object) -> dict[str, float]:
+    """Return the parts of a reward's result; one number is the part with the empty name.
+
+    Raises:
+        ValueError: it is neither a finite number nor a mapping of names to finite numbers.
+    """
+    if isinstance(result, Mapping):
+        if not result:
+            raise ValueError("returned no part; return a number, or a dict with a number for each part")
+        return {_name(name): _number(value, f"part {name!r}") for name, value in result.items()}
+    return {"": _number(result, "")}
+
+
+def _name(name: object) -> str:
+    if not (isinstance(name, str) and name.replace("-", "_").isidentifier()):
+        raise ValueError(f"returned a part named {name!r}; name parts by letters, digits, _ and -, as metrics are")
+    return name
+
+
+def _number(value: object, what: str) -> float:
+    """A finite number. Numbers of numpy and 0-d tensors are numbers; texts and None are not."""
+    place = f" for {what}" if what else ""
+    if isinstance(value, numbers.Real) or (hasattr(value, "item") and getattr(value, "ndim", None) == 0):
+        number = float(value)  # pyright: ignore[reportArgumentType]
+        if math.isfinite(number):
+            return number
+        raise ValueError(f"returned {number}{place}, which is not finite; return a finite number")
+    shown = "None" if value is None else f"a {type(value).__name__}"
+    raise ValueError(f"returned {shown}{place}; return a number, or a dict with a number for each part")

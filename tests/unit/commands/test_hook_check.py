@@ -1,0 +1,102 @@
+"""`gspo check`: every example fits its hook; wrong objects are refused, each in its own sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gspo_megatron.cli import main
+from gspo_megatron.config.hooks import HOOKS, Hook
+from tests.places import ROOT
+
+
+@pytest.mark.parametrize("hook", HOOKS.values(), ids=lambda hook: hook.name)
+def test_the_example_of_every_hook_is_recognised_and_fits(
+    hook: Hook, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main(["check", hook.example]) == 0
+    first, *checked = capsys.readouterr().out.splitlines()
+    assert first == f"{hook.example} fits the hook {hook.name}: set {hook.key}={hook.example}"
+    assert checked
+
+
+REWARDS = {
+    "score = 3": "is a int; name a function",
+    "class score:\n    pass": "is the class score",
+    "def score(problem): return 1": "cannot be called as score(problem, response)",
+    "def score(problem, response, tests): return 1": "missing a required argument: 'tests'",
+    "def score(problem, response, *, tests): return 1": "missing a required keyword-only argument: 'tests'",
+    "def score(problem, response): yield 1": "is a generator",
+    "def score(problem, response): return None": "returned None",
+    "def score(problem, response): return '1'": "returned a str",
+    "def score(problem, response): return [1.0]": "returned a list",
+    "def score(problem, response): return float('nan')": "returned nan, which is not finite",
+    "def score(problem, response): return {}": "returned no part",
+    "def score(problem, response): return {'a b': 1}": "a part named 'a b'",
+    "def score(problem, response): return {'right': None}": "returned None for part 'right'",
+    "def score(problem, response): return {response.text[:1] or 'x': 1}": "a part named",
+    "def score(problem, response): return {'short' if len(response.text) < 9 else 'long': 1}": "other parts",
+    "def score(problem, response): return 1 / len(response.text)": "raised ZeroDivisionError",
+    "def score(problem, response): return float(response.answer)": "raised ValueError: could not convert",
+    "def score(problem, response): problem['answer'] = 'x'; return 1": "changed the problem",
+    "def score(problem, response): raise SystemExit": "raised SystemExit",
+    "async def late(): return 1\ndef score(problem, response): return late()": "define it with `async def`",
+    "async def score(problem, response): return None": "returned None",
+    "import nothing_of_this_name": "cannot be imported (ModuleNotFoundError",
+    "other = 1": "holds no score",
+}
+
+
+@pytest.mark.parametrize("code", REWARDS)
+def test_a_wrong_reward_is_refused_in_a_sentence(code: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "wrong.py"
+    file.write_text(code)
+    assert main(["check", f"{file}:score", "--hook", "reward"]) == 2
+    error = capsys.readouterr().err
+    assert REWARDS[code] in error and "Traceback" not in error
+
+
+RULES = {
+    "rule = 3": "is a int",
+    "def rule(terms, low): return None": "cannot be called as rule(terms)",
+    "def rule(terms): return terms.ratio": "returned Tensor; return terms.surrogate",
+    "def rule(terms): return terms.surrogate(terms.ratio.mean())": "objective of shape []",
+    "def rule(terms): return terms.surrogate(terms.ratio.detach())": "without gradient",
+    "def rule(terms): return terms.surrogate(terms.ratio * 0)": "gradient is 0",
+    "def rule(terms): return terms.surrogate(terms.ratio / 0)": "not finite",
+    "def rule(terms): return terms.surrogate(terms.ratio, terms.ratio)": "returned low as torch.float64",
+    "def rule(terms): return terms.surrogate(terms.nothing)": "raised AttributeError",
+}
+
+
+@pytest.mark.parametrize("code", RULES)
+def test_a_wrong_trust_rule_is_refused_in_a_sentence(
+    code: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "wrong.py"
+    file.write_text(code)
+    assert main(["check", f"{file}:rule", "--hook", "trust"]) == 2
+    assert RULES[code] in capsys.readouterr().err
+
+
+def test_a_field_that_the_sample_line_lacks_is_no_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("def score(problem, response): return len(problem['tests'])")
+    assert main(["check", f"{file}:score"]) == 0
+    assert "reads problem['tests'], which the sample line lacks" in capsys.readouterr().out
+
+
+def test_an_object_of_no_kind_is_refused_with_the_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("def step(): return 1")
+    assert main(["check", f"{file}:step"]) == 2
+    assert "is none of the hooks: reward (score(problem, response)" in capsys.readouterr().err
+
+
+def test_an_objective_of_another_type_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("MINE = {'trust': 'clip'}")
+    assert main(["check", f"{file}:MINE", "--hook", "objective"]) == 2
+    assert "is a dict; name an ObjectiveSpec" in capsys.readouterr().err
