@@ -13,6 +13,7 @@ from aiohttp import web
 from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.controller.controller import Controller
 from gspo_megatron.controller.servers import Refused
+from gspo_megatron.data.store import DamagedSample
 from gspo_megatron.transport import routes
 from gspo_megatron.transport.auth import OPEN_PATH, REFUSAL, has_key, is_of_job
 from gspo_megatron.transport.messages import Empty, ErrorReply
@@ -95,16 +96,14 @@ class Service:
                 return web.json_response(text=response.to_json())
             except (MessageError, web.RequestPayloadError) as error:
                 return refuse_logged(request, 400, str(error))
-            except (Refused, RecipeError) as error:
+            except (Refused, RecipeError, DamagedSample) as error:
                 return refuse_logged(request, 409, str(error))
             except web.HTTPException:
                 raise
             except Exception as error:
                 logging.exception("%s failed", request.path)
-                words = (
-                    f"{request.path} failed in the controller: {type(error).__name__}: {error}; its log has the stack"
-                )
-                return refuse(500, " ".join(words.split()))
+                fault = " ".join(f"{type(error).__name__}: {error}".split())
+                return refuse(500, f"{request.path} failed in the controller: {fault}; its log has the stack")
             finally:
                 if endpoint.alone:
                     self._operation = None
