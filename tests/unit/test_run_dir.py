@@ -99,5 +99,5 @@ def test_every_name_is_its_own(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     names = [name for name, value in vars(RunDir).items() if isinstance(value, property)]
     paths = [getattr(run, name) for name in names]
-    assert len(set(paths)) == len(paths) == 20
+    assert len(set(paths)) == len(paths) == 22
     assert all(path.is_relative_to(tmp_path) for path in paths)
