@@ -99,7 +99,7 @@ def is_partial(name: str) -> bool:
 
 @dataclass(frozen=True)
 class AttemptDir:
-    """The logs of one attempt: `logs/attempt_3`. What else launch/ keeps there is named in launch/."""
+    """The logs of one attempt: `logs/attempt_3`."""
 
     path: Path
 
@@ -119,6 +119,11 @@ class AttemptDir:
         return self.path / "plan.json"
 
     @property
+    def job(self) -> Path:
+        """The id of the SLURM job that it belongs to."""
+        return self.path / "job"
+
+    @property
     def preflight(self) -> Path:
         """Directory of the reports of the nodes of a SLURM job."""
         return self.path / "preflight"
@@ -129,8 +134,12 @@ class AttemptDir:
         return self.path / "environment.json"
 
     def log(self, role: str) -> Path:
-        """Output of one role: `trainer-0`."""
+        """Output of one role: `trainer-0`; of a SLURM job, of a kind of role on a node: `trainer-node7`."""
         return self.path / f"{role}.log"
+
+    def srun(self, step: str) -> Path:
+        """What srun itself wrote about a step: which task ended, and how."""
+        return self.path / f"srun-{step}.txt"
 
 
 @dataclass(frozen=True)
@@ -233,6 +242,11 @@ class RunDir:
     def latest(self) -> Path:
         """Link to the logs of the newest attempt of a SLURM job."""
         return self.logs / "latest"
+
+    @property
+    def restarts(self) -> Path:
+        """One line for each restart of a SLURM job after a crash."""
+        return self.logs / "restarts"
 
     @property
     def attempt(self) -> Path:

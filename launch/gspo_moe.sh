@@ -36,25 +36,5 @@ find_home() { # the checkout; SLURM runs a copy of this file from its spool dire
     fi
 }
 
-find_python() { # the interpreter of launch/job.py: with an image it is the batch node's own, which knows srun
-    python=$GSPO_VENV/bin/python
-    if [ -z "${GSPO_IMAGE:-}" ] || [ -z "${SLURM_JOB_ID:-}" ]; then
-        need_python "$python"
-        return
-    fi
-    python=python3
-    python3 -c 'import sys; sys.exit(sys.version_info < (3, 9))' 2>/dev/null ||
-        refuse "python3 of $(hostname -s) is missing or older than 3.9; load a newer one in the site file (the script itself runs outside the image)"
-}
-
 find_home
-# shellcheck source=launch/lib/site.sh
-. "$home/launch/lib/site.sh"
-load_site
-set_environment
-called_in=$PWD
-cd "$home"
-find_python
-# A stop request that comes before Python can act on it must not end the job.
-[ -z "${SLURM_JOB_ID:-}" ] || trap '' USR1
-exec "$python" -m launch.job "$called_in" "$@"
+exec "$BASH" "$home/launch/lib/site.sh" "$home" "$home/launch/lib/start.sh" job "$home" "$PWD" "$@"

@@ -25,8 +25,9 @@ from gspo_megatron.cluster.exit_codes import FAILED, OK, REFUSED
 from gspo_megatron.cluster.slurm_backend import KINDS, Place, SlurmBackend
 from gspo_megatron.cluster.slurm_steps import expand_hosts, is_heterogeneous, running_jobs
 from gspo_megatron.cluster.supervisor import Rules, Supervisor, supervise
+from gspo_megatron.run_dir import AttemptDir, RunDir
 from launch.lib.attempt import claim_attempt, remove_key, write_key
-from launch.lib.planning import Plan, Refused, ask_plan, role_step
+from launch.lib.plan_request import Plan, Refused, ask_plan, role_step
 from launch.lib.preflight_steps import check_nodes
 from launch.lib.settings import Settings
 
@@ -135,7 +136,7 @@ def draw(arguments: Arguments, settings: Settings) -> int:
     job = Job("JOB", hosts, arguments.gpus)
     plan = ask_plan("draw", settings, job.id, job.hosts, job.gpus, (arguments.recipe, *arguments.overrides))
     for kind in KINDS:
-        print(shlex.join(role_step(kind, plan, settings, plan.run_dir / "logs" / "attempt_1")))
+        print(shlex.join(role_step(kind, plan, settings, RunDir(plan.run_dir).attempt_logs(1).path)))
     return OK
 
 
@@ -216,7 +217,7 @@ class Attempt:
         raise SlurmEnds
 
     def _end_by_slurm(self) -> int:
-        run_dir = self._attempt.parent.parent if self._attempt is not None else None
+        run_dir = AttemptDir(self._attempt).run.path if self._attempt is not None else None
         supervisor = self._supervisor or Supervisor([], Rules(SETTLE, queue=True))
         newest = newest_checkpoint(run_dir) if run_dir is not None else 0
         for decision in supervisor.handle(Interrupted(signal.SIGTERM, newest), 0.0):

@@ -35,6 +35,7 @@ from gspo_megatron.cluster.events import (
 )
 from gspo_megatron.cluster.exit_codes import STOPPED
 from gspo_megatron.cluster.slurm_steps import Step, describe_job, is_heterogeneous, srun
+from gspo_megatron.run_dir import AttemptDir, RunDir
 
 KINDS = ("rollout", "controller", "trainer")
 """In the order in which they are started and looked at: the end of a server takes the others with it."""
@@ -73,9 +74,14 @@ class Place:
     trainer_ranks: int
 
     @property
-    def restarts(self) -> Path:
-        """File with one line for each restart after a crash."""
-        return self.run_dir / "logs" / "restarts"
+    def files(self) -> AttemptDir:
+        """The files of the attempt."""
+        return AttemptDir(self.attempt)
+
+    @property
+    def run(self) -> RunDir:
+        """The files of the run."""
+        return RunDir(self.run_dir)
 
 
 class SlurmBackend:
@@ -93,7 +99,7 @@ class SlurmBackend:
 
         What srun writes itself (which task of which node ended, and how) is kept apart from the tasks' output.
         """
-        with self._srun_file(kind).open("wb") as log:
+        with self.place.files.srun(kind).open("wb") as log:
             self._steps[kind] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
     def observe(self) -> list[Event]:
@@ -128,10 +134,10 @@ class SlurmBackend:
             print(self.explain(decision.name, decision.code), flush=True)
         elif isinstance(decision, CountRestart):
             when = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-            with self.place.restarts.open("a") as file:
+            with self.place.run.restarts.open("a") as file:
                 file.write(f"{when} attempt {self.place.number}: {decision.reason}\n")
         elif isinstance(decision, Requeue):
-            (self.place.attempt / "key").unlink(missing_ok=True)
+            self.place.files.key.unlink(missing_ok=True)
             return [self._queue_again()]
         return []
 
@@ -141,7 +147,7 @@ class SlurmBackend:
 
     def explain(self, kind: str, code: int) -> str:
         """The end of the log of a kind of role, then one sentence: kind, node and reason."""
-        lines = _lines(self._srun_file(kind))
+        lines = _lines(self.place.files.srun(kind))
         words = self._first_end(kind) or (lines[-1] if lines else "")
         task, lost = TASK_END.search(words), NODE_LOST.search(words)
         if task:
@@ -165,18 +171,15 @@ class SlurmBackend:
         return STOPPED if kind == "trainer" and self._stopped_as_asked() else self._steps[kind].returncode
 
     def _stopped_as_asked(self) -> bool:
-        return any(f"exit code {STOPPED}" in line for line in _lines(self._srun_file("trainer")))
+        return any(f"exit code {STOPPED}" in line for line in _lines(self.place.files.srun("trainer")))
 
     def _first_end(self, kind: str) -> str:
         """What srun wrote about its first task that ended badly."""
-        return next((line for line in _lines(self._srun_file(kind)) if FIRST_END.search(line)), "")
-
-    def _srun_file(self, kind: str) -> Path:
-        return self.place.attempt / f"srun-{kind}.txt"
+        return next((line for line in _lines(self.place.files.srun(kind)) if FIRST_END.search(line)), "")
 
     def _log_of(self, kind: str, node: str) -> Path | None:
         """The log of a kind of role on a node, or its newest; None for a step that could not start."""
-        named = self.place.attempt / f"{kind}-{node}.log"
+        named = self.place.files.log(f"{kind}-{node}")
         logs = sorted(self.place.attempt.glob(f"{kind}-*.log"), key=lambda path: path.stat().st_mtime)
         return named if named in logs else (logs[-1] if logs else None)
 
@@ -195,11 +198,10 @@ class SlurmBackend:
             process.wait()
 
     def _read_run_dir(self) -> RolesEnded:
-        run_dir = self.place.run_dir
-        newest, restarts = newest_checkpoint(run_dir), len(_lines(self.place.restarts))
+        newest, restarts = newest_checkpoint(self.place.run_dir), len(_lines(self.place.run.restarts))
         # Read after the roles have ended: where the network is gone that takes a minute, and the attempt that runs
         # elsewhere may be done by then.
-        return RolesEnded(newest, (run_dir / "DONE").is_file(), self._replaced_by(), restarts)
+        return RolesEnded(newest, self.place.run.done.is_file(), self._replaced_by(), restarts)
 
     def _replaced_by(self) -> int | None:
         try:
@@ -240,7 +242,7 @@ class SlurmBackend:
         if is_heterogeneous():
             return False
         step = Step("alive", self.place.hosts)
-        with (self.place.attempt / "srun-alive.txt").open("wb") as log:
+        with self.place.files.srun("alive").open("wb") as log:
             process = subprocess.Popen(srun(step, ("true",)), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
             try:
                 return process.wait(NODES_SECONDS) != 0

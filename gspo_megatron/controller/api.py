@@ -13,11 +13,12 @@ from aiohttp import web
 from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.controller.controller import Controller
 from gspo_megatron.controller.servers import Refused
+from gspo_megatron.data.store import DamagedSample
 from gspo_megatron.transport import routes
 from gspo_megatron.transport.auth import OPEN_PATH, REFUSAL, has_key, is_of_job
 from gspo_megatron.transport.messages import Empty, ErrorReply
 from gspo_megatron.transport.routes import Route
-from gspo_megatron.transport.wire_message import MessageError, WireMessage
+from gspo_megatron.transport.wire_message import SAME_VERSION, MessageError, WireMessage
 
 MAX_BODY = 1 << 30
 """Bytes. The state of a checkpoint names every group in flight with its prompt: some MB; aiohttp's default is 1 MB."""
@@ -76,7 +77,10 @@ class Service:
     ) -> web.StreamResponse:
         if request.path != OPEN_PATH and not (is_of_job(request.remote) and has_key(request.headers, self._key)):
             return refuse(401, REFUSAL)
-        return await handler(request)
+        try:
+            return await handler(request)
+        except web.HTTPException as error:
+            return refuse(error.status, f"{request.method} {request.path}: {error.reason}; {SAME_VERSION}")
 
     def _bind(self, endpoint: Endpoint[Any, Any]) -> Callable[[web.Request], Awaitable[web.Response]]:
         """An aiohttp handler that parses the request, runs one operation alone and sends its response."""
@@ -90,10 +94,16 @@ class Service:
                 body = await request.read() if endpoint.route.method == "POST" else Empty().to_json()
                 response = await endpoint.handler(endpoint.route.request.from_json(body))
                 return web.json_response(text=response.to_json())
-            except (Refused, RecipeError, MessageError) as error:
-                sentence = " ".join(str(error).split())
-                logging.error("%s: %s", request.path, sentence)
-                return refuse(400 if isinstance(error, MessageError) else 409, sentence)
+            except (MessageError, web.RequestPayloadError) as error:
+                return refuse_logged(request, 400, str(error))
+            except (Refused, RecipeError, DamagedSample) as error:
+                return refuse_logged(request, 409, str(error))
+            except web.HTTPException:
+                raise
+            except Exception as error:
+                logging.exception("%s failed", request.path)
+                fault = " ".join(f"{type(error).__name__}: {error}".split())
+                return refuse(500, f"{request.path} failed in the controller: {fault}; its log has the stack")
             finally:
                 if endpoint.alone:
                     self._operation = None
@@ -111,6 +121,13 @@ class Service:
             await self.controller.start()
         except Refused as error:
             logging.error("%s", error)
+
+
+def refuse_logged(request: web.Request, status: int, sentence: str) -> web.Response:
+    """A response with one sentence, which the log gets too."""
+    sentence = " ".join(sentence.split())
+    logging.error("%s: %s", request.path, sentence)
+    return refuse(status, sentence)
 
 
 def refuse(status: int, sentence: str) -> web.Response:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gspo_megatron.config.model_section import Architecture
+from gspo_megatron.config.refusal import quote
 from gspo_megatron.models.family import Family
 from gspo_megatron.models.llama import LLAMA
 from gspo_megatron.models.qwen3 import QWEN3
@@ -21,11 +22,14 @@ def family_of(arch: Architecture) -> Family:
     return BY_TYPE[arch.model_type]
 
 
-def architecture_class(model_type: str = DEFAULT_TYPE) -> type[Architecture]:
-    """The class of keys of a `model_type`. Raises KeyError for one that does not run."""
+def architecture_class(model_type: object = DEFAULT_TYPE) -> type[Architecture]:
+    """The class of keys of a `model_type`. Raises ValueError, with those that run, for another one."""
+    if not isinstance(model_type, str) or model_type not in BY_TYPE:
+        runs = "; ".join(f"{family.name}: {', '.join(family.architectures)}" for family in FAMILIES)
+        raise ValueError(f"model_type={quote(model_type)} is no model that runs here; choose one of {runs}")
     return BY_TYPE[model_type].architectures[model_type]
 
 
 def architecture_of(values: Mapping[str, Any]) -> Architecture:
-    """The typed architecture of a complete mapping. Raises pydantic's ValidationError."""
-    return architecture_class(values["model_type"]).model_validate(values)
+    """The typed architecture of a complete mapping. Raises ValueError, of which pydantic's ValidationError is one."""
+    return architecture_class(values.get("model_type")).model_validate(values)

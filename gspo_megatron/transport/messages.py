@@ -8,9 +8,9 @@ processes of different versions never misread each other silently. Those of a we
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import JsonValue
+from pydantic import AllowInfNan, JsonValue, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from gspo_megatron.transport.wire_message import WireMessage, json_key
 from gspo_megatron.types import Prompt, SampleRef
@@ -81,7 +81,7 @@ class ServerIdentity(WireMessage):
 class RolloutRequest(WireMessage):
     """Body of `POST /rollout`."""
 
-    step: int
+    step: NonNegativeInt
     """Training step that the batch is for."""
 
 
@@ -146,11 +146,11 @@ class RolloutBatch(WireMessage):
 class EvaluationRequest(WireMessage):
     """Body of `POST /evaluate`."""
 
-    problems: int
+    problems: PositiveInt
     """Held-out problems."""
-    answers: int
+    answers: PositiveInt
     """Responses to each."""
-    temperature: float
+    temperature: Annotated[NonNegativeFloat, AllowInfNan(False)]
     """0 = greedy."""
 
 
@@ -215,6 +215,18 @@ class GroupState(WireMessage):
     generations: Annotated[tuple[GenerationState, ...], json_key("drafts")]
     """Unfinished members."""
 
+    @model_validator(mode="after")
+    def _has_every_member_once(self) -> Self:
+        """A member that is missing or there twice makes a group that never completes."""
+        members = sorted(part.sample_index for part in (*self.finished, *self.generations))
+        known = sorted(self.first_versions)
+        if members != list(range(len(members))) or len(members) != self.answers or known != sorted(map(str, members)):
+            raise ValueError(
+                f"the group of prompt {self.prompt.index} has {self.answers} members, its parts are of {members[:9]}; "
+                "go on from another checkpoint"
+            )
+        return self
+
 
 class ControllerState(WireMessage):
     """Response of `GET /state`, body of `POST /state`, and the key `controller` of state.json."""
@@ -226,3 +238,13 @@ class ControllerState(WireMessage):
     """Directory of the run that holds the tokens of unfinished generations."""
     generations: Annotated[tuple[SampleRef, ...], json_key("drafts")]
     """Unfinished generations of all groups in order, as stored there."""
+
+    @model_validator(mode="after")
+    def _stores_every_generation(self) -> Self:
+        unfinished = sum(len(group.generations) for group in self.groups)
+        if unfinished != len(self.generations):
+            raise ValueError(
+                f"{len(self.generations)} unfinished generations are stored, the groups have {unfinished}; go on from "
+                "another checkpoint"
+            )
+        return self

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, SerializeAsAny
+from pydantic import BeforeValidator, NonNegativeInt, SerializeAsAny
 
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.models import architecture_of
@@ -35,7 +35,7 @@ class WeightTerms(WireMessage):
 class UpdateRequest(WireMessage):
     """Body of `POST /weights/begin`."""
 
-    version: int
+    version: NonNegativeInt
     terms: WeightTerms
     devices: tuple[str, ...] = ()
     """[trainer ranks] device of each, if servers share the trainer's devices; empty = they do not."""

@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 
 from gspo_megatron.cluster.slurm_steps import running_jobs
-from gspo_megatron.run_dir import RunDir
-from launch.lib.planning import Plan, Refused
+from gspo_megatron.run_dir import AttemptDir, RunDir
+from launch.lib.plan_request import Plan, Refused
 
 
 def claim_attempt(plan: Plan, job: str) -> None:
@@ -27,10 +27,10 @@ def claim_attempt(plan: Plan, job: str) -> None:
         shutil.rmtree(plan.attempt, ignore_errors=True)
         raise Refused("run.directory: {}; {}".format(*in_use(plan.run_dir, holder)))
     replace_text(RunDir(plan.run_dir).attempt, f"{plan.number} {job}\n")
-    logs = plan.attempt.parent
-    latest = logs / f".latest.{os.getpid()}"
-    latest.symlink_to(plan.attempt.name)
-    latest.replace(logs / "latest")
+    latest = RunDir(plan.run_dir).latest
+    fresh = latest.with_name(f".{latest.name}.{os.getpid()}")
+    fresh.symlink_to(plan.attempt.name)
+    fresh.replace(latest)
 
 
 def in_use(run_dir: Path, holder: str) -> tuple[str, str]:
@@ -45,14 +45,14 @@ def in_use(run_dir: Path, holder: str) -> tuple[str, str]:
 
 def write_key(attempt: Path) -> None:
     """Make the key of the attempt, in a file that only the user can read."""
-    handle = os.open(attempt / "key", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    handle = os.open(AttemptDir(attempt).key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(handle, "w") as file:
         file.write(secrets.token_hex(16))
 
 
 def remove_key(attempt: Path) -> None:
     """Take the key away; without it nothing can be asked of what may still run."""
-    (attempt / "key").unlink(missing_ok=True)
+    AttemptDir(attempt).key.unlink(missing_ok=True)
 
 
 def replace_text(path: Path, text: str) -> None:

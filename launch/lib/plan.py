@@ -31,7 +31,7 @@ from gspo_megatron.models import load_recipe, load_resolved
 from gspo_megatron.plan.rules import metric_sinks
 from gspo_megatron.plan.rules.not_built import not_built
 from gspo_megatron.plan.run_plan import make_plan
-from gspo_megatron.run_dir import ATTEMPT
+from gspo_megatron.run_dir import ATTEMPT, AttemptDir, RunDir
 from gspo_megatron.sinks.secret_text import SECRET
 from gspo_megatron.types import Finding
 from launch.lib.attempt import replace_text
@@ -39,11 +39,8 @@ from launch.lib.preflight import judge
 from launch.lib.resume import refuse_other_job, refuse_other_recipe
 from launch.lib.text import fold
 
-PLAN = "plan.json"
 WRITTEN = ("run.directory", "cold_start.cache")
 """Paths of a recipe that a run writes to; it reads the others."""
-JOB = "job"
-"""File of an attempt: the SLURM job that it belongs to."""
 ENVIRONMENT = re.compile(r"(SLURM|NCCL|GLOO|UCX|FI|CUDA|OMP|TORCH|VLLM|TRITON|GSPO|HF_HOME|TMPDIR|PATH|LD_LIBRARY)")
 
 
@@ -148,7 +145,7 @@ def draw(recipe: Recipe, names: Sequence[str], gpus: int, job: str) -> int:
         task = next(task for task in tasks if task.kind == kind)
         settings = "".join(f"{name}={value} " for name, value in task.environment.items())
         print(f"{task.name} on {task.host.name}: {settings}python {' '.join(task.arguments)}", file=sys.stderr)
-    answer(recipe, over, {})
+    print_plan(recipe, over, {})
     return 0
 
 
@@ -178,8 +175,8 @@ def describe(recipe: Recipe, over: Spread, ports: Ports) -> list[str]:
     ]
 
 
-def answer(recipe: Recipe, over: Spread, more: Mapping[str, Any]) -> None:
-    """What the job script has to know (`launch/lib/planning.py`), as one line of JSON."""
+def print_plan(recipe: Recipe, over: Spread, more: Mapping[str, Any]) -> None:
+    """Print what the job script has to know (`launch/lib/plan_request.py`), as one line of JSON."""
     roles = {kind: ([host.name for host in over.of(kind)[0]], over.of(kind)[1]) for kind in get_args(Kind)}
     facts = {"run_dir": str(recipe.run.directory), "gpus": over.gpus, "colocated": over.colocated, "roles": roles}
     print(json.dumps({**facts, **more}))
@@ -190,13 +187,13 @@ def open_attempt(recipe: Recipe, names: Sequence[str], gpus: int, job: str, runn
     run_dir = recipe.run.directory
     assert run_dir is not None
     over, ports, _ = layout(recipe, [Host(name, name) for name in names], gpus, job)
-    if (run_dir / "DONE").is_file():
-        answer(recipe, over, {"done": True})
+    if RunDir(run_dir).done.is_file():
+        print_plan(recipe, over, {"done": True})
         return 0
     with refuse_unwritable(run_dir):
         refuse_other_job(run_dir, job, running)
         refuse_other_recipe(run_dir, recipe)
-        number, attempt, earlier = make_attempt(run_dir / "logs", job)
+        number, attempt, earlier = make_attempt(RunDir(run_dir), job)
         try:
             refuse_other_job(run_dir, job, running, earlier)
         except RecipeError:
@@ -206,45 +203,44 @@ def open_attempt(recipe: Recipe, names: Sequence[str], gpus: int, job: str, runn
         facts = {"job": job, "attempt": number, "gpus": gpus, "hosts": [[name, name] for name in names]}
         write_plan(attempt, facts)
         kept = {key: value for key, value in os.environ.items() if ENVIRONMENT.match(key) and not SECRET.search(key)}
-        (attempt / "environment.json").write_text(json.dumps(kept, indent=1, sort_keys=True))
+        AttemptDir(attempt).environment.write_text(json.dumps(kept, indent=1, sort_keys=True))
     print("\n".join(describe(recipe, over, ports)), file=sys.stderr)
-    answer(recipe, over, {"attempt": str(attempt), "number": number, "earlier_jobs": earlier})
+    print_plan(recipe, over, {"attempt": str(attempt), "number": number, "earlier_jobs": earlier})
     return 0
 
 
-def make_attempt(logs: Path, job: str) -> tuple[int, Path, list[str]]:
+def make_attempt(run: RunDir, job: str) -> tuple[int, Path, list[str]]:
     """Make the directory of a new attempt, exclusively: it appears with the name of its job in it.
 
     Returns:
         Its number, its path, and the jobs of older attempts.
     """
-    fresh = logs / f".attempt.{job}.{os.getpid()}"
-    (fresh / "preflight").mkdir(parents=True)
-    (fresh / JOB).write_text(job)
+    fresh = AttemptDir(run.logs / f".attempt.{job}.{os.getpid()}")
+    fresh.preflight.mkdir(parents=True)
+    fresh.job.write_text(job)
     while True:
-        older = list(ATTEMPT.find(logs))
-        number = 1 + max(older, default=0)
-        path = logs / ATTEMPT.name(number)
+        older = [AttemptDir(path) for path in ATTEMPT.find(run.logs).values()]
+        number = run.next_attempt()
+        path = run.attempt_logs(number).path
         try:
             # Fails where a job that started in the same second was quicker: the directory is there and not empty.
-            fresh.rename(path)
+            fresh.path.rename(path)
             break
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-    places = [logs / ATTEMPT.name(each) for each in older]
-    for place in places:
+    for attempt in older:
         # Whoever made a key removes it, unless its node lost power.
-        (place / "key").unlink(missing_ok=True)
-    return number, path, [(place / JOB).read_text() for place in places if (place / JOB).is_file()]
+        attempt.key.unlink(missing_ok=True)
+    return number, path, [attempt.job.read_text() for attempt in older if attempt.job.is_file()]
 
 
 def judge_attempt(attempt: Path) -> int:
     """Hold the nodes' reports against each other; the roles get the addresses that were found."""
-    facts = json.loads((attempt / PLAN).read_text())
-    run_dir = attempt.parent.parent
-    recipe = load_resolved(run_dir / "recipe.resolved.yaml")
-    reports = [json.loads(path.read_text()) for path in sorted((attempt / "preflight").glob("*.json"))]
+    files = AttemptDir(attempt)
+    facts = json.loads(files.plan.read_text())
+    recipe = load_resolved(files.run.recipe)
+    reports = [json.loads(path.read_text()) for path in sorted(files.preflight.glob("*.json"))]
     faults = judge(reports, [name for name, _ in facts["hosts"]], facts["gpus"], recipe)
     for fault in faults:
         print(f"preflight: {fault}", file=sys.stderr)
@@ -258,7 +254,7 @@ def judge_attempt(attempt: Path) -> int:
 
 def write_plan(attempt: Path, facts: dict[str, Any]) -> None:
     """The attempt's table of tasks, which every task reads its own line of."""
-    recipe = load_resolved(attempt.parent.parent / "recipe.resolved.yaml")
+    recipe = load_resolved(AttemptDir(attempt).run.recipe)
     _, _, tasks = layout(recipe, [Host(*host) for host in facts["hosts"]], facts["gpus"], facts["job"])
     facts["tasks"] = [
         {
@@ -274,7 +270,7 @@ def write_plan(attempt: Path, facts: dict[str, Any]) -> None:
         for task in tasks
     ]
     facts["read"] = {key: str(path) for key, path in paths_of(recipe).items() if key not in WRITTEN}
-    replace_text(attempt / PLAN, json.dumps(facts, indent=1))
+    replace_text(AttemptDir(attempt).plan, json.dumps(facts, indent=1))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gspo_megatron.cluster.slurm_steps import Step, srun
-from launch.lib.planning import Plan, Refused, in_trainer
+from gspo_megatron.run_dir import AttemptDir
+from launch.lib.plan_request import Plan, Refused, in_trainer
 from launch.lib.settings import Settings
 
 LOOK_SECONDS = 0.2
@@ -39,7 +40,7 @@ def check_nodes(plan: Plan, settings: Settings, attempt: Path) -> None:
         kinds.append("rollout")
     steps = [Step(kind, plan.steps[kind].hosts) for kind in kinds]
     environment = {**os.environ, "GSPO_PROBES": str(sum(step.tasks for step in steps))}
-    texts = [attempt / "preflight" / f"{kind}.txt" for kind in kinds]
+    texts = [AttemptDir(attempt).preflight / f"{kind}.txt" for kind in kinds]
     running: list[subprocess.Popen[bytes]] = []
     for step, text in zip(steps, texts):
         command = ("bash", "-c", LOOK, "look", str(settings.home), settings.python(step.kind), str(attempt), step.kind)
@@ -75,7 +76,7 @@ def _all_end_well(running: Sequence[subprocess.Popen[bytes]]) -> bool:
 def _reduce_over_network(plan: Plan, settings: Settings, attempt: Path) -> None:
     """A small all-reduce over all trainer nodes, one GPU of each."""
     step = Step("trainer", plan.steps["trainer"].hosts)
-    command = (settings.python("trainer"), "tools/check_network.py", str(attempt / "plan.json"))
+    command = (settings.python("trainer"), "tools/check_network.py", str(AttemptDir(attempt).plan))
     done = subprocess.run(srun(step, command, settings.container("trainer")), stdin=subprocess.DEVNULL)
     if done.returncode:
         raise Refused("the trainer nodes cannot all-reduce over their network (see above)")

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo_megatron.cluster.visible_devices import VARIABLE, select_devices
+from gspo_megatron.run_dir import AttemptDir
 
 PACKAGES = {
     "trainer": ("torch", "megatron-core", "transformer-engine", "transformers"),
@@ -44,7 +45,7 @@ FIX_INTERFACE = "set GSPO_INTERFACE in the site file (`ip -br addr` lists interf
 def main() -> None:
     """Write ATTEMPT/preflight/KIND-NODE.json."""
     attempt, kind = Path(sys.argv[1]), sys.argv[2]
-    plan = json.loads((attempt / "plan.json").read_text())
+    plan = json.loads(AttemptDir(attempt).plan.read_text())
     node = os.environ["SLURMD_NODENAME"]
     here = [task for task in plan["tasks"] if task["host"] == node]
     report: dict[str, Any] = {"host": node, "kind": kind, "faults": []}
@@ -63,7 +64,7 @@ def main() -> None:
     is_first = kind == "trainer" and node == plan["hosts"][0][0]
     report["used_ports"] = [port for port in ports if not can_listen(port)]
     report["clock_offset"] = None
-    folder = attempt / "preflight"
+    folder = AttemptDir(attempt).preflight
     if is_first:
         answer_others(folder, report, expected=int(os.environ["GSPO_PROBES"]) - 1, port=meeting_port(plan))
     else:

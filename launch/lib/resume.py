@@ -11,6 +11,7 @@ from gspo_megatron.cluster.attempts import read_attempt
 from gspo_megatron.config import Recipe
 from gspo_megatron.config.loading import refuse
 from gspo_megatron.models import load_resolved
+from gspo_megatron.run_dir import RunDir
 from launch.lib.attempt import in_use
 
 MAY_CHANGE = (
@@ -62,9 +63,10 @@ def refuse_other_job(run_dir: Path, job: str, running: Sequence[str], earlier: S
 
 def refuse_other_recipe(run_dir: Path, recipe: Recipe) -> None:
     """A resumed run stays the run that it was."""
-    if not (run_dir / "recipe.resolved.yaml").is_file():
+    resolved = RunDir(run_dir).recipe
+    if not resolved.is_file():
         return
-    before = flatten(load_resolved(run_dir / "recipe.resolved.yaml").model_dump(mode="json"))
+    before = flatten(load_resolved(resolved).model_dump(mode="json"))
     now = flatten(recipe.model_dump(mode="json"))
     for key in sorted({*before, *now}):
         if before.get(key) != now.get(key) and not may_change(key):

@@ -1,71 +1,77 @@
-# Settings of the site, and the environment that every role gets. Sourced; `home` is the checkout.
-
+#!/usr/bin/env bash
+# site.sh HOME NEXT ARGUMENTS...: reads the site file, then becomes the script NEXT.
+#
+# The site file is the user's bash and may change anything of the shell that reads it: IFS, options, traps, functions,
+# variables. NEXT starts in a shell of its own, which inherits only what it should: the environment, limits and umask.
+readonly gspo_home=$1 gspo_next=("${@:2}")
+# `sbatch --export=NONE` leaves the job without these; the PATH that bash takes then may end in the present directory.
+export PATH=${PATH%:.} HOME=${HOME:-~}
 # The site file: $GSPO_SITE, else launch/site.sh of the checkout, else none. What it sets, sbatch's environment may override
 # only if it says so itself, with ${NAME:-value} as the example does.
-load_site() {
-    # `sbatch --export=NONE` leaves the job without these; the PATH that bash takes then may end in the present directory.
-    export PATH=${PATH%:.} HOME=${HOME:-~}
-    local name
-    # Not local: bash leaves its functions before it runs the EXIT trap.
-    site_file=${GSPO_SITE:-$home/launch/site.sh}
-    if [ -e "$site_file" ]; then
-        source_site_file
-    elif [ -n "${GSPO_SITE:-}" ]; then
-        refuse "GSPO_SITE=$site_file does not exist; correct it, or unset it"
-    fi
-    GSPO_ROLLOUT_IMAGE=${GSPO_ROLLOUT_IMAGE:-${GSPO_IMAGE:-}}
-    GSPO_VENV=${GSPO_VENV:-.venv}
-    GSPO_ROLLOUT_VENV=${GSPO_ROLLOUT_VENV:-$GSPO_VENV}
-    for name in "${!GSPO_@}"; do export "${name?}"; done
-}
+readonly gspo_site=${GSPO_SITE:-$gspo_home/launch/site.sh}
+# Within the EXIT trap bash counts lines from 1 again.
+gspo_line=1
 
-source_site_file() { # without -eu: what a module system does is not written for them
-    local fault
-    site_line=1
-    fault=$(bash -n "$site_file" 2>&1) ||
-        refuse "the site file cannot be read: ${fault%%$'\n'*}; correct that line (launch/site.example.sh shows the form)"
-    set +eu -T
-    # Within the EXIT trap bash counts lines from 1 again.
-    trap '[[ ${BASH_SOURCE[0]-} != "$site_file" || $LINENO -lt $site_line ]] || site_line=$LINENO' DEBUG
-    trap 'site_command_failed $? "$LINENO" "$BASH_COMMAND"' ERR
-    trap site_file_ended EXIT
-    # shellcheck source=/dev/null
-    . "$site_file"
+gspo_refuse() { # one sentence, exit 2
     trap - DEBUG ERR EXIT
-    set -eu +T
+    echo "gspo: $*" >&2
+    builtin exit 2
 }
 
-site_command_failed() { # STATUS LINE COMMAND: a program that is missing is an error, another failure may be meant
-    local where="the site file $site_file, line $2: \`$3\`"
+gspo_command_failed() { # STATUS LINE COMMAND: a program that is missing is an error, another failure may be meant
+    local where="the site file $gspo_site, line $2: \`$3\`"
     # shellcheck disable=SC2016
-    [ "$3" != '. "$site_file"' ] || return 0 # its last line has failed and was reported
-    if [ "$1" = 127 ]; then
-        trap - DEBUG ERR EXIT
-        refuse "$where: command not found; define it there first (for module: see launch/site.example.sh), or remove the line"
-    fi
+    [ "$3" != '. "$gspo_site" ""' ] || return 0 # its last line has failed and was reported
+    [[ $- != *e* ]] || return 0                # `set -e` of the site file: the EXIT trap reports it
+    [ "$1" != 127 ] ||
+        gspo_refuse "$where: command not found; define it there first (for module: see launch/site.example.sh), or remove the line"
     echo "gspo: $where ended with $1 and the job goes on; correct the line, or add \`|| true\` if that is expected" >&2
 }
 
-site_file_ended() { # `exit`, or bash itself, as for ${NAME:?}
+gspo_ended() { # `exit`, or bash itself, as for ${NAME:?}
+    gspo_refuse "the site file $gspo_site, line $gspo_line, ended the script; correct the line (bash's own message, if any, is above), and use no exit"
+}
+
+exit() { # the site file may have an EXIT trap of its own, which replaces ours
+    # shellcheck disable=SC2031
+    [ "$BASH_SUBSHELL" = 0 ] || builtin exit "$@"
+    gspo_ended
+}
+
+gspo_check_file() { # what would end in a bare line of bash's, or in values with an invisible character
+    local fault
+    [ ! -d "$gspo_site" ] || gspo_refuse "the site file $gspo_site is a directory; name a file in GSPO_SITE"
+    [ -r "$gspo_site" ] || gspo_refuse "the site file $gspo_site cannot be read by $(id -un); correct its permissions"
+    ! grep -q $'\r$' "$gspo_site" ||
+        gspo_refuse "the site file $gspo_site has Windows line ends; remove them: sed -i 's/\\r\$//' $gspo_site"
+    fault=$(bash -n "$gspo_site" 2>&1) ||
+        gspo_refuse "the site file cannot be read: ${fault%%$'\n'*}; correct that line (launch/site.example.sh shows the form)"
+}
+
+gspo_check_result() { # what the next script could not work with; exports the settings
+    local name
+    command -v id >/dev/null ||
+        gspo_refuse "the site file $gspo_site leaves PATH=${PATH-} without the system's programs; add to it: PATH=/new/bin:\$PATH"
+    for name in "${!GSPO_@}"; do
+        [[ ${!name@a} != *[aA]* ]] ||
+            gspo_refuse "the site file $gspo_site makes $name an array, which a job does not inherit; write one text, $name=..."
+        export "${name?}"
+    done
+}
+
+if [ -e "$gspo_site" ]; then
+    gspo_check_file
+    set -T # the traps also see the lines of functions and of files that it reads
+    trap '[[ ${BASH_SOURCE[0]-} != "$gspo_site" || $LINENO -lt $gspo_line ]] || gspo_line=$LINENO' DEBUG
+    trap 'gspo_command_failed $? "$LINENO" "$BASH_COMMAND"' ERR
+    trap gspo_ended EXIT
+    # An empty argument: `shift` and `set --` of the site file are its own. Without -eu: module systems need that.
+    # shellcheck source=/dev/null
+    . "$gspo_site" ""
     trap - DEBUG ERR EXIT
-    refuse "the site file $site_file, line $site_line, ended the script; correct the line (bash's own message, if any, is above), and use no exit"
-}
-
-refuse() { # one sentence, exit 2
-    echo "gspo: $*" >&2
-    exit 2
-}
-
-set_environment() { # why each is set: launch/README.md
-    export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 PYTHONNOUSERSITE=1 PYTHONDONTWRITEBYTECODE=
-    if [ -n "${GSPO_INTERFACE:-}" ]; then
-        export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-=$GSPO_INTERFACE} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$GSPO_INTERFACE}
-    fi
-    local scratch=${TMPDIR:-/tmp}/gspo-$(id -un)
-    export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$scratch/triton} TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$scratch/inductor}
-    export VLLM_CACHE_ROOT=${VLLM_CACHE_ROOT:-$scratch/vllm}
-}
-
-need_python() { # PYTHON: refuses with a sentence where it is missing
-    command -v "$1" >/dev/null || refuse "$1 is not there; run make setup, or set GSPO_VENV in the site file"
-}
+    set +eu +T
+elif [ -n "${GSPO_SITE:-}" ]; then
+    gspo_refuse "GSPO_SITE=$gspo_site does not exist; correct it, or unset it"
+fi
+gspo_check_result
+exec "$BASH" "${gspo_next[@]}"

@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 from gspo_megatron.cluster.supervisor import may_restart, restart_sentence
 from gspo_megatron.cluster.visible_devices import VARIABLE, list_gpus, name_devices
 from gspo_megatron.http_clients import direct_opener
+from gspo_megatron.run_dir import AttemptDir
 
 LOOK_SECONDS = 0.5
 """How often a server is looked at."""
@@ -36,13 +37,12 @@ def main() -> None:
     # Held back while the role starts: it receives the signal once it has a handler. The line that this program
     # prints shows the job script that it may send.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-    attempt, kind = Path(sys.argv[1]), sys.argv[2]
+    attempt, kind = AttemptDir(Path(sys.argv[1])), sys.argv[2]
     node, local = os.environ["SLURMD_NODENAME"], int(os.environ["SLURM_LOCALID"])
-    plan = json.loads((attempt / "plan.json").read_text())
+    plan = json.loads(attempt.plan.read_text())
     mine = [task for task in plan["tasks"] if (task["kind"], task["host"], task["local"]) == (kind, node, local)]
     if not mine:
-        where = attempt / "plan.json"
-        raise SystemExit(f"{where} has no {kind} number {local} on {node}; start it through launch/gspo_moe.sh")
+        raise SystemExit(f"{attempt.plan} has no {kind} number {local} on {node}; start it through launch/gspo_moe.sh")
     address = dict(plan["hosts"])[node]
     settings = dict(mine[0]["environment"])
     if VARIABLE in settings:
@@ -50,7 +50,7 @@ def main() -> None:
         settings[VARIABLE] = name_devices(settings[VARIABLE], list_gpus())
     os.environ.update(settings)
     os.environ["GSPO_ATTEMPT"] = str(plan["attempt"])
-    os.environ["GSPO_JOB_KEY"] = (attempt / "key").read_text().strip()
+    os.environ["GSPO_JOB_KEY"] = attempt.key.read_text().strip()
     os.environ["GSPO_JOB_ADDRESSES"] = ",".join(sorted({address for _, address in plan["hosts"]}))
     # Otherwise vLLM asks the routing table, which names another network where there are several.
     os.environ["VLLM_HOST_IP"] = address

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import aiohttp
@@ -13,9 +14,19 @@ from aiohttp import web
 
 from gspo_megatron.controller.api import Service
 from gspo_megatron.controller.servers import Refused
+from gspo_megatron.transport.auth import key_header
 from gspo_megatron.transport.controller_client import ControllerClient, ControllerError
-from gspo_megatron.transport.messages import Empty, EvaluationRequest, RolloutRequest
+from gspo_megatron.transport.messages import (
+    ControllerState,
+    Empty,
+    ErrorReply,
+    EvaluationRequest,
+    GenerationState,
+    GroupState,
+    RolloutRequest,
+)
 from gspo_megatron.transport.update_messages import UpdateCheck
+from gspo_megatron.types import Problem, Prompt, SampleRef
 from tests.unit.controller.controllers import (
     controlling,
 )
@@ -143,3 +154,55 @@ async def test_a_wrong_key_is_refused(tmp_path: Path) -> None:
                 assert (await session.get(url + path)).status == 401
             assert (await session.get(url + "/health")).status == 200
         await runner.cleanup()
+
+
+async def test_whatever_is_sent_to_the_service_gets_one_sentence(tmp_path: Path) -> None:
+    async with controlling(tmp_path, FakeServer()) as controller:
+        runner = web.AppRunner(Service(controller, KEY).application())
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        url = "http://{}:{}".format(*runner.addresses[0][:2])
+        state = await controller.state(Empty())
+        cases = [
+            ("GET", "/nothing", b"", 404, "GET /nothing: Not Found; run trainer, controller and servers"),
+            ("GET", "/rollout", b"", 405, "GET /rollout: Method Not Allowed; run trainer"),
+            ("POST", "/rollout", b"", 400, "message RolloutRequest: "),
+            ("POST", "/rollout", b'{"step": "1"}', 400, "message RolloutRequest: field step is wrong: "),
+            ("POST", "/rollout", b'{"step": -1}', 400, "message RolloutRequest: field step is wrong: "),
+            ("POST", "/rollout", b'{"step": NaN}', 400, "message RolloutRequest: "),
+            ("POST", "/state", b'{"groups": []}', 400, "message ControllerState lacks its field stream; run trainer"),
+            ("POST", "/weights/finish", b"[" * 9999, 400, "message UpdateCheck: "),
+            ("POST", "/state", with_response(state, length=2).to_json().encode(), 409, "gone.sample"),
+            (
+                "POST",
+                "/state",
+                with_response(state, length=-2).to_json().encode(),
+                500,
+                "/state failed in the controller: ValueError",
+            ),
+        ]
+        async with aiohttp.ClientSession(headers=key_header(KEY)) as session:
+            for method, path, body, status, words in cases:
+                response = await session.request(method, url + path, data=body)
+                sentence = ErrorReply.from_json(await response.read()).error
+                assert response.status == status and words in sentence and "\n" not in sentence, (path, body, sentence)
+            headers = {"Content-Encoding": "deflate"}
+            undecodable = await session.post(url + "/rollout", data=b"not deflate", headers=headers)
+            assert undecodable.status == 400 and ErrorReply.from_json(await undecodable.read()).error
+        await runner.cleanup()
+
+
+def with_response(state: ControllerState, length: int) -> ControllerState:
+    """The state with a group of one unfinished and one finished member, whose files are gone."""
+    prompt = Prompt(9, Problem("a", "q", {}), (1,))
+    ref = SampleRef("gone.sample", 9, 0, 1, length, 0.0, "stop", ())
+    generation = GenerationState(sample_index=0, parts=1, lost=0, state=None)
+    group = GroupState(
+        prompt=prompt, answers=2, limit=None, finished=(replace(ref, sample_index=1),),
+        first_versions={"0": 0, "1": 0}, generations=(generation,),
+    )  # fmt: skip
+    if length < 0:  # only a finished member, of which the length alone is read
+        group = group.model_copy(
+            update={"answers": 1, "finished": (ref,), "first_versions": {"0": 0}, "generations": ()}
+        )
+    return state.model_copy(update={"groups": (group,), "generations": (ref,) * len(group.generations)})

@@ -12,12 +12,13 @@ import pytest
 
 from gspo_megatron.cluster.exit_codes import REFUSED
 from gspo_megatron.cluster.slurm_steps import Step, srun
+from gspo_megatron.run_dir import RunDir
 from launch import job as script
 from launch.job import Job, print_commands, read_arguments
 from launch.lib import attempt as files
 from launch.lib.attempt import claim_attempt, remove_key, write_key
 from launch.lib.plan import load_for_job, make_attempt
-from launch.lib.planning import Plan, Refused, ask_plan
+from launch.lib.plan_request import Plan, Refused, ask_plan
 from launch.lib.probe import find_broken_modules
 from launch.lib.settings import Settings
 from tests.places import ROOT
@@ -62,7 +63,7 @@ def test_the_plan_of_a_job_takes_relative_paths_from_where_it_was_submitted(
         asked.append(command)
         return subprocess.CompletedProcess(command, 2, "")
 
-    monkeypatch.setattr("launch.lib.planning.subprocess.run", answer)
+    monkeypatch.setattr("launch.lib.plan_request.subprocess.run", answer)
     monkeypatch.setenv("GSPO_IMAGE", "")
     with pytest.raises(Refused):
         ask_plan("open", Settings.read(ROOT, tmp_path), "7", ("n1",), 0, (RECIPE,))
@@ -93,7 +94,7 @@ def test_two_jobs_that_start_in_one_second_get_different_attempts_and_one_is_ref
 ) -> None:
     logs = tmp_path / "logs"
     (logs / "attempt_1_old").mkdir(parents=True)
-    first, second = make_attempt(logs, "7"), make_attempt(logs, "8")
+    first, second = make_attempt(RunDir(tmp_path), "7"), make_attempt(RunDir(tmp_path), "8")
     assert first == (1, logs / "attempt_1", []) and second == (2, logs / "attempt_2", ["7"])
     monkeypatch.setattr(files, "running_jobs", lambda user: ["7", "8"])
     claim_attempt(plan_of(tmp_path, 1), "7")
@@ -102,7 +103,7 @@ def test_two_jobs_that_start_in_one_second_get_different_attempts_and_one_is_ref
     assert (tmp_path / "attempt").read_text() == "1 7\n", "the first must not be replaced"
     assert not second[1].exists() and (logs / "latest").resolve() == first[1]
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
-    third = make_attempt(logs, "9")
+    third = make_attempt(RunDir(tmp_path), "9")
     with pytest.raises(Refused, match=r"all tasks of --array have the same run.directory; .*--array=0-3%1"):
         claim_attempt(plan_of(tmp_path, third[0], ("7",)), "9")
     assert (logs / "attempt_1_old").is_dir()
@@ -111,9 +112,9 @@ def test_two_jobs_that_start_in_one_second_get_different_attempts_and_one_is_ref
 def test_a_job_that_has_ended_or_is_started_again_holds_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_attempt(tmp_path / "logs", "6")
-    make_attempt(tmp_path / "logs", "7")
-    number, _, earlier = make_attempt(tmp_path / "logs", "7")
+    make_attempt(RunDir(tmp_path), "6")
+    make_attempt(RunDir(tmp_path), "7")
+    number, _, earlier = make_attempt(RunDir(tmp_path), "7")
     monkeypatch.setattr(files, "running_jobs", lambda user: ["7"])
     claim_attempt(plan_of(tmp_path, number, tuple(earlier)), "7")
     assert (tmp_path / "attempt").read_text() == "3 7\n"

@@ -9,23 +9,25 @@ import pytest
 
 from tests.places import ROOT
 
-LOAD = """
+NEXT = """
 set -euo pipefail
-home=$1
-before=$(trap)  # signals that the caller ignores, as nohup does
-. "$home/launch/lib/site.sh"
-load_site
-echo "venv=$GSPO_VENV a=${A-}"
-[[ $- == *e* && $- == *u* && $- != *T* ]] && [ "$(trap)" = "$before" ] || echo "options or traps are left"
+echo "venv=${GSPO_VENV-} a=${A-} arguments=$*"
+echo "shell $- $(trap) $(shopt -p nullglob failglob | tr '\\n' ' ')$(printf %q "$IFS") $(type -t cd) umask=$(umask)"
 env | sort
 """
 
 
 def load(tmp_path: Path, text: str, **environment: str) -> subprocess.CompletedProcess[str]:
     site = tmp_path / "site file.sh"
-    site.write_text(text)
+    site.write_text(text, newline="")
+    (tmp_path / "next.sh").write_text(NEXT)
     settings = {"PATH": "/usr/bin:/bin", "GSPO_SITE": str(site), **environment}
-    return subprocess.run(["bash", "-c", LOAD, "load", str(ROOT)], env=settings, capture_output=True, text=True)
+    command = ["bash", str(ROOT / "launch/lib/site.sh"), str(ROOT), str(tmp_path / "next.sh"), "one", "two words"]
+    return subprocess.run(command, env=settings, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+CLEAN = r"shell ehuB  shopt -u nullglob shopt -u failglob $' \t\n' builtin umask="
+"""Of a shell that nobody has changed."""
 
 
 @pytest.mark.parametrize(
@@ -37,15 +39,56 @@ def load(tmp_path: Path, text: str, **environment: str) -> subprocess.CompletedP
         ("A=1\n\n: ${MUST:?set it}\nB=2\n", 3, "ended the script; correct the line"),
         ("set -u\necho $UNKNOWN\n", 2, "ended the script; correct the line"),
         ("A=1\nexit 3\n", 2, "ended the script; correct the line"),
+        ("trap 'echo bye >&2' EXIT\nexit 0\n", 2, "ended the script; correct the line"),
+        ("trap - EXIT\n\nexit 3\n", 3, "ended the script; correct the line"),
+        ("set -euo pipefail\nA=1\nfalse\n", 3, "ended the script; correct the line"),
+        ("refuse() { :; }\nhome=/nowhere\nmodule load x\n", 3, "command not found"),
     ],
 )
 def test_a_mistake_is_refused_in_one_sentence(tmp_path: Path, text: str, line: int, words: str) -> None:
     done = load(tmp_path, text)
     assert done.returncode == 2 and done.stdout == ""
-    own = [said for said in done.stderr.splitlines() if said.startswith("gspo: the site file ")]
+    own = [said for said in done.stderr.splitlines() if said.startswith("gspo: ")]
     assert len(own) == 1 and words in own[0], done.stderr
     assert f"{tmp_path}/site file.sh" in own[0]
     assert f"line {line}" in own[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("A=1\r\nGSPO_VENV=/x\r\n", "has Windows line ends; remove them: sed -i"),
+        ("unset PATH\n", "leaves PATH= without the system's programs"),
+        ("PATH=/opt/new/bin\n", "leaves PATH=/opt/new/bin without the system's programs"),
+        ("GSPO_MOUNTS=(/a:/a /b:/b)\n", "makes GSPO_MOUNTS an array, which a job does not inherit"),
+    ],
+)
+def test_a_file_that_would_break_what_comes_after_it_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    done = load(tmp_path, text)
+    assert (done.returncode, done.stdout) == (2, "") and words in done.stderr
+
+
+def test_a_directory_is_no_site_file(tmp_path: Path) -> None:
+    done = load(tmp_path, "", GSPO_SITE=str(tmp_path))
+    assert done.returncode == 2 and f"gspo: the site file {tmp_path} is a directory" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["IFS=,", "cd /", "home=/nowhere", "set -- a b", "shift 0", "trap : EXIT DEBUG ERR", "set -xfC 2>/dev/null",
+     "shopt -s nullglob failglob", "readonly GSPO_VENV=x", "readonly name=1 fault site_file", "cd() { exit; }",
+     "set -euo pipefail", "return 0\nset -n", "exec 5</dev/null"],
+)  # fmt: skip
+def test_nothing_that_it_does_to_its_shell_reaches_ours(tmp_path: Path, text: str) -> None:
+    done = load(tmp_path, f"A=1\nexport A\n{text}\n")
+    said = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    assert said[0].startswith("venv=") and said[0].endswith(" a=1 arguments=one two words"), done.stdout
+    assert said[1].startswith(CLEAN), said[1]
+
+
+def test_limits_and_umask_are_meant_and_inherited(tmp_path: Path) -> None:
+    assert load(tmp_path, "umask 027\n").stdout.splitlines()[1] == f"{CLEAN}0027"
 
 
 @pytest.mark.parametrize(
@@ -55,24 +98,25 @@ def test_a_mistake_is_refused_in_one_sentence(tmp_path: Path, text: str, line: i
 )  # fmt: skip
 def test_a_command_that_fails_is_a_warning(tmp_path: Path, text: str, line: int, command: str) -> None:
     done = load(tmp_path, text)
-    assert done.returncode == 0 and done.stdout.startswith("venv=.venv a=2\n")
+    assert done.returncode == 0 and done.stdout.startswith("venv= a= ")
     (own,) = [said for said in done.stderr.splitlines() if said.startswith("gspo: ")]
     assert f"line {line}: `{command}` ended with" in own and "the job goes on" in own
 
 
 def test_what_module_systems_and_tests_do_is_no_mistake(tmp_path: Path) -> None:
     text = "A=$UNSET_BY_LMOD\nmodule() { false || true; }\nmodule load cuda\nif grep -q x /dev/null; then A=3; fi\n"
-    done = load(tmp_path, text + "GSPO_VENV=/shared/venv\nGSPO_MOUNTS=/a:/b\n")
-    assert done.returncode == 0 and done.stderr == "" and "options or traps" not in done.stdout
-    assert done.stdout.startswith("venv=/shared/venv a=\n")
-    assert {"GSPO_VENV=/shared/venv", "GSPO_MOUNTS=/a:/b", "GSPO_ROLLOUT_VENV=/shared/venv"} <= set(
-        done.stdout.splitlines()
-    ), "launch/job.py reads them from the environment"
+    text += "(exit 3) || true\nfalse | true\n"
+    done = load(tmp_path, text + "GSPO_VENV=/shared/venv\nGSPO_MOUNTS=/a:/b\n[ -f /nowhere ] && A=4\n")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert done.stdout.startswith("venv=/shared/venv a= ")
+    assert {"GSPO_VENV=/shared/venv", "GSPO_MOUNTS=/a:/b"} <= set(done.stdout.splitlines()), "launch/job.py reads them"
 
 
-def test_path_and_home_are_there_whatever_sbatch_exports() -> None:
-    command = ["env", "-i", "GSPO_SITE=/dev/null", "/bin/bash", "-c", LOAD, "load", str(ROOT)]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+def test_path_and_home_are_there_whatever_sbatch_exports(tmp_path: Path) -> None:
+    (tmp_path / "next.sh").write_text(NEXT)
+    command = ["env", "-i", "GSPO_SITE=/dev/null", "/bin/bash", str(ROOT / "launch/lib/site.sh"), str(ROOT)]
+    done = subprocess.run([*command, str(tmp_path / "next.sh")], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
     path = next(line for line in lines if line.startswith("PATH="))
     assert "/usr/bin" in path.split(":") and "." not in path.split(":")
     assert any(line.startswith("HOME=/") for line in lines)

@@ -6,9 +6,12 @@ import ast
 import inspect
 import json
 import math
+import os
 import types
 import typing
 from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,13 @@ from gspo_megatron.models.vllm_layout import ServerLayout
 from gspo_megatron.parallel import Layout
 from gspo_megatron.transport import messages, routes, update_messages
 from gspo_megatron.transport.controller_client import ControllerClient
-from gspo_megatron.transport.messages import ControllerState, RolloutRequest
+from gspo_megatron.transport.messages import (
+    ControllerState,
+    EvaluationRequest,
+    GenerationState,
+    GroupState,
+    RolloutRequest,
+)
 from gspo_megatron.transport.weights.shared_memory import JsonConnection
 from gspo_megatron.transport.wire_message import MessageError, WireMessage
 from gspo_megatron.types import Masked, Problem, Prompt, SampleRef, Segment
@@ -40,6 +49,7 @@ CLASSES = sorted(
     key=lambda kind: kind.__name__,
 )
 COUNTS = st.integers(0, 2**64 - 1)
+POSITIVE = st.integers(1, 2**64 - 1)
 TEXT = st.text(max_size=8)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**40), 2**40) | TEXT,
@@ -79,9 +89,42 @@ def value_of(annotation: Any) -> st.SearchStrategy[Any]:
     return TEXT if annotation is str else st.from_type(annotation)
 
 
+@st.composite
+def group_states(draw: st.DrawFn) -> GroupState:
+    members = [draw(st.booleans()) for _ in range(draw(st.integers(0, 3)))]
+    finished = [replace(draw(REFS), sample_index=index) for index, is_finished in enumerate(members) if is_finished]
+    unfinished = [draw(fields_of(GenerationState)) | {"sample_index": n} for n, done in enumerate(members) if not done]
+    return GroupState(
+        prompt=draw(st.from_type(Prompt)),
+        answers=len(members),
+        limit=draw(st.none() | COUNTS),
+        finished=tuple(finished),
+        first_versions={str(index): draw(st.none() | COUNTS) for index in range(len(members))},
+        generations=tuple(GenerationState(**fields) for fields in unfinished),
+    )
+
+
+@st.composite
+def controller_states(draw: st.DrawFn) -> ControllerState:
+    groups = draw(st.lists(group_states(), max_size=2))
+    stored = [draw(REFS) for group in groups for _ in group.generations]
+    fields = draw(fields_of(ControllerState, "groups", "generations"))
+    return ControllerState(groups=tuple(groups), generations=tuple(stored), **fields)
+
+
 def instances(kind: type[WireMessage]) -> st.SearchStrategy[WireMessage]:
-    fields = {name: value_of(field.annotation) for name, field in kind.model_fields.items()}
-    return st.fixed_dictionaries(fields).map(lambda values: kind(**values))
+    if kind is GroupState:
+        return group_states()
+    if kind is ControllerState:
+        return controller_states()
+    if kind is EvaluationRequest:
+        return st.builds(EvaluationRequest, problems=POSITIVE, answers=POSITIVE, temperature=st.floats(0, 2))
+    return fields_of(kind).map(lambda values: kind(**values))
+
+
+def fields_of(kind: type[WireMessage], *without: str) -> st.SearchStrategy[dict[str, Any]]:
+    chosen = {name: field for name, field in kind.model_fields.items() if name not in without}
+    return st.fixed_dictionaries({name: value_of(field.annotation) for name, field in chosen.items()})
 
 
 def is_same(one: Any, other: Any) -> bool:
@@ -139,6 +182,68 @@ def test_fields_within_fields_are_named_too_and_types_are_exact() -> None:
     with pytest.raises(MessageError, match="Invalid JSON"):
         RolloutRequest.from_json("Internal Server Error")
     assert math.isnan(update_messages.CanaryReport.from_json('{"largest": NaN, "mean": 0.0}').largest)
+
+
+STRANGE: list[Any] = [
+    None, True, -1, 0.5, 10**400, 1e308, math.nan, math.inf, "", "x", "\ud800", [], {}, [[]], [1, 1, 1], {"a": 1},
+    {"model_type": "unheard"}, {"model_type": []}, {"model_type": "llama", "vocab_size": "many"},
+]  # fmt: skip
+CASES = settings(
+    max_examples=int(os.environ.get("GSPO_FUZZ", "1000")) // 10,
+    deadline=None,
+    database=None,
+    suppress_health_check=SLOW,
+)
+
+
+def places_in(content: Any) -> Iterator[tuple[Any, Any]]:
+    """Containers within a JSON value, each with one of its keys."""
+    keys = content.keys() if isinstance(content, dict) else range(len(content)) if isinstance(content, list) else ()
+    for key in keys:
+        yield content, key
+        yield from places_in(content[key])
+
+
+@CASES
+@given(st.data())
+def test_whatever_comes_is_a_message_or_one_sentence(data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(CLASSES))
+    content = {"": json.loads(data.draw(instances(kind)).to_json())}
+    for _ in range(data.draw(st.integers(1, 3))):
+        container, key = data.draw(st.sampled_from(list(places_in(content))))
+        container[key] = deepcopy(data.draw(st.sampled_from(STRANGE)))
+    text = json.dumps(content[""])
+    body = data.draw(
+        st.sampled_from([text, text.encode(), text[: len(text) // 2], text + "x", "[" * 9999, b"\xff", ""])
+    )
+    try:
+        kind.from_json(body).to_json()
+    except MessageError as error:
+        assert str(error).startswith(f"message {kind.__name__}") and "\n" not in str(error)
+
+
+def test_a_model_of_another_version_is_named() -> None:
+    terms = {"architecture": ARCH.model_dump() | {"model_type": "qwen9"}, "dtype": "bfloat16", "trainer": {"world": 1}}
+    with pytest.raises(MessageError, match=r"field terms\.architecture is wrong: model_type='qwen9' is no model that"):
+        update_messages.UpdateRequest.from_json(json.dumps({"version": 1, "terms": terms}))
+
+
+def test_a_group_with_a_member_too_few_and_a_state_without_its_tokens_are_refused() -> None:
+    prompt = {"index": 7, "problem": {"id": "a", "question": "q", "reference": {}}, "token_ids": [1]}
+    member = {"sample_index": 0, "parts": 1, "lost": 0, "state": None}
+    group = {"prompt": prompt, "answers": 2, "limit": None, "finished": [], "born": {"0": 0}, "drafts": [member]}
+    with pytest.raises(MessageError, match=r"the group of prompt 7 has 2 members, its parts are of \[0\]"):
+        GroupState.from_json(json.dumps(group))
+    count = {"tokens": 1, "prompts": 1}
+    state = {
+        "stream": {"index": 1, "position": 1, "skipped": {}, "fingerprint": "f"},
+        "groups": [group | {"answers": 1}],
+        "accounting": {"sampled_tokens": 1, "taken": count, "dropped": {}, "carried": count},
+        "store": "carried-00000001",
+        "drafts": [],
+    }
+    with pytest.raises(MessageError, match="0 unfinished generations are stored, the groups have 1"):
+        ControllerState.from_json(json.dumps(state))
 
 
 SCALARS = {str, int, float, bool, bytes, None, type(None)}

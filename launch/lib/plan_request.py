@@ -20,7 +20,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan.py` answers."""
+    """What `plan.py` prints."""
 
     run_dir: Path
     gpus: int
@@ -38,12 +38,12 @@ class Plan:
     """SLURM jobs of older attempts."""
 
     @classmethod
-    def read(cls, answer: dict[str, Any]) -> Plan:
+    def read(cls, printed: dict[str, Any]) -> Plan:
         """From JSON."""
-        steps = {kind: Step(kind, tuple(hosts), each) for kind, (hosts, each) in answer["roles"].items()}
+        steps = {kind: Step(kind, tuple(hosts), each) for kind, (hosts, each) in printed["roles"].items()}
         return cls(
-            Path(answer["run_dir"]), answer["gpus"], answer["colocated"], steps, answer.get("done", False),
-            Path(answer.get("attempt", "")), answer.get("number", 0), tuple(answer.get("earlier_jobs", ())),
+            Path(printed["run_dir"]), printed["gpus"], printed["colocated"], steps, printed.get("done", False),
+            Path(printed.get("attempt", "")), printed.get("number", 0), tuple(printed.get("earlier_jobs", ())),
         )  # fmt: skip
 
     @property

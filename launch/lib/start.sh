@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# start.sh job|local HOME DIRECTORY ARGUMENTS...: sets the environment that every role gets and becomes Python.
+# launch/lib/site.sh calls it; DIRECTORY is where the command was called.
+set -euo pipefail
+
+refuse() { # one sentence, exit 2
+    echo "gspo: $*" >&2
+    exit 2
+}
+
+set_environment() { # why each is set: launch/README.md
+    GSPO_ROLLOUT_IMAGE=${GSPO_ROLLOUT_IMAGE:-${GSPO_IMAGE:-}}
+    GSPO_VENV=${GSPO_VENV:-.venv}
+    GSPO_ROLLOUT_VENV=${GSPO_ROLLOUT_VENV:-$GSPO_VENV}
+    export GSPO_ROLLOUT_IMAGE GSPO_VENV GSPO_ROLLOUT_VENV
+    export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 PYTHONNOUSERSITE=1 PYTHONDONTWRITEBYTECODE=
+    if [ -n "${GSPO_INTERFACE:-}" ]; then
+        export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-=$GSPO_INTERFACE} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$GSPO_INTERFACE}
+    fi
+    local scratch=${TMPDIR:-/tmp}/gspo-$(id -un)
+    export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$scratch/triton} TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$scratch/inductor}
+    export VLLM_CACHE_ROOT=${VLLM_CACHE_ROOT:-$scratch/vllm}
+}
+
+need_python() { # PYTHON: refuses with a sentence where it is missing
+    command -v "$1" >/dev/null || refuse "$1 is not there; run make setup, or set GSPO_VENV in the site file"
+}
+
+become_job() { # launch/job.py, under the interpreter of the trainer or, with an image, the batch node's own, which knows srun
+    local python=$GSPO_VENV/bin/python
+    cd "$home"
+    if [ -z "${GSPO_IMAGE:-}" ] || [ -z "${SLURM_JOB_ID:-}" ]; then
+        need_python "$python"
+    else
+        python=python3
+        python3 -c 'import sys; sys.exit(sys.version_info < (3, 9))' 2>/dev/null ||
+            refuse "python3 of $(hostname -s) is missing or older than 3.9; load a newer one in the site file (the script itself runs outside the image)"
+    fi
+    # A stop request that comes before Python can act on it must not end the job.
+    [ -z "${SLURM_JOB_ID:-}" ] || trap '' USR1
+    exec "$python" -m launch.job "$called_in" "$@"
+}
+
+become_local() { # gspo train, where the command was called
+    cd "$called_in"
+    # Images are srun's business; in one that was entered by hand, GSPO_VENV names the environment in it.
+    GSPO_IMAGE='' GSPO_ROLLOUT_IMAGE=''
+    [ $# -gt 0 ] || set -- "$home/recipes/tiny_moe.yaml"
+    [ ! -f "$1" ] || set -- "$(realpath -s "$1")" "${@:2}"
+    # Relative paths of the recipe keys are the caller's, those of the site file the checkout's.
+    local name venv
+    for name in GSPO_VENV GSPO_ROLLOUT_VENV; do
+        case ${!name} in /*) ;; *) printf -v "$name" %s "$home/${!name}" ;; esac
+    done
+    export PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH}
+    for venv in "$GSPO_VENV" "$GSPO_ROLLOUT_VENV"; do need_python "$venv/bin/python"; done
+    GSPO_ROLLOUT_PYTHON=$GSPO_ROLLOUT_VENV/bin/python exec "$GSPO_VENV/bin/python" -m gspo_megatron.cli train "$@"
+}
+
+kind=$1 home=$2 called_in=$3
+set_environment
+"become_$kind" "${@:4}"
