@@ -79,6 +79,7 @@ ANY_MODEL = {
     "pruned_heads": Only((None, {})),
     "quantization_config": Only((None,)),
     "compression_config": Only((None,)),
+    "transformers_weights": Only((None,)),
 }
 """Keys that transformers reads in every model."""
 FIELDS = {
