@@ -23,6 +23,7 @@ READ_TYPES = ("F32", "BF16", "F16", "F64")
 """Types of a published tensor; a narrower one is a quantised file, and its scales would be dropped."""
 COMPUTED = ".rotary_emb.inv_freq"
 """Ends the names of tensors that old files hold and that no library reads."""
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 LFS = b"version https://git-lfs"
 PART_BYTES = 1 << 24
 """Bytes of a head that are compared at one time."""
@@ -99,10 +100,13 @@ def _places(directory: Path) -> tuple[dict[str, Path], list[str]]:
                 return dict.fromkeys(handle.keys(), single), []
         except (OSError, SafetensorError) as error:
             return {}, [_unreadable(single, error)]
+    for file in (single, index):
+        if file.is_symlink() and not file.exists():
+            return {}, [_missing(file)]
     if not index.is_file():
-        others = sorted(path.name for path in directory.glob("*") if path.suffix in (".bin", ".gguf", ".pt", ".pth"))
-        held = f"; it holds {', '.join(others[:3])}, which is not read: convert it to safetensors" if others else ""
-        return {}, [f"neither {INDEX_FILE} nor {SINGLE_FILE} is there{held}"]
+        others = sorted(path.name for path in directory.glob("*") if path.suffix in WEIGHT_SUFFIXES)
+        held = f"; it holds {', '.join(others[:3])}, which is not read: save the model by save_pretrained"
+        return {}, [f"neither {INDEX_FILE} nor {SINGLE_FILE} is there{held if others else ''}"]
     try:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
@@ -117,6 +121,13 @@ def _places(directory: Path) -> tuple[dict[str, Path], list[str]]:
     return {tensor: directory / name for tensor, name in places.items()}, []
 
 
+def _missing(file: Path) -> str:
+    """That a file is not there; a directory that was copied without what its links lead to has many such."""
+    if file.is_symlink():
+        return f"{file.name} is a link to {file.readlink()}, which is not there: copy the files that the links lead to"
+    return f"{file.name} is missing"
+
+
 def _unreadable(file: Path, error: Exception) -> str:
     """Why a file cannot be read; a pointer of git-lfs is what most often stands in a file's place."""
     try:
@@ -125,6 +136,8 @@ def _unreadable(file: Path, error: Exception) -> str:
                 return f"{file.name} is a pointer of git-lfs and not the file: run git lfs pull in its directory"
     except OSError:
         pass
+    if isinstance(error, OSError) and error.strerror:
+        return f"{file.name} cannot be read ({error.strerror}): see that this user can read it"
     return f"{file.name} cannot be read ({' '.join(str(error).split())}): it is cut or broken, get it again"
 
 
@@ -133,7 +146,7 @@ def _faults_of_file(
 ) -> Iterator[str]:
     """What differs in one file from the tensors that are expected in it."""
     if not file.is_file():
-        yield f"{file.name} is missing; {INDEX_FILE} has {len(expected)} tensors there, {min(expected)} among them"
+        yield f"{_missing(file)}; {INDEX_FILE} has {len(expected)} tensors there, {min(expected)} among them"
         return
     try:
         with safe_open(file, "numpy") as handle:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gspo_megatron import cli
-from gspo_megatron.models import load_recipe, read_architecture
+from gspo_megatron.models import load_recipe, read_architecture, weight_files
 from gspo_megatron.models.hf_table import HEAD, hf_shapes
 from gspo_megatron.models.weight_files import INDEX_FILE, SINGLE_FILE, find_weights, head_fault
 from gspo_megatron.plan import make_plan
@@ -74,6 +74,21 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda d: (d / SINGLE_FILE).write_bytes(b""), "model.safetensors cannot be read ("),
     "header": (lambda d: (d / SINGLE_FILE).write_bytes(b"\xff" * 64), "model.safetensors cannot be read ("),
     "nothing": (lambda d: (d / SINGLE_FILE).unlink(), "neither model.safetensors.index.json nor model.safetensors is"),
+    "broken link": (
+        lambda d: ((d / SINGLE_FILE).unlink(), (d / SINGLE_FILE).symlink_to("../blobs/4d7a2146")),
+        "model.safetensors is a link to ../blobs/4d7a2146, which is not there",
+    ),
+    "index forgotten": (
+        lambda d: (split(d), (d / INDEX_FILE).unlink()),
+        "nor model.safetensors is there; it holds part-0.safetensors, part-1.safetensors, which is not read: save",
+    ),
+    "index that is a directory": (
+        lambda d: (split(d), (d / INDEX_FILE).unlink(), (d / INDEX_FILE).mkdir()), "json nor model.safetensors is there"
+    ),
+    "index with a broken link": (
+        lambda d: (split(d), (d / "part-1.safetensors").unlink(), (d / "part-1.safetensors").symlink_to("gone")),
+        "part-1.safetensors is a link to gone, which is not there",
+    ),
     "old format": (lambda d: (d / SINGLE_FILE).rename(d / "pytorch_model.bin"), "it holds pytorch_model.bin, which is"),
     "no weight_map": (lambda d: split(d, dict.clear), "model.safetensors.index.json has no weight_map"),
     "weight_map of numbers": (lambda d: split(d, lambda i: i["weight_map"].update(x=1)), "does not lead from tensors"),
@@ -146,6 +161,17 @@ def test_a_model_elsewhere_is_an_info(tmp_path: Path) -> None:
     plan = make_plan(load_recipe(TINY, [f"model.path={tmp_path / 'nowhere'}"]))
     (said,) = [finding for finding in plan.findings if finding.key == "model.path"]
     assert (said.code, said.severity) == ("model-not-here", "info") and "is not found here" in said.message
+
+
+def test_a_file_that_may_not_be_read_is_not_called_broken(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arch = read_architecture(directory)
+
+    def open_it(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(weight_files, "safe_open", open_it)
+    (said,) = find_weights(directory, arch).faults
+    assert said == "model.safetensors cannot be read (Permission denied): see that this user can read it"
 
 
 def test_whole_files_have_no_fault(directory: Path) -> None:
