@@ -48,8 +48,8 @@ parity: setup ## every layout of tests/parallel/layouts.py beside Hugging Face i
 long-context: setup ## answers of 100,352 tokens, sampled by vLLM and trained on under CP4, native and YaRN (an hour on 2 cores)
 	$(BIN)/python tools/long_context.py $(ARGS)
 
-fuzz: setup ## 10,000 random mutations of the recipes through `gspo plan`, 1,000 recipe texts of each kind (make test has a tenth)
-	GSPO_FUZZ=10000 $(PYTEST) tests/unit/plan/test_fuzz.py tests/unit/config/test_text_fuzz.py $(ARGS)
+fuzz: setup ## 10,000 random mutations of the recipes, 1,000 cases of every other property test (make test has a tenth)
+	GSPO_FUZZ=10000 $(PYTEST) $$(grep -rl --include=*.py GSPO_FUZZ tests/unit) $(ARGS)
 
 test-gpu: setup ## the policy and the objective on an NVIDIA GPU
 	$(PYTEST) tests/gpu/test_objective_gpu.py tests/gpu/test_policy_gpu.py $(ARGS)

@@ -6,9 +6,9 @@ Each docstring is what `gspo plan --explain KEY` prints. "Source: chosen here" m
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
 from gspo_megatron.config.base import Section
 from gspo_megatron.config.long_responses import EnvironmentSection, LengthStage, RepetitionHalt, ThinkingBudget
@@ -19,6 +19,19 @@ from gspo_megatron.config.optimizer_section import OptimizerSection
 from gspo_megatron.config.placement_section import PlacementSection
 from gspo_megatron.config.run_section import RunSection
 from gspo_megatron.config.task_sections import ColdStartSection, DataSection, RewardSection, TokenizerSection
+
+LOWEST_TEMPERATURE = 0.01
+"""vLLM samples at this one instead of a lower one but 0. Source: `_MAX_TEMP` of vllm 0.32."""
+
+
+def is_sampled_as_written(temperature: float) -> float:
+    """A temperature that vLLM takes as it is; 0 is greedy. Raises ValueError."""
+    if 0 < temperature < LOWEST_TEMPERATURE:
+        raise ValueError(f"{temperature:g} would be sampled by vLLM as {LOWEST_TEMPERATURE}; set 0.01 or more")
+    return temperature
+
+
+Temperature = Annotated[float, AfterValidator(is_sampled_as_written)]
 
 
 class BatchSection(Section):
@@ -118,8 +131,8 @@ class RolloutSection(Section):
     expected_answer_tokens: int | None = Field(default=None, gt=0)
     """Mean response length for the estimates of `gspo plan`, tokens; null = half of max_answer_tokens. It does not
     change sampling."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Sampling temperature. The trainer divides its logits by the same number.
+    temperature: Temperature = Field(default=1.0, gt=0)
+    """Sampling temperature, at least 0.01. The trainer divides its logits by the same number.
 
     Source: GRPO and GSPO sample from the policy itself.
     """
@@ -212,8 +225,8 @@ class EvaluationSection(Section):
     """Held-out problems per evaluation; 0 = never evaluate. Source: chosen here: a standard error of 3 points."""
     answers: int = Field(default=1, gt=0)
     """Responses per problem, averaged; 32 gives the avg@32 of the GSPO paper."""
-    temperature: float = Field(default=0.0, ge=0)
-    """Sampling temperature of evaluations; 0 = greedy."""
+    temperature: Temperature = Field(default=0.0, ge=0)
+    """Sampling temperature of evaluations; 0 = greedy, otherwise at least 0.01."""
 
 
 class CheckpointSection(Section):

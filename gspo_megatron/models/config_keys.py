@@ -79,8 +79,13 @@ ANY_MODEL = {
     "pruned_heads": Only((None, {})),
     "quantization_config": Only((None,)),
     "compression_config": Only((None,)),
+    "transformers_weights": Only((None,)),
+    "attribute_map": Only((None,)),
+    **dict.fromkeys(("text_config", "text_encoder", "decoder", "generator"), Only((None,))),
+    **dict.fromkeys(("shared_expert_intermediate_size", "n_shared_experts", "num_shared_experts"), Only((0, None))),
 }
-"""Keys that transformers reads in every model."""
+"""Keys that transformers reads in every model, a configuration within it among them; and those of shared experts, which
+it reads in other families only: a file that has some is no model of one of these."""
 FIELDS = {
     "rms_norm_eps": Field(1e-6),
     "initializer_range": Field(0.02),

@@ -77,7 +77,9 @@ def read_rope(values: Mapping[str, Any], native: Any, rope_types: tuple[str, ...
     theta = parameters.pop("rope_theta", values.get("rope_theta", DEFAULT_THETA))
     spelled = parameters.pop("type", "default")
     kind = parameters.pop("rope_type", spelled)
-    faults = [] if _is_number(theta) else [_differs(f"rope_theta={quote(theta)} is no number above 0", "set it")]
+    # At 1 YaRN divides by the logarithm of it; far below, the angles are beyond a float.
+    whole = _is_number(theta) and theta > 1
+    faults = [] if whole else [_differs(f"rope_theta={quote(theta)} is no number above 1", "set it")]
     faults += _partial_faults(values.get("partial_rotary_factor"), parameters)
     if kind == "default":
         faults += [

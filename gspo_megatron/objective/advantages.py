@@ -31,9 +31,11 @@ def group_advantages(
         eps: added to the std.
     """
     _check_rewards(rewards, group_ids)
-    values = rewards.double()
     group, num_groups = number_groups(group_ids)
-    size = _per_group(torch.ones_like(values), group, num_groups)
+    size = _per_group(torch.ones_like(rewards, dtype=torch.float64), group, num_groups)
+    # Each group in units of its own: squares and sums of rewards near 1e-200 or 1e200 are numbers too.
+    exponents = _exponents(rewards.double(), group, num_groups)
+    values = rewards.double() * _power_of_two(-exponents[group])
     # Rewards of 0.1 have a rounded mean and with it a std of 1e-17: only the spread tells an exactly equal group.
     flat = equal_groups(values, group, num_groups)[group]
     centered = torch.where(flat, 0.0, values - (_per_group(values, group, num_groups) / size)[group])
@@ -41,13 +43,21 @@ def group_advantages(
         centered = centered * (size / (size - 1).clamp(min=1))[group]
     elif normalize == "std":
         variance = _per_group(centered.square(), group, num_groups) / (size - ddof).clamp(min=1)
-        centered = torch.where(flat, 0.0, centered / (variance.sqrt()[group] + eps))
+        divisor = variance.sqrt() + eps * _power_of_two(-exponents)
+        centered = torch.where(flat, 0.0, centered / divisor[group])
     elif normalize == "batch_std":
+        spread = exponents[group][~flat]
+        unit = spread.max() if len(spread) else spread.new_zeros(())
+        centered = centered * _power_of_two(exponents[group] - unit)
         variance = centered.square().sum() / max(centered.numel() - ddof, 1)
-        centered = torch.where(flat, 0.0, centered / (variance.sqrt() + eps))
+        centered = torch.where(flat, 0.0, centered / (variance.sqrt() + eps * _power_of_two(-unit)))
     elif normalize != "mean":
         raise ValueError(f"normalize={normalize} is not known; use std, mean, rloo or batch_std")
-    return centered.to(rewards.dtype) if rewards.is_floating_point() else centered
+    if normalize in ("mean", "rloo"):
+        centered = centered * _power_of_two(exponents[group])
+    dtype = rewards.dtype if rewards.is_floating_point() else torch.float64
+    largest = torch.finfo(dtype).max
+    return centered.clamp(-largest, largest).to(dtype)
 
 
 def generalized_advantages(
@@ -91,6 +101,17 @@ def equal_groups(values: Tensor, group: Tensor, num_groups: int) -> Tensor:
     highest = values.new_full((num_groups,), -torch.inf).scatter_reduce(0, group, values, "amax")
     lowest = values.new_full((num_groups,), torch.inf).scatter_reduce(0, group, values, "amin")
     return highest == lowest
+
+
+def _exponents(values: Tensor, group: Tensor, num_groups: int) -> Tensor:
+    """[M] exponent of the largest value of each group; a shift by it changes no digit."""
+    largest = values.new_zeros(num_groups).scatter_reduce(0, group, values.abs(), "amax")
+    return torch.frexp(largest).exponent.long().clamp(-1000, 1000)
+
+
+def _power_of_two(exponents: Tensor) -> Tensor:
+    """float64 2^n, exact, which torch.exp2 is not on every processor: the exponent's bits are written."""
+    return (exponents.clamp(-1022, 1023) + 1023 << 52).view(torch.float64)
 
 
 def _per_group(values: Tensor, group: Tensor, num_groups: int) -> Tensor:

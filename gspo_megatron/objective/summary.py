@@ -78,11 +78,13 @@ def group_metrics(rewards: Tensor, group_ids: Tensor) -> dict[str, float]:
     for reward, group in zip(rewards.tolist(), group_ids.tolist(), strict=True):
         groups.setdefault(group, []).append(reward)
     every, num_groups = [r for members in groups.values() for r in members], max(len(groups), 1)
-    mean = sum(every) / max(len(every), 1)
+    # In units of the largest, a power of two: no reward is too large for its square, and no digit changes.
+    unit = 2.0 ** min(max(math.frexp(max(map(abs, every), default=0.0))[1], -1000), 1000)
+    mean = sum(r / unit for r in every) / max(len(every), 1)
     flat = [members[0] for members in groups.values() if are_equal(members)]
     return {
-        "reward_mean": mean,
-        "reward_std": math.sqrt(sum((r - mean) ** 2 for r in every) / max(len(every), 1)),
+        "reward_mean": mean * unit,
+        "reward_std": math.sqrt(sum((r / unit - mean) ** 2 for r in every) / max(len(every), 1)) * unit,
         "groups": float(len(groups)),
         "zero_variance_groups": len(flat) / num_groups,
         "solved_groups": sum(reward >= 1 for reward in flat) / num_groups,

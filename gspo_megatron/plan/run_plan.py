@@ -18,7 +18,7 @@ from gspo_megatron.plan.estimate.batch import BatchPlan
 from gspo_megatron.plan.estimate.memory import StageMemory
 from gspo_megatron.plan.estimate.rollout import RolloutPlan
 from gspo_megatron.plan.estimate.step_time import ComputePlan
-from gspo_megatron.plan.rules import layout, metric_sinks, resources, settings
+from gspo_megatron.plan.rules import layout, metric_sinks, model_files, resources, settings
 from gspo_megatron.plan.rules.not_built import not_built
 from gspo_megatron.types import Finding
 
@@ -52,15 +52,16 @@ class Plan:
         return any(finding.severity == "error" for finding in self.findings)
 
 
-def make_plan(recipe: Recipe, nodes: int | None = None, gpu: GpuKind | None = None) -> Plan:
+def make_plan(recipe: Recipe, nodes: int | None = None, gpu: GpuKind | None = None, runs_here: bool = False) -> Plan:
     """Plan a recipe on the machines it names.
 
     Args:
         nodes: number of nodes, instead of `placement.nodes`.
         gpu: kind of every GPU, instead of `placement.gpu`.
+        runs_here: whether it starts from this machine, which then has every file and package that it needs.
     """
     recipe = with_placement(recipe, nodes, gpu)
-    return _plan(recipe, machines.machine_of(recipe))
+    return _plan(recipe, machines.machine_of(recipe), runs_here)
 
 
 def add_not_built(plan: Plan) -> Plan:
@@ -85,9 +86,10 @@ def check(recipe: Recipe, ranks: int | None = None) -> list[Finding]:
     return list(_plan(recipe, machines.machine_of(recipe, ranks), runs_here=ranks is not None).findings)
 
 
-def _plan(recipe: Recipe, where: Machine, runs_here: bool = False) -> Plan:
+def _plan(recipe: Recipe, where: Machine, runs_here: bool) -> Plan:
     arch = recipe.arch
     found = [*machines.findings(recipe, where), *settings.findings(recipe, arch, where)]
+    found += model_files.findings(recipe, arch, runs_here)
     found += metric_sinks.findings(recipe, runs_here)
     spec = recipe.objective.spec(recipe.rollout.max_answer_tokens)
     sequences = recipe.batch.prompts * recipe.batch.answers // recipe.batch.updates

@@ -12,22 +12,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.models.hf_table import Parameter, Piece, hf_shapes, local_parameters
 from gspo_megatron.models.manifest import TensorMeta
+from gspo_megatron.models.weight_files import INDEX_FILE, find_weights
 from gspo_megatron.parallel import Layout
 
 ReadPiece = Callable[[Piece], Tensor]
 Values = Callable[[torch.nn.Parameter], Tensor]
-INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 2**30
 """Largest file that is written; its tensors lie in host memory until it is full."""
-READ_TYPES = ("F32", "BF16", "F16", "F64")
-"""Types of a published tensor; a narrower one is a quantised file, and its scales would be dropped."""
 
 
 class ShardedWeights:
@@ -173,18 +171,11 @@ def safetensors_pieces(directory: Path, arch: Architecture) -> ReadPiece:
     Raises:
         ValueError: files, names, shapes and types that do not fit the architecture, all of them in one sentence.
     """
-    files = _files_of(directory)
-    handles, faults = _open_all(sorted(set(files.values())))
-    shapes = hf_shapes(arch)
-    # Published directories of tied models hold the head beside the embedding that it is.
-    ignored = {"lm_head.weight"} if arch.tie_word_embeddings else set()
-    faults += [f"{name} is missing" for name in shapes.keys() - files.keys()]
-    faults += [f"{name} is unknown" for name in files.keys() - shapes.keys() - ignored]
-    for name in shapes.keys() & files.keys():
-        if (handle := handles.get(files[name])) is not None:
-            faults += _faults_of(name, files[name].name, handle, shapes[name])
-    if faults:
-        raise ValueError(f"{directory} does not hold this model: {'; '.join(sorted(faults))}")
+    weights = find_weights(directory, arch)
+    if weights.faults:
+        raise ValueError(f"{directory} does not hold this model: {'; '.join(sorted(weights.faults))}")
+    files = weights.places
+    handles = {file: safe_open(file, framework="pt") for file in set(files.values())}
 
     def read(piece: Piece) -> Tensor:
         view = handles[files[piece.tensor]].get_slice(piece.tensor)
@@ -192,43 +183,6 @@ def safetensors_pieces(directory: Path, arch: Architecture) -> ReadPiece:
         return view[rows] if piece.columns is None else view[rows, slice(*piece.columns)]
 
     return read
-
-
-def _open_all(paths: Sequence[Path]) -> tuple[dict[Path, Any], list[str]]:
-    """Handles of the files that can be read, and what is wrong with the others."""
-    handles: dict[Path, Any] = {}
-    faults = []
-    for path in paths:
-        try:
-            handles[path] = safe_open(path, framework="pt")
-        except (OSError, SafetensorError) as error:
-            faults.append(f"file {path.name} cannot be read ({error})")
-    return handles, faults
-
-
-def _faults_of(name: str, file: str, handle: Any, expected: tuple[int, ...]) -> list[str]:
-    if name not in handle.keys():  # noqa: SIM118  a file handle, not a dict
-        return [f"{name} is not in {file}, where the index has it"]
-    found = handle.get_slice(name)
-    faults = []
-    if tuple(found.get_shape()) != expected:
-        faults.append(f"{name} has shape {tuple(found.get_shape())}, expected {expected}")
-    if found.get_dtype() not in READ_TYPES:
-        faults.append(f"{name} has type {found.get_dtype()}, expected one of {', '.join(READ_TYPES)}")
-    return faults
-
-
-def _files_of(directory: Path) -> dict[str, Path]:
-    index = directory / INDEX_FILE
-    if index.is_file():
-        return {name: directory / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    single = directory / "model.safetensors"
-    if not single.is_file():
-        raise ValueError(
-            f"{directory} has neither {INDEX_FILE} nor model.safetensors; name a Hugging Face model directory"
-        )
-    with safe_open(single, framework="pt") as handle:
-        return dict.fromkeys(handle.keys(), single)
 
 
 def save_hf(tensors: Iterator[tuple[str, Tensor]], config: dict[str, Any], directory: Path) -> None:

@@ -28,7 +28,6 @@ from gspo_megatron.commands.train_run import prepare_run, refuse_unwritable
 from gspo_megatron.config import Recipe, RecipeError
 from gspo_megatron.config.recipe_paths import absolute_path, paths_of, short_path
 from gspo_megatron.models import load_recipe, load_resolved
-from gspo_megatron.plan.rules import metric_sinks
 from gspo_megatron.plan.rules.not_built import not_built
 from gspo_megatron.plan.run_plan import make_plan
 from gspo_megatron.run_dir import ATTEMPT, AttemptDir, RunDir
@@ -104,9 +103,7 @@ def say_findings(recipe: Recipe, drawing: bool) -> None:
     Raises:
         RecipeError: the run must not start.
     """
-    planned, unbuilt = list(make_plan(recipe).findings), not_built(recipe)
-    if not drawing:
-        planned += metric_sinks.findings(recipe, runs_here=True)
+    planned, unbuilt = list(make_plan(recipe, runs_here=not drawing).findings), not_built(recipe)
     if drawing:
         planned = [finding for finding in planned if finding.severity == "error"]
         unbuilt = [replace(finding, severity="warning") for finding in unbuilt]

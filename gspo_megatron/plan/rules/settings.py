@@ -7,11 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gspo_megatron.cluster.machines import Machine
-from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.objective_spec import ObjectiveSpec
 from gspo_megatron.config.schema import Recipe
-from gspo_megatron.models import config_findings, read_architecture
 from gspo_megatron.plan.rules import long_tail
 from gspo_megatron.plan.rules.objective import findings as objective_findings
 from gspo_megatron.types import Finding
@@ -32,7 +30,6 @@ def findings(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[F
     yield from _staleness(recipe, spec)
     yield from long_tail.findings(recipe)
     yield from _replay(recipe, spec, arch, machine)
-    yield from _model_directory(recipe, arch)
     yield from _offload(recipe, machine)
     yield from _small_print(recipe, arch, machine)
 
@@ -171,27 +168,6 @@ def _replay(recipe: Recipe, spec: ObjectiveSpec, arch: Architecture, machine: Ma
                 "replay-needs", "error", f"rollout.{key}",
                 f"{value} with objective.replay=sampler: vLLM then returns no routes",
                 f"set it to {str(wanted).lower()}, or use objective.replay=trainer",
-            )  # fmt: skip
-
-
-def _model_directory(recipe: Recipe, arch: Architecture) -> Iterator[Finding]:
-    """Compare `model.architecture` with the config.json in `model.path`."""
-    path = recipe.model.path
-    if path is None or not (path / "config.json").is_file():
-        return
-    try:
-        yield from config_findings(path)
-        found = read_architecture(path)
-    except RecipeError as error:
-        yield from error.findings
-        return
-    for name in type(arch).model_fields:
-        in_recipe, in_file = getattr(arch, name), getattr(found, name, None)
-        if in_recipe != in_file and name != "initializer_range":
-            yield Finding(
-                "architecture-differs", "error", f"model.architecture.{name}",
-                f"{in_recipe}, but {path / 'config.json'} has {in_file}",
-                "remove model.architecture, or name the right directory",
             )  # fmt: skip
 
 

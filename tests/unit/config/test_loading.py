@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 
 from gspo_megatron.config import RecipeError, save_resolved
+from gspo_megatron.config.schema import LOWEST_TEMPERATURE
 from gspo_megatron.models import load_recipe, load_resolved
 
 TINY = Path("recipes/tiny_moe.yaml")
@@ -44,11 +46,23 @@ def test_a_recipe_inherits_and_overrides_its_base() -> None:
         ("trainer.max_steps=-1", "wrong-value", "trainer.max_steps", "set a value of that type"),
         ("rollout.temperature=hot", "wrong-value", "rollout.temperature", "write e.g. 0.5 or 1e-6"),
         ("max_steps", "override-form", "max_steps", "write e.g. trainer.max_steps=10"),
+        ("rollout.temperature=0.009", "rule", "rollout.temperature", "set 0.01 or more"),
+        ("rollout.temperature=0", "wrong-value", "rollout.temperature", "set a value of that type"),
+        ("evaluation.temperature=1e-3", "rule", "evaluation.temperature", "set 0.01 or more"),
         ("model.architecture.num_key_value_heads=3", "rule", "model.architecture", "choose one that is"),
     ],
 )
 def test_a_wrong_key_is_refused_with_its_name_and_a_fix(override: str, code: str, key: str, fix: str) -> None:
     assert (code, key, fix) in findings_of(TINY, override)
+
+
+def test_the_lowest_temperature_is_that_of_vllm() -> None:
+    found = importlib.util.find_spec("vllm")
+    assert found is not None and found.origin is not None
+    source = Path(found.origin).with_name("sampling_params.py").read_text(encoding="utf-8")
+    (line,) = [line for line in source.splitlines() if line.startswith("_MAX_TEMP = ")]
+    assert float(line.partition(" = ")[2]) == LOWEST_TEMPERATURE
+    assert load_recipe(TINY, ["rollout.temperature=0.01", "evaluation.temperature=0"]).rollout.temperature == 0.01
 
 
 def test_every_fault_is_reported_at_once() -> None:

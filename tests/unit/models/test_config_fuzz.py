@@ -163,6 +163,17 @@ def their_model(config: Any) -> Any:
     return model.eval()
 
 
+def in_4x_format(saved: dict[str, Any]) -> dict[str, Any]:
+    """What transformers 4 wrote of a configuration: rotary keys, number of experts and type under their old names."""
+    older = {name: value for name, value in saved.items() if name not in ("rope_parameters", "dtype")}
+    rope = dict(saved["rope_parameters"])
+    older |= {"rope_theta": rope.pop("rope_theta"), "torch_dtype": saved["dtype"], "transformers_version": "4.51.0"}
+    older["rope_scaling"] = None if rope == {"rope_type": "default"} else rope
+    if "num_local_experts" in older:
+        older["num_experts"] = older.pop("num_local_experts")
+    return older
+
+
 def compare(values: dict[str, Any], directory: Path) -> float | None:
     """The largest difference of a log-prob, or None where a key is refused by name."""
     (directory / "config.json").write_text(json.dumps(values))
@@ -176,6 +187,14 @@ def compare(values: dict[str, Any], directory: Path) -> float | None:
     model.save_pretrained(directory / "saved")
     assert type(model).__name__ == arch.to_hugging_face("float32")["architectures"][0]
     assert read_architecture(directory / "saved") == arch, "what transformers writes of it is another model"
+    older = directory / "saved_by_4"
+    older.mkdir()
+    saved = json.loads((directory / "saved" / "config.json").read_text())
+    (older / "config.json").write_text(json.dumps(in_4x_format(saved)))
+    theirs, again = (AutoConfig.from_pretrained(place).to_dict() for place in (directory / "saved", older))
+    names = {name: theirs[name] for name in ("transformers_version", "_name_or_path")}
+    assert {**again, **names} == theirs, "this is not the 4.x format"
+    assert read_architecture(older) == arch, "in the 4.x format it is another model"
     ids = np.random.default_rng(0).integers(0, arch.vocab_size, LENGTH)
     with torch.no_grad():
         logits = model(torch.from_numpy(ids)[None], use_cache=False).logits[0]

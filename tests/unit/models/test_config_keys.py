@@ -7,11 +7,12 @@ import dataclasses
 import importlib
 import inspect
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from gspo_megatron.config import RecipeError
 from gspo_megatron.models import load_recipe, read_architecture, rope
@@ -71,6 +72,14 @@ def test_every_key_and_default_of_transformers_is_in_the_table(model_type: str) 
         assert name not in made or row.allows(made[name], made["num_hidden_layers"]), name
 
 
+def test_every_name_of_a_configuration_within_one_is_refused() -> None:
+    """transformers takes the inner one for the model (`get_text_config`)."""
+    source = textwrap.dedent(inspect.getsource(PreTrainedConfig.get_text_config))
+    tuples = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Tuple)]
+    names = {item.value for node in tuples for item in node.elts if isinstance(item, ast.Constant)}
+    assert "text_config" in names and names <= ANY_MODEL.keys()
+
+
 @pytest.mark.parametrize("model_type", TYPES)
 def test_every_key_that_transformers_computes_with_is_in_the_table(model_type: str) -> None:
     module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
@@ -105,6 +114,13 @@ def test_every_key_that_transformers_computes_with_is_in_the_table(model_type: s
         ({**DENSE, "rope_scaling": {"rope_type": None, "type": "yarn"}}, "rope_type=null"),
         ({**DENSE, "rope_scaling": [1]}, "[1] is no mapping"),
         ({**DENSE, "rope_theta": True}, "rope_theta=True"),
+        ({**DENSE, "rope_theta": 1}, "rope_theta=1 is no number above 1"),
+        ({**DENSE, "rope_parameters": {"rope_theta": 1e-300}}, "rope_theta=1e-300 is no number above 1"),
+        ({**DENSE, "text_config": {**DENSE, "hidden_size": 32}}, "text_config: {"),
+        ({**DENSE, "decoder": {"num_hidden_layers": 1}}, "decoder: {'num_hidden_layers': 1}"),
+        ({**DENSE, "attribute_map": {"hidden_size": "intermediate_size"}}, "attribute_map: {"),
+        ({**MOE, "shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size: 64: models/qwen3 computes"),
+        ({**MOE, "n_shared_experts": 1}, "n_shared_experts: 1"),
         ({**DENSE, "rope_theta": float("nan")}, "rope_theta=nan"),
         ({**DENSE, "head_dim": 17}, "head_dim=17 is odd"),
         ({**DENSE, "hidden_size": 64.0}, "hidden_size: 64.0 is no whole number"),
@@ -188,9 +204,9 @@ def test_a_recipe_follows_the_same_rules_and_names_its_sizes() -> None:
 
 
 def test_a_key_that_nobody_reads_is_a_named_warning(tmp_path: Path) -> None:
-    read(tmp_path, {**DENSE, "shared_expert_intermediate_size": 64, "logit_scale": 0.5, "use_cache": True})
+    read(tmp_path, {**DENSE, "shared_expert_intermediate_size": 0, "n_group": 2, "logit_scale": 0.5, "use_cache": True})
     recipe = load_recipe(TINY, [f"model.path={tmp_path}", "model.architecture=null", "tokenizer.path=x"])
     plan = make_plan(recipe)
     (said,) = [finding for finding in plan.findings if finding.code == "model-key-unread"]
     assert said.severity == "warning" and said.key == "model.path"
-    assert "logit_scale, shared_expert_intermediate_size" in said.message
+    assert "logit_scale, n_group, which neither" in said.message

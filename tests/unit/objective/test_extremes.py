@@ -13,7 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gspo_megatron.config.axes import TRUST_RULES
-from gspo_megatron.objective import BatchTotals, LossInputs, ObjectiveSpec, finalize_metrics, kl_in_reward, policy_loss
+from gspo_megatron.objective import (
+    BatchTotals,
+    LossInputs,
+    ObjectiveSpec,
+    finalize_metrics,
+    group_advantages,
+    group_metrics,
+    kl_in_reward,
+    policy_loss,
+)
 from gspo_megatron.objective.bounded import LARGEST
 from tests import reference
 from tests.unit.objective.cases import PRESET_NAMES, as_rows, engine, preset, random_answers
@@ -126,6 +135,36 @@ def test_a_preset_is_its_formula_far_from_the_old_policy(name: str, seed: int, s
     got, found, _ = engine(preset(name), as_rows(answers))
     assert got == pytest.approx(value, rel=1e-9)
     torch.testing.assert_close(torch.cat(found), torch.cat(grads), rtol=1e-9, atol=1e-12)
+
+
+REWARDS = st.one_of(st.sampled_from([0.0, 0.1, 0.3, 1.0]), st.integers(-5, 5).map(float))
+NORMALIZE = ("std", "mean", "rloo", "batch_std")
+
+
+@CASES
+@given(rewards=st.lists(REWARDS, min_size=2, max_size=6), power=st.integers(-1000, 1000))
+def test_rewards_of_any_size_give_the_advantages_of_their_ratios(rewards: list[float], power: int) -> None:
+    """Rewards near 1e-200, as likelihoods are, have squares that are 0; those near 1e200 have none."""
+    one = torch.tensor(rewards, dtype=torch.float64)
+    other, groups = torch.tensor([math.ldexp(r, power) for r in rewards], dtype=torch.float64), torch.zeros(len(one))
+    for kind in NORMALIZE:
+        near, far = group_advantages(one, groups, kind), group_advantages(other, groups, kind)
+        times = 0 if "std" in kind else power
+        assert far.tolist() == [math.ldexp(advantage, times) for advantage in near.tolist()], kind
+
+
+@CASES
+@given(data=st.lists(st.tuples(st.floats(allow_nan=False, allow_infinity=False), st.integers(0, 2)), min_size=1))
+def test_no_reward_gives_what_is_not_finite(data: list[tuple[float, int]]) -> None:
+    groups = torch.tensor([group for _, group in data])
+    for dtype in (torch.float32, torch.float64):
+        largest = torch.finfo(dtype).max
+        rewards = torch.tensor([reward for reward, _ in data], dtype=torch.float64).clamp(-largest, largest).to(dtype)
+        for kind in NORMALIZE:
+            got = group_advantages(rewards, groups, kind)
+            assert bool(torch.isfinite(got).all()), kind
+            assert "std" not in kind or float(got.abs().max()) <= len(data) ** 0.5 + 1e-6
+        assert all(map(math.isfinite, group_metrics(rewards, groups).values()))
 
 
 def test_kl_in_the_reward_is_finite() -> None:

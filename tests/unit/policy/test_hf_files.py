@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.models import load_recipe
 from gspo_megatron.models.hf_table import Piece, hf_shapes
+from gspo_megatron.models.weight_files import INDEX_FILE
 from gspo_megatron.policy import weights
 
 SMALL = [
@@ -40,7 +41,7 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_fault_of_a_directory_is_listed_at_once(directory: Path) -> None:
-    index = json.loads((directory / weights.INDEX_FILE).read_text())
+    index = json.loads((directory / INDEX_FILE).read_text())
     place = index["weight_map"]
     first = directory / place["model.embed_tokens.weight"]
     held = load_file(first)
@@ -52,16 +53,16 @@ def test_every_fault_of_a_directory_is_listed_at_once(directory: Path) -> None:
     place["model.layers.0.mlp.shared_expert.gate_proj.weight"] = missing
     broken = sorted(set(place.values()))[-2]
     (directory / broken).write_bytes(b"torn")
-    (directory / weights.INDEX_FILE).write_text(json.dumps(index))
+    (directory / INDEX_FILE).write_text(json.dumps(index))
     with pytest.raises(ValueError, match="does not hold this model") as refusal:
         weights.safetensors_pieces(directory, architecture())
     for sentence in (
-        "model.embed_tokens.weight has shape (95, 32), expected (96, 32)",
-        f"{names[0]} has type I8, expected one of F32, BF16, F16, F64",
-        f"{names[1]} is not in {first.name}, where the index has it",
+        f"model.embed_tokens.weight in {first.name} has shape (95, 32), expected (96, 32) (vocab_size=96)",
+        f"{names[0]} in {first.name} has type I8, expected one of F32, BF16, F16, F64",
+        f"{names[1]} is not in {first.name}, where {INDEX_FILE} has it",
         "model.norm.weight is missing",
-        "model.layers.0.mlp.shared_expert.gate_proj.weight is unknown",
-        f"file {broken} cannot be read",
+        f"model.layers.0.mlp.shared_expert.gate_proj.weight in {missing} is unknown",
+        f"{broken} cannot be read",
     ):
         assert sentence in str(refusal.value)
 
@@ -82,7 +83,7 @@ def test_a_tied_model_may_bring_its_head_and_another_may_not(tmp_path: Path) -> 
     weights.safetensors_pieces(tmp_path / "tied", tied)
     tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(1)
     weights.save_hf(iter(tensors.items()), tied.to_hugging_face("float32"), tmp_path / "odd")
-    with pytest.raises(ValueError, match=r"q_proj\.bias is unknown$"):
+    with pytest.raises(ValueError, match=r"q_proj\.bias in model-00001\.safetensors is unknown"):
         weights.safetensors_pieces(tmp_path / "odd", tied)
 
 
