@@ -25,7 +25,7 @@ MAX_SENTENCE = 300
 """Characters of a reason; an error may quote the whole answer."""
 START_SECONDS = 120.0
 """Time a process has for its imports."""
-PATIENCE = 3
+PATIENCE = 20
 """A job may take so many times its limit by the clock, as long as it has not worked for as long as the limit: on a
 busy machine a process gets only a share of a core, and starting it again would make the machine busier."""
 LOOK_SECONDS = 0.25
@@ -49,8 +49,8 @@ def _work(make: Callable[[], Function], connection: Connection, parent: int) -> 
             return
         try:
             reply = function(*job)
-        # It runs over text that a model made up: whatever it raises is a fact about that answer.
-        except Exception as error:
+        # It runs over text that a model made up: whatever it raises, SystemExit included, is a fact about that answer.
+        except BaseException as error:
             reply = f"{type(error).__name__}: {error}"[:MAX_SENTENCE]
         connection.send(reply)
 

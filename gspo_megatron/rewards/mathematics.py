@@ -1,38 +1,136 @@
-"""Mathematical equality with the reference answer, decided by math-verify."""
+"""Mathematical equality with the reference answer: numbers exactly, everything else by math-verify."""
 
 from __future__ import annotations
 
 import logging
-import threading
+import re
+from functools import lru_cache
+from typing import Any
 
-from gspo_megatron.config.task_sections import DataSection
-from gspo_megatron.types import Problem
+from gspo_megatron.rewards.answer_text import find_box
+from gspo_megatron.rewards.number_text import ReadNumber, read_number, unwrap
+from gspo_megatron.rewards.relative import RELATIVE, is_near
+from gspo_megatron.rewards.time_limit import limit_time
 
 TAIL_CHARACTERS = 10_000
 """Only this many characters at the end of a response are searched: the time grows with their square."""
-TIMEOUT_SECONDS = 3
-"""Time limit for parsing one response, and for comparing it: `9^{9^{9}}` would never end."""
+SECONDS = 3.0
+"""Processor time for one response: `9^{9^{9}}` would never end."""
+HALF_A_MILLIONTH = 5e-7
+"""Largest difference of equal numbers of which one is a decimal: math-verify's six decimals."""
+
+_SCIENTIFIC = re.compile(r"(?<![\w\\.])((?:\d+(?:\.\d*)?|\.\d+))[eE]([+-]?\d+)(?![\w.])")
+_MIXED = re.compile(r"(?<![\w.])(\d+)[ ]+(\d+)/(\d+)(?![\w.])")
+_COMMAND = re.compile(r"\\(?:begin|end)\s*\{\w*\}|\\(?:text|textrm|mathrm|mbox|operatorname)\s*\{[^{}]*\}|\\[a-zA-Z]+")
+_FUNCTIONS = "arccos arcsin arctan cosh infinity infty sinh sqrt tanh alpha beta gamma delta theta lambda sigma omega"
+_DATE = re.compile(r"\d{4}-\d\d-\d\d")
 
 
-def load(data: DataSection) -> None:
+def load() -> None:
     """Import math-verify before the first response is scored."""
     import math_verify  # noqa: F401
 
+    # It logs the whole response whenever it fails to parse one.
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
 
-def score(data: DataSection, problem: Problem, text: str) -> float:
-    """Return 1 if the last expression of the text (`\\boxed{}` first) equals the reference, else 0."""
+
+def score(gold: str, answer: str) -> float:
+    """Return 1 if an answer equals the gold answer, else 0. The last `\\boxed{}` counts, else the last expression.
+
+    Raises:
+        OutOfTime: reading or comparing them takes too long.
+    """
+    content = find_box(answer)
+    with limit_time(SECONDS):
+        if content is not None:
+            return float(_equals_box(gold, content))
+        if (number := read_number(answer)) is not None:
+            return float(_equals_number(gold, number))
+        return float(_equals_expression(gold, _rewrite(answer[-TAIL_CHARACTERS:])))
+
+
+def is_read(gold: str) -> bool:
+    """Whether a gold answer is more than a text to compare letter by letter: a number or an expression."""
+    if read_number(gold) is not None:
+        return True
+    with limit_time(SECONDS):
+        return not _is_text(unwrap(gold)) and any(not isinstance(part, str) for part in _parse_gold(gold))
+
+
+def box(gold: str) -> str:
+    """Return a gold answer as a response gives it: in a box."""
+    return gold if find_box(gold) is not None else f"\\boxed{{{gold}}}"
+
+
+def _equals_box(gold: str, content: str) -> bool:
+    if (number := read_number(content)) is not None:
+        return _equals_number(gold, number)
+    bare, wanted = unwrap(content), unwrap(_content(gold))
+    if _as_text(bare) == _as_text(wanted):
+        return bool(bare)
+    if _is_text(wanted) or _is_text(bare):
+        return False
+    return _equals_expression(gold, f"\\boxed{{{_rewrite(bare)}}}")
+
+
+def _equals_number(gold: str, number: ReadNumber) -> bool:
+    """Whether a number equals the gold answer; one that is no number itself is evaluated."""
+    wanted = read_number(_content(gold))
+    if wanted is None:
+        if _is_text(unwrap(_content(gold))):
+            return False
+        written = f"\\frac{{{number.value.numerator}}}{{{number.value.denominator}}}"
+        return _equals_expression(gold, f"\\boxed{{{written}}}", number.is_decimal)
+    if wanted.value == number.value:
+        return True
+    difference = abs(wanted.value - number.value)
+    return (
+        (wanted.is_decimal or number.is_decimal)
+        and difference <= HALF_A_MILLIONTH
+        and difference <= RELATIVE * max(abs(wanted.value), abs(number.value))
+    )
+
+
+def _equals_expression(gold: str, text: str, is_decimal: bool = False) -> bool:
+    """Whether math-verify finds the gold answer in a text, and numbers in it are near by their ratio too."""
     from math_verify import parse, verify
 
-    # It logs the whole response whenever it fails to parse one.
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    expected = parse(f"\\boxed{{{problem.reference['answer']}}}", parsing_timeout=TIMEOUT_SECONDS)
-    found = parse(text[-TAIL_CHARACTERS:], parsing_timeout=TIMEOUT_SECONDS)
-    return float(verify(expected, found, timeout_seconds=TIMEOUT_SECONDS))
+    found = parse(text, parsing_timeout=0)
+    if is_decimal:
+        found = [part.evalf(30) if not isinstance(part, str) else part for part in found]
+    return any(
+        verify(wanted, part, timeout_seconds=None) and (isinstance(wanted, str) or is_near(wanted, part))
+        for wanted in _parse_gold(gold)
+        for part in found
+    )
 
 
-def check_thread() -> None:
-    """Raise RuntimeError outside the main thread: math-verify's time limits are signals, which only it receives."""
-    if threading.current_thread() is not threading.main_thread():
-        raise RuntimeError(
-            "reward.name=math_verify was called in a thread, where its time limits cannot work; score in a process pool"
-        )
+@lru_cache(maxsize=256)
+def _parse_gold(gold: str) -> tuple[Any, ...]:
+    from math_verify import parse
+
+    return tuple(parse(f"\\boxed{{{_rewrite(unwrap(_content(gold)))}}}", parsing_timeout=0))
+
+
+def _content(gold: str) -> str:
+    """A gold answer may be given in a box."""
+    content = find_box(gold)
+    return gold if content is None else content
+
+
+def _rewrite(text: str) -> str:
+    """Write numbers as math-verify reads them: 1e22 is to it the product of 1, e and 22; 2 2/3 is 4/3."""
+    return _MIXED.sub(r"(\1+\2/\3)", _SCIENTIFIC.sub(r"\1\\times 10^{\2}", text))
+
+
+def _as_text(bare: str) -> str:
+    """For a comparison letter by letter: without commands of fonts, case and spacing."""
+    return " ".join(re.sub(r"\\(?:text|textrm|mathrm|mbox)\s*\{([^{}]*)\}|\\[,;:! ]", r" \1 ", bare).lower().split())
+
+
+def _is_text(bare: str) -> bool:
+    """Whether an answer is words: math-verify would take each letter for a variable, and a date for a difference."""
+    outside = _COMMAND.sub(" ", bare)
+    words = re.findall(r"[A-Za-z]{4,}", outside)
+    numbers = re.search(r"\d\s+\d", outside) and not _MIXED.search(outside)
+    return any(word.lower() not in _FUNCTIONS.split() for word in words) or bool(numbers) or bool(_DATE.search(outside))

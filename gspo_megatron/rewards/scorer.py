@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,16 +9,24 @@ from dataclasses import dataclass
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.config.task_sections import DataSection, RewardSection
 from gspo_megatron.rewards import gym, mathematics
+from gspo_megatron.rewards.answer_text import strip_thinking
+from gspo_megatron.rewards.time_limit import check_main_thread
 from gspo_megatron.types import Problem, StopReason
-
-log = logging.getLogger(__name__)
 
 Score = Callable[[DataSection, Problem, str], float]
 """(data section, problem, text) -> score. The text is stripped and never empty."""
 
-SCORES: dict[str, Score] = {"reasoning_gym": gym.score, "math_verify": mathematics.score}
+
+def _score_mathematics(data: DataSection, problem: Problem, text: str) -> float:
+    return mathematics.score(problem.reference["answer"], text)
+
+
+SCORES: dict[str, Score] = {"reasoning_gym": gym.score, "math_verify": _score_mathematics}
 """The values of `reward.name`."""
-LOADERS: dict[str, Callable[[DataSection], None]] = {"reasoning_gym": gym.load, "math_verify": mathematics.load}
+LOADERS: dict[str, Callable[[DataSection], None]] = {
+    "reasoning_gym": gym.load,
+    "math_verify": lambda data: mathematics.load(),
+}
 """Imports of each score, done before the first response is scored."""
 
 
@@ -33,25 +40,16 @@ class Scorer:
     """The task, for scores that depend on it."""
 
     def __call__(self, problem: Problem, text: str, stop_reason: StopReason) -> float:
-        """Return the score in [0, 1] of any text. An exception of the score is logged and gives 0."""
+        """Return the score in [0, 1] of any text. Raises what the score raises: the caller counts it."""
         if self.reward.require_stop and stop_reason != "stop":
             return 0.0
-        judged = (text.rpartition(self.reward.answer_marker)[2] if self.reward.answer_marker else text).strip()
+        answer = strip_thinking(text)
+        judged = (answer.rpartition(self.reward.answer_marker)[2] if self.reward.answer_marker else answer).strip()
         if not judged:
             return 0.0
         if self.reward.name == "math_verify":
-            mathematics.check_thread()  # outside of the `try`: this is a fault of the program, not of the response
-        try:
-            score = float(SCORES[self.reward.name](self.data, problem, judged))
-        # A score parses text that a model wrote: a text that makes it raise anything is not an answer.
-        except Exception:
-            log.warning(
-                "reward.name=%s failed on problem %s; the response scores 0",
-                self.reward.name,
-                problem.id,
-                exc_info=True,
-            )
-            return 0.0
+            check_main_thread()  # a fault of the program, not of the response
+        score = float(SCORES[self.reward.name](self.data, problem, judged))
         if not math.isfinite(score):
             return 0.0
         return float(score >= 1.0) if self.reward.exact else min(max(score, 0.0), 1.0)

@@ -11,9 +11,17 @@ from types import FrameType
 BACKSTOP = 20
 """Times the limit that may pass by the clock: on a busy machine a process gets only a share of a core."""
 
+AGAIN_SECONDS = 1.0
+
 
 class OutOfTime(BaseException):
     """The work took too long. No `Exception`, so that no library around the work takes it for its own."""
+
+
+def check_main_thread() -> None:
+    """Raise RuntimeError outside the main thread: limits of processor time are signals, which only it receives."""
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError("a limit of processor time needs the main thread of its process; score in a process pool")
 
 
 @contextmanager
@@ -25,8 +33,7 @@ def limit_time(seconds: float) -> Iterator[None]:
     Raises:
         RuntimeError: called in another thread.
     """
-    if threading.current_thread() is not threading.main_thread():
-        raise RuntimeError("a limit of processor time needs the main thread of its process; score in a process pool")
+    check_main_thread()
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise OutOfTime(f"took more than {seconds:g} s")
@@ -35,7 +42,8 @@ def limit_time(seconds: float) -> Iterator[None]:
     before = [signal.signal(number, stop) for number, _, _ in timers]
     try:
         for _, timer, limit in timers:
-            signal.setitimer(timer, limit)
+            # Again and again: a library may take the first one for an error of its own.
+            signal.setitimer(timer, limit, AGAIN_SECONDS)
         yield
     finally:
         for (number, timer, _), handler in zip(timers, before, strict=True):

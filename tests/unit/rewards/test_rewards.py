@@ -84,10 +84,6 @@ def test_mathematics(text: str, score: float) -> None:
     assert mathematics()(MATH, text, "stop") == score
 
 
-def test_a_tower_of_powers_gives_up_in_time() -> None:
-    assert mathematics()(MATH, "\\boxed{9^{9^{9^{9}}}}", "stop") == 0.0
-
-
 def test_mathematics_reads_plain_references() -> None:
     assert mathematics()(PROBLEM, "The answer is 912.", "stop") == 1.0
     assert mathematics()(PROBLEM, "The answer is 9912.", "stop") == 0.0
@@ -120,7 +116,6 @@ def test_a_scorer_travels_to_another_process() -> None:
     assert scorer(*pickle.loads(pickle.dumps((PROBLEM, "1=912", "stop")))) == 1.0
 
 
-def test_a_failing_task_scorer_is_logged_and_scores_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    broken = Problem("broken", "?", {})
-    assert gym()(broken, "912", "stop") == 0.0
-    assert "failed on problem broken" in caplog.text
+def test_a_failing_score_raises() -> None:
+    with pytest.raises(KeyError):
+        gym()(Problem("broken", "?", {}), "912", "stop")
