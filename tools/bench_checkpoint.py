@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 import gspo_megatron.policy  # noqa: F401  the device layer must be in before megatron
-from gspo_megatron.cluster.local_backend import free_ports
+from gspo_megatron.cluster.free_ports import free_ports
 from gspo_megatron.models import load_recipe
 from gspo_megatron.policy import mesh
 from gspo_megatron.policy.policy import OptimizerSettings, Policy

@@ -10,7 +10,6 @@ import contextlib
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -33,13 +32,13 @@ from gspo_megatron.cluster.events import (
     StopRequested,
     Watched,
 )
+from gspo_megatron.cluster.free_ports import LOOPBACK, free_ports
 from gspo_megatron.cluster.hosts import Host, Ports, Spread, Task, tasks
 from gspo_megatron.cluster.supervisor import Rules, Supervisor, restart_sentence, supervise
 from gspo_megatron.cluster.visible_devices import VARIABLE, Gpu, list_gpus, name_devices
 from gspo_megatron.config.refusal import refuse
 from gspo_megatron.config.schema import Recipe
 
-LOOPBACK = "127.0.0.1"
 STOP = signal.SIGUSR1
 """Asks a run to save itself and to stop."""
 GRACE = 5.0
@@ -94,18 +93,6 @@ def _own_devices(task: Task, visible: Sequence[Gpu]) -> dict[str, str]:
     except ValueError as error:
         message, _, fix = str(error).partition("; ")
         raise refuse("too-few-gpus", "rollout.servers", message, fix) from None
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of the loopback interface that nothing listens on at this moment."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for probe in sockets:
-            probe.bind((LOOPBACK, 0))
-        return [probe.getsockname()[1] for probe in sockets]
-    finally:
-        for probe in sockets:
-            probe.close()
 
 
 def run_roles(roles: Sequence[Role], log_dir: Path) -> int:

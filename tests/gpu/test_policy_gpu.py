@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from gspo_megatron.cluster.local_backend import free_ports
+from gspo_megatron.cluster.free_ports import free_ports
 from gspo_megatron.models import load_recipe
 
 pytestmark = [

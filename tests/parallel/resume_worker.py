@@ -24,7 +24,7 @@ import torch.distributed as dist
 import gspo_megatron.policy  # noqa: F401  the device layer must be in before megatron
 from gspo_megatron.cluster import watchdog
 from gspo_megatron.cluster.exit_codes import FAILED, STOPPED
-from gspo_megatron.cluster.local_backend import free_ports
+from gspo_megatron.cluster.free_ports import free_ports
 from gspo_megatron.cluster.watchdog import Pulse
 from gspo_megatron.models import load_recipe
 from gspo_megatron.objective import Sums

@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from gspo_megatron.cluster.local_backend import free_ports
+from gspo_megatron.cluster.free_ports import free_ports
 from tests.places import ROOT
 
 GRACE = 10.0

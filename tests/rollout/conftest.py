@@ -18,7 +18,7 @@ import httpx
 import pytest
 from aiohttp import web
 
-from gspo_megatron.cluster.local_backend import free_ports
+from gspo_megatron.cluster.free_ports import free_ports
 from gspo_megatron.config.loading import save_resolved
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.controller.api import Service
