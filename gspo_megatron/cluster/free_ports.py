@@ -37,7 +37,9 @@ def free_ports(count: int) -> list[int]:
             else:
                 chosen.append(probe)
         if len(chosen) < count:
-            raise OSError(f"{count} free ports are required between {FIRST_PORT} and {LAST_PORT}; {len(chosen)} are free")
+            raise OSError(
+                f"{count} free ports are required between {FIRST_PORT} and {LAST_PORT}; {len(chosen)} are free"
+            )
         return [probe.getsockname()[1] for probe in chosen]
     finally:
         for probe in chosen:
