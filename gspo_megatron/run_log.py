@@ -157,7 +157,7 @@ class RunLog:
 
     def evaluation(self, step: int, found: Mapping[str, Any]) -> None:
         """Record a held-out evaluation in the step's row, or before the first step in a row of its own."""
-        row = {f"eval/{name}": found[name] for name in ("accuracy", "mean_reward", "mean_length")}
+        row = {f"eval/{name}": found[name] for name in ("accuracy", "mean_reward", "mean_length", "unscored")}
         self.add(row)
         if not self.owns_terminal:
             return

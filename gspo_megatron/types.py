@@ -134,7 +134,7 @@ class SampleRef:
     answer_length: int
     """Tokens of the response, stop token included."""
     reward: float
-    """Score in [0, 1]."""
+    """Score within `reward.bounds`."""
     stop_reason: StopReason
     """Why the response ended."""
     segments: tuple[Segment, ...]
@@ -143,6 +143,10 @@ class SampleRef:
     """Response tokens that were not sampled."""
     limit: int | None = None
     """Limit of the response tokens; None = `rollout.max_answer_tokens`."""
+    parts: tuple[tuple[str, float], ...] = ()
+    """Named parts of its reward, if it has any: `(("right", 1.0), ("short", 0.2))`."""
+    unscored: str = ""
+    """Kind of the fault for which it has no score of its own: `raised`; empty = it was scored."""
 
     @property
     def trained_length(self) -> int:

@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from gspo_megatron.config.base import Section
-from gspo_megatron.config.recipe_paths import RecipePath
+from gspo_megatron.config.hooks import check_choice, is_reference
+from gspo_megatron.config.recipe_paths import ObjectReference, RecipePath
+
+BUILT_IN_REWARDS = ("math_verify", "reasoning_gym")
+"""Values of `reward.name` beside a user's own."""
 
 
 class TokenizerSection(Section):
@@ -75,19 +79,69 @@ class DataSection(Section):
 
 
 class RewardSection(Section):
-    """`reward`: the score in [0, 1] of a response's text."""
+    """`reward`: the score of a response."""
 
-    name: Literal["reasoning_gym", "math_verify"] = "math_verify"
-    """`reasoning_gym` = the task's own scorer; `math_verify` = mathematical equality with the reference answer.
+    name: ObjectReference = "math_verify"
+    """`math_verify` = equality with the gold answer; `reasoning_gym` = the task's own scorer; or your own by
+    `file.py:NAME` or `package.module:NAME`.
 
     Source: chosen here: the verifier for mathematics.
     """
     answer_marker: str | None = None
-    """Only the text after the last occurrence is scored (e.g. `=`); null = the whole response."""
-    exact: bool = True
-    """Only a full score counts; a partial score becomes 0. Source: GSPO trains on scores of 0 or 1."""
+    """Only the text after the last occurrence counts (e.g. `=`); null = all that follows the thinking."""
+    weights: dict[str, float] = Field(default_factory=dict)
+    """Weight of each named part that your own reward returns; it must name exactly these. Empty = 1 for each."""
+    bounds: tuple[float, float] = (0.0, 1.0)
+    """Lowest and highest score: others are set to the nearer one. The lowest is the score of a wrong response.
+
+    Source: GSPO trains on scores of 0 to 1.
+    """
+    exact: bool | None = None
+    """Only the highest score counts; a lower one becomes the lowest. null = true for built-in rewards, false for your
+    own. Source: GSPO trains on scores of 0 or 1."""
     require_stop: bool = True
-    """A truncated response scores 0. Source: chosen here."""
+    """A truncated response gets the lowest score, and no reward is computed for it. Source: chosen here."""
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the reward is the user's own object."""
+        return is_reference(self.name)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether only the highest score counts."""
+        return not self.is_own if self.exact is None else self.exact
+
+    def describe(self) -> str:
+        """What becomes of a score, in one sentence."""
+        low, high = self.bounds
+        parts = [Path(self.name).name if self.is_own else self.name]
+        if self.weights:
+            parts.append(" + ".join(f"{weight:g} {part}" for part, weight in self.weights.items()))
+        parts.append(f"below {high:g} counts {low:g} (exact)" if self.is_exact else f"clipped to [{low:g}, {high:g}]")
+        if self.require_stop:
+            parts.append(f"truncated counts {low:g}")
+        return ", ".join(parts)
+
+    @field_validator("name")
+    @classmethod
+    def name_is_known(cls, name: str) -> str:
+        return check_choice(name, BUILT_IN_REWARDS)
+
+    @model_validator(mode="after")
+    def bounds_are_an_interval(self) -> RewardSection:
+        low, high = self.bounds
+        if not low < high:
+            raise ValueError(f"bounds={list(self.bounds)} is no interval; give the lowest score first")
+        return self
+
+    @model_validator(mode="after")
+    def parts_are_the_user_s(self) -> RewardSection:
+        if self.weights and not self.is_own:
+            raise ValueError(f"weights weigh named parts, and name={self.name} has none; remove them or name your own")
+        if measured := [name for name in self.weights if name.startswith("_")]:
+            raise ValueError(f"weights holds {measured[0]}: a part that begins with _ is only measured; remove it")
+        return self
 
 
 class ColdStartSection(Section):

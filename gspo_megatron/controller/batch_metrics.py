@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,6 +40,7 @@ def measure_responses(recipe: Recipe, samples: Sequence[SampleRef], step: int) -
         "answer_length": tokens / count,
         "truncated": sum(ref.stop_reason == "length" for ref in samples) / count,
     }
+    found |= measure_parts(samples)
     if rollout.repetition_halt is not None:
         found["halted"] = sum(ref.stop_reason == "repetition" for ref in samples) / count
     if rollout.length_stages:
@@ -50,6 +52,20 @@ def measure_responses(recipe: Recipe, samples: Sequence[SampleRef], step: int) -
     if rollout.thinking is not None or recipe.environment is not None:
         found["masked_tokens"] = 1 - sum(ref.trained_length for ref in samples) / max(tokens, 1)
     return found
+
+
+def measure_parts(samples: Sequence[SampleRef]) -> dict[str, float]:
+    """Mean of every named part of the rewards, over the responses that have it."""
+    values: dict[str, list[float]] = {}
+    for ref in samples:
+        for name, value in ref.parts:
+            values.setdefault(f"reward/{name}", []).append(value)
+    return {name: sum(found) / len(found) for name, found in values.items()}
+
+
+def count_unscored(samples: Sequence[SampleRef]) -> dict[str, int]:
+    """Responses without a score of their own, by the kind of fault."""
+    return dict(Counter(ref.unscored for ref in samples if ref.unscored))
 
 
 def measure_staleness(samples: Sequence[SampleRef], version: int) -> Staleness:

@@ -9,19 +9,18 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, Protocol
 
 from gspo_megatron.config.schema import Recipe
-from gspo_megatron.controller.batch_metrics import Progress, measure_responses, measure_staleness
+from gspo_megatron.controller.batch_metrics import Progress, count_unscored, measure_responses, measure_staleness
 from gspo_megatron.controller.environment_pool import EnvironmentPool
 from gspo_megatron.controller.generation import Generation, Sampling
 from gspo_megatron.controller.group_buffer import GroupBuffer
 from gspo_megatron.controller.groups import TokenCounter
-from gspo_megatron.controller.multi_turn import MultiTurnScheduler, Thinking
+from gspo_megatron.controller.multi_turn import MultiTurnScheduler, Thinking, note_fault
 from gspo_megatron.controller.scheduler import URGENT
-from gspo_megatron.controller.scoring import ScoringPool
+from gspo_megatron.controller.scoring import Pool, Scored, Scoring, TextDecoder
 from gspo_megatron.controller.servers import Refused, ServerSet
 from gspo_megatron.controller.state import describe_groups, forget_lost_members, read_groups, store_generations
 from gspo_megatron.controller.weight_update import WeightUpdater
@@ -37,7 +36,7 @@ from gspo_megatron.transport.messages import (
     RolloutRequest,
     StreamState,
 )
-from gspo_megatron.types import Prompt, Response, SampleRef, StopReason
+from gspo_megatron.types import Prompt, SampleRef, StopReason
 
 log = logging.getLogger(__name__)
 NUM_EXAMPLES = 3
@@ -59,24 +58,6 @@ class Prompts(Protocol):
     def restore(self, state: dict[str, Any]) -> None: ...
 
 
-class TextDecoder(Protocol):
-    """What the controller needs of a tokenizer."""
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """A response with its text and score."""
-
-    question: str
-    response: Response
-    text: str
-    reward: float
-
-
 class Controller:
     """One run's controller; its methods run one at a time."""
 
@@ -86,7 +67,7 @@ class Controller:
         servers: ServerSet,
         prompts: Prompts,
         tokenizer: TextDecoder,
-        scoring: ScoringPool,
+        scoring: Pool,
         store: SampleStore,
         host: str,
         overlaps: bool,
@@ -100,7 +81,7 @@ class Controller:
             servers: all servers of the run.
             prompts: where its prompts come from.
             tokenizer: turns responses into text for the scorer.
-            scoring: scores them.
+            scoring: processes that score them.
             store: keeps them.
             host: this controller's address as the trainer and the servers reach it.
             overlaps: the servers have devices of their own and continue while the trainer works.
@@ -117,12 +98,11 @@ class Controller:
         self._progress = Progress()
         self._prompts = prompts
         self._tokenizer = tokenizer
-        self._scoring = scoring
+        self.scoring = Scoring(recipe, tokenizer, scoring)
         self._store = store
         self._sleeps = sleeps
-        self._unscored: Counter[str] = Counter()
         self._environment = environment
-        self.scheduler = MultiTurnScheduler(servers, lambda: self.updater.version, thinking, environment, self._give_up)
+        self.scheduler = MultiTurnScheduler(servers, lambda: self.updater.version, thinking, environment, note_fault)
         self.buffer = GroupBuffer(
             recipe,
             self.scheduler,
@@ -137,7 +117,7 @@ class Controller:
 
     async def start(self) -> None:
         """Wait until all servers are there; scoring processes start meanwhile."""
-        self._scoring.start()
+        self.scoring.pool.start()
         if self._environment is not None:
             self._environment.processes.start()
         try:
@@ -156,7 +136,7 @@ class Controller:
         """End what this controller started: generations in flight, connections and scoring processes."""
         await self.buffer.close()
         await self.servers.close()
-        self._scoring.close()
+        self.scoring.pool.close()
         if self._environment is not None:
             self._environment.processes.close()
 
@@ -180,7 +160,6 @@ class Controller:
         version = self._need_weights()
         batch, started = self.recipe.batch, time.monotonic()
         self._progress = Progress(batch.prompts * batch.answers, started, *self.buffer.done())
-        self._unscored.clear()
         self.buffer.limit = self.recipe.rollout.answer_limit(request.step)
         groups = await self.buffer.take()
         samples = [ref for group in groups for ref in group.members]
@@ -194,7 +173,7 @@ class Controller:
             measures=measure_responses(self.recipe, samples, request.step),
             staleness=measure_staleness(samples, version),
             accounting=self.buffer.ledger.report(self.buffer.groups),
-            unscored=dict(self._unscored),
+            unscored=count_unscored(samples),
             skipped_prompts=dict(self._prompts.skipped),
         )
 
@@ -220,9 +199,10 @@ class Controller:
         scored = [task.result() for task in tasks]
         count = len(scored)
         return EvaluationReport(
-            accuracy=sum(s.reward >= 1.0 for s in scored) / count,
+            accuracy=sum(s.reward >= self.recipe.reward.bounds[1] for s in scored) / count,
             mean_reward=sum(s.reward for s in scored) / count,
             mean_length=sum(len(s.response.token_ids) for s in scored) / count,
+            unscored=sum(bool(s.unscored) for s in scored),
             examples=tuple(
                 EvaluationExample(question=s.question, answer_text=s.text, reward=s.reward)
                 for s in scored[:NUM_EXAMPLES]
@@ -270,25 +250,11 @@ class Controller:
     async def _score_and_store(self, generation: Generation, reason: StopReason) -> SampleRef:
         """Score and store one response to a training prompt."""
         scored = await self._score(generation, reason)
-        return await asyncio.to_thread(self._store.write, generation.prompt, scored.response, scored.reward)
+        ref = await asyncio.to_thread(self._store.write, generation.prompt, scored.response, scored.reward)
+        return replace(ref, parts=scored.parts, unscored=scored.unscored)
 
     async def _score(self, generation: Generation, reason: StopReason) -> Scored:
-        response = generation.response(reason)
-        ids = generation.token_ids.tolist()
-        if ids and ids[-1] in self._tokenizer.stop_ids:
-            del ids[-1]
-        text = self._tokenizer.decode(ids)
-        # An observation is not the model's response; only the last turn is scored.
-        scored_text = self._tokenizer.decode(ids[generation.turn_start :]) if generation.calls else text
-        verdict = await asyncio.wrap_future(self._scoring.submit(generation.prompt.problem, scored_text, reason))
-        if isinstance(verdict, str):
-            self._give_up(generation, verdict)
-            verdict = 0.0
+        scored = await self.scoring.score(generation, reason)
         self._progress.done += 1
         self._progress.tokens += generation.sampled
-        return Scored(generation.prompt.problem.question, response, text, verdict)
-
-    def _give_up(self, generation: Generation, why: str) -> None:
-        """Count a response that scores 0 because its scorer or environment failed."""
-        self._unscored[why] += 1
-        log.warning("prompt %d, sample %d scores 0: %s", generation.prompt.index, generation.sample_index, why)
+        return scored

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.controller.generation import Generation
-from gspo_megatron.controller.process_pool import ProcessPool
+from gspo_megatron.controller.process_pool import Lost, ProcessPool
 from gspo_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from gspo_megatron.environments import Step, Turn, make_step, read_call_ids
 
@@ -31,7 +31,8 @@ class EnvironmentPool:
     async def step(self, generation: Generation) -> Turn | str:
         """The environment's reply to the last turn of a generation, or a sentence why there is none."""
         action = generation.token_ids[generation.turn_start :].tolist()
-        return await asyncio.wrap_future(self.processes.ask(generation.prompt.problem, generation.state, action))
+        reply = await asyncio.wrap_future(self.processes.ask(generation.prompt.problem, generation.state, action))
+        return reply.why if isinstance(reply, Lost) else reply
 
 
 def make_environment_pool(recipe: Recipe, tokenizer: Tokenizer, workers: int) -> EnvironmentPool | None:

@@ -62,6 +62,8 @@ class Generation:
     """The environment's, behind the last observation; JSON-able."""
     limit: int | None = None
     """Longest that this response may get, of the step that started it; None = the sampling's own limit."""
+    fault: str = ""
+    """Kind of the fault that cut it: `environment`; empty = none."""
 
     def __len__(self) -> int:
         return len(self.token_ids)

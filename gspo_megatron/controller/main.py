@@ -6,11 +6,9 @@ python -m gspo_megatron.controller.main --run-dir DIR --host HOST --port PORT --
 from __future__ import annotations
 
 import argparse
-import functools
 import logging
 import os
 import resource
-from collections.abc import Callable
 from pathlib import Path
 
 from aiohttp import web
@@ -25,7 +23,7 @@ from gspo_megatron.controller.controller import Controller
 from gspo_megatron.controller.environment_pool import make_environment_pool
 from gspo_megatron.controller.multi_turn import make_thinking
 from gspo_megatron.controller.scheduler import with_reserve
-from gspo_megatron.controller.scoring import Scorer, ScoringPool
+from gspo_megatron.controller.scoring import make_scoring_pool
 from gspo_megatron.controller.server_client import ServerClient
 from gspo_megatron.controller.servers import ServerSet
 from gspo_megatron.data.store import SampleStore
@@ -34,8 +32,6 @@ from gspo_megatron.run_dir import RunDir
 from gspo_megatron.transport.auth import read_key
 from gspo_megatron.transport.identity import identity_of
 
-SCORING_SECONDS = 10.0
-"""Time limit of one answer's scorer."""
 MAX_SCORING_PROCESSES = 8
 
 
@@ -43,23 +39,22 @@ def build(recipe: Recipe, run_dir: Path, host: str, urls: list[str], key: str) -
     """A controller of real parts. Needs a running event loop."""
     from gspo_megatron.data.stream import PromptStream
     from gspo_megatron.data.tokenizers import load_tokenizer
-    from gspo_megatron.rewards import make_scorer
 
     rollout = recipe.rollout
     context = rollout.max_prompt_tokens + rollout.max_answer_tokens
     tokenizer = load_tokenizer(recipe.tokenizer, recipe.model.path)
-    make: Callable[[], Scorer] = functools.partial(make_scorer, recipe)
     vocab = recipe.arch.vocab_size
-    # Before the connections: a broken prompt file ends the controller with its sentence as the last line.
+    # Before the connections: a broken prompt file or reward ends the controller with its sentence as the last line.
     stream = PromptStream(recipe, tokenizer)
-    servers = [ServerClient(url, key, vocab, context, with_reserve(rollout.max_concurrency)) for url in urls]
     processes = min(MAX_SCORING_PROCESSES, os.cpu_count() or 1)
+    scoring = make_scoring_pool(recipe, processes)
+    servers = [ServerClient(url, key, vocab, context, with_reserve(rollout.max_concurrency)) for url in urls]
     return Controller(
         recipe,
         ServerSet(servers, identity_of(recipe, run_dir)),
         stream,
         tokenizer,
-        ScoringPool(make, processes, SCORING_SECONDS),
+        scoring,
         SampleStore(RunDir(run_dir).samples),
         host,
         overlaps=not machine_of(recipe).colocated,

@@ -6,6 +6,7 @@ decided from the generation alone, so that it continues the same wherever it was
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,8 @@ from gspo_megatron.controller.scheduler import TRAINING, Scheduler
 from gspo_megatron.controller.servers import ServerSet
 from gspo_megatron.data.tokenizers import Tokenizer
 from gspo_megatron.types import StopReason
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,12 @@ def make_thinking(section: ThinkingBudget | None, tokenizer: Tokenizer) -> Think
             "add it: the answer would count as thinking for ever",
         )  # fmt: skip
     return Thinking(section.budget, end[0], tuple(closing))
+
+
+def note_fault(generation: Generation, why: str) -> None:
+    """Note that a response was cut because its environment failed."""
+    generation.fault = "environment"
+    log.warning("prompt %d, sample %d is cut: %s", generation.prompt.index, generation.sample_index, why)
 
 
 class MultiTurnScheduler(Scheduler):

@@ -8,40 +8,69 @@ import os
 import queue
 import resource
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from gspo_megatron.cluster.child_processes import die_with_parent
+from gspo_megatron.rewards.time_limit import BACKSTOP, OutOfTime
 
 Function = Callable[..., Any]
-"""What a process computes; returns anything that can be pickled, but no text."""
+"""What a process computes; returns anything that can be pickled."""
+READY = "ready"
+"""First message of a process."""
 MEMORY_BYTES = 8 << 30
 """Address space of a process, its imports included."""
-MAX_SENTENCE = 300
-"""Characters of a reason; an error may quote the whole answer."""
+MAX_SENTENCE, MAX_TRACE = 300, 3000
+"""Characters of a reason and of a stack; an error may quote the whole answer."""
 START_SECONDS = 120.0
 """Time a process has for its imports."""
-PATIENCE = 20
-"""A job may take so many times its limit by the clock, as long as it has not worked for as long as the limit: on a
-busy machine a process gets only a share of a core, and starting it again would make the machine busier."""
 LOOK_SECONDS = 0.25
 """How often its working time is looked at."""
 
 
-def _work(make: Callable[[], Function], connection: Connection, parent: int) -> None:
-    """A process: one job in, one result or one sentence out."""
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A job without a result."""
+
+    kind: str
+    """`raised`, `out-of-time`, `died` or `not-started`."""
+    why: str
+    """One sentence."""
+    trace: str = ""
+    """The stack of what was raised."""
+
+
+def describe_error(error: BaseException) -> Lost:
+    """What a job raised, as its process reports it."""
+    why = " ".join(f"{type(error).__name__}: {error}".split())[:MAX_SENTENCE]
+    if isinstance(error, OutOfTime):
+        return Lost("out-of-time", str(error))
+    # The innermost calls say where; the outermost are this file's.
+    return Lost("raised", why, "".join(traceback.format_exception(error))[-MAX_TRACE:])
+
+
+def enter_process(make: Callable[[], Function], parent: int) -> Function:
+    """Begin a process of a pool: it ends with its parent, has MEMORY_BYTES, and prints nothing but errors of `make`."""
     die_with_parent(parent)
     function = make()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    # What is printed on the way would fill the controller's log; an error at its start still goes there.
+    # What is printed on the way would fill the controller's log.
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
-    connection.send("ready")
+    return function
+
+
+def _work(make: Callable[[], Function], connection: Connection, parent: int) -> None:
+    """A process: one job in, one result or one `Lost` out."""
+    function = enter_process(make, parent)
+    connection.send(READY)
     while True:
         try:
             job = connection.recv()
@@ -51,39 +80,45 @@ def _work(make: Callable[[], Function], connection: Connection, parent: int) -> 
             reply = function(*job)
         # It runs over text that a model made up: whatever it raises, SystemExit included, is a fact about that answer.
         except BaseException as error:
-            reply = f"{type(error).__name__}: {error}"[:MAX_SENTENCE]
+            reply = describe_error(error)
         connection.send(reply)
 
 
-class _Worker:
+class Worker:
     """One process and the pipe to it; started again after it was lost."""
 
-    def __init__(self, make: Callable[[], Function], what: str) -> None:
-        self._make, self._what = make, what
+    def __init__(self, make: Callable[[], Function], what: str, target: Callable[..., None] = _work) -> None:
+        """
+        Args:
+            make: as `ProcessPool`.
+            what: as `ProcessPool`.
+            target: what the process runs: `target(make, connection, parent)`, which sends READY first.
+        """
+        self._make, self._what, self._target = make, what, target
         self._process: BaseProcess | None = None
-        self._connection: Connection
+        self.connection: Connection
 
     def run(self, job: tuple[Any, ...], limit: float) -> Any:
-        """The result, or a sentence about why there is none."""
+        """The result, or a `Lost`."""
         if fault := self.start():
-            return fault
+            return Lost("not-started", fault)
         try:
-            self._connection.send(job)
+            self.connection.send(job)
             if self._answers_within(limit):
-                return self._connection.recv()
+                return self.connection.recv()
         except (EOFError, OSError):
             self.stop()
-            return f"its {self._what}'s process died"
+            return Lost("died", f"its {self._what}'s process died")
         self.stop()
-        return f"its {self._what} took more than {limit:g} s"
+        return Lost("out-of-time", f"its {self._what} took more than {limit:g} s")
 
     def _answers_within(self, limit: float) -> bool:
-        """Whether there is a reply before the limit: of working time, or PATIENCE times that by the clock."""
+        """Whether there is a reply before the limit: of working time, or BACKSTOP times that by the clock."""
         assert self._process is not None and self._process.pid is not None
-        deadline, worked = time.monotonic() + PATIENCE * limit, working_seconds(self._process.pid)
-        while not self._connection.poll(min(LOOK_SECONDS, limit)):
+        deadline, worked = time.monotonic() + BACKSTOP * limit, working_seconds(self._process.pid)
+        while not self.connection.poll(min(LOOK_SECONDS, limit)):
             if time.monotonic() > deadline or working_seconds(self._process.pid) - worked > limit:
-                return self._connection.poll()
+                return self.connection.poll()
         return True
 
     def start(self) -> str:
@@ -92,13 +127,13 @@ class _Worker:
             return ""
         # Spawned, not forked: the controller holds threads and connections that a child must not inherit.
         context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(self._make, theirs, os.getpid()), daemon=True)
+        self.connection, theirs = context.Pipe()
+        process = context.Process(target=self._target, args=(self._make, theirs, os.getpid()), daemon=True)
         process.start()
         self._process = process
         theirs.close()
         try:
-            if self._connection.poll(START_SECONDS) and self._connection.recv() == "ready":
+            if self.connection.poll(START_SECONDS) and self.connection.recv() == READY:
                 return ""
         except EOFError:
             pass
@@ -116,7 +151,7 @@ class _Worker:
         if self._process is not None:
             self._process.kill()
             self._process.join()
-            self._connection.close()
+            self.connection.close()
             self._process = None
 
 
@@ -141,8 +176,8 @@ class ProcessPool:
             what: the function in one word, for sentences about it.
         """
         self._limit = limit
-        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-        self._workers = [_Worker(make, what) for _ in range(workers)]
+        self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        self._workers = [Worker(make, what) for _ in range(workers)]
         for worker in self._workers:
             self._idle.put(worker)
         # One thread a process: each waits on its own pipe.
@@ -154,7 +189,7 @@ class ProcessPool:
             self._threads.submit(self._start_one)
 
     def ask(self, *job: Any) -> Future[Any]:
-        """Run one job; what the function returned, or a sentence about why there is nothing."""
+        """Run one job; what the function returned, or a `Lost`."""
         return self._threads.submit(self._run, *job)
 
     def _run(self, *job: Any) -> Any:

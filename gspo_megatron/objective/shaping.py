@@ -24,7 +24,9 @@ def soft_overlong_penalty(lengths: Tensor, limits: Tensor, buffer: int) -> Tenso
     return ((limits - buffer - lengths.double()) / buffer).clamp(-1.0, 0.0)
 
 
-def shape_rewards(spec: ObjectiveSpec, rewards: Tensor, lengths: Tensor, truncated: Tensor, limits: Tensor) -> Tensor:
+def shape_rewards(
+    spec: ObjectiveSpec, rewards: Tensor, lengths: Tensor, truncated: Tensor, limits: Tensor, lowest: float = 0.0
+) -> Tensor:
     """[N] rewards after the spec's length rule: what advantages are computed from.
 
     Args:
@@ -33,12 +35,13 @@ def shape_rewards(spec: ObjectiveSpec, rewards: Tensor, lengths: Tensor, truncat
         lengths: [N] response tokens.
         truncated: [N] bool: cut at the limit.
         limits: [N] most tokens that each response might get.
+        lowest: score of a wrong response, the low end of `reward.bounds`.
     """
     if spec.overlong == "soft":
         if spec.overlong_buffer is None:
             raise ValueError("overlong=soft has no overlong_buffer; set it, e.g. to a fifth of the answer limit")
         return rewards + soft_overlong_penalty(lengths, limits, spec.overlong_buffer).to(rewards.dtype)
-    return torch.where(truncated, 0.0, rewards) if spec.overlong == "zero" else rewards
+    return torch.where(truncated, lowest, rewards) if spec.overlong == "zero" else rewards
 
 
 def is_trained(spec: ObjectiveSpec, truncated: bool) -> bool:

@@ -72,8 +72,14 @@ def finalize_step(minibatches: Sequence[Sums]) -> dict[str, float]:
     return logged
 
 
-def group_metrics(rewards: Tensor, group_ids: Tensor) -> dict[str, float]:
-    """Logged metrics of a rollout batch's groups, from the scores [N] and their groups [N], on the host."""
+def group_metrics(rewards: Tensor, group_ids: Tensor, bounds: tuple[float, float] = (0.0, 1.0)) -> dict[str, float]:
+    """Logged metrics of a rollout batch's groups, on the host.
+
+    Args:
+        rewards: [N] scores.
+        group_ids: [N] the group of each.
+        bounds: lowest and highest score, `reward.bounds`: of a wrong and of a right response.
+    """
     groups: dict[int, list[float]] = {}
     for reward, group in zip(rewards.tolist(), group_ids.tolist(), strict=True):
         groups.setdefault(group, []).append(reward)
@@ -87,8 +93,8 @@ def group_metrics(rewards: Tensor, group_ids: Tensor) -> dict[str, float]:
         "reward_std": math.sqrt(sum((r / unit - mean) ** 2 for r in every) / max(len(every), 1)) * unit,
         "groups": float(len(groups)),
         "zero_variance_groups": len(flat) / num_groups,
-        "solved_groups": sum(reward >= 1 for reward in flat) / num_groups,
-        "unsolved_groups": sum(reward <= 0 for reward in flat) / num_groups,
+        "solved_groups": sum(reward >= bounds[1] for reward in flat) / num_groups,
+        "unsolved_groups": sum(reward <= bounds[0] for reward in flat) / num_groups,
     }
 
 

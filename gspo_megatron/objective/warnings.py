@@ -22,7 +22,7 @@ def runtime_warnings(spec: ObjectiveSpec, metrics: Mapping[str, float]) -> list[
         metrics: `finalize_step` of the batch, with `group_metrics` merged in where the rewards are at hand.
     """
     found = [_constant_reward(metrics), _mostly_clipped(metrics), _first_minibatch_moved(spec, metrics)]
-    found += [_mismatch_wider_than_band(spec, metrics), _nonfinite(metrics)]
+    found += [_mismatch_wider_than_band(spec, metrics), _nonfinite(metrics), _unscored(metrics)]
     return [finding for finding in found if finding is not None]
 
 
@@ -92,4 +92,17 @@ def _nonfinite(metrics: Mapping[str, float]) -> Finding | None:
         "nonfinite-logprobs", "error", "objective",
         f"{metrics['nonfinite_tokens']:.0f} trained tokens have log-probs or advantages that are not finite",
         "run check_values on the batch, which names the tensor and the first index",
+    )  # fmt: skip
+
+
+def _unscored(metrics: Mapping[str, float]) -> Finding | None:
+    kinds = {name.removeprefix("unscored/"): value for name, value in metrics.items() if name.startswith("unscored/")}
+    if not kinds:
+        return None
+    return Finding(
+        "unscored-responses", "warning", "reward.name",
+        f"{sum(kinds.values()):.0f} responses have no score of their own ("
+        + ", ".join(f"{value:.0f} {kind}" for kind, value in sorted(kinds.items()))
+        + ") and count as wrong",
+        "the controller's log quotes the first failure of each kind",
     )  # fmt: skip

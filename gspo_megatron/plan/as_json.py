@@ -32,6 +32,7 @@ def to_json(plan: Plan, with_ranks: bool = False) -> dict[str, Any]:
             "route_bytes_per_token": flops.route_bytes(arch),
         },
         "objective": plan.objective,
+        "reward": plan.recipe.reward.describe(),
         "learning_rate": plan.recipe.optimizer.describe(plan.recipe.total_updates),
         "layout": None if plan.layout is None else _layout(plan, plan.layout, with_ranks),
         "batch": None if plan.batch is None else {**asdict(plan.batch), "words": plan.batch.words()},

@@ -72,6 +72,7 @@ def lines(plan: Plan) -> Iterator[Text | str]:
     native = f"native context {arch.max_position_embeddings:,}"
     yield _row("model", f"{total} parameters, {active} active, {arch.num_hidden_layers} layers, {native}")
     yield _row("objective", plan.objective)
+    yield _row("reward", plan.recipe.reward.describe())
     yield _row("lr", plan.recipe.optimizer.describe(plan.recipe.total_updates))
     if plan.layout is not None:
         yield from _layout(plan, plan.layout)

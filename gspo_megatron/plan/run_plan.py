@@ -18,7 +18,7 @@ from gspo_megatron.plan.estimate.batch import BatchPlan
 from gspo_megatron.plan.estimate.memory import StageMemory
 from gspo_megatron.plan.estimate.rollout import RolloutPlan
 from gspo_megatron.plan.estimate.step_time import ComputePlan
-from gspo_megatron.plan.rules import layout, metric_sinks, model_files, resources, settings
+from gspo_megatron.plan.rules import layout, metric_sinks, model_files, own_reward, resources, settings
 from gspo_megatron.plan.rules.not_built import not_built
 from gspo_megatron.types import Finding
 
@@ -90,7 +90,7 @@ def _plan(recipe: Recipe, where: Machine, runs_here: bool) -> Plan:
     arch = recipe.arch
     found = [*machines.findings(recipe, where), *settings.findings(recipe, arch, where)]
     found += model_files.findings(recipe, arch, runs_here)
-    found += metric_sinks.findings(recipe, runs_here)
+    found += [*metric_sinks.findings(recipe, runs_here), *own_reward.findings(recipe)]
     spec = recipe.objective.spec(recipe.rollout.max_answer_tokens)
     sequences = recipe.batch.prompts * recipe.batch.answers // recipe.batch.updates
     sentence = spec.describe(sequences, recipe.batch.updates)

@@ -1,5 +1,5 @@
-"""Rewards: the score in [0, 1] of a response's text."""
+"""Rewards: the score of a response."""
 
-from gspo_megatron.rewards.scorer import SCORES, Scorer, make_scorer
+from gspo_megatron.rewards.scorer import AsyncScorer, Scorer, Verdict, make_scorer
 
-__all__ = ["SCORES", "Scorer", "make_scorer"]
+__all__ = ["AsyncScorer", "Scorer", "Verdict", "make_scorer"]

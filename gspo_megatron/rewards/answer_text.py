@@ -25,6 +25,11 @@ def strip_thinking(text: str, end: str = THINK_END, is_open: bool = False) -> st
     return rest if opened < 0 else rest[:opened]
 
 
+def opens_thinking(prompt: str) -> bool:
+    """Whether a prompt ends within the thinking, so that the response begins in it."""
+    return prompt.rfind(THINK_OPEN) > prompt.rfind(THINK_END)
+
+
 def find_box(text: str) -> str | None:
     """Return the content of the last `\\boxed{}` that holds something; None without one.
 

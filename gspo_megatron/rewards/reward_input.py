@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from gspo_megatron.rewards.answer_text import strip_thinking
 from gspo_megatron.types import StopReason
 
 
@@ -25,8 +26,28 @@ class RewardInput:
     """`stop` = a stop token was sampled; `length` = cut at the response limit; `repetition`."""
 
 
+def make_input(
+    text: str, token_ids: Sequence[int], stop_reason: StopReason, marker: str | None, end: str, is_open: bool
+) -> RewardInput:
+    """Make the input of a reward.
+
+    Args:
+        text: of the response, or of its last turn.
+        token_ids: of the whole response.
+        stop_reason: why it ended.
+        marker: `reward.answer_marker`.
+        end: text that ends the thinking.
+        is_open: the prompt has opened the thinking already.
+    """
+    answer = strip_thinking(text, end, is_open)
+    answer = (answer.rpartition(marker)[2] if marker else answer).strip()
+    return RewardInput(text, answer, tuple(token_ids), stop_reason)
+
+
 def read_parts(result: object) -> dict[str, float]:
     """Return the parts of a reward's result; one number is the part with the empty name.
+
+    A part whose name begins with `_` is measured and not rewarded: what a judge cost.
 
     Raises:
         ValueError: it is neither a finite number nor a mapping of names to finite numbers.

@@ -1,61 +1,124 @@
-"""The scorer of a recipe: a named score, and the rules of the `reward` section around it."""
+"""The scorer of a recipe: a reward, and the rules of the `reward` section around it."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+from gspo_megatron.config.hooks import load_hook
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.config.task_sections import DataSection, RewardSection
 from gspo_megatron.rewards import gym, mathematics
-from gspo_megatron.rewards.answer_text import strip_thinking
+from gspo_megatron.rewards.reward_contract import is_asynchronous
+from gspo_megatron.rewards.reward_input import RewardInput, read_parts
 from gspo_megatron.rewards.time_limit import check_main_thread
-from gspo_megatron.types import Problem, StopReason
-
-Score = Callable[[DataSection, Problem, str], float]
-"""(data section, problem, text) -> score. The text is stripped and never empty."""
+from gspo_megatron.types import Problem
 
 
-def _score_mathematics(data: DataSection, problem: Problem, text: str) -> float:
-    return mathematics.score(problem.reference["answer"], text)
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The score of one response."""
+
+    score: float
+    """Within `reward.bounds`."""
+    parts: tuple[tuple[str, float], ...] = ()
+    """What a user's own reward returned by name, before weights."""
+    is_computed: bool = True
+    """False for a response that the rules leave out: no reward was asked."""
 
 
-SCORES: dict[str, Score] = {"reasoning_gym": gym.score, "math_verify": _score_mathematics}
-"""The values of `reward.name`."""
-LOADERS: dict[str, Callable[[DataSection], None]] = {
-    "reasoning_gym": gym.load,
-    "math_verify": lambda data: mathematics.load(),
-}
-"""Imports of each score, done before the first response is scored."""
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """The rules of the `reward` section."""
+
+    section: RewardSection
+
+    def is_left_out(self, response: RewardInput) -> bool:
+        """Whether a response gets the lowest score unseen: a truncated one, and for a built-in reward an empty one."""
+        if self.section.require_stop and response.stop_reason != "stop":
+            return True
+        return not self.section.is_own and not response.answer
+
+    @property
+    def lowest(self) -> Verdict:
+        """The verdict on a response that is not looked at."""
+        return Verdict(self.section.bounds[0], is_computed=False)
+
+    def judge(self, result: object) -> Verdict:
+        """Turn what a reward returned into a score.
+
+        Raises:
+            ValueError: it is no number, or its parts are not those of `reward.weights`.
+        """
+        parts, (low, high) = read_parts(result), self.section.bounds
+        counted = {name: value for name, value in parts.items() if not name.startswith("_")}
+        weights = self.section.weights
+        if weights and set(weights) != set(counted):
+            named, returned = (", ".join(sorted(names)) or "one number" for names in (weights, counted))
+            raise ValueError(f"reward.weights names {named}, the reward returned {returned}; name the same parts")
+        score = sum(value * weights.get(name, 1.0) for name, value in counted.items())
+        if self.section.is_exact:
+            score = high if score >= high else low
+        return Verdict(min(max(score, low), high), tuple((name, value) for name, value in parts.items() if name))
 
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """Score one response. A scorer can be pickled for a process pool; math_verify requires one."""
+    """Score one response: `scorer(problem, response)`. Raises what the reward raises: the caller counts it."""
 
-    reward: RewardSection
-    """The name of the score and its rules."""
-    data: DataSection
-    """The task, for scores that depend on it."""
+    rules: Rules
+    reward: Callable[[Problem, RewardInput], Any]
 
-    def __call__(self, problem: Problem, text: str, stop_reason: StopReason) -> float:
-        """Return the score in [0, 1] of any text. Raises what the score raises: the caller counts it."""
-        if self.reward.require_stop and stop_reason != "stop":
-            return 0.0
-        answer = strip_thinking(text)
-        judged = (answer.rpartition(self.reward.answer_marker)[2] if self.reward.answer_marker else answer).strip()
-        if not judged:
-            return 0.0
-        if self.reward.name == "math_verify":
-            check_main_thread()  # a fault of the program, not of the response
-        score = float(SCORES[self.reward.name](self.data, problem, judged))
-        if not math.isfinite(score):
-            return 0.0
-        return float(score >= 1.0) if self.reward.exact else min(max(score, 0.0), 1.0)
+    def __call__(self, problem: Problem, response: RewardInput) -> Verdict:
+        """Return the verdict on a response."""
+        if self.rules.is_left_out(response):
+            return self.rules.lowest
+        return self.rules.judge(self.reward(problem, response))
 
 
-def make_scorer(recipe: Recipe) -> Scorer:
-    """Make `scorer(problem, text, stop_reason) -> score` of a recipe. Call it in the process that scores."""
-    LOADERS[recipe.reward.name](recipe.data)
-    return Scorer(recipe.reward, recipe.data)
+@dataclass(frozen=True, slots=True)
+class AsyncScorer:
+    """The same around a reward that is awaited."""
+
+    rules: Rules
+    reward: Callable[[Problem, RewardInput], Any]
+
+    async def __call__(self, problem: Problem, response: RewardInput) -> Verdict:
+        """Return the verdict on a response."""
+        if self.rules.is_left_out(response):
+            return self.rules.lowest
+        return self.rules.judge(await self.reward(problem, response))
+
+
+def load_reward(section: RewardSection) -> Callable[..., Any] | None:
+    """Return the user's own reward of a recipe; None for a built-in one. Raises RecipeError."""
+    return load_hook("reward", section.name) if section.is_own else None
+
+
+def make_scorer(recipe: Recipe) -> Scorer | AsyncScorer:
+    """Make the scorer of a recipe, with all that it imports. Call it in the process that scores."""
+    section, rules = recipe.reward, Rules(recipe.reward)
+    own = load_reward(section)
+    if own is not None:
+        kind = AsyncScorer if is_asynchronous(own) else Scorer
+        return kind(rules, lambda problem, response: own(problem.reference, response))
+    return Scorer(rules, BUILT_IN[section.name](recipe.data))
+
+
+def _load_mathematics(data: DataSection) -> Callable[[Problem, RewardInput], float]:
+    check_main_thread()
+    mathematics.load()
+    return lambda problem, response: mathematics.score(problem.reference["answer"], response.answer)
+
+
+def _load_gym(data: DataSection) -> Callable[[Problem, RewardInput], float]:
+    gym.load(data)
+    return lambda problem, response: gym.score(data, problem, response.answer)
+
+
+BUILT_IN: dict[str, Callable[[DataSection], Callable[[Problem, RewardInput], float]]] = {
+    "math_verify": _load_mathematics,
+    "reasoning_gym": _load_gym,
+}
+"""The built-in values of `reward.name`: each imports what it needs and returns `reward(problem, response)`."""

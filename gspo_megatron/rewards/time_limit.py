@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -25,8 +25,10 @@ def check_main_thread() -> None:
 
 
 @contextmanager
-def limit_time(seconds: float) -> Iterator[None]:
+def limit_time(seconds: float) -> Iterator[Callable[[], None]]:
     """Raise OutOfTime within the block after some seconds of processor time, or BACKSTOP times that by the clock.
+
+    Yields a function that starts the count again.
 
     Signals reach Python code only: one long call of a C library ends first. Only the main thread receives them.
 
@@ -40,11 +42,15 @@ def limit_time(seconds: float) -> Iterator[None]:
 
     timers = ((signal.SIGPROF, signal.ITIMER_PROF, seconds), (signal.SIGALRM, signal.ITIMER_REAL, BACKSTOP * seconds))
     before = [signal.signal(number, stop) for number, _, _ in timers]
-    try:
+
+    def start() -> None:
         for _, timer, limit in timers:
             # Again and again: a library may take the first one for an error of its own.
             signal.setitimer(timer, limit, AGAIN_SECONDS)
-        yield
+
+    try:
+        start()
+        yield start
     finally:
         for (number, timer, _), handler in zip(timers, before, strict=True):
             signal.setitimer(timer, 0)

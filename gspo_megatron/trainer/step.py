@@ -179,12 +179,13 @@ class Trainer:
         """Give every sequence its group advantage; whole groups count, whatever was left out of training."""
         spec, rewards = self.spec, torch.tensor([ref.reward for ref in refs], dtype=torch.float64)
         groups = torch.tensor([ref.prompt_index for ref in refs])
-        self.log.add(group_metrics(rewards, groups))
+        bounds = self.recipe.reward.bounds
+        self.log.add(group_metrics(rewards, groups, bounds))
         lengths = torch.tensor([ref.answer_length for ref in refs])
         truncated = torch.tensor([ref.stop_reason == "length" for ref in refs])
         longest = self.recipe.rollout.max_answer_tokens
         limits = torch.tensor([longest if ref.limit is None else ref.limit for ref in refs])
-        shaped = shape_rewards(spec, rewards, lengths, truncated, limits)
+        shaped = shape_rewards(spec, rewards, lengths, truncated, limits, bounds[0])
         if spec.kl != "none" and spec.kl_in == "reward":
             charged = charge_divergence(spec, minibatches, self.policy.sum_over_context)
             charges = torch.tensor([charged.get((r.prompt_index, r.sample_index), 0.0) for r in refs]).double()

@@ -125,7 +125,8 @@ class RolloutBatch(WireMessage):
     staleness: Staleness
     accounting: Accounting
     unscored: dict[str, int]
-    """Responses of this batch that score 0 because their scorer failed, by reason."""
+    """Responses of this batch without a score of their own, by the kind of fault: `raised`, `out-of-time`, `died`,
+    `not-started`, `environment`."""
     skipped_prompts: dict[str, int]
     """Problems that the prompt stream has passed over, by reason."""
 
@@ -139,6 +140,8 @@ class RolloutBatch(WireMessage):
             "staleness_largest": self.staleness.largest,
             "sampled_tokens": counts.sampled_tokens,
             "carried_tokens": counts.in_flight.tokens,
+            "unscored": sum(self.unscored.values()),
+            **{f"unscored/{kind}": count for kind, count in self.unscored.items()},
             **{f"dropped_tokens/{reason}": count.tokens for reason, count in counts.dropped.items()},
         }
 
@@ -170,6 +173,8 @@ class EvaluationReport(WireMessage):
     mean_reward: float
     mean_length: float
     """Tokens of a response, observations included."""
+    unscored: int
+    """Responses without a score of their own: their reward or environment failed."""
     examples: tuple[EvaluationExample, ...]
 
 

@@ -25,7 +25,7 @@ from gspo_megatron.controller.api import Service
 from gspo_megatron.controller.controller import Controller
 from gspo_megatron.controller.environment_pool import EnvironmentPool
 from gspo_megatron.controller.multi_turn import Thinking
-from gspo_megatron.controller.scoring import ScoringPool
+from gspo_megatron.controller.process_pool import ProcessPool
 from gspo_megatron.controller.server_client import ServerClient
 from gspo_megatron.controller.servers import ServerSet
 from gspo_megatron.data.store import SampleStore
@@ -174,7 +174,7 @@ class ControllerThread:
         servers = ServerSet(
             [ServerClient(url, KEY, VOCAB, 64, self._slots) for url in self.server_urls], self._identity
         )
-        scoring = ScoringPool(make_scorer, 1, 5.0)
+        scoring = ProcessPool(make_scorer, 1, 5.0, "scorer")
         parts = (CountingPrompts(), NumberTokenizer(), scoring, self.store, "127.0.0.1", *self._sharing)
         self.controller = Controller(self._recipe, servers, *parts, self._thinking, self._environment)
         runner = web.AppRunner(Service(self.controller, KEY).application())

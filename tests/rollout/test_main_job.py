@@ -25,7 +25,7 @@ from tests.rollout.jobs import (
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     directory = tmp_path_factory.mktemp("main_job")
-    job = start(directory)
+    job = start(directory, "reward.name=tests/rollout/own_reward.py:score", "reward.weights={right: 1}")
     said = finish(job)
     assert job.returncode == 0, said[-3000:]
     return directory, said
@@ -58,6 +58,16 @@ def test_the_first_mini_batch_has_not_moved_and_later_ones_have(finished: tuple[
     # Random weights may give a batch without a single right answer: nothing can move then, and the warning says so.
     assert all(row["log_s_abs_max/minibatch_3"] > 1e-6 for row in trained if row["grad_norm"] > 0)
     assert trained or "constant-reward" in finished[1]
+
+
+def test_an_awaited_reward_of_one_s_own_scores_with_its_parts(finished: tuple[Path, str]) -> None:
+    rows = rows_of(finished[0])[1:]
+    assert [row["unscored"] for row in rows] == [0, 0, 0]
+    scored = [row for row in rows if row["truncated"] < 1]
+    for row in scored:
+        assert row["reward/right"] >= row["reward_mean"], "a truncated response is wrong unseen"
+        assert 1 <= row["reward/_tokens"] <= row["answer_length"]
+    assert scored
 
 
 def test_every_update_arrived(finished: tuple[Path, str]) -> None:

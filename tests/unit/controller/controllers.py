@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.controller.controller import Controller
-from gspo_megatron.controller.scoring import Scorer, ScoringPool
+from gspo_megatron.controller.process_pool import Lost, describe_error
 from gspo_megatron.controller.servers import ServerSet
 from gspo_megatron.data.store import SampleStore
 from gspo_megatron.models import parse_recipe
+from gspo_megatron.rewards import Verdict
+from gspo_megatron.rewards.reward_input import RewardInput
 from gspo_megatron.types import Problem
 from tests.unit.controller.fakes import FakeServer, Prompts, Tokenizer, serving
 
@@ -42,25 +44,36 @@ RECIPE = parse_recipe(
 )
 
 
-class InThread(ScoringPool):
+Score = Callable[[Problem, str, str], float]
+"""(problem, text, stop reason) -> score."""
+
+
+class InThread:
     """Scores without processes, which `test_scoring.py` tests."""
 
-    def __init__(self, score: Scorer) -> None:
-        super().__init__(lambda: score, 1, 1.0)
+    def __init__(self, score: Score) -> None:
         self.score = score
 
     def start(self) -> None:
         pass
 
-    def _run(self, *job: Any) -> float | str:
-        return self.score(*job)
+    def close(self) -> None:
+        pass
+
+    def ask(self, problem: Problem, response: RewardInput) -> Future[Verdict | Lost]:
+        future: Future[Verdict | Lost] = Future()
+        try:
+            future.set_result(Verdict(float(self.score(problem, response.text, response.stop_reason))))
+        except Exception as error:
+            future.set_result(describe_error(error))
+        return future
 
 
-def set_scorer(controller: Controller, score: Scorer) -> None:
+def set_scorer(controller: Controller, score: Score) -> None:
     """Score from now on with this function."""
-    scoring = controller._scoring
-    assert isinstance(scoring, InThread)
-    scoring.score = score
+    pool = controller.scoring.pool
+    assert isinstance(pool, InThread)
+    pool.score = score
 
 
 def score_first_problem_half(problem: Problem, text: str, reason: str) -> float:

@@ -16,8 +16,8 @@ from gspo_megatron.config.schema import Recipe
 from gspo_megatron.controller.controller import Controller
 from gspo_megatron.controller.environment_pool import EnvironmentPool
 from gspo_megatron.controller.generation import Generation, Sampling
-from gspo_megatron.controller.multi_turn import MultiTurnScheduler, Thinking
-from gspo_megatron.controller.process_pool import ProcessPool
+from gspo_megatron.controller.multi_turn import MultiTurnScheduler, Thinking, note_fault
+from gspo_megatron.controller.process_pool import Lost, ProcessPool
 from gspo_megatron.controller.servers import ServerSet
 from gspo_megatron.data.samples import build_samples
 from gspo_megatron.environments import Turn
@@ -49,7 +49,8 @@ class Partner(ProcessPool):
         _, state, action = job
         self.heard.append((state, list(action)))
         future: Future[Any] = Future()
-        future.set_result(self.fault or Turn(self.says(action), (state or 0) + 1))
+        turn = Turn(self.says(action), (state or 0) + 1)
+        future.set_result(Lost("out-of-time", self.fault) if self.fault else turn)
         return future
 
 
@@ -61,7 +62,7 @@ async def talking(
     async with controlling(directory, fake, recipe=settings or one_prompt(), overlaps=True) as controller:
         environment = EnvironmentPool((CALL,), 2, partner) if partner is not None else None
         controller.scheduler = MultiTurnScheduler(
-            controller.servers, lambda: controller.updater.version, thinking, environment, controller._give_up
+            controller.servers, lambda: controller.updater.version, thinking, environment, note_fault
         )
         controller.buffer._scheduler = controller.scheduler
         yield controller
@@ -126,7 +127,7 @@ async def test_what_cuts_a_conversation(
     for row in batch.samples:
         spans = [(span.start, span.end) for span in row.masked]
         assert (row.stop_reason, row.answer_length, spans) == ("length", length, masked)
-    assert batch.unscored == ({fault: 3} if fault else {})
+    assert batch.unscored == ({"environment": 3} if fault else {})
 
 
 async def test_a_conversation_goes_on_where_a_checkpoint_caught_it(tmp_path: Path) -> None:

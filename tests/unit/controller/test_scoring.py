@@ -8,10 +8,11 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from typing import Any
 
 import pytest
 
-from gspo_megatron.controller.scoring import Scorer, ScoringPool
+from gspo_megatron.controller.process_pool import Lost, ProcessPool
 from gspo_megatron.types import Problem
 
 PROBLEM = Problem("p", "q", {"answer": "3"})
@@ -38,20 +39,24 @@ def act(problem: Problem, text: str, reason: str) -> float:
     return float(text == problem.reference["answer"] and reason == "stop")
 
 
-def make() -> Scorer:
+def show(result: Any) -> Any:
+    return f"{result.kind}: {result.why}" if isinstance(result, Lost) else result
+
+
+def make() -> Any:
     return act
 
 
-def make_nothing() -> Scorer:
+def make_nothing() -> Any:
     raise SystemExit("no scorer today")
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., ScoringPool]]:
+def start() -> Iterator[Callable[..., ProcessPool]]:
     pools = []
 
-    def begin(make: Callable[[], Scorer], workers: int, limit: float) -> ScoringPool:
-        pools.append(ScoringPool(make, workers, limit))
+    def begin(make: Callable[[], Any], workers: int, limit: float) -> ProcessPool:
+        pools.append(ProcessPool(make, workers, limit, "scorer"))
         return pools[-1]
 
     yield begin
@@ -60,37 +65,37 @@ def start() -> Iterator[Callable[..., ScoringPool]]:
     assert multiprocessing.active_children() == []
 
 
-def test_one_bad_answer_costs_only_its_own_reward(start: Callable[..., ScoringPool]) -> None:
+def test_one_bad_answer_costs_only_its_own_reward(start: Callable[..., ProcessPool]) -> None:
     pool = start(make, 1, 0.2)
     pool.start()
     texts = ["3", "hang", "3", "die", "spin", "raise", "4", "3"]
-    results = [pool.submit(PROBLEM, text, "stop") for text in texts]
-    assert [result.result(120) for result in results] == [
+    results = [pool.ask(PROBLEM, text, "stop") for text in texts]
+    assert [show(result.result(120)) for result in results] == [
         1.0,
-        "its scorer took more than 0.2 s",
+        "out-of-time: its scorer took more than 0.2 s",
         1.0,
-        "its scorer's process died",
-        "its scorer took more than 0.2 s",
-        "ZeroDivisionError: nothing to divide",
+        "died: its scorer's process died",
+        "out-of-time: its scorer took more than 0.2 s",
+        "raised: ZeroDivisionError: nothing to divide",
         0.0,
         1.0,
     ]
-    assert pool.submit(PROBLEM, "3", "length").result(60) == 0.0
+    assert pool.ask(PROBLEM, "3", "length").result(60) == 0.0
 
 
 def test_output_memory_and_words_are_bounded(
-    start: Callable[..., ScoringPool], capfd: pytest.CaptureFixture[str]
+    start: Callable[..., ProcessPool], capfd: pytest.CaptureFixture[str]
 ) -> None:
     pool = start(make, 1, 20.0)
-    printed, grown, quoted = [pool.submit(PROBLEM, text, "stop").result(120) for text in ("print", "grow", "quote")]
-    assert printed == 0.0 and grown == "MemoryError: "
-    assert quoted == ("ValueError: " + "x" * 1_000_000)[:300]
+    printed, grown, quoted = [pool.ask(PROBLEM, text, "stop").result(120) for text in ("print", "grow", "quote")]
+    assert printed == 0.0 and grown.why == "MemoryError:"
+    assert quoted.why == ("ValueError: " + "x" * 1_000_000)[:300] and len(quoted.trace) <= 3000
     assert capfd.readouterr() == ("", ""), "a gigabyte in the controller's log"
 
 
 @pytest.mark.parametrize("waits_for", ["a start", "an answer"])
 def test_a_pool_that_is_closed_while_a_thread_waits_closes_each_pipe_once(
-    start: Callable[..., ScoringPool], waits_for: str, monkeypatch: pytest.MonkeyPatch
+    start: Callable[..., ProcessPool], waits_for: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closed: list[int] = []
     close = Connection.close
@@ -102,8 +107,8 @@ def test_a_pool_that_is_closed_while_a_thread_waits_closes_each_pipe_once(
 
     pool = start(make, 1, 60.0)
     if waits_for == "an answer":
-        assert pool.submit(PROBLEM, "3", "stop").result(60) == 1.0
-        pool.submit(PROBLEM, "hang", "stop")
+        assert pool.ask(PROBLEM, "3", "stop").result(60) == 1.0
+        pool.ask(PROBLEM, "hang", "stop")
     else:
         pool.start()
     while not multiprocessing.active_children():
@@ -114,6 +119,7 @@ def test_a_pool_that_is_closed_while_a_thread_waits_closes_each_pipe_once(
     assert len(closed) == len(set(closed)) == 1
 
 
-def test_a_scorer_that_cannot_start_is_a_sentence(start: Callable[..., ScoringPool]) -> None:
+def test_a_scorer_that_cannot_start_is_a_sentence(start: Callable[..., ProcessPool]) -> None:
     pool = start(make_nothing, 1, 1.0)
-    assert pool.submit(PROBLEM, "3", "stop").result(60) == "the scorer could not be started; its log says why"
+    lost = pool.ask(PROBLEM, "3", "stop").result(60)
+    assert show(lost) == "not-started: the scorer could not be started; its log says why"

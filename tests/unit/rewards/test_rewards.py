@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-import pickle
+import functools
 import threading
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gspo_megatron.config.task_sections import DataSection, RewardSection
-from gspo_megatron.rewards import SCORES, Scorer
-from gspo_megatron.types import Problem
+from gspo_megatron.config.task_sections import BUILT_IN_REWARDS, DataSection, RewardSection
+from gspo_megatron.rewards.reward_input import make_input
+from gspo_megatron.rewards.scorer import BUILT_IN, Rules, Scorer
+from gspo_megatron.types import Problem, StopReason
 
 GYM = DataSection(source="reasoning_gym", task="basic_arithmetic")
+FILE = DataSection(path=Path("unused.jsonl"))
 PROBLEM = Problem("id", "Calculate 456 + 456.", {"question": "Calculate 456 + 456.", "answer": "912", "metadata": {}})
 
 
-def gym(**rules: Any) -> Scorer:
-    return Scorer(RewardSection(name="reasoning_gym", **rules), GYM)
+def score(name: str, problem: Problem, text: str, reason: StopReason = "stop", **rules: Any) -> float:
+    section = RewardSection(name=name, **rules)
+    scorer = Scorer(Rules(section), BUILT_IN[name](GYM if name == "reasoning_gym" else FILE))
+    return scorer(problem, make_input(text, (), reason, section.answer_marker, "</think>", False)).score
 
 
-def mathematics(**rules: Any) -> Scorer:
-    return Scorer(RewardSection(name="math_verify", **rules), DataSection(path=Path("unused.jsonl")))
+gym, mathematics = functools.partial(score, "reasoning_gym"), functools.partial(score, "math_verify")
 
 
 def test_every_name_of_the_schema_has_a_score() -> None:
-    assert set(SCORES) == set(get_args(RewardSection.model_fields["name"].annotation))
+    assert set(BUILT_IN) == set(BUILT_IN_REWARDS)
 
 
 @pytest.mark.parametrize(
@@ -49,18 +52,18 @@ def test_every_name_of_the_schema_has_a_score() -> None:
     ],
 )
 def test_gym_exact(text: str, score: float) -> None:
-    assert gym(answer_marker="=")(PROBLEM, text, "stop") == score
+    assert gym(PROBLEM, text, answer_marker="=") == score
 
 
 def test_gym_part_marks_only_when_asked_for() -> None:
-    assert gym(exact=False)(PROBLEM, "9912", "stop") == 0.75
-    assert gym()(PROBLEM, "9912", "stop") == 0.0
+    assert gym(PROBLEM, "9912", exact=False) == 0.75
+    assert gym(PROBLEM, "9912") == 0.0
 
 
 def test_a_cut_answer_scores_nothing_unless_allowed() -> None:
-    assert gym()(PROBLEM, "912", "length") == 0.0
-    assert gym()(PROBLEM, "912", "abort") == 0.0
-    assert gym(require_stop=False)(PROBLEM, "912", "length") == 1.0
+    assert gym(PROBLEM, "912", "length") == 0.0
+    assert gym(PROBLEM, "912", "abort") == 0.0
+    assert gym(PROBLEM, "912", "length", require_stop=False) == 1.0
 
 
 MATH = Problem("id", "Which share?", {"answer": "\\frac{1}{2}"})
@@ -81,12 +84,12 @@ MATH = Problem("id", "Which share?", {"answer": "\\frac{1}{2}"})
     ],
 )
 def test_mathematics(text: str, score: float) -> None:
-    assert mathematics()(MATH, text, "stop") == score
+    assert mathematics(MATH, text) == score
 
 
 def test_mathematics_reads_plain_references() -> None:
-    assert mathematics()(PROBLEM, "The answer is 912.", "stop") == 1.0
-    assert mathematics()(PROBLEM, "The answer is 9912.", "stop") == 0.0
+    assert mathematics(PROBLEM, "The answer is 912.") == 1.0
+    assert mathematics(PROBLEM, "The answer is 9912.") == 0.0
 
 
 def test_mathematics_in_a_thread_says_so_instead_of_scoring_nothing() -> None:
@@ -94,7 +97,7 @@ def test_mathematics_in_a_thread_says_so_instead_of_scoring_nothing() -> None:
 
     def ask() -> None:
         try:
-            mathematics()(MATH, "\\boxed{0.5}", "stop")
+            mathematics(MATH, "\\boxed{0.5}")
         except RuntimeError as error:
             raised.append(error)
 
@@ -107,15 +110,11 @@ def test_mathematics_in_a_thread_says_so_instead_of_scoring_nothing() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.text(st.characters(exclude_categories=()), max_size=200))
 def test_no_text_stops_a_scorer(text: str) -> None:
-    for scorer, problem in ((gym(exact=False), PROBLEM), (gym(answer_marker="="), PROBLEM), (mathematics(), MATH)):
-        assert 0.0 <= scorer(problem, text, "stop") <= 1.0
-
-
-def test_a_scorer_travels_to_another_process() -> None:
-    scorer = pickle.loads(pickle.dumps(gym(answer_marker="=")))
-    assert scorer(*pickle.loads(pickle.dumps((PROBLEM, "1=912", "stop")))) == 1.0
+    assert 0.0 <= gym(PROBLEM, text, exact=False) <= 1.0
+    assert gym(PROBLEM, text, answer_marker="=") in (0.0, 1.0)
+    assert mathematics(MATH, text) in (0.0, 1.0)
 
 
 def test_a_failing_score_raises() -> None:
     with pytest.raises(KeyError):
-        gym()(Problem("broken", "?", {}), "912", "stop")
+        gym(Problem("broken", "?", {}), "912")

@@ -1,0 +1,156 @@
+"""One process with an event loop, for a function that waits: an LLM judge answers many responses at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import multiprocessing
+import threading
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from gspo_megatron.controller.process_pool import LOOK_SECONDS, READY, Lost, Worker, describe_error, enter_process
+from gspo_megatron.rewards.time_limit import BACKSTOP, limit_time
+
+AT_ONCE = 64
+"""Jobs that the process works on; the others wait, and their time does not count."""
+
+
+def _serve(
+    limit: float, make: Callable[[], Callable[..., Awaitable[Any]]], connection: Connection, parent: int
+) -> None:
+    """The process: numbered jobs in, numbered results out, in any order."""
+    function = enter_process(make, parent)
+    connection.send(READY)
+    asyncio.run(_serve_jobs(limit, function, connection))
+
+
+async def _serve_jobs(limit: float, function: Callable[..., Awaitable[Any]], connection: Connection) -> None:
+    loop, ended, tasks = asyncio.get_running_loop(), asyncio.Event(), set[asyncio.Task[None]]()
+
+    async def run(number: int, job: tuple[Any, ...]) -> None:
+        clock = asyncio.timeout(BACKSTOP * limit)
+        try:
+            async with clock:
+                reply = await function(*job)
+        except BaseException as error:
+            late = isinstance(error, TimeoutError) and clock.expired()
+            reply = Lost("out-of-time", f"took more than {BACKSTOP * limit:g} s") if late else describe_error(error)
+        connection.send((number, reply))
+
+    def read() -> None:
+        try:
+            while connection.poll():
+                task = loop.create_task(run(*connection.recv()))
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+        except EOFError:
+            loop.remove_reader(connection.fileno())
+            ended.set()
+
+    loop.add_reader(connection.fileno(), read)
+    # What computes without an await for too long is interrupted, and only that job.
+    with limit_time(limit) as restart:
+        while not ended.is_set():
+            restart()
+            await asyncio.sleep(min(LOOK_SECONDS, limit / 4))
+
+
+class LoopPool:
+    """One process that works on many jobs; ask from any thread."""
+
+    def __init__(self, make: Callable[[], Callable[..., Awaitable[Any]]], limit: float, what: str) -> None:
+        """
+        Args:
+            make: builds the asynchronous function within the process; must be picklable.
+            limit: seconds of processor time that a job may take at a stretch; BACKSTOP times that it may take in all.
+            what: the function in one word, for sentences about it.
+        """
+        self._limit, self._what = limit, what
+        self._worker = Worker(make, what, functools.partial(_serve, limit))
+        self._jobs: deque[tuple[Future[Any], tuple[Any, ...]]] = deque()
+        self._running: dict[int, tuple[Future[Any], float]] = {}
+        """By number: the result, and when the job was sent."""
+        self._sent = 0
+        self._closed = False
+        self._bell, self._ring = multiprocessing.Pipe(duplex=False)
+        self._thread = threading.Thread(target=self._run, name=what, daemon=True)
+
+    def start(self) -> None:
+        """Start the process now, in the background."""
+        if not self._thread.is_alive():
+            self._thread.start()
+
+    def ask(self, *job: Any) -> Future[Any]:
+        """Run one job; what the function returned, or a `Lost`."""
+        future: Future[Any] = Future()
+        self._jobs.append((future, job))
+        self.start()
+        self._ring.send_bytes(b"1")
+        return future
+
+    def close(self) -> None:
+        """End the process."""
+        self._closed = True
+        if self._thread.is_alive():
+            self._ring.send_bytes(b"1")
+            self._worker.kill()
+            self._thread.join()
+        self._worker.stop()
+        self._bell.close()
+        self._ring.close()
+
+    def _run(self) -> None:
+        fault = self._worker.start()
+        while not self._closed:
+            if not fault:
+                self._send()
+            elif self._jobs:
+                fault = self._worker.start()
+                self._lose_waiting(fault)
+                continue
+            ready = wait([self._bell] if fault else [self._bell, self._worker.connection], LOOK_SECONDS)
+            while self._bell in ready and self._bell.poll():
+                self._bell.recv_bytes()
+            if not fault and (kind := self._receive()):
+                self._lose_running(kind)
+                fault = self._worker.start()
+
+    def _send(self) -> None:
+        while self._jobs and len(self._running) < AT_ONCE:
+            future, job = self._jobs.popleft()
+            if future.set_running_or_notify_cancel():
+                self._sent += 1
+                self._running[self._sent] = future, time.monotonic()
+                try:
+                    self._worker.connection.send((self._sent, job))
+                except OSError:
+                    return  # it died: the end of its pipe is found next
+
+    def _receive(self) -> str:
+        """Take what has come; the kind of fault for which the process must be started again, or an empty text."""
+        try:
+            while self._worker.connection.poll():
+                number, reply = self._worker.connection.recv()
+                self._running.pop(number)[0].set_result(reply)
+        except (EOFError, OSError):
+            return "died"
+        oldest = min((sent for _, sent in self._running.values()), default=time.monotonic())
+        # Beyond the time that the process allows itself: it is held up where no signal is seen.
+        return "out-of-time" if time.monotonic() - oldest > 2 * BACKSTOP * self._limit else ""
+
+    def _lose_running(self, kind: str) -> None:
+        self._worker.stop()
+        for future, _ in self._running.values():
+            future.set_result(Lost(kind, f"its {self._what}'s process died" if kind == "died" else "took too long"))
+        self._running.clear()
+
+    def _lose_waiting(self, fault: str) -> None:
+        while fault and self._jobs:
+            future, _ = self._jobs.popleft()
+            if future.set_running_or_notify_cancel():
+                future.set_result(Lost("not-started", fault))
