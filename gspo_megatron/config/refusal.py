@@ -29,6 +29,6 @@ def quote(value: object) -> str:
 
 
 def key_text(parts: Sequence[str]) -> str:
-    """Return the dotted key for an error sentence; unprintable or very long ones are quoted or cut."""
+    """Return the dotted key for an error sentence; empty, unprintable or very long ones are quoted or cut."""
     key = ".".join(parts)
-    return key if key.isprintable() and len(key) <= 2 * _LONGEST else quote(key)
+    return key if (key.isprintable() and 0 < len(key) <= 2 * _LONGEST) or not parts else quote(key)
