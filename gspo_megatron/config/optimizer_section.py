@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from gspo_megatron.config.base import Section
+
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
+"""Decay rate of a moment; Adam divides by 1 - rate^t."""
 
 
 class OptimizerSection(Section):
@@ -27,7 +30,7 @@ class OptimizerSection(Section):
     """
     final_fraction: float = Field(default=0.0, ge=0, le=1)
     """cosine, linear: learning rate of the last update as a share of lr."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[DecayRate, DecayRate] = (0.9, 0.95)
     """Adam's decay rates of the first and second moment. Source: usual for large language models."""
     eps: float = Field(default=1e-8, gt=0)
     """Adam's epsilon. Source: Adam, arXiv 1412.6980."""

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from gspo_megatron.config.base import Section
 from gspo_megatron.config.hooks import check_choice, is_reference
+from gspo_megatron.config.optimizer_section import DecayRate
 from gspo_megatron.config.recipe_paths import ObjectReference, RecipePath
 
 BUILT_IN_REWARDS = ("math_verify", "reasoning_gym")
@@ -167,7 +168,7 @@ class ColdStartSection(Section):
 
     Source: chosen here: stable on the tiny model.
     """
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[DecayRate, DecayRate] = (0.9, 0.98)
     """Adam's decay rates of the first and second moment. Source: chosen here: stable on the tiny model."""
     clip_grad: float = Field(default=1.0, gt=0)
     """Largest global gradient norm. Source: usual for transformers."""

@@ -18,7 +18,7 @@ from gspo_megatron.plan.estimate.batch import BatchPlan
 from gspo_megatron.plan.estimate.memory import StageMemory
 from gspo_megatron.plan.estimate.rollout import RolloutPlan
 from gspo_megatron.plan.estimate.step_time import ComputePlan
-from gspo_megatron.plan.rules import layout, metric_sinks, model_files, own_reward, resources, settings
+from gspo_megatron.plan.rules import durations, layout, metric_sinks, model_files, own_reward, resources, settings
 from gspo_megatron.plan.rules.not_built import not_built
 from gspo_megatron.types import Finding
 
@@ -123,6 +123,7 @@ def _resources(
     found += rollout.findings(recipe, arch, where, servers)
     for finding in resources.findings(recipe, arch, where, cut, stages, servers, work):
         found.append(finding if finding.fix else replace(finding, fix=suggest.cheapest_change(recipe, where)))
+    found += durations.findings(recipe, arch, where, grid, servers, work)
     found += suggest.spare_recompute(recipe, arch, where, grid, cut)
     return {"memory": stages, "rollout": servers, "compute": work}
 

@@ -96,6 +96,13 @@ def _band(spec: ObjectiveSpec, max_answer_tokens: int) -> Iterator[Finding]:
             "so this is an unclipped policy gradient",
             f"set it to {usual}",
         )  # fmt: skip
+    if spec.clip_low > spec.clip_high:
+        yield _say(
+            "clip-low-above-high", "warning", "clip_low",
+            f"{spec.clip_low:g} is above clip_high={spec.clip_high:g}: bad responses are pushed away further than good "
+            "ones are reinforced; public recipes have clip_low <= clip_high",
+            f"set it to at most {spec.clip_high:g}",
+        )  # fmt: skip
     if narrowest < typical / 10:
         key = "clip_low" if spec.clip_low == narrowest else "clip_high"
         yield _say(
@@ -212,10 +219,16 @@ _READ_WHEN: dict[str, Callable[[ObjectiveSpec], bool]] = {
 }
 
 
+def is_read(spec: ObjectiveSpec, axis: str) -> bool:
+    """Whether an axis changes what this objective computes."""
+    read_when = _READ_WHEN.get(axis)
+    return read_when is None or read_when(spec)
+
+
 def _inert(spec: ObjectiveSpec) -> Iterator[Finding]:
-    for key, is_read in _READ_WHEN.items():
+    for key in _READ_WHEN:
         value = getattr(spec, key)
-        if not is_read(spec) and value != type(spec).model_fields[key].get_default(call_default_factory=True):
+        if not is_read(spec, key) and value != type(spec).model_fields[key].get_default(call_default_factory=True):
             yield _say(
                 "objective-key-inert", "warning", key,
                 f"{value} is not read by {spec.name} with trust={spec.trust}, advantage={spec.advantage}, "

@@ -102,9 +102,14 @@ def disk_bytes(recipe: Recipe, arch: Architecture, batch: BatchPlan) -> dict[str
     """Return the bytes that a run writes to its directory, by kind."""
     parameters = flops.parameters(arch)
     routes = flops.route_bytes(arch) if recipe.objective.replay != "off" else 0
+    checkpoint, steps = recipe.checkpoint, recipe.trainer.max_steps
+    weights = parameters * ITEM_BYTES[recipe.model.dtype]
+    exports = steps // checkpoint.export_every if checkpoint.export_every else 0
+    # An old state is removed only when the new one is complete.
+    states = min(checkpoint.keep, steps // checkpoint.every if checkpoint.every else 1) + 1
     return {
-        "two training states": 2 * parameters * STATE_BYTES,
-        "final weights": parameters * ITEM_BYTES[recipe.model.dtype],
+        f"{states} training states": states * parameters * STATE_BYTES,
+        f"{exports + 1} exported models": (exports + 1) * weights,
         "samples": int(recipe.trainer.max_steps * batch.expected_tokens_per_batch * (9 + 2 * routes)),
     }
 
@@ -137,8 +142,8 @@ def findings(
         name = max(needed, key=lambda part: needed[part])
         yield Finding(
             "disk-too-small", "error", "placement.disk_gib",
-            f"{allowed:g} GiB, but the run writes about {sum(needed.values()) / 2**30:.0f}, most of it {name}: there "
-            "are two states while one is written",
+            f"{allowed:g} GiB, but the run writes about {sum(needed.values()) / 2**30:.0f}, most of it {name} "
+            f"(checkpoint.keep={recipe.checkpoint.keep} and one that is being written)",
             f"set it to {sum(needed.values()) / 2**30 * 1.2:.0f}",
         )  # fmt: skip
 

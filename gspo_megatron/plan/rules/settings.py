@@ -10,7 +10,7 @@ from gspo_megatron.cluster.machines import Machine
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.objective_spec import ObjectiveSpec
 from gspo_megatron.config.schema import Recipe
-from gspo_megatron.plan.rules import long_tail
+from gspo_megatron.plan.rules import contradictions, known_models, long_tail, ranges
 from gspo_megatron.plan.rules.objective import findings as objective_findings
 from gspo_megatron.types import Finding
 
@@ -24,6 +24,9 @@ def findings(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[F
         answers=recipe.batch.answers,
         max_answer_tokens=recipe.rollout.max_answer_tokens,
     )
+    yield from ranges.findings(recipe, arch, machine, spec)
+    yield from known_models.findings(recipe, arch)
+    yield from contradictions.findings(recipe, arch, machine)
     yield from _context(recipe, arch)
     yield from _sampler(recipe)
     yield from _router(recipe, arch)
@@ -44,8 +47,10 @@ def _context(recipe: Recipe, arch: Architecture) -> Iterator[Finding]:
     if longest <= reach:
         return
     what = f"YaRN reaches {reach}" if scaling else f"the model's native context is {native} and there is no YaRN"
+    # The larger part is the one that was mistyped.
+    key = "max_answer_tokens" if rollout.max_answer_tokens >= rollout.max_prompt_tokens else "max_prompt_tokens"
     yield Finding(
-        "beyond-native-context", "error", "rollout.max_answer_tokens",
+        "beyond-native-context", "error", f"rollout.{key}",
         f"{rollout.max_prompt_tokens} prompt + {rollout.max_answer_tokens} response tokens = {longest}, but {what}",
         f"set model.architecture.rope_scaling (rope_type yarn, factor {-(-longest // native)}.0, "
         f"original_max_position_embeddings {native}), take a model with a longer context, or stay within "
@@ -197,13 +202,6 @@ def _small_print(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterat
             f"{rollout.expected_answer_tokens} is above max_answer_tokens={rollout.max_answer_tokens}",
             "set it to the mean length, which is below the limit",
         )  # fmt: skip
-    if recipe.optimizer.lr > 1e-4 and arch.hidden_size >= 1024:
-        yield Finding(
-            "learning-rate-high", "warning", "optimizer.lr",
-            f"{recipe.optimizer.lr:g} is {recipe.optimizer.lr / 1e-6:.0f} times the usual value for models of this "
-            "width",
-            "use about 1e-6",
-        )  # fmt: skip
     if recipe.model.dtype == "float32" and not machine.is_cpu and arch.hidden_size >= 1024:
         yield Finding(
             "float32-on-gpu", "warning", "model.dtype",
@@ -229,7 +227,7 @@ def _learning_rate(recipe: Recipe) -> Iterator[Finding]:
             f"{optimizer.final_fraction:g} has no effect with schedule=constant",
             "set optimizer.schedule=cosine or linear, or remove it",
         )  # fmt: skip
-    if optimizer.warmup_updates > total:
+    if optimizer.warmup_updates > total > 0:
         yield Finding(
             "warmup-beyond-run", "warning", "optimizer.warmup_updates",
             f"{optimizer.warmup_updates} updates of warm-up in a run of {total}",

@@ -1,0 +1,115 @@
+"""Pairs of keys that do not fit each other: each value is in order alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from gspo_megatron.cluster.machines import Machine
+from gspo_megatron.config.model_section import Architecture
+from gspo_megatron.config.schema import Recipe
+from gspo_megatron.plan.rules.ranges import WIDE
+from gspo_megatron.types import Finding
+
+FEWEST_SEQUENCES = 16
+"""Sequences of a mini-batch below which its gradient is mostly noise. Public recipes have 64 to 512."""
+LOCAL_ROOTS = ("/tmp", "/var/tmp", "/dev/shm", "/run", "/local")
+"""Directories that each node has for itself."""
+EXPECTED_SHARE = 0.02
+"""Least expected response length as a share of the limit."""
+
+
+def findings(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[Finding]:
+    """Check what requires neither a layout nor an estimate."""
+    yield from _batch(recipe, arch)
+    yield from _lengths(recipe)
+    yield from _steps(recipe)
+    yield from _directories(recipe, machine)
+
+
+def _batch(recipe: Recipe, arch: Architecture) -> Iterator[Finding]:
+    batch = recipe.batch
+    prompts, sequences = batch.prompts // batch.updates, batch.prompts * batch.answers // batch.updates
+    if arch.hidden_size < WIDE:
+        return
+    if batch.updates > 1 and prompts == 1:
+        yield Finding(
+            "update-of-one-prompt", "warning", "batch.updates",
+            f"{batch.updates} updates of {batch.prompts} prompts: each trains on one prompt, so its direction is that "
+            "prompt's",
+            f"set it to {max(1, batch.prompts // 16)} or fewer, or take more prompts",
+        )  # fmt: skip
+    elif sequences < FEWEST_SEQUENCES:
+        yield Finding(
+            "small-update", "warning", "batch.prompts",
+            f"an update trains on {sequences} sequences ({batch.prompts} prompts x {batch.answers} responses / "
+            f"{batch.updates} updates); public recipes have 64 to 512",
+            "take more prompts or responses, or fewer updates",
+        )  # fmt: skip
+
+
+def _lengths(recipe: Recipe) -> Iterator[Finding]:
+    rollout = recipe.rollout
+    expected, limit = rollout.expected_answer_tokens, rollout.max_answer_tokens
+    if expected is not None and expected < EXPECTED_SHARE * limit:
+        yield Finding(
+            "expected-far-below-limit", "warning", "rollout.expected_answer_tokens",
+            f"{expected} is {expected / limit:.1%} of max_answer_tokens={limit}: times and memory are planned for "
+            "responses that hardly use the limit",
+            "set it to the mean length of the model's responses, or lower max_answer_tokens",
+        )  # fmt: skip
+    # A message an answer is no stream: a lost server costs the whole response.
+    if rollout.stream_interval > limit and limit > 1024:
+        yield Finding(
+            "stream-in-one-message", "warning", "rollout.stream_interval",
+            f"{rollout.stream_interval} is more than max_answer_tokens={limit}: a lost server costs whole responses",
+            "set it to 64 to 512",
+        )  # fmt: skip
+
+
+def _steps(recipe: Recipe) -> Iterator[Finding]:
+    steps, total, warmup = recipe.trainer.max_steps, recipe.total_updates, recipe.optimizer.warmup_updates
+    if 0 < total < 2 * warmup <= 2 * total:
+        yield Finding(
+            "warmup-half-the-run", "warning", "optimizer.warmup_updates",
+            f"{warmup} of {total} updates are warm-up",
+            "shorten it to a tenth of the run, or raise trainer.max_steps",
+        )  # fmt: skip
+    evaluation = recipe.evaluation
+    if 0 < steps < evaluation.every and evaluation.problems:
+        yield Finding(
+            "no-evaluation-in-between", "info", "evaluation.every",
+            f"{evaluation.every} is above trainer.max_steps={steps}: only the start and the end are evaluated",
+            "lower it, or leave it",
+        )  # fmt: skip
+    start = recipe.cold_start
+    if start is not None and start.warmup_steps > start.steps:
+        yield Finding(
+            "warmup-beyond-run", "warning", "cold_start.warmup_steps",
+            f"{start.warmup_steps} steps of warm-up in a cold start of {start.steps}",
+            "shorten it, or raise cold_start.steps",
+        )  # fmt: skip
+    if start is not None and not 0 <= start.accuracy_band[0] < start.accuracy_band[1] <= 1:
+        yield Finding(
+            "empty-band", "error", "cold_start.accuracy_band",
+            f"{list(start.accuracy_band)} is no interval within 0 to 1",
+            "give the low end first, e.g. [0.15, 0.5]",
+        )  # fmt: skip
+
+
+def _directories(recipe: Recipe, machine: Machine) -> Iterator[Finding]:
+    if machine.nodes == 1:
+        return
+    rows: tuple[tuple[str, Path | None], ...] = (
+        ("run.directory", recipe.run.directory),
+        ("cold_start.cache", recipe.cold_start.cache if recipe.cold_start else None),
+    )
+    for key, path in rows:
+        root = next((root for root in LOCAL_ROOTS if path is not None and path.is_relative_to(root)), None)
+        if root is not None:
+            yield Finding(
+                "directory-of-one-node", "warning", key,
+                f"{path} lies under {root}, which each of the {machine.nodes} nodes has for itself; every node must "
+                "see the same files",
+                "name a directory of the shared file system",
+            )  # fmt: skip
