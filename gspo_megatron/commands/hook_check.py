@@ -12,7 +12,9 @@ from gspo_megatron.config.plugins import load_object
 
 def add_arguments(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the `check` command to the parser."""
-    parser = subparsers.add_parser("check", help="test a reward or objective of your own with sample inputs")
+    parser = subparsers.add_parser(
+        "check", help="test a reward, objective or metric sink of your own with sample inputs"
+    )
     parser.add_argument("reference", help="file.py:NAME or package.module:NAME")
     parser.add_argument("--hook", choices=HOOKS, help="what it is; without it, its parameters or members decide")
 

@@ -75,6 +75,17 @@ HOOKS: dict[str, Hook] = {
             contract="gspo_megatron.objective.objective_contract:check_trust_rule",
             parameters=("terms",),
         ),
+        Hook(
+            name="sink",
+            key="metrics.sinks",
+            signature="make(run: SinkRun) -> object with write(step, row) and close()",
+            default="none: metrics.jsonl and TensorBoard only",
+            example="recipes/sinks/csv_rows.py:CsvRows",
+            contract="gspo_megatron.sinks.sink_protocol:check_sink",
+            trial="gspo_megatron.sinks.sink_protocol:try_sink",
+            parameters=("run",),
+            members=("write", "close"),
+        ),
     )
 }
 """Name -> hook. The contract is named by text, because the part that owns it lies above this one."""
@@ -109,7 +120,10 @@ def load_hook(name: str, reference: str) -> Any:
         found = load_object(reference)
         load_object(hook.contract)(found)
     except ValueError as fault:
-        raise refuse("hook", hook.key, f"{reference}: {fault}", f"see `gspo check {reference} --hook {name}`") from None
+        faults = "; ".join(str(fault).splitlines())
+        raise refuse(
+            "hook", hook.key, f"{reference}: {faults}", f"see `gspo check {reference} --hook {name}`"
+        ) from None
     return found
 
 

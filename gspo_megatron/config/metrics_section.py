@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from pydantic import field_validator
 
 from gspo_megatron.config.base import Section
+from gspo_megatron.config.hooks import check_choice
 from gspo_megatron.config.recipe_paths import ObjectReference
 
 SINK_PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
@@ -38,10 +38,7 @@ class MetricsSection(Section):
     @classmethod
     def sinks_are_known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
-            if name not in SINK_PACKAGES and ":" not in name:
-                close = difflib.get_close_matches(name, SINK_PACKAGES, n=1)
-                known = f"use {', '.join(SINK_PACKAGES)} or file.py:NAME"
-                raise ValueError(f"{name} is no metric sink; {f'did you mean {close[0]}?' if close else known}")
+            check_choice(name, tuple(SINK_PACKAGES))
         if len(set(value)) < len(value):
             raise ValueError(f"sinks={list(value)} names one twice; name each once")
         return value

@@ -12,7 +12,8 @@ class RunSection(Section):
     """`run`: name, seed and directory of the run."""
 
     name: str = "run"
-    """Name of the run, used in its directory and in titles: one part of a path, at most 100 characters."""
+    """Name of the run, used in its directory and in titles: 1 to 100 printable bytes, without `/`
+    and no dot in front."""
     seed: int = Field(default=0, ge=0)
     """Seed of initialisation, data order and sampling. Runs with one seed see the same prompts in the same order."""
     directory: RecipePath | None = None
@@ -21,8 +22,9 @@ class RunSection(Section):
     @field_validator("name")
     @classmethod
     def name_is_one_part_of_a_path(cls, value: str) -> str:
-        if value.strip() in ("", ".", "..") or "/" in value or len(value.encode()) > 100 or not value.isprintable():
+        hidden = value.startswith(".") or not value.strip()
+        if hidden or "/" in value or len(value.encode()) > 100 or not value.isprintable():
             raise ValueError(
-                f"{value[:60]!r} cannot be part of a directory's name; use up to 100 printable bytes without /"
+                f"{value[:60]!r} cannot name a directory; use 1 to 100 printable bytes, without / and no dot in front"
             )
         return value

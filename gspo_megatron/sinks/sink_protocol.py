@@ -94,6 +94,6 @@ def try_sink(found: Any) -> Sequence[str]:
                 sink.write(step, row)
             doing = "close()"
             sink.close()
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # some libraries leave by SystemExit
             raise ValueError(f"{doing} raised {type(error).__name__}: {error}") from error
     return ["it took two rows, one with nan and inf, and closed"]

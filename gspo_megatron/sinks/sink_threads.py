@@ -7,12 +7,11 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from gspo_megatron.config.plugins import load_object
-from gspo_megatron.config.refusal import refuse
+from gspo_megatron.config.hooks import load_hook
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.run_dir import RunDir
 from gspo_megatron.sinks.secret_text import hide_secrets
-from gspo_megatron.sinks.sink_protocol import MetricSink, SinkRun, check_sink
+from gspo_megatron.sinks.sink_protocol import MetricSink, SinkRun
 from gspo_megatron.types import Finding
 
 MakeSink = Callable[[SinkRun], MetricSink]
@@ -51,13 +50,7 @@ def open_sinks(recipe: Recipe, run_dir: Path, run_id: str) -> Sinks:
 
 def load_sink(name: str) -> MakeSink:
     """Return what makes a sink: a row of `BUILT_IN`, or a user's object that keeps the contract. Raises RecipeError."""
-    try:
-        found = load_object(BUILT_IN.get(name, name))
-        check_sink(found)
-    except ValueError as fault:
-        message = "; ".join(str(fault).splitlines())
-        raise refuse("hook", "metrics.sinks", f"{name}: {message}", "see gspo_megatron/sinks/README.md") from None
-    return found
+    return load_hook("sink", BUILT_IN.get(name, name))
 
 
 class SinkThread:

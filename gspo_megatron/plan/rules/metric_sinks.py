@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 
+from gspo_megatron.config.hooks import is_reference
 from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.metrics_section import SINK_PACKAGES
 from gspo_megatron.config.schema import Recipe
@@ -21,7 +22,7 @@ def findings(recipe: Recipe, runs_here: bool) -> Iterator[Finding]:
         runs_here: whether rank 0 would run in this environment.
     """
     for name in recipe.metrics.sinks:
-        if ":" in name:
+        if is_reference(name):
             yield from _own(name)
         modules, packages = SINK_PACKAGES.get(name, ((), ""))
         missing = [module for module in modules if importlib.util.find_spec(module) is None]

@@ -81,6 +81,33 @@ def test_a_wrong_trust_rule_is_refused_in_a_sentence(
     assert RULES[code] in capsys.readouterr().err
 
 
+SINKS = {
+    "sink = 3": "is a int; name a class or function that takes a SinkRun",
+    "def sink(): ...": "is called with one SinkRun",
+    "class sink:\n    def __init__(self, run): ...\n    def write(self, step, row): ...": "has no method close",
+    "class sink:\n    def __init__(self, run): ...\n    def close(self): ...": "has no method write",
+    "def sink(run): return None": "write(1, {'loss': 0.5, 'experts/load_entropy': 1.0}) raised AttributeError",
+    "def sink(run): raise SystemExit(3)": "making it raised SystemExit: 3",
+}
+
+
+@pytest.mark.parametrize("code", SINKS)
+def test_a_wrong_sink_is_refused_in_a_sentence(code: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "wrong.py"
+    file.write_text(code)
+    assert main(["check", f"{file}:sink", "--hook", "sink"]) == 2
+    assert SINKS[code] in capsys.readouterr().err
+
+
+def test_a_function_that_makes_a_sink_is_recognised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "class Rows:\n    def write(self, step, row): ...\n    def close(self): ...\ndef rows(run): return Rows()"
+    )
+    assert main(["check", f"{file}:rows"]) == 0
+    assert "fits the hook sink: set metrics.sinks=" in capsys.readouterr().out
+
+
 def test_a_field_that_the_sample_line_lacks_is_no_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "mine.py"
     file.write_text("def score(problem, response): return len(problem['tests'])")

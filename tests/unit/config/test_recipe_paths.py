@@ -166,13 +166,15 @@ def test_people_see_short_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert short_path(Path("/elsewhere/a")) == Path("/elsewhere/a")
 
 
-@pytest.mark.parametrize("name", ["", " ", ".", "..", "a/b", "/", "../up", "a\tb", "x" * 101])
+@pytest.mark.parametrize(
+    "name", ["", " ", ".", "..", "...", ".a", "a/b", "/", "../up", "a\tb", "x" * 101, "\u00e9" * 51]
+)
 def test_a_name_that_is_no_part_of_a_path_is_refused(name: str) -> None:
     with pytest.raises(RecipeError, match=r"run\.name"):
         load_recipe(TINY, [f"run.name={name}"])
 
 
-@pytest.mark.parametrize("name", ["a", "...", "a b", "~", "-x", "null", "run:1"])
+@pytest.mark.parametrize("name", ["a", "a.", "a..b", "a b", "~", "-x", "null", "run:1"])
 def test_other_names_are_kept(name: str) -> None:
     assert load_recipe(TINY, [f"run.name={name}"]).run.name == name
 

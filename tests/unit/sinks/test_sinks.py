@@ -171,7 +171,7 @@ def test_a_trial_says_where_an_object_fails(where: str, doing: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
-    [("wandbb", "did you mean wandb?"), ("tensorboard", "use wandb, mlflow, trackio or file.py:NAME"),
+    [("wandbb", "did you mean wandb?"), ("tensorboard", "use one of wandb, mlflow, trackio, file.py:NAME"),
      ("[wandb, wandb]", "names one twice")],
 )  # fmt: skip
 def test_an_unknown_name_is_refused(text: str, sentence: str) -> None:
