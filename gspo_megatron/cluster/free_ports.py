@@ -1,14 +1,16 @@
-"""Ports for the roles of a run on one machine.
+"""Ports for the roles of a run: chosen on one machine, and held while the roles run.
 
 A role listens on one port for the whole run, and again after a restart. The kernel gives outgoing connections ports of
-its ephemeral range, so a port from there can be taken between an end and the restart. Ports of a run lie below it.
+its ephemeral range, so a port from there can be taken between an end and the restart. Ports of a run lie below it. What
+starts a role also holds its ports, so that no other program takes one in between where a site's range is wider.
 """
 
 from __future__ import annotations
 
 import random
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from gspo_megatron.cluster.hosts import FIRST_PORT, PORT_JOBS, PORT_STRIDE
@@ -44,6 +46,28 @@ def free_ports(count: int) -> list[int]:
     finally:
         for probe in chosen:
             probe.close()
+
+
+@contextmanager
+def hold_ports(address: str, ports: Iterable[int]) -> Iterator[None]:
+    """Keep ports of an address for the roles that are started meanwhile: a bound socket each, which never listens.
+
+    The kernel gives a bound port to no connection, and refuses it to whoever does not share addresses (SO_REUSEADDR).
+    vLLM, aiohttp and torch's store share them. A port that is taken already is left to its role, which refuses to
+    start with a sentence.
+    """
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with ExitStack() as held:
+        for port in ports:
+            sock = held.enter_context(socket.socket(family))
+            try:
+                sock.bind((address, port))
+            except OSError:
+                sock.close()
+            else:
+                # After the bind, so that two runs cannot hold the same port.
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        yield
 
 
 def _candidates() -> Iterator[int]:

@@ -32,7 +32,7 @@ from gspo_megatron.cluster.events import (
     StopRequested,
     Watched,
 )
-from gspo_megatron.cluster.free_ports import LOOPBACK, free_ports
+from gspo_megatron.cluster.free_ports import LOOPBACK, free_ports, hold_ports
 from gspo_megatron.cluster.hosts import Host, Ports, Spread, Task, tasks
 from gspo_megatron.cluster.supervisor import Rules, Supervisor, restart_sentence, supervise
 from gspo_megatron.cluster.visible_devices import VARIABLE, Gpu, list_gpus, name_devices
@@ -62,6 +62,8 @@ class Role:
     """Its standard output goes to the terminal instead of its log."""
     restarts: int = 0
     """Times it is started again when it ends while another of its kind runs."""
+    ports: tuple[int, ...] = ()
+    """Ports of the loopback interface on which it listens."""
 
 
 def plan_roles(recipe: Recipe, run_dir: Path, ranks: int) -> list[Role]:
@@ -80,6 +82,7 @@ def plan_roles(recipe: Recipe, run_dir: Path, ranks: int) -> list[Role]:
             {**key, **task.environment, **_own_devices(task, visible)},
             owns_terminal=task.name == "trainer-0",
             restarts=task.restarts,
+            ports=task.ports,
         )
         for task in tasks(recipe, over, ports, run_dir)
     ]
@@ -109,11 +112,12 @@ def run_roles(roles: Sequence[Role], log_dir: Path) -> int:
     held = signal.pthread_sigmask(signal.SIG_BLOCK, {STOP})
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        for role in roles:
-            backend.start(role)
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)
-        watched = [Watched(role.name, role.restarts) for role in roles]
-        return supervise(Supervisor(watched, Rules(settle=SETTLE)), backend)
+        with hold_ports(LOOPBACK, [port for role in roles for port in role.ports]):
+            for role in roles:
+                backend.start(role)
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+            watched = [Watched(role.name, role.restarts) for role in roles]
+            return supervise(Supervisor(watched, Rules(settle=SETTLE)), backend)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
         for number in before:
@@ -167,7 +171,7 @@ class LocalBackend:
         """Carry out a decision."""
         if isinstance(decision, Restart):
             print(f"gspo: {restart_sentence(decision.name, decision.left)}", file=sys.stderr, flush=True)
-            _signal_group(self._running[decision.name], signal.SIGKILL)  # what it may have left behind
+            _end_group(self._running[decision.name])  # what it may have left behind, its port among that
             self.start(self._roles[decision.name])
         elif isinstance(decision, SendStop):
             for name, process in self._running.items():
@@ -207,6 +211,15 @@ class LocalBackend:
         for line in lines[-12:]:
             print(f"  {name} | {line}", file=sys.stderr)
         print(f"gspo: {name} failed: {said} (log: {log})", file=sys.stderr, flush=True)
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill what an ended process has left in its group, and wait until it is gone."""
+    deadline = time.monotonic() + GRACE
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, signal.SIGKILL)
+            time.sleep(LOOK_SECONDS)
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:

@@ -23,6 +23,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NoReturn
 
+from gspo_megatron.cluster.free_ports import hold_ports
 from gspo_megatron.cluster.supervisor import may_restart, restart_sentence
 from gspo_megatron.cluster.visible_devices import VARIABLE, list_gpus, name_devices
 from gspo_megatron.http_clients import direct_opener
@@ -57,7 +58,8 @@ def main() -> None:
     print(f"{mine[0]['name']} on {node} ({address}), process {os.getpid()}", flush=True)
     command = [sys.executable, *mine[0]["arguments"]]
     if kind == "rollout":
-        keep(command, mine[0], address)
+        with hold_ports(address, mine[0]["ports"]):
+            keep(command, mine[0], address)
     os.execv(sys.executable, command)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from gspo_megatron.cluster.free_ports import LOOPBACK, free_ports
 from gspo_megatron.cluster.local_backend import Role, plan_roles, run_roles
 from gspo_megatron.models import load_recipe
 from tests.processes import runs
@@ -101,6 +102,37 @@ def test_a_lost_server_is_started_again_while_another_serves(tmp_path: Path, cap
     assert (tmp_path / "starts").read_text() == "xxx"
     said = capfd.readouterr().err
     assert said.count("rollout-1 ended and is started again") == 2 and "rollout-1 failed" in said.splitlines()[-1]
+
+
+def test_the_port_of_a_lost_server_is_free_again_for_it_alone(tmp_path: Path) -> None:
+    """Another program asks for the port after the loss, and a child of the lost server still listens there."""
+    port = free_ports(1)[0]
+    other = f"""
+import socket, time
+try:
+    taken = socket.socket(); taken.bind(("{LOOPBACK}", {port})); taken.listen()
+except OSError:
+    pass
+open({str(tmp_path / "asked")!r}, "w").close()
+time.sleep(3600)
+"""
+    lost = f"""
+import os, signal, socket, sys, time
+while not os.path.exists({str(tmp_path / "asked")!r}): time.sleep(0.02)
+server = socket.create_server(("{LOOPBACK}", {port}))
+if os.path.exists({str(tmp_path / "child")!r}):
+    open({str(tmp_path / "back")!r}, "w").close()
+elif not os.fork():
+    open({str(tmp_path / "child")!r}, "w").close()
+else:
+    while not os.path.exists({str(tmp_path / "child")!r}): time.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(3600)
+"""
+    trainer = f"import os, time\nwhile not os.path.exists({str(tmp_path / 'back')!r}): time.sleep(0.02)"
+    server = Role("rollout-1", python(lost), restarts=1, ports=(port,))
+    roles = [Role("rollout-0", python(other), restarts=1), server, Role("trainer-0", python(trainer))]
+    assert run_roles(roles, tmp_path / "logs") == 0, (tmp_path / "logs" / "rollout-1.log").read_text()
 
 
 def test_the_killed_role_is_blamed_and_not_the_one_it_took_along(
