@@ -51,8 +51,10 @@ class Problem:
     """Unique and stable over runs: a hash of the question text."""
     question: str
     """The text of the task, without any template: `Calculate 879 + 974.`"""
-    reference: dict[str, Any]
-    """What the scorer needs to judge a response: `{"answer": "1853"}` or a reasoning-gym entry."""
+    line: dict[str, Any]
+    """All that its file says about it, keys as written: a line of JSONL, a row of Parquet, a reasoning-gym entry."""
+    answer: str | None = None
+    """The gold answer as text: `1853`; None = its line has none."""
     source: str = ""
     """Which collection it comes from: `aime`; empty = its file does not say."""
     pass_rate: float | None = None

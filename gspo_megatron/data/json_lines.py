@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,26 @@ from gspo_megatron.config.loading import refuse
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _BOM = b"\xef\xbb\xbf"
+
+
+class WrittenFloat(float):
+    """A number as its file writes it: `str` gives that text (`0.00001`), everything else the number."""
+
+    text: str
+
+    def __new__(cls, text: str) -> WrittenFloat:
+        """Read a number. Raises ValueError for one beyond the range of a float."""
+        number = super().__new__(cls, text)
+        if not math.isfinite(number):
+            raise ValueError(f"{text[:40]} is beyond the range of a number")
+        number.text = text
+        return number
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __reduce__(self) -> tuple[type[WrittenFloat], tuple[str]]:
+        return WrittenFloat, (self.text,)
 
 
 def read_objects(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -42,7 +63,7 @@ def read_object(raw: bytes, where: str, key: str) -> dict[str, Any]:
     """Read one line. Raises RecipeError."""
     try:
         text = raw.decode()
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=WrittenFloat)
     except UnicodeDecodeError as error:
         fault = f"is not UTF-8 ({error.reason} at byte {error.start})"
         raise broken_line(key, where, fault, "save it as UTF-8") from None

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from gspo_megatron.config.loading import refuse
 from gspo_megatron.config.task_sections import DataSection
+from gspo_megatron.data.json_lines import broken_line, read_objects
 from gspo_megatron.data.mixture import Mixture, keep_within
 from gspo_megatron.types import Problem
 
@@ -39,11 +38,16 @@ class ProblemSource(Protocol):
         ...
 
 
-def open_problems(section: DataSection) -> ProblemSource:
-    """Open the source that a recipe names."""
+def open_problems(section: DataSection, needs_answer: bool = True) -> ProblemSource:
+    """Open the source that a recipe names.
+
+    Args:
+        section: `data` of the recipe.
+        needs_answer: whether a line without `answer` is refused. A reward of one's own reads what it likes.
+    """
     if section.source == "jsonl":
         assert section.path is not None
-        return JsonlProblems(section)
+        return JsonlProblems(section, needs_answer)
     assert section.task is not None
     return GymProblems(section.task, section.options, section.held_out)
 
@@ -93,7 +97,8 @@ class GymProblems:
         if self._block is None or self._block[0] != name:
             self._block = name, open_gym(self._task, self._options, _hashed_seed(name))
         entry = self._block[1][place]
-        return Problem(id=problem_id(entry["question"]), question=entry["question"], reference=entry)
+        question, answer = entry["question"], entry.get("answer")
+        return Problem(problem_id(question), question, entry, answer if isinstance(answer, str) else None)
 
 
 def open_gym(task: str, options: dict[str, Any], seed: int) -> Any:
@@ -117,12 +122,12 @@ def _hashed_seed(name: str) -> int:
 class JsonlProblems:
     """A file of problems, shuffled again for every pass. Equal questions count once."""
 
-    def __init__(self, section: DataSection) -> None:
+    def __init__(self, section: DataSection, needs_answer: bool = True) -> None:
         path, apart = section.path, section.held_out_path
         assert path is not None
-        found = read_jsonl(path)
+        found = read_jsonl(path, needs_answer=needs_answer)
         if apart is not None:
-            kept_out = read_jsonl(apart, "data.held_out_path")
+            kept_out = read_jsonl(apart, "data.held_out_path", needs_answer)
         else:
             # Ordered by hash: the split depends neither on the order of the lines nor on the seed.
             kept_out = dict(sorted(found.items())[: section.held_out])
@@ -166,22 +171,24 @@ class JsonlProblems:
         return self._orders[source][1]
 
 
-def read_jsonl(path: Path, key: str = "data.path") -> dict[str, Problem]:
-    """Read the problems of a file by id, in the order of its lines. Raises RecipeError with file, line and fault."""
-    if not path.is_file():
-        raise refuse("prompt-file-missing", key, f"{path} does not exist", "name a file with one object per line")
+def read_jsonl(path: Path, key: str = "data.path", needs_answer: bool = True) -> dict[str, Problem]:
+    """Read the problems of a file by id, in the order of its lines. Equal prompts count once: the first line stays.
+
+    Args:
+        path: of the file.
+        key: recipe key that names it.
+        needs_answer: whether a line without `answer` is refused.
+
+    Raises:
+        RecipeError: a missing or empty file, or a line that is no problem, with file, line and fault.
+    """
     found: dict[str, Problem] = {}
-    for number, line in _lines(path, key):
-        problem = _read_line(line, f"{path} line {number}", key)
+    for where, line in read_objects(path, key):
+        problem = make_problem(line, where, key, needs_answer)
         first = found.setdefault(problem.id, problem)
-        if first.reference != problem.reference:
-            answers = f"{first.reference['answer']!r} and {problem.reference['answer']!r}"
-            raise refuse(
-                "prompt-file-broken",
-                key,
-                f"{path} line {number} repeats a prompt with another answer: {answers}",
-                "keep one of them",
-            )
+        if first.answer != problem.answer:
+            fault = f"repeats a prompt with another answer: {first.answer!r} and {problem.answer!r}"
+            raise broken_line(key, where, fault, "keep one of them")
     if not found:
         raise refuse(
             "prompt-file-empty", key, f"{path} holds no problem", "write one object with `prompt` and `answer` per line"
@@ -189,46 +196,27 @@ def read_jsonl(path: Path, key: str = "data.path") -> dict[str, Problem]:
     return found
 
 
-def _lines(path: Path, key: str) -> Iterator[tuple[int, str]]:
-    """Yield the numbered lines that are not blank. Only a line feed ends one: JSON texts may hold other separators."""
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            try:
-                line = raw.decode()
-            except UnicodeDecodeError as error:
-                raise refuse(
-                    "prompt-file-broken", key, f"{path} line {number} is not UTF-8: {error.reason}", "fix the line"
-                ) from None
-            if line.strip():
-                yield number, line
-
-
-def _read_line(line: str, where: str, key: str) -> Problem:
-    try:
-        values = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise refuse(
-            "prompt-file-broken", key, f"{where} is not JSON: {error.msg} at column {error.colno}", "fix the line"
-        ) from None
-    if not isinstance(values, dict):
-        raise refuse("prompt-file-broken", key, f"{where} is not an object", 'write {"prompt": ..., "answer": ...}')
-    for name in ("prompt", "answer"):
-        if name not in values:
-            raise refuse(
-                "prompt-file-broken",
-                key,
-                f"{where} has no `{name}`",
-                f"add `{name}`; it has {', '.join(values) or 'nothing'}",
-            )
-    prompt, answer = values["prompt"], values["answer"]
-    if isinstance(answer, int | float) and not isinstance(answer, bool):
-        answer = str(answer)
-    for name, value in (("prompt", prompt), ("answer", answer)):
-        if not isinstance(value, str) or not value.strip():
-            raise refuse("prompt-file-broken", key, f"{where}: `{name}` is {value!r}", "write a text that is not empty")
-    source, rate = values.get("source", ""), values.get("pass_rate")
+def make_problem(line: dict[str, Any], where: str, key: str, needs_answer: bool) -> Problem:
+    """Make the problem of a line. Raises RecipeError."""
+    for name in ("prompt", "answer") if needs_answer else ("prompt",):
+        if name not in line:
+            raise broken_line(key, where, f"has no `{name}`", f"add `{name}`; it has {', '.join(line) or 'nothing'}")
+    prompt, answer = line["prompt"], _answer_text(line.get("answer"))
+    if answer is None and needs_answer:
+        raise broken_line(key, where, f"has `answer`={line['answer']!r}", "write a text that is not empty")
+    if not (isinstance(prompt, str) and prompt.strip()):
+        raise broken_line(key, where, f"has `prompt`={prompt!r}", "write a text that is not empty")
+    source, rate = line.get("source", ""), line.get("pass_rate")
     if not isinstance(source, str):
-        raise refuse("prompt-file-broken", key, f"{where}: `source` is {source!r}", "write the collection's name")
-    if rate is not None and not (type(rate) in (int, float) and 0 <= rate <= 1):
-        raise refuse("prompt-file-broken", key, f"{where}: `pass_rate` is {rate!r}", "write a share from 0 to 1")
-    return Problem(problem_id(prompt), prompt, {"answer": answer}, source, rate)
+        raise broken_line(key, where, f"has `source`={source!r}", "write the collection's name")
+    if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1):
+        raise broken_line(key, where, f"has `pass_rate`={rate!r}", "write a share from 0 to 1")
+    return Problem(problem_id(prompt), prompt, line, answer, source, None if rate is None else float(rate))
+
+
+def _answer_text(value: object) -> str | None:
+    """The gold answer: a text that is not empty, or the text of a number; None = there is none."""
+    if isinstance(value, str):
+        return value if value.strip() else None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return str(value) if is_number else None

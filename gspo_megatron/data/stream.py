@@ -24,7 +24,7 @@ class PromptStream:
     """The prompts of a recipe. Two streams of one recipe give the same prompts in the same order."""
 
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer) -> None:
-        self._source = open_problems(recipe.data)
+        self._source = open_problems(recipe.data, needs_answer=not recipe.reward.is_own)
         self._tokenizer = tokenizer
         self._seed = recipe.run.seed
         self._longest = recipe.rollout.max_prompt_tokens

@@ -19,7 +19,7 @@ def load(data: DataSection) -> None:
 def score(data: DataSection, problem: Problem, text: str) -> float:
     """Return the task's score. Many tasks give a partial score to a text that contains the answer (0.75 for "9912")."""
     assert data.task is not None
-    return _task(data.task, json.dumps(data.options, sort_keys=True)).score_answer(text, problem.reference)
+    return _task(data.task, json.dumps(data.options, sort_keys=True)).score_answer(text, problem.line)
 
 
 @lru_cache(maxsize=4)

@@ -102,14 +102,20 @@ def make_scorer(recipe: Recipe) -> Scorer | AsyncScorer:
     own = load_reward(section)
     if own is not None:
         kind = AsyncScorer if is_asynchronous(own) else Scorer
-        return kind(rules, lambda problem, response: own(problem.reference, response))
+        return kind(rules, lambda problem, response: own(problem.line, response))
     return Scorer(rules, BUILT_IN[section.name](recipe.data))
 
 
 def _load_mathematics(data: DataSection) -> Callable[[Problem, RewardInput], float]:
     check_main_thread()
     mathematics.load()
-    return lambda problem, response: mathematics.score(problem.reference["answer"], response.answer)
+
+    def score(problem: Problem, response: RewardInput) -> float:
+        if problem.answer is None:
+            raise ValueError(f"problem {problem.id} has no answer that is a text")
+        return mathematics.score(problem.answer, response.answer)
+
+    return score
 
 
 def _load_gym(data: DataSection) -> Callable[[Problem, RewardInput], float]:

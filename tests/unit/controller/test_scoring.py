@@ -36,7 +36,7 @@ def act(problem: Problem, text: str, reason: str) -> float:
         raise ValueError("x" * 1_000_000)
     if text == "raise":
         raise ZeroDivisionError("nothing to divide")
-    return float(text == problem.reference["answer"] and reason == "stop")
+    return float(text == problem.line["answer"] and reason == "stop")
 
 
 def show(result: Any) -> Any:

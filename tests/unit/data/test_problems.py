@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +47,10 @@ GOOD = '{"prompt": "1 + 1", "answer": "2"}'
         ('{"prompt": "2 + 2"}', "line 3 has no `answer`; add `answer`; it has prompt"),
         ('{"answer": "4"}', "line 3 has no `prompt`"),
         ('{"prompt": "2 + 2", "answer": "4"', "line 3 is not JSON"),
-        ('["2 + 2", "4"]', "line 3 is not an object"),
-        ('{"prompt": "", "answer": "4"}', "line 3: `prompt` is ''"),
-        ('{"prompt": "2 + 2", "answer": null}', "line 3: `answer` is None"),
-        ('{"prompt": "2 + 2", "answer": true}', "line 3: `answer` is True"),
+        ('["2 + 2", "4"]', "line 3 is no object"),
+        ('{"prompt": "", "answer": "4"}', "line 3 has `prompt`=''"),
+        ('{"prompt": "2 + 2", "answer": null}', "line 3 has `answer`=None"),
+        ('{"prompt": "2 + 2", "answer": true}', "line 3 has `answer`=True"),
         ('{"prompt": "1 + 1", "answer": "3"}', "line 3 repeats a prompt with another answer: '2' and '3'"),
     ],
 )
@@ -68,7 +70,7 @@ def test_a_line_that_is_not_utf8_is_named(tmp_path: Path) -> None:
 
 
 def test_missing_and_empty_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="does not exist"):
+    with pytest.raises(RecipeError, match=r"nowhere.jsonl cannot be read \(No such file"):
         read_jsonl(tmp_path / "nowhere.jsonl")
     with pytest.raises(RecipeError, match="prompt-file-empty"):
         read_jsonl(write_lines(tmp_path / "empty.jsonl", ["", ""]))
@@ -159,3 +161,28 @@ def test_gym_names_what_it_does_not_know(task: str, options: dict[str, int], sai
 def test_gym_that_has_too_few_questions_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"data.held_out: basic_arithmetic has only about 1\d\d questions"):
         open_problems(DataSection(source="reasoning_gym", task="basic_arithmetic", options=ADDITION, held_out=500))
+
+
+def test_a_problem_carries_its_whole_line(tmp_path: Path) -> None:
+    text = '{"prompt": "p", "answer": 0.00001, "Tests": ["a", {"n": 1}], "ratio": 1e22}'
+    (problem,) = read_jsonl(write_lines(tmp_path / "p.jsonl", [text])).values()
+    assert problem.answer == "0.00001"
+    assert problem.line == json.loads(text) and str(problem.line["ratio"]) == "1e22"
+    assert (
+        pickle.loads(pickle.dumps(problem)).line == problem.line and str(copy.deepcopy(problem.line["ratio"])) == "1e22"
+    )
+
+
+def test_only_a_reward_of_one_s_own_goes_without_answers(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "p.jsonl", ['{"prompt": "p", "tests": [1]}'])
+    (problem,) = read_jsonl(path, needs_answer=False).values()
+    assert problem.answer is None and problem.line["tests"] == [1]
+    with pytest.raises(RecipeError, match="has no `answer`"):
+        read_jsonl(path)
+
+
+@pytest.mark.parametrize("number", ["1e400", "-1e999", "NaN", "Infinity", "9" * 5000])
+def test_a_number_that_is_none_is_refused_with_its_line(tmp_path: Path, number: str) -> None:
+    path = write_lines(tmp_path / "p.jsonl", [GOOD, f'{{"prompt": "p", "answer": {number}}}'])
+    with pytest.raises(RecipeError, match="line 2 holds a number that cannot be read"):
+        read_jsonl(path)

@@ -56,7 +56,7 @@ def test_the_script_writes_what_a_recipe_reads(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "2 problems of 2 rows" in done.stdout
-    assert [problem.reference for problem in read_jsonl(target).values()] == [{"answer": "204"}, {"answer": "25"}]
+    assert [problem.answer for problem in read_jsonl(target).values()] == ["204", "25"]
     assert {problem.source for problem in read_jsonl(target).values()} == {"aime"}
     done = subprocess.run(
         [sys.executable, "tools/prepare_prompts.py", str(tmp_path / "none"), str(target)],

@@ -18,7 +18,8 @@ from gspo_megatron.types import Problem, StopReason
 
 GYM = DataSection(source="reasoning_gym", task="basic_arithmetic")
 FILE = DataSection(path=Path("unused.jsonl"))
-PROBLEM = Problem("id", "Calculate 456 + 456.", {"question": "Calculate 456 + 456.", "answer": "912", "metadata": {}})
+ENTRY: dict[str, Any] = {"question": "Calculate 456 + 456.", "answer": "912", "metadata": {}}
+PROBLEM = Problem("id", ENTRY["question"], ENTRY, "912")
 
 
 def score(name: str, problem: Problem, text: str, reason: StopReason = "stop", **rules: Any) -> float:
@@ -66,7 +67,7 @@ def test_a_cut_answer_scores_nothing_unless_allowed() -> None:
     assert gym(PROBLEM, "912", "length", require_stop=False) == 1.0
 
 
-MATH = Problem("id", "Which share?", {"answer": "\\frac{1}{2}"})
+MATH = Problem("id", "Which share?", {}, "\\frac{1}{2}")
 
 
 @pytest.mark.parametrize(

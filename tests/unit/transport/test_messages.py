@@ -65,7 +65,8 @@ REFS = st.builds(
     masked=st.tuples(st.builds(Masked, COUNTS, COUNTS, st.just("closing"))), limit=st.none() | COUNTS,
 )  # fmt: skip
 st.register_type_strategy(SampleRef, REFS)
-PROBLEMS = st.builds(Problem, TEXT, TEXT, st.dictionaries(TEXT, JSON, max_size=2), TEXT, st.none() | st.floats(0, 1))
+LINES = st.dictionaries(TEXT, JSON, max_size=2)
+PROBLEMS = st.builds(Problem, TEXT, TEXT, LINES, st.none() | TEXT, TEXT, st.none() | st.floats(0, 1))
 st.register_type_strategy(Prompt, st.builds(Prompt, COUNTS, PROBLEMS, st.tuples(COUNTS, COUNTS)))
 
 
@@ -229,7 +230,7 @@ def test_a_model_of_another_version_is_named() -> None:
 
 
 def test_a_group_with_a_member_too_few_and_a_state_without_its_tokens_are_refused() -> None:
-    prompt = {"index": 7, "problem": {"id": "a", "question": "q", "reference": {}}, "token_ids": [1]}
+    prompt = {"index": 7, "problem": {"id": "a", "question": "q", "line": {}}, "token_ids": [1]}
     member = {"sample_index": 0, "parts": 1, "lost": 0, "state": None}
     group = {"prompt": prompt, "answers": 2, "limit": None, "finished": [], "born": {"0": 0}, "drafts": [member]}
     with pytest.raises(MessageError, match=r"the group of prompt 7 has 2 members, its parts are of \[0\]"):
