@@ -40,7 +40,9 @@ class Finding:
     """What to do: `set objective.clip_high to about 4e-4`."""
 
     def __str__(self) -> str:
-        return f"{self.severity} [{self.code}] {self.key}: {self.message}; {self.fix}"
+        line = f"{self.severity} [{self.code}] {self.key}: {self.message}; {self.fix}"
+        # Findings quote files and keys of a user's: whatever they hold, a finding is one printable line.
+        return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 @dataclass(frozen=True, slots=True)
