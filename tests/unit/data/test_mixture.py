@@ -106,7 +106,7 @@ def test_a_problem_without_a_rate_is_named(path: Path) -> None:
     with pytest.raises(RecipeError, match=r"'7 \+ 7' has no `pass_rate`"):
         open_file(path, pass_rate=(0, 1))
     path.write_text('{"prompt": "7 + 7", "answer": "14", "pass_rate": 7}\n')
-    with pytest.raises(RecipeError, match="line 1: `pass_rate` is 7"):
+    with pytest.raises(RecipeError, match="line 1 has `pass_rate`=7"):
         open_file(path)
 
 
