@@ -20,7 +20,8 @@ def start_world() -> torch.device:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=COLLECTIVE_TIMEOUT, device_id=device)
+        # Without `device_id`: with it torch makes a communicator for each of megatron's groups at once, used or not.
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=COLLECTIVE_TIMEOUT)
         return device
     dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
     return torch.device("cpu")

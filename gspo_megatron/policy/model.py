@@ -46,6 +46,9 @@ def transformer_config(arch: Architecture, trainer: TrainerSection, dtype: torch
         bias_activation_fusion=engine,
         bias_dropout_fusion=engine,
         masked_softmax_fusion=False,
+        # Unfused, megatron asks the device for the lengths of the sequences in every layer. The fused kernel lacks
+        # YaRN's factor, which scales queries and keys.
+        apply_rope_fusion=engine and arch.rope_scaling is None,
         gradient_accumulation_fusion=False,
         deallocate_pipeline_outputs=True,
         **settings.transformer,

@@ -142,7 +142,7 @@ def digest(tensors: Iterator[torch.Tensor]) -> str:
     """Of the bytes of tensors in their order."""
     found = hashlib.sha256()
     for tensor in tensors:
-        found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        found.update(tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes())
     return found.hexdigest()
 
 

@@ -22,8 +22,10 @@ GRADIENT_BYTES = 4
 """Bytes of a gradient: DDP's buffer is float32 for every type of weight."""
 ADAM_BYTES = 8
 """Bytes of Adam's two float32 moments of a parameter."""
-PROCESS_BYTES = {"one": 1_000_000_000, "many": 4_000_000_000, "cpu": 600_000_000}
-"""`one`: CUDA context and libraries. `many`: also NCCL's buffers of about ten communicators. `cpu`: a torch process."""
+PROCESS_BYTES = {"one": 1_800_000_000, "many": 5_500_000_000, "cpu": 600_000_000}
+"""`one`: CUDA context, libraries and one communicator. `many`: ten communicators. `cpu`: a torch process. Source: H100,
+2026-11-26, `tools/results/h100_slice.json`: 0.65 GB of context, 0.57 of libraries, 0.59 for the first communicator and
+0.41 for each more."""
 SLEEPING_SERVER_BYTES = 3_000_000_000
 """Memory that a sleeping vLLM process keeps on a GPU: context, graphs, NCCL."""
 ALLOCATOR_SHARE = 0.05

@@ -1,0 +1,48 @@
+"""Settings that only act on a GPU, each of which cost memory or time on an H100."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gspo_megatron.models import load_recipe
+from gspo_megatron.policy import mesh, model
+
+YARN = "model.architecture.rope_scaling={rope_type: yarn, factor: 4.0, original_max_position_embeddings: 64}"
+
+
+def settings_of(overrides: list[str], engine: bool, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Arguments of megatron's configuration, with or without Transformer Engine."""
+    given: dict[str, Any] = {}
+
+    def record(**arguments: Any) -> Any:
+        given.update(arguments)
+        return type("Settings", (), {})()
+
+    monkeypatch.setattr(model, "has_transformer_engine", lambda: engine)
+    monkeypatch.setattr(model, "TransformerConfig", record)
+    recipe = load_recipe(Path("recipes/tiny_moe.yaml"), overrides)
+    model.transformer_config(recipe.arch, recipe.trainer, torch.bfloat16)
+    return given
+
+
+@pytest.mark.parametrize(
+    ("overrides", "engine", "fused"), [([], True, True), ([YARN], True, False), ([], False, False)]
+)
+def test_rotary_embeddings_are_fused_where_the_kernel_computes_the_same(
+    overrides: list[str], engine: bool, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert settings_of(overrides, engine, monkeypatch)["apply_rope_fusion"] is fused
+
+
+def test_no_communicator_is_made_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a `device_id` torch makes one for each of megatron's groups: 32 of them took 13 GB of an H100."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(mesh.dist, "init_process_group", lambda *_, **arguments: given.update(arguments))
+    mesh.start_world()
+    assert given and "device_id" not in given
