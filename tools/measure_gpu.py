@@ -253,7 +253,7 @@ def guarded(work: Callable[[], dict[str, Any]], **what: Any) -> dict[str, Any]:
 
 def grouped_rates() -> list[dict[str, Any]]:
     """The experts of Qwen3-30B-A3B: 128 experts, gate and up in one product, forward and backward."""
-    import transformer_engine.pytorch as te
+    import transformer_engine.pytorch as te  # pyright: ignore[reportMissingImports]
 
     def one(experts: int, each: int, wide: int, narrow: int) -> dict[str, Any]:
         layer = te.GroupedLinear(experts, wide, narrow, bias=False, params_dtype=torch.bfloat16, device="cuda")
@@ -273,7 +273,7 @@ def grouped_rates() -> list[dict[str, Any]]:
 
 def attention_rates() -> list[dict[str, Any]]:
     """Attention of 30B-A3B (32 query heads, 4 groups of 128), packed, forward and backward."""
-    import transformer_engine.pytorch as te
+    import transformer_engine.pytorch as te  # pyright: ignore[reportMissingImports]
 
     def one(length: int, count: int) -> dict[str, Any]:
         layer = te.DotProductAttention(32, 128, num_gqa_groups=4, qkv_format="thd", attn_mask_type="padding_causal")
