@@ -1,4 +1,4 @@
-"""Rates of one GPU that the planner assumes: products, grouped expert products, attention, copies. For measure_gpu.py."""
+"""Rates of one GPU that the planner assumes: products, grouped expert products, attention, copies."""
 
 from __future__ import annotations
 
