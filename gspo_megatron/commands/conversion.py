@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gspo_megatron.cluster.exit_codes import OK, REFUSED
-from gspo_megatron.commands.recipe_arguments import read_path
+from gspo_megatron.commands.recipe_arguments import add_overrides, read_path
 from gspo_megatron.models import load_recipe
 
 
@@ -18,7 +18,7 @@ def add_arguments(subparsers: argparse._SubParsersAction[argparse.ArgumentParser
     parser.add_argument("source", type=read_path, help="a checkpoint directory, or a Hugging Face directory")
     parser.add_argument("out", type=read_path, help="directory to write; an older one is replaced")
     parser.add_argument("recipe", type=read_path, nargs="?", help="recipe with the layout for such a directory")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the recipe")
+    add_overrides(parser)
 
 
 def run(chosen: argparse.Namespace) -> int:

@@ -116,7 +116,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     # A name that is no path (too long, with a NUL) is no file either.
     try:
         resolved, found = path.resolve(), path.is_file()
-    except (OSError, ValueError):
+    except (OSError, RuntimeError, ValueError):  # a loop of links is a RuntimeError
         resolved, found = path, False
     if not found:
         raise refuse(

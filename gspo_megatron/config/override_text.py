@@ -19,7 +19,8 @@ def read_override(item: str) -> dict[str, Any]:
     """
     key, sign, text = item.partition("=")
     parts = key.split(".")
-    formed = sign and all(parts) and key.isprintable() and not key.startswith("-") and len(parts) <= _DEEPEST
+    formed = sign and all(parts) and key.isprintable() and key == key.strip()
+    formed = formed and not key.startswith("-") and len(parts) <= _DEEPEST
     if not formed:
         name = item if item.isprintable() and 0 < len(item) <= 60 else quote(item)
         raise refuse("override-form", name, "is not of the form section.key=value", "write e.g. trainer.max_steps=10")

@@ -18,6 +18,8 @@ def load_object(reference: str) -> Any:
         ValueError: the file, the module or the name does not exist.
     """
     place, _, name = reference.rpartition(":")
+    if not (place and name):
+        raise ValueError("it names no object; write file.py:NAME or package.module:NAME")
     module = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
     if not hasattr(module, name):
         raise ValueError(f"{place} holds no {name}; define it there or correct the name in {reference}")

@@ -108,21 +108,24 @@ class RewardSection(Section):
         """Whether the reward is the user's own object."""
         return is_reference(self.name)
 
-    @property
-    def is_exact(self) -> bool:
-        """Whether only the highest score counts."""
-        return not self.is_own if self.exact is None else self.exact
-
     def describe(self) -> str:
         """What becomes of a score, in one sentence."""
         low, high = self.bounds
         parts = [Path(self.name).name if self.is_own else self.name]
         if self.weights:
             parts.append(" + ".join(f"{weight:g} {part}" for part, weight in self.weights.items()))
-        parts.append(f"below {high:g} counts {low:g} (exact)" if self.is_exact else f"clipped to [{low:g}, {high:g}]")
+        parts.append(f"below {high:g} counts {low:g} (exact)" if self.exact else f"clipped to [{low:g}, {high:g}]")
         if self.require_stop:
             parts.append(f"truncated counts {low:g}")
         return ", ".join(parts)
+
+    @model_validator(mode="before")
+    @classmethod
+    def exact_is_filled_in(cls, values: Any) -> Any:
+        """A checked recipe says it, so that a run of an earlier version, which wrote true, is the same run."""
+        if not isinstance(values, dict) or values.get("exact") is not None:
+            return values
+        return {**values, "exact": not is_reference(str(values.get("name", cls.model_fields["name"].default)))}
 
     @field_validator("name")
     @classmethod

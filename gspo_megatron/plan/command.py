@@ -41,7 +41,8 @@ def add_arguments(subparsers: argparse._SubParsersAction[argparse.ArgumentParser
 def _parse_mixed(
     parser: argparse.ArgumentParser, arguments: Sequence[str], namespace: argparse.Namespace | None = None
 ) -> tuple[argparse.Namespace, list[str]]:
-    overrides = [word for word in arguments if "=" in word and not word.startswith("-")]
+    # A recipe may lie in a directory with such a sign in its name.
+    overrides = [word for word in arguments if "=" in word and not word.startswith("-") and not os.path.isfile(word)]
     rest = [word for word in arguments if word not in overrides]
     into = namespace if namespace is not None else argparse.Namespace()
     parsed, unknown = argparse.ArgumentParser.parse_known_args(parser, rest, into)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from gspo_megatron.config.loading import refuse
+from gspo_megatron.config.refusal import key_text, refuse
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.models.registry import architecture_class
 
@@ -52,7 +52,7 @@ def _unknown(key: str) -> Exception:
     known = list(all_keys())
     close = difflib.get_close_matches(key, known, n=1) or [k for k in known if k.endswith("." + key.split(".")[-1])]
     fix = f"did you mean {close[0]}?" if close else "gspo plan --explain trainer lists the keys of a section"
-    return refuse("unknown-key", key, "is not a key of the recipe", fix)
+    return refuse("unknown-key", key_text([key]), "is not a key of the recipe", fix)
 
 
 def _section_at(path: list[str], field: FieldInfo) -> type[BaseModel] | None:

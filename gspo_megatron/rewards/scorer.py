@@ -58,7 +58,7 @@ class Rules:
             named, returned = (", ".join(sorted(names)) or "one number" for names in (weights, counted))
             raise ValueError(f"reward.weights names {named}, the reward returned {returned}; name the same parts")
         score = sum(value * weights.get(name, 1.0) for name, value in counted.items())
-        if self.section.is_exact:
+        if self.section.exact:
             score = high if score >= high else low
         return Verdict(min(max(score, low), high), tuple((name, value) for name, value in parts.items() if name))
 
