@@ -14,8 +14,9 @@ from tests.places import ROOT
 TINY = ROOT / "recipes" / "tiny_moe.yaml"
 CASES = int(os.environ.get("GSPO_FUZZ", "1000")) // 10
 PARTS = [
-    "", " ", ".", "..", "=", "==", ":", "/", "~", "~nobody/x", "-1", "--", "run", "run.seed", "run.seed=1", " run.seed=1", "x.py:f",
-    ":f", "x:", "a b", "\u00fc", "\x00", "\n", "${x}", "{", "[1", "*a", "!!int", "'", '"', "null", "nan", "1e999",
+    "", " ", ".", "..", "=", "==", ":", "/", "~", "~nobody/x", "-1", "--", "run", "run.seed", "run.seed=1",
+    " run.seed=1", "x.py:f", ":f", "x:", "a b", "\u00fc", "\x00", "\n", "${x}", "{", "[1", "*a", "!!int", "'", '"',
+    "null", "nan", "1e999",
 ]  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from gspo_megatron.config import RecipeError
 from gspo_megatron.data.packing import collate
 from gspo_megatron.models import load_recipe, read_architecture
+from gspo_megatron.models.registry import BY_TYPE
 from gspo_megatron.parallel import Layout
 from gspo_megatron.policy import mesh
 from gspo_megatron.policy.policy import Policy
@@ -209,6 +210,7 @@ def compare(values: dict[str, Any], directory: Path) -> float | None:
 
 def test_the_trainer_computes_what_transformers_reads() -> None:
     READ.clear()
+    assert CLASSES.keys() == BY_TYPE.keys(), "every model_type is drawn"
 
     @settings(max_examples=CASES, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
     @given(st.integers(0, 2**32 - 1))
