@@ -13,7 +13,7 @@ from gspo_megatron.report.plots import curve, read_rows, write_expert_plot, writ
 from gspo_megatron.run_log import RunLog
 
 EVALUATION = {
-    "accuracy": 0.25, "mean_reward": 0.25, "mean_length": 9.0,
+    "accuracy": 0.25, "mean_reward": 0.25, "mean_length": 9.0, "unscored": 0,
     "examples": [{"question": "Calculate 1 + 2.", "answer_text": "<b>3</b>", "reward": 1.0}],
 }  # fmt: skip
 ROW = {
