@@ -15,7 +15,7 @@ OWN_TARGET := tests/gpu tests/slurm
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint test-slurm parity long-context test-faults test-faults-policy fuzz test-gpu test-gpu-rollout requirements clean
+.PHONY: help setup train test lint test-slurm parity long-context test-faults test-faults-policy fuzz plan-table test-gpu test-gpu-rollout requirements clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ long-context: setup ## answers of 100,352 tokens, sampled by vLLM and trained on
 
 fuzz: setup ## 10,000 random mutations of the recipes, 1,000 cases of every other property test (make test has a tenth)
 	GSPO_FUZZ=10000 $(PYTEST) $$(grep -rl --include=*.py GSPO_FUZZ tests/unit) $(ARGS)
+
+plan-table: setup ## plan runs that were published, beside what was measured
+	$(BIN)/python tools/plan_table.py --write
 
 test-gpu: setup ## the policy and the objective on an NVIDIA GPU
 	$(PYTEST) tests/gpu/test_objective_gpu.py tests/gpu/test_policy_gpu.py $(ARGS)

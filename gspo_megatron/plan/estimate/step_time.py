@@ -23,7 +23,7 @@ ATTENTION_SHARE = 0.55
 IMBALANCE = 1.15
 """Time of the slowest rank over the mean: micro-batches of unequal length, experts of unequal load."""
 LENGTH_SPREAD = 1.5
-"""Mean of the squared sequence length over the square of the mean, within a batch."""
+"""Mean of the squared sequence length over the square of the mean, within a batch, unless the limit bounds it lower."""
 EXCHANGE_SHARE = 0.7
 """Share of a link's bandwidth in collectives."""
 HOST_LINK = 55e9
@@ -138,7 +138,9 @@ def plan_compute(
 
 def _flops_per_token(arch: Architecture, batch: BatchPlan) -> tuple[int, float]:
     """Return the forward FLOPs of a mean token: (linear, quadratic)."""
-    return flops.linear_flops(arch), flops.quadratic_flops(arch) * batch.expected_tokens * LENGTH_SPREAD
+    # No length exceeds the limit, so the mean of the squares is at most limit * mean.
+    spread = min(LENGTH_SPREAD, batch.longest_tokens / batch.expected_tokens)
+    return flops.linear_flops(arch), flops.quadratic_flops(arch) * batch.expected_tokens * spread
 
 
 def _passes(recipe: Recipe, arch: Architecture, part: str) -> tuple[float, float]:
