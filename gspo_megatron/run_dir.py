@@ -180,7 +180,7 @@ class RunDir:
 
     @property
     def examples(self) -> Path:
-        """Three responses of the last evaluation."""
+        """Responses of the last evaluation to three problems."""
         return self.path / "examples.json"
 
     @property

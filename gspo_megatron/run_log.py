@@ -25,6 +25,10 @@ from gspo_megatron.types import Finding
 
 PLAIN_INTERVAL = 15.0
 """Seconds between two progress lines where the output is no terminal."""
+EVALUATED = ("accuracy", "mean_reward", "mean_length", "unscored", "problems", "answers", "temperature")
+"""What a row keeps of an evaluation: its results, and how it sampled."""
+LONGEST_EXAMPLE = 200
+"""Characters that the terminal shows of a question or a response."""
 BAR_COLUMNS = (
     TextColumn("{task.description:>10}"),
     BarColumn(bar_width=30),
@@ -42,6 +46,12 @@ def read_rows(run_dir: Path) -> list[dict[str, Any]]:
     # The text after the last line feed is empty, or a line that a crash cut off.
     rows = [json.loads(line) for line in lines[:-1]]
     return [row for _, row in sorted({row["step"]: row for row in rows}.items())]
+
+
+def one_line(text: str) -> str:
+    """A text for one line of a terminal: blanks and line ends as one blank, its end cut off where it is long."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+    return text if len(text) <= LONGEST_EXAMPLE else f"{text[:LONGEST_EXAMPLE]} ..."
 
 
 class Bar:
@@ -157,8 +167,7 @@ class RunLog:
 
     def evaluation(self, step: int, found: Mapping[str, Any]) -> None:
         """Record a held-out evaluation in the step's row, or before the first step in a row of its own."""
-        row = {f"eval/{name}": found[name] for name in ("accuracy", "mean_reward", "mean_length", "unscored")}
-        self.add(row)
+        self.add({f"eval/{name}": found[name] for name in EVALUATED})
         if not self.owns_terminal:
             return
         self.say(f"eval {step:4d}  held-out accuracy {found['accuracy']:.3f}  length {found['mean_length']:.1f}")
@@ -177,11 +186,12 @@ class RunLog:
             self._open_board(purge_step=step + 1)
 
     def finish(self) -> None:
-        """Print three sampled responses and where everything is."""
+        """Print responses to three problems and where everything is."""
         run = self.run_dir
         # Without evaluations there are no examples.
         for example in json.loads(run.examples.read_text()) if run.examples.is_file() else ():
-            self.say(f"  {example['question']}  ->  {example['answer_text']}  (reward {example['reward']:g})")
+            question, answer = (one_line(example[name]) for name in ("question", "answer_text"))
+            self.say(f"  {question}  ->  {answer}  (reward {example['reward']:g})")
         self.say(f"plot {run.plot}, report {run.page}, metrics {run.metrics},")
         self.say(f"weights {run.final}, logs {run.logs}, TensorBoard files beside them")
 

@@ -176,7 +176,7 @@ class ColdStartSection(Section):
     clip_grad: float = Field(default=1.0, gt=0)
     """Largest global gradient norm. Source: usual for transformers."""
     accuracy_band: tuple[float, float] = (0.15, 0.5)
-    """Interval of held-out greedy accuracy to reach; outside it the run warns `cold-start-outside-band`.
+    """Interval of held-out accuracy to reach; outside it the run warns `cold-start-outside-band`.
 
     Source: chosen here: enough right responses for a signal, enough wrong ones to learn from.
     """

@@ -203,9 +203,13 @@ class Controller:
             mean_reward=sum(s.reward for s in scored) / count,
             mean_length=sum(len(s.response.token_ids) for s in scored) / count,
             unscored=sum(bool(s.unscored) for s in scored),
+            problems=len(prompts),
+            answers=request.answers,
+            temperature=request.temperature,
+            # One response to each of the first problems.
             examples=tuple(
                 EvaluationExample(question=s.question, answer_text=s.text, reward=s.reward)
-                for s in scored[:NUM_EXAMPLES]
+                for s in scored[:: request.answers][:NUM_EXAMPLES]
             ),
         )
 

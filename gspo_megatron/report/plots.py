@@ -21,6 +21,19 @@ def curve(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]
     return [step for step, _ in values], [value for _, value in values]
 
 
+def describe_evaluations(rows: list[dict[str, Any]]) -> str:
+    """How the evaluations of a run sampled, in words; empty where its rows do not say.
+
+    `greedy`, `mean of 4 responses at temperature 0.7`; what changed when the run went on is listed in order.
+    """
+    found = [(row["eval/temperature"], row["eval/answers"]) for row in rows if "eval/temperature" in row]
+    texts = []
+    for temperature, answers in dict.fromkeys(found):
+        how = "greedy" if temperature == 0 else f"at temperature {temperature:g}"
+        texts.append(f"mean of {answers:g} responses {how}" if answers > 1 else how)
+    return ", then ".join(texts)
+
+
 def write_plot(run_dir: Path) -> Path:
     """Draw RUN_DIR/accuracy.png from metrics.jsonl."""
     import matplotlib
@@ -30,10 +43,12 @@ def write_plot(run_dir: Path) -> Path:
 
     rows = read_rows(run_dir)
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(7.5, 6.0), sharex=True, height_ratios=(3, 2))
-    above.plot(*curve(rows, "eval/accuracy"), "o-", color="#1b6ca8", label="held-out accuracy, greedy")
+    held_out = ", ".join(filter(None, ("held-out accuracy", describe_evaluations(rows))))
+    above.plot(*curve(rows, "eval/accuracy"), "o-", color="#1b6ca8", label=held_out)
     above.plot(*curve(rows, "reward_mean"), "-", color="#e07b39", label="reward of sampled responses")
-    above.set_ylim(0, 1)
-    above.set_ylabel("share correct")
+    rewards = curve(rows, "reward_mean")[1]
+    above.set_ylim(min([0.0, *rewards]), max([1.0, *rewards]))
+    above.set_ylabel("accuracy, reward")
     above.legend(loc="lower right", frameon=False)
     objective = RunDir(run_dir).objective
     above.set_title(objective.read_text().split(",")[0] if objective.is_file() else "")

@@ -175,7 +175,13 @@ class EvaluationReport(WireMessage):
     """Tokens of a response, observations included."""
     unscored: int
     """Responses without a score of their own: their reward or environment failed."""
+    problems: int
+    answers: int
+    """Responses to each."""
+    temperature: float
+    """0 = greedy."""
     examples: tuple[EvaluationExample, ...]
+    """Responses to different problems."""
 
 
 # The controller's part of a checkpoint. These keys are on disk: state.json of a run holds them.

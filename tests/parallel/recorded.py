@@ -59,7 +59,16 @@ class RecordedController:
 
     def evaluate(self, request: EvaluationRequest, on_progress: Callable[[ProgressReport], None]) -> EvaluationReport:
         """A fixed evaluation."""
-        return EvaluationReport(accuracy=0.0, mean_reward=0.0, mean_length=1.0, unscored=0, examples=())
+        return EvaluationReport(
+            accuracy=0.0,
+            mean_reward=0.0,
+            mean_length=1.0,
+            unscored=0,
+            problems=1,
+            answers=1,
+            temperature=0.0,
+            examples=(),
+        )
 
     def finish_update(self, request: UpdateCheck) -> UpdateReport:
         """Every update arrives, and whatever is measured of it is 0."""

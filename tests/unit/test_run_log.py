@@ -98,6 +98,14 @@ def test_long_phases_get_plain_lines_where_there_is_no_terminal(
     assert capsys.readouterr().out.splitlines() == ["rollout: 200/512, 10.0/s, 31 s left"]
 
 
+def test_examples_are_one_line_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = RunLog(tmp_path, owns_terminal=True)
+    examples = [{"question": "a\nb\x1b[2J", "answer_text": "w" * 1000, "reward": 0.5}]
+    log.run_dir.examples.write_text(json.dumps(examples))
+    log.finish()
+    assert capsys.readouterr().out.splitlines()[0] == f"  a b\\x1b[2J  ->  {'w' * 200} ...  (reward 0.5)"
+
+
 def test_warnings_are_shown_and_notes_are_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = RunLog(tmp_path, owns_terminal=True)
     log.warn(Finding("constant-reward", "warning", "reward.name", "all 512 rewards are [0]", "look at the answers"))

@@ -79,6 +79,8 @@ async def test_evaluation_counts_full_scores(tmp_path: Path) -> None:
     async with controlling(tmp_path, FakeServer()) as controller:
         found = await controller.evaluate(EvaluationRequest(problems=4, answers=2, temperature=0.0))
         assert (found.accuracy, found.mean_reward, found.mean_length) == (1.0, 1.0, 3.0)
+        assert (found.problems, found.answers, found.temperature) == (4, 2, 0.0)
+        assert len({example.question for example in found.examples}) == 3, "a response to each of three problems"
         batch = await controller.rollout(RolloutRequest(step=0))
         assert [row.reward for row in batch.samples] == [0.5] * 3 + [1.0] * 21
 

@@ -9,11 +9,12 @@ import pytest
 
 from gspo_megatron.cli import main
 from gspo_megatron.report.page import write_report
-from gspo_megatron.report.plots import curve, read_rows, write_expert_plot, write_plot
+from gspo_megatron.report.plots import curve, describe_evaluations, read_rows, write_expert_plot, write_plot
 from gspo_megatron.run_log import RunLog
 
 EVALUATION = {
     "accuracy": 0.25, "mean_reward": 0.25, "mean_length": 9.0, "unscored": 0,
+    "problems": 16, "answers": 1, "temperature": 0.0,
     "examples": [{"question": "Calculate 1 + 2.", "answer_text": "<b>3</b>", "reward": 1.0}],
 }  # fmt: skip
 ROW = {
@@ -62,6 +63,60 @@ def test_report_is_one_page_with_the_plot_and_escaped_answers(run_dir: Path) -> 
     assert write_plot(run_dir).stat().st_size > 10_000
     page = write_report(run_dir).read_text()
     assert "data:image/png;base64," in page and "&lt;b&gt;3&lt;/b&gt;" in page and "<b>3</b>" not in page
+
+
+@pytest.mark.parametrize(
+    ("evaluations", "said"),
+    [
+        ([{}], "greedy"),
+        ([{"temperature": 0.7}], "at temperature 0.7"),
+        ([{"temperature": 0.7, "answers": 4}], "mean of 4 responses at temperature 0.7"),
+        ([{}, {}, {"temperature": 1.0}], "greedy, then at temperature 1"),
+    ],
+)
+def test_the_page_says_how_the_evaluations_sampled(
+    tmp_path: Path, evaluations: list[dict[str, float]], said: str
+) -> None:
+    with RunLog(tmp_path, owns_terminal=True) as log:
+        log.evaluation(0, EVALUATION | evaluations[0])
+        for step, changed in enumerate(evaluations[1:], 1):
+            with log.step(step):
+                log.add(ROW)
+                log.evaluation(step, EVALUATION | changed)
+    assert describe_evaluations(read_rows(tmp_path)) == said
+    write_plot(tmp_path)
+    last = said.split("then ")[-1]
+    assert f"last evaluation (step {len(evaluations) - 1}, {last})" in write_report(tmp_path).read_text()
+
+
+def test_rows_of_an_older_run_claim_nothing() -> None:
+    assert describe_evaluations([{"step": 0, "eval/accuracy": 0.5}]) == ""
+
+
+def test_texts_keep_their_lines_and_every_character(run_dir: Path) -> None:
+    said = {"question": "a\n  b", "answer_text": "x" * 5000 + "\nline & <i>\ud800", "reward": 0.5}
+    (run_dir / "examples.json").write_text(json.dumps([said]))
+    write_plot(run_dir)
+    page = write_report(run_dir).read_text(encoding="utf-8")
+    assert '<p class="said">a\n  b</p>' in page and "\nline &amp; &lt;i&gt;?</p>" in page
+
+
+def test_the_page_fits_a_narrow_and_a_dark_screen(run_dir: Path) -> None:
+    write_plot(run_dir)
+    page = write_report(run_dir).read_text()
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+    assert "prefers-color-scheme: dark" in page and '<div class="scroll"><table>' in page
+
+
+def test_rewards_outside_0_to_1_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib import pyplot
+
+    limits: list[tuple[float, float]] = []
+    monkeypatch.setattr(pyplot, "close", lambda figure: limits.append(figure.axes[0].get_ylim()))
+    with RunLog(tmp_path, owns_terminal=True) as log, log.step(1):
+        log.add(ROW | {"reward_mean": -0.75})
+    write_plot(tmp_path)
+    assert limits == [(-0.75, 1.0)]
 
 
 def test_gspo_report_refuses_a_directory_without_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
