@@ -7,22 +7,23 @@ or the share of one rank, is in memory.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gspo_megatron.config import Recipe, save_resolved
+from gspo_megatron.config.loading import refuse
+from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.models import load_resolved
 from gspo_megatron.models.hf_table import Piece, hf_shapes, local_parameters
+from gspo_megatron.own_directory import LAYOUT, replace_directory
 from gspo_megatron.parallel import Layout, layout_of
 from gspo_megatron.policy.restore import SavedPolicy
 from gspo_megatron.policy.snapshot import VALUE, rank_file
-from gspo_megatron.policy.weights import ReadPiece, safetensors_pieces, save_hf
+from gspo_megatron.policy.weights import ReadPiece, safetensors_pieces, save_hf, write_tensors
 from gspo_megatron.run_dir import CheckpointDir
 
 
@@ -30,8 +31,11 @@ def convert(source: Path, out: Path, recipe: Recipe | None) -> str:
     """Convert in the direction that the source asks for; returns what was done, in a sentence.
 
     Raises:
-        ValueError: the source is neither, or does not hold the model, all faults in one sentence.
+        ValueError: the source is neither, or does not hold the model, all faults in one sentence; or `out` holds what
+            is not ours.
     """
+    if out.resolve().is_relative_to(source.resolve()):
+        raise refuse("out-in-source", "OUT", f"{out} lies in {source}, which is read", "name a directory beside it")
     checkpoint = CheckpointDir(source)
     if checkpoint.state.is_file():
         recipe = load_resolved(checkpoint.recipe)
@@ -56,16 +60,21 @@ def to_hugging_face(checkpoint: Path, recipe: Recipe, out: Path) -> None:
         for name, shape in hf_shapes(arch).items():
             yield name, saved.read(VALUE, _whole(name, shape)).to(getattr(torch, recipe.model.dtype))
 
-    save_hf(tensors(), arch.to_hugging_face(recipe.model.dtype), out)
+    save_hf(tensors(), arch.to_hugging_face(recipe.model.dtype), out, "OUT")
 
 
 def to_layout(source: Path, recipe: Recipe, layout: Layout, out: Path) -> None:
     """A Hugging Face directory in the files of a checkpoint that no optimizer has touched."""
     arch = recipe.arch
     read = safetensors_pieces(source, arch)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    with replace_directory(out, LAYOUT, "OUT") as partial:
+        _cut(partial, arch, layout, read)
+        CheckpointDir(partial).state.write_text(json.dumps({"layout": asdict(layout)}))
+        save_resolved(recipe, CheckpointDir(partial).recipe)
+
+
+def _cut(directory: Path, arch: Architecture, layout: Layout, read: ReadPiece) -> None:
+    """Write the share of every rank."""
     written: set[tuple[object, ...]] = set()
     for rank in range(layout.world):
         held: dict[str, Tensor] = {}
@@ -74,11 +83,7 @@ def to_layout(source: Path, recipe: Recipe, layout: Layout, out: Path) -> None:
                 if (entry.name, entry.pieces) not in written:
                     written.add((entry.name, entry.pieces))
                     held[f"{VALUE}/0/{entry.name}"] = _fill(entry.shape, entry.pieces, read)
-        save_file(held, rank_file(partial, rank))
-    CheckpointDir(partial).state.write_text(json.dumps({"layout": asdict(layout)}))
-    save_resolved(recipe, CheckpointDir(partial).recipe)
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
+        write_tensors(held, rank_file(directory, rank))
 
 
 def _fill(shape: tuple[int, ...], pieces: tuple[Piece, ...], read: ReadPiece) -> Tensor:

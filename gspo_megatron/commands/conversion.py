@@ -16,7 +16,9 @@ def add_arguments(subparsers: argparse._SubParsersAction[argparse.ArgumentParser
     """Add the `convert` command to the parser."""
     parser = subparsers.add_parser("convert", help="checkpoint to Hugging Face directory, or back to a layout")
     parser.add_argument("source", type=read_path, help="a checkpoint directory, or a Hugging Face directory")
-    parser.add_argument("out", type=read_path, help="directory to write; an older one is replaced")
+    parser.add_argument(
+        "out", type=read_path, help="directory to write: missing, empty, or an older conversion, which is replaced"
+    )
     parser.add_argument("recipe", type=read_path, nargs="?", help="recipe with the layout for such a directory")
     add_overrides(parser)
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -15,12 +14,15 @@ from gspo_megatron.cluster.local_backend import plan_roles, run_roles
 from gspo_megatron.cluster.machines import count_gpus
 from gspo_megatron.commands.recipe_arguments import add_recipe
 from gspo_megatron.config import Recipe, save_resolved
-from gspo_megatron.config.loading import refuse
 from gspo_megatron.config.recipe_paths import absolute_path, short_path
 from gspo_megatron.models import load_recipe
+from gspo_megatron.own_directory import HUGGING_FACE, RUN, claim_directory, refuse_foreign, refuse_unwritable
 from gspo_megatron.plan import check
 from gspo_megatron.plan.rules.not_built import not_built
-from gspo_megatron.run_dir import RunDir
+from gspo_megatron.run_dir import EXPORT, RunDir
+
+KEY = "run.directory"
+"""Where a run writes."""
 
 
 def add_arguments(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -54,16 +56,27 @@ def train(path: Path, overrides: Sequence[str]) -> int:
     )
     run = RunDir(run_dir)
     logs = run.attempt_logs(run.next_attempt()).path
-    with refuse_unwritable(run_dir):
+    with refuse_unwritable(run_dir, KEY):
         logs.mkdir(parents=True)
     return run_roles(plan_roles(recipe, run_dir, ranks), logs)
+
+
+def claim_run(run_dir: Path) -> None:
+    """Make a run directory and mark it; a run may go on in its own. Raises RecipeError for a place that is not ours."""
+    claim_directory(run_dir, RUN, KEY)
+    run = RunDir(run_dir)
+    with refuse_unwritable(run_dir, KEY):
+        # Written when the run ends: said now rather than then.
+        for export in (run.final, *EXPORT.find(run.checkpoints).values()):
+            refuse_foreign(export, HUGGING_FACE, KEY)
 
 
 def prepare_run(recipe: Recipe) -> Path:
     """Make the run directory: resolved recipe, objective sentence, model description for the servers."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     run = RunDir(recipe.run.directory or absolute_path(f"runs/{recipe.run.name}-{stamp}"))
-    with refuse_unwritable(run.path):
+    claim_run(run.path)
+    with refuse_unwritable(run.path, KEY):
         run.model.mkdir(parents=True, exist_ok=True)
         save_resolved(recipe, run.recipe)
         batch = recipe.batch
@@ -74,15 +87,3 @@ def prepare_run(recipe: Recipe) -> Path:
         arch = recipe.arch
         run.model_config.write_text(json.dumps(arch.to_hugging_face(recipe.model.dtype), indent=1))
     return run.path
-
-
-@contextmanager
-def refuse_unwritable(run_dir: Path) -> Iterator[None]:
-    """Turn the system's refusal to write a run directory into one sentence. Raises RecipeError."""
-    try:
-        yield
-    except OSError as error:
-        raise refuse(
-            "run-directory", "run.directory", f"{error.filename or run_dir} cannot be written ({error.strerror})",
-            "name a directory that you can write, on a file system with room",
-        ) from None  # fmt: skip

@@ -18,7 +18,16 @@ from gspo_megatron.plan.estimate.batch import BatchPlan
 from gspo_megatron.plan.estimate.memory import StageMemory
 from gspo_megatron.plan.estimate.rollout import RolloutPlan
 from gspo_megatron.plan.estimate.step_time import ComputePlan
-from gspo_megatron.plan.rules import durations, layout, metric_sinks, model_files, own_reward, resources, settings
+from gspo_megatron.plan.rules import (
+    durations,
+    layout,
+    metric_sinks,
+    model_files,
+    own_reward,
+    resources,
+    run_directory,
+    settings,
+)
 from gspo_megatron.plan.rules.not_built import not_built
 from gspo_megatron.types import Finding
 
@@ -91,6 +100,7 @@ def _plan(recipe: Recipe, where: Machine, runs_here: bool) -> Plan:
     found = [*machines.findings(recipe, where), *settings.findings(recipe, arch, where)]
     found += model_files.findings(recipe, arch, runs_here)
     found += [*metric_sinks.findings(recipe, runs_here), *own_reward.findings(recipe)]
+    found += run_directory.findings(recipe)
     spec = recipe.objective.spec(recipe.rollout.max_answer_tokens)
     sequences = recipe.batch.prompts * recipe.batch.answers // recipe.batch.updates
     sentence = spec.describe(sequences, recipe.batch.updates)

@@ -203,11 +203,19 @@ class Policy:
         """Whole Hugging Face tensors on rank 0, none on other ranks; every rank must exhaust the iterator."""
         return self.weights.export(self.recipe.weight_update.bucket_mib * 2**20)
 
-    def save(self, directory: Path) -> None:
-        """Write a Hugging Face directory, under another name until it is complete."""
+    def save(self, directory: Path, key: str = "run.directory") -> None:
+        """Write a Hugging Face directory, under another name until it is complete.
+
+        Args:
+            directory: missing, empty, or an older export.
+            key: recipe key of the directory that it lies in.
+
+        Raises:
+            RecipeError: on rank 0, a place that is not ours or cannot be written.
+        """
         tensors = self.export()
         if dist.get_rank() == 0:
-            save_hf(tensors, self.weights.arch.to_hugging_face(self.recipe.model.dtype), directory)
+            save_hf(tensors, self.weights.arch.to_hugging_face(self.recipe.model.dtype), directory, key)
         for _ in tensors:
             pass
         dist.barrier()

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.models.hf_table import Parameter, Piece, hf_shapes, local_parameters
 from gspo_megatron.models.manifest import TensorMeta
 from gspo_megatron.models.weight_files import INDEX_FILE, find_weights
+from gspo_megatron.own_directory import HUGGING_FACE, replace_directory
 from gspo_megatron.parallel import Layout
 
 ReadPiece = Callable[[Piece], Tensor]
@@ -185,25 +186,41 @@ def safetensors_pieces(directory: Path, arch: Architecture) -> ReadPiece:
     return read
 
 
-def save_hf(tensors: Iterator[tuple[str, Tensor]], config: dict[str, Any], directory: Path) -> None:
-    """Write a Hugging Face directory, under another name until it is whole."""
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    _save_tensors(tensors, partial)
-    (partial / "config.json").write_text(json.dumps(config, indent=1))
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
+def save_hf(
+    tensors: Iterator[tuple[str, Tensor]], config: dict[str, Any], directory: Path, key: str = "directory"
+) -> None:
+    """Write a Hugging Face directory, under another name until it is whole.
+
+    Args:
+        tensors: by their Hugging Face names.
+        config: what config.json holds.
+        directory: missing, empty, or an older export.
+        key: recipe key or argument that names it, or the run directory that it lies in.
+
+    Raises:
+        RecipeError: the place is not ours, or cannot be written.
+    """
+    with replace_directory(directory, HUGGING_FACE, key) as partial:
+        _save_tensors(tensors, partial)
+        (partial / "config.json").write_text(json.dumps(config, indent=1))
+
+
+def write_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file. Raises OSError where it cannot be written, with the file's name."""
+    try:
+        save_file(tensors, file, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(file)) from None
 
 
 def _save_tensors(tensors: Iterator[tuple[str, Tensor]], directory: Path) -> None:
     """Write tensors as they come into numbered safetensors files with an index, at most SHARD_BYTES each."""
-    directory.mkdir(parents=True, exist_ok=True)
     shards: list[list[str]] = []
     held: dict[str, Tensor] = {}
     total = 0
 
     def flush() -> None:
-        save_file(held, directory / f"model-{len(shards) + 1:05d}.safetensors", metadata={"format": "pt"})
+        write_tensors(held, directory / f"model-{len(shards) + 1:05d}.safetensors", {"format": "pt"})
         shards.append(list(held))
         held.clear()
 

@@ -44,7 +44,7 @@ def prepare_weights(trainer: Trainer) -> None:
         fine_tune(trainer, recipe.cold_start)
         run = hashlib.sha256(str(trainer.log.run_dir.path.absolute()).encode()).hexdigest()[:8]
         own = cached.with_name(f"{cached.name}.{run}")
-        policy.save(own)
+        policy.save(own, "cold_start.cache")
         if dist.get_rank() == 0:
             publish(own, cached)
         dist.barrier()

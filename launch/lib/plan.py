@@ -24,10 +24,11 @@ from typing import Any, get_args
 from gspo_megatron.cluster import hosts, placement
 from gspo_megatron.cluster.exit_codes import REFUSED
 from gspo_megatron.cluster.hosts import Host, Kind, Ports, Spread, Task
-from gspo_megatron.commands.train_run import prepare_run, refuse_unwritable
+from gspo_megatron.commands.train_run import KEY, claim_run, prepare_run
 from gspo_megatron.config import Recipe, RecipeError
 from gspo_megatron.config.recipe_paths import absolute_path, paths_of, short_path
 from gspo_megatron.models import load_recipe, load_resolved
+from gspo_megatron.own_directory import refuse_unwritable
 from gspo_megatron.plan.rules.not_built import not_built
 from gspo_megatron.plan.run_plan import make_plan
 from gspo_megatron.run_dir import ATTEMPT, AttemptDir, RunDir
@@ -187,7 +188,8 @@ def open_attempt(recipe: Recipe, names: Sequence[str], gpus: int, job: str, runn
     if RunDir(run_dir).done.is_file():
         print_plan(recipe, over, {"done": True})
         return 0
-    with refuse_unwritable(run_dir):
+    with refuse_unwritable(run_dir, KEY):
+        claim_run(run_dir)
         refuse_other_job(run_dir, job, running)
         refuse_other_recipe(run_dir, recipe)
         number, attempt, earlier = make_attempt(RunDir(run_dir), job)

@@ -65,3 +65,23 @@ def test_a_run_of_bfloat16_comes_back_in_bfloat16(source: Path, tmp_path: Path) 
     piece = Piece(name, (0, shape[0]), (0, shape[1]), (0, shape[0]))
     ours, theirs = (weights.safetensors_pieces(place, arch)(piece) for place in (source, tmp_path / "back"))
     assert theirs.dtype is torch.bfloat16 and torch.equal(ours.bfloat16(), theirs)
+
+
+def test_nothing_of_somebody_is_replaced(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cut, back, wanted = tmp_path / "cut", tmp_path / "back", [RECIPE, "trainer.ranks=1"]
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
+    assert main(["convert", str(source), str(tmp_path / "thesis"), *wanted]) == 2
+    assert "error [directory-not-ours] OUT: " in capsys.readouterr().err
+    for _ in range(2):  # an older conversion is replaced
+        assert main(["convert", str(source), str(cut), *wanted]) == 0
+        assert main(["convert", str(cut), str(back)]) == 0
+    capsys.readouterr()
+    (back / "README.md").write_text("mine")
+    for place in (tmp_path / "thesis", back, cut, cut / "hf", tmp_path):
+        assert main(["convert", str(cut), str(place)]) == 2
+        said = capsys.readouterr().err
+        assert str(place) in said and said.count("\n") == 1
+    assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years of work"
+    assert (back / "README.md").read_text() == "mine" and not (cut / "hf").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "cut", "model", "thesis"]

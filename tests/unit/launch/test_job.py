@@ -142,8 +142,8 @@ def test_a_run_directory_that_cannot_be_written_is_one_sentence(command: str, di
         [sys.executable, "-m", *(train if command == "train" else job)], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == REFUSED, done
-    (sentence,) = [line for line in done.stderr.splitlines() if "run-directory" in line]
-    assert f"error [run-directory] run.directory: {directory}" in sentence and "cannot be written (" in sentence
+    (sentence,) = [line for line in done.stderr.splitlines() if "cannot-write" in line]
+    assert f"error [cannot-write] run.directory: {directory}" in sentence and "cannot be written (" in sentence
     assert "Traceback" not in done.stderr
 
 

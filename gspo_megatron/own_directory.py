@@ -1,0 +1,181 @@
+"""Directories that the package writes: a place is taken if it is missing, empty, or bears the mark of the same kind.
+
+Whatever else is there belongs to somebody: nothing is written into it, over it or deleted. Every run directory, export
+and conversion goes through `claim_directory` or `replace_directory`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gspo_megatron.config.refusal import RecipeError, refuse
+
+MARK = ".gspo-megatron.json"
+"""File that marks a directory as ours: its kind and, where the directory is replaced as a whole, the names in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryKind:
+    """A kind of directory that the package writes."""
+
+    name: str
+    """In the mark: `hugging-face`."""
+    words: str
+    """In sentences: `a Hugging Face directory that gspo wrote`."""
+    needed: tuple[str, ...]
+    """Files that one has which an earlier version wrote, without a mark."""
+    others: str
+    """Regular expression of the further names in such a directory."""
+
+
+RUN = DirectoryKind("run", "a run directory", ("recipe.resolved.yaml", "objective.txt"), r".*")
+HUGGING_FACE = DirectoryKind(
+    "hugging-face", "a Hugging Face directory that gspo wrote", ("config.json", "model.safetensors.index.json"),
+    r"model-[0-9]{5}\.safetensors",
+)  # fmt: skip
+LAYOUT = DirectoryKind(
+    "layout", "a directory of gspo convert", ("state.json", "recipe.resolved.yaml"), r"rank_[0-9]{5}\.safetensors"
+)
+
+
+def directory_fault(path: Path, kind: DirectoryKind) -> str | None:
+    """Why a directory of this kind must not be written there, as half a sentence; None = it may.
+
+    Raises:
+        OSError: the place cannot be looked at.
+    """
+    if not os.path.lexists(path):
+        return None
+    if not path.is_dir():
+        return f"{path} is not a directory"
+    names = sorted(entry.name for entry in path.iterdir())
+    if not names:
+        return None
+    foreign = _foreign_names(path, kind, names)
+    if foreign is None:
+        return f"{path} holds {_some(names)}, and nothing marks it as {kind.words}"
+    return f"{path} is {kind.words}, but also holds {_some(foreign)}" if foreign else None
+
+
+def claim_directory(path: Path, kind: DirectoryKind, key: str) -> None:
+    """Make a directory to write into, and mark it.
+
+    Args:
+        path: may be missing, empty, or of this kind already.
+        kind: of the directory.
+        key: recipe key or argument that names the path.
+
+    Raises:
+        RecipeError: the place is not ours, or cannot be written.
+    """
+    with refuse_unwritable(path, key):
+        refuse_foreign(path, kind, key)
+        path.mkdir(parents=True, exist_ok=True)
+        if not (path / MARK).is_file():
+            _write_mark(path, {"kind": kind.name})
+
+
+@contextlib.contextmanager
+def replace_directory(path: Path, kind: DirectoryKind, key: str) -> Iterator[Path]:
+    """Give a directory to fill, which takes the place of `path` when the block ends without a fault.
+
+    Args:
+        path: may be missing, empty, or of this kind and without names that were added to it. A link is followed.
+        kind: of the directory.
+        key: recipe key or argument that names the path.
+
+    Raises:
+        RecipeError: the place is not ours, or cannot be written.
+    """
+    target = Path(os.path.realpath(path))
+    with refuse_unwritable(path, key):
+        partial, old = (target.parent / f".{target.name}.{kind.name}.{end}" for end in ("partial", "old"))
+        for place in (target, partial, old):
+            refuse_foreign(place, kind, key)
+        _remove(partial)
+        partial.mkdir(parents=True)
+        # Without names: all in it was written by us, also if the process is killed now.
+        _write_mark(partial, {"kind": kind.name})
+    try:
+        yield partial
+        with refuse_unwritable(path, key):
+            names = sorted(file.relative_to(partial).as_posix() for file in partial.rglob("*") if file.name != MARK)
+            _write_mark(partial, {"kind": kind.name, "names": names})
+            refuse_foreign(target, kind, key)
+            _remove(old)
+            if target.exists():
+                target.rename(old)
+            partial.rename(target)
+            _remove(old)
+    except OSError as error:
+        if error.filename is None or Path(error.filename).is_relative_to(partial):
+            raise _unwritable(path, key, error) from None
+        raise  # of a file that was to be read
+    finally:
+        _remove(partial)
+
+
+def refuse_foreign(path: Path, kind: DirectoryKind, key: str) -> None:
+    """Raise RecipeError if a directory of this kind must not be written there."""
+    fault = directory_fault(path, kind)
+    if fault is not None:
+        raise refuse("directory-not-ours", key, fault, "name a directory that is missing or empty; nothing was changed")
+
+
+@contextlib.contextmanager
+def refuse_unwritable(path: Path, key: str) -> Iterator[None]:
+    """Turn the system's refusal to write a directory into one sentence. Raises RecipeError."""
+    try:
+        yield
+    except OSError as error:
+        raise _unwritable(path, key, error) from None
+
+
+def _unwritable(path: Path, key: str, error: OSError) -> RecipeError:
+    place = "" if error.filename in (None, str(path)) else f"{error.filename}: "
+    message = f"{path} cannot be written ({place}{error.strerror or error})"
+    return refuse("cannot-write", key, message, "name a directory that you can write, on a file system with room")
+
+
+def _foreign_names(path: Path, kind: DirectoryKind, names: Sequence[str]) -> list[str] | None:
+    """Names in a directory of this kind that we did not write; None = it is of no such kind."""
+    if MARK not in names:
+        found = [name for name in names if name not in kind.needed and not re.fullmatch(kind.others, name)]
+        return None if found or not {*kind.needed} <= {*names} else []
+    try:
+        mark = json.loads((path / MARK).read_text(encoding="utf-8"))
+        marked, written = mark["kind"], mark.get("names")
+        known = None if written is None else {MARK, *written}
+    except (ValueError, TypeError, LookupError, AttributeError):
+        return None
+    if marked != kind.name:
+        return None
+    if known is None:
+        return []
+    return [name for file in sorted(path.rglob("*")) if (name := file.relative_to(path).as_posix()) not in known]
+
+
+def _some(names: Sequence[str]) -> str:
+    """At most three names."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _write_mark(directory: Path, mark: dict[str, Any]) -> None:
+    """Write the mark so that no reader, and no crash, sees half of it."""
+    fresh = directory / f"{MARK}.{os.getpid()}"
+    fresh.write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
+    fresh.replace(directory / MARK)
+
+
+def _remove(directory: Path) -> None:
+    if directory.exists():
+        shutil.rmtree(directory)
