@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -19,6 +20,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+IntArray = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 SCORE_BUDGET = 2**20
 """Most attention scores (bucket x heads x queries x keys) of a block of queries; a block has at least one query."""
 
@@ -35,10 +37,10 @@ class Bucket:
     """[B, Lq] position in the sequence, -1 for padding."""
     key_positions: Tensor
     """[B, Lk] position in the sequence, beyond every query's for padding. Of real keys it is their index."""
-    first_hidden: Tensor
-    """[Lq] on the host: keys before this index are seen by the queries of all B sequences."""
-    last_seen: Tensor
-    """[Lq] on the host: keys after this index are seen by none."""
+    first_hidden: IntArray
+    """[Lq] keys before this index are seen by the queries of all B sequences."""
+    last_seen: IntArray
+    """[Lq] keys after this index are seen by none."""
 
     def blocks(self, heads: int) -> Iterator[tuple[slice, int]]:
         """Blocks of queries, and how many keys each needs."""
@@ -54,8 +56,10 @@ class Bucket:
 
 @dataclass
 class PackedBatchParams(PackedSeqParams):
-    """Megatron's description of a pack, with the index sets of the reference attention beside it."""
+    """Megatron's description of a pack, with the index sets that its layers would ask the device for."""
 
+    positions: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    """[T_local] place of each token in its own sequence."""
     buckets: tuple[Bucket, ...] = field(default=())
 
 
@@ -73,6 +77,11 @@ def zigzag_indices(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
         for index in (rank, 2 * size - 1 - rank):
             parts.append(torch.arange(start + index * chunk, start + (index + 1) * chunk))
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
+
+
+def positions_of(cu_seqlens: Tensor, indices: Tensor) -> Tensor:
+    """[T_local] places in their own sequences of the tokens at `indices` of the pack."""
+    return indices - cu_seqlens[torch.searchsorted(cu_seqlens, indices, right=True) - 1]
 
 
 def plan_buckets(cu_seqlens: Tensor, rank: int, size: int, device: torch.device) -> tuple[Bucket, ...]:
@@ -104,7 +113,7 @@ def plan_buckets(cu_seqlens: Tensor, rank: int, size: int, device: torch.device)
             queries[row, : len(own)] = start // size + torch.arange(len(own))
         seen = query_positions.clamp(min=0)
         parts = (part.to(device) for part in (queries, keys, query_positions, key_positions))
-        buckets.append(Bucket(*parts, first_hidden=seen.amin(0) + 1, last_seen=seen.amax(0)))
+        buckets.append(Bucket(*parts, first_hidden=seen.amin(0).numpy() + 1, last_seen=seen.amax(0).numpy()))
     return tuple(buckets)
 
 
@@ -154,14 +163,14 @@ class ReferenceAttention(MegatronModule):
                 )
                 for part in (key, value)
             )
-        output = torch.zeros_like(query)
+        # The last row takes the padding of the buckets. Picking the real rows would ask the device how many there are.
+        output = query.new_zeros((len(query) + 1, *query.shape[1:]))
         for bucket in packed_seq_params.buckets:
             attended = self._attend(
                 _pick(query, bucket.queries), _pick(key, bucket.keys), _pick(value, bucket.keys), bucket
             )
-            real = bucket.queries < len(query)
-            output = output.index_put((bucket.queries[real],), attended[real])
-        return output.reshape(len(query), -1)
+            output = output.index_put((bucket.queries,), attended)
+        return output[:-1].flatten(1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, bucket: Bucket) -> Tensor:
         """[B, Lq, heads, d] of one bucket."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gspo_megatron.data.packing import PackedBatch
 from gspo_megatron.parallel import Coordinates, Layout
-from gspo_megatron.policy.attention import PackedBatchParams, plan_buckets, zigzag_indices
+from gspo_megatron.policy.attention import PackedBatchParams, plan_buckets, positions_of, zigzag_indices
 
 ROPE_LENGTH_STEP = 1024
 """Rotary tables are cached by length; rounding up to this keeps each new longest sequence from making one."""
@@ -44,9 +44,6 @@ def place(batch: PackedBatch, layout: Layout, at: Coordinates, device: torch.dev
     longest = int(cu_seqlens.diff().max())
     on_device = cu_seqlens.to(device)
     rope_length = -(-longest // ROPE_LENGTH_STEP) * ROPE_LENGTH_STEP
-    if rope_length == int(cu_seqlens[-1]):
-        # Where it equals the pack's, Megatron counts rotary positions over the pack, not from each start.
-        rope_length += ROPE_LENGTH_STEP
     params = PackedBatchParams(
         qkv_format="thd",
         cu_seqlens_q=on_device,
@@ -55,6 +52,7 @@ def place(batch: PackedBatch, layout: Layout, at: Coordinates, device: torch.dev
         cu_seqlens_kv_padded=on_device,
         max_seqlen_q=rope_length,
         max_seqlen_kv=rope_length,
+        positions=positions_of(cu_seqlens, keep).to(device),
         buckets=plan_buckets(cu_seqlens, at.context, layout.context, device),
     )
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe, TrainerSection
 from gspo_megatron.models.registry import family_of
 from gspo_megatron.policy.offload import offload_inputs
+from gspo_megatron.policy.rotary import PackedModel
 from gspo_megatron.policy.specs import has_transformer_engine, reference_spec, transformer_engine_spec
 
 
@@ -46,8 +46,7 @@ def transformer_config(arch: Architecture, trainer: TrainerSection, dtype: torch
         bias_activation_fusion=engine,
         bias_dropout_fusion=engine,
         masked_softmax_fusion=False,
-        # Unfused, megatron asks the device for the lengths of the sequences in every layer. The fused kernel lacks
-        # YaRN's factor, which scales queries and keys.
+        # The fused kernel lacks YaRN's factor, which scales queries and keys; `rotary.py` has it.
         apply_rope_fusion=engine and arch.rope_scaling is None,
         gradient_accumulation_fusion=False,
         deallocate_pipeline_outputs=True,
@@ -107,7 +106,7 @@ def _recompute_settings(trainer: TrainerSection) -> dict[str, Any]:
     return {}
 
 
-def build_chunks(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None) -> list[GPTModel]:
+def build_chunks(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None) -> list[PackedModel]:
     """The model chunks of this rank: one, or one for each virtual stage. Weights are uninitialised until loaded."""
     arch = recipe.arch
     config = transformer_config(arch, recipe.trainer, dtype or getattr(torch, recipe.model.dtype))
@@ -115,7 +114,7 @@ def build_chunks(recipe: Recipe, device: torch.device, dtype: torch.dtype | None
     for index in range(recipe.trainer.virtual_pipeline or 1):
         stage = index if recipe.trainer.virtual_pipeline else None
         spec: Any = transformer_engine_spec(config) if has_transformer_engine() else reference_spec(config, stage)
-        chunk = GPTModel(
+        chunk = PackedModel(
             config=config,
             transformer_layer_spec=spec,
             vocab_size=arch.vocab_size,

@@ -11,7 +11,7 @@ from megatron.core import optimizer
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from gspo_megatron.policy.attention import ReferenceAttention
+from gspo_megatron.policy.rotary import PackedSelfAttention
 
 
 class ReferenceNorm(torch.nn.Module):
@@ -59,9 +60,12 @@ def describe_parts() -> str:
 
 def transformer_engine_spec(config: TransformerConfig) -> ModuleSpec:
     """The spec of megatron-core with fused norm + linear, grouped experts and THD attention."""
-    return get_gpt_layer_with_transformer_engine_spec(
+    spec = get_gpt_layer_with_transformer_engine_spec(
         num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
     )
+    layer: Any = spec.submodules
+    layer.self_attention.module = PackedSelfAttention
+    return spec
 
 
 def reference_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
@@ -79,7 +83,7 @@ def reference_spec(config: TransformerConfig, vp_stage: int | None) -> Transform
         submodules=TransformerLayerSubmodules(
             input_layernorm=ReferenceNorm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=PackedSelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,

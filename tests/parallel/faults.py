@@ -100,7 +100,9 @@ def scaled_experts(original: Any) -> Any:
 
 def rope_from_rank_zero(original: Any) -> Any:
     """Every context-parallel rank rotates by the positions of the first."""
-    return lambda rank, *args, **kwargs: original(0, *args, **kwargs)
+    from gspo_megatron.policy.attention import zigzag_indices
+
+    return lambda starts, own: original(starts, zigzag_indices(starts, 0, int(starts[-1]) // len(own)))
 
 
 def flat_qkv(_: Any) -> Any:
@@ -221,9 +223,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], Callable[[], AbstractContextManager[Non
     ),
     "rope of rank 0 on every CP rank": (
         ("CP2 EP4",),
-        lambda: replaced(
-            "megatron.core.models.common.embeddings.rope_utils", "_get_thd_freqs_on_this_cp_rank", rope_from_rank_zero
-        ),
+        lambda: replaced("gspo_megatron.policy.microbatch", "positions_of", rope_from_rank_zero),
     ),
     "sequence sums not added over CP": (
         ("CP2 EP4",),
