@@ -9,13 +9,14 @@ from types import ModuleType
 
 from gspo_megatron import __version__
 from gspo_megatron.cluster.exit_codes import REFUSED
-from gspo_megatron.commands import conversion, failure_debug, hook_check, run_report, train_run
+from gspo_megatron.commands import conversion, evaluation_run, failure_debug, hook_check, run_report, train_run
 from gspo_megatron.config import RecipeError
 from gspo_megatron.plan import command as plan_command
 
 COMMANDS: dict[str, ModuleType] = {
     "train": train_run,
     "plan": plan_command,
+    "eval": evaluation_run,
     "report": run_report,
     "convert": conversion,
     "debug": failure_debug,

@@ -36,6 +36,7 @@ class DirectoryKind:
     """Regular expression of the further names in such a directory."""
 
 
+EVALUATION = DirectoryKind("evaluation", "a directory of gspo eval", ("recipe.resolved.yaml", "weights_source"), r".*")
 RUN = DirectoryKind("run", "a run directory", ("recipe.resolved.yaml", "objective.txt"), r".*")
 HUGGING_FACE = DirectoryKind(
     "hugging-face", "a Hugging Face directory that gspo wrote", ("config.json", "model.safetensors.index.json"),

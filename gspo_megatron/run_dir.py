@@ -184,6 +184,21 @@ class RunDir:
         return self.path / "examples.json"
 
     @property
+    def answers(self) -> Path:
+        """Every response of `gspo eval`, one JSON object a line."""
+        return self.path / "answers.jsonl"
+
+    @property
+    def weights_source(self) -> Path:
+        """Where the weights came from that `gspo eval` evaluated: one path."""
+        return self.path / "weights_source"
+
+    @property
+    def evaluation(self) -> Path:
+        """The results of `gspo eval`."""
+        return self.path / "evaluation.json"
+
+    @property
     def plot(self) -> Path:
         """Accuracy, reward and clip fraction by step."""
         return self.path / "accuracy.png"

@@ -1,7 +1,7 @@
 """Plan runs whose speed or memory was published, and print planned / measured for each (`make plan-table`).
 
-    python tools/plan_table.py          # the table
-    python tools/plan_table.py --write  # and write it to tools/results/plan_table.md
+python tools/plan_table.py          # the table
+python tools/plan_table.py --write  # and write it to tools/results/plan_table.md
 """
 
 from __future__ import annotations

@@ -11,9 +11,11 @@ from gspo_megatron.cluster.machines import machine_of
 from gspo_megatron.cluster.placement import SERVERS_PER_HOST, server_gpus, server_nodes
 from gspo_megatron.config.schema import Recipe
 
-Kind = Literal["rollout", "controller", "trainer"]
+Kind = Literal["rollout", "controller", "trainer", "evaluator"]
 CPU_RANKS = 2
 """Trainer ranks of a node without GPUs, unless `trainer.ranks` says otherwise."""
+LOADED = "--loaded"
+"""Argument of servers and controller: the weights are those in the run directory, and no update will come."""
 SERVER_RESTARTS = 3
 """Times that each of several servers may be lost in one attempt; a single server takes the attempt with it."""
 PORT_STRIDE = SERVERS_PER_HOST + 2
@@ -74,7 +76,7 @@ class Task:
     @property
     def name(self) -> str:
         """`trainer-0`, `rollout-1`, `controller`; `rollout-1.1` is the second node's part of a server."""
-        if self.kind == "controller":
+        if self.kind in ("controller", "evaluator"):
             return self.kind
         return f"{self.kind}-{self.index}" + (f".{self.part}" if self.part else "")
 
@@ -132,11 +134,7 @@ def spread(recipe: Recipe, hosts: Sequence[Host], gpus: int) -> Spread:
 def tasks(recipe: Recipe, over: Spread, ports: Ports, run_dir: Path) -> list[Task]:
     """Every process of the run, servers first: they take longest to start."""
     where = ("--run-dir", str(run_dir))
-    first = over.trainers[0]
     places = over.server_places()
-    urls = ",".join(f"http://{group[0].address}:{ports.servers[local]}" for group, local in places)
-    listen = ("--host", first.address, "--port", str(ports.controller))
-    controller = ("-m", "gspo_megatron.controller.main", *where, *listen, "--servers", urls)
     # A server cannot start on a GPU that the trainer is using, nor a part without the other parts of its server.
     lone = len(places) == 1 or over.server_nodes > 1 or machine_of(recipe).colocated
     restarts = 0 if lone else SERVER_RESTARTS
@@ -146,13 +144,35 @@ def tasks(recipe: Recipe, over: Spread, ports: Ports, run_dir: Path) -> list[Tas
             for index, place in enumerate(places)
             for part in range(over.server_nodes)
         ),
-        Task("controller", 0, first, 0, controller, {}, (ports.controller,)),
+        _controller(over, ports, where),
         *(
             _trainer(recipe, over, ports, where, host, number * over.ranks + local, local)
             for number, host in enumerate(over.trainers)
             for local in range(over.ranks)
         ),
     ]
+
+
+def evaluation_tasks(recipe: Recipe, over: Spread, ports: Ports, run_dir: Path) -> list[Task]:
+    """Every process of an evaluation: servers that hold their weights from the start, and no trainer."""
+    where = ("--run-dir", str(run_dir))
+    url = f"http://{over.trainers[0].address}:{ports.controller}"
+    evaluator = ("-m", "gspo_megatron.evaluation.evaluator", *where, "--controller", url)
+    serving = [
+        _server(recipe, over, ports, where, index, 0, *place) for index, place in enumerate(over.server_places())
+    ]
+    return [
+        *(replace(task, arguments=(*task.arguments, LOADED)) for task in (*serving, _controller(over, ports, where))),
+        Task("evaluator", 0, over.trainers[0], 0, evaluator, {}, ()),
+    ]
+
+
+def _controller(over: Spread, ports: Ports, where: tuple[str, ...]) -> Task:
+    first = over.trainers[0]
+    urls = ",".join(f"http://{group[0].address}:{ports.servers[local]}" for group, local in over.server_places())
+    listen = ("--host", first.address, "--port", str(ports.controller))
+    arguments = ("-m", "gspo_megatron.controller.main", *where, *listen, "--servers", urls)
+    return Task("controller", 0, first, 0, arguments, {}, (ports.controller,))
 
 
 def _server(

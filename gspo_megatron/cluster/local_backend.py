@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -33,8 +33,8 @@ from gspo_megatron.cluster.events import (
     Watched,
 )
 from gspo_megatron.cluster.free_ports import LOOPBACK, free_ports, hold_ports
-from gspo_megatron.cluster.hosts import Host, Ports, Spread, Task, tasks
-from gspo_megatron.cluster.supervisor import Rules, Supervisor, restart_sentence, supervise
+from gspo_megatron.cluster.hosts import Host, Ports, Spread, Task, evaluation_tasks, tasks
+from gspo_megatron.cluster.supervisor import TRAINER, Rules, Supervisor, restart_sentence, supervise
 from gspo_megatron.cluster.visible_devices import VARIABLE, Gpu, list_gpus, name_devices
 from gspo_megatron.config.refusal import refuse
 from gspo_megatron.config.schema import Recipe
@@ -68,6 +68,17 @@ class Role:
 
 def plan_roles(recipe: Recipe, run_dir: Path, ranks: int) -> list[Role]:
     """The processes of a run on one machine: those of a job of one node, on ports that are free here."""
+    return _plan(recipe, run_dir, ranks, tasks)
+
+
+def plan_evaluation(recipe: Recipe, run_dir: Path) -> list[Role]:
+    """The processes of an evaluation on this machine, on ports that are free here."""
+    return _plan(recipe, run_dir, 1, evaluation_tasks)
+
+
+def _plan(
+    recipe: Recipe, run_dir: Path, ranks: int, list_tasks: Callable[[Recipe, Spread, Ports, Path], list[Task]]
+) -> list[Role]:
     free = free_ports(2 + recipe.rollout.servers)
     ports, here = Ports(free[0], free[1], tuple(free[2:])), Host("localhost", LOOPBACK)
     visible = list_gpus()
@@ -80,11 +91,11 @@ def plan_roles(recipe: Recipe, run_dir: Path, ranks: int) -> list[Role]:
             task.name,
             (programs.get(task.kind, sys.executable), *task.arguments),
             {**key, **task.environment, **_own_devices(task, visible)},
-            owns_terminal=task.name == "trainer-0",
+            owns_terminal=task.name in ("trainer-0", "evaluator"),
             restarts=task.restarts,
             ports=task.ports,
         )
-        for task in tasks(recipe, over, ports, run_dir)
+        for task in list_tasks(recipe, over, ports, run_dir)
     ]
 
 
@@ -98,8 +109,8 @@ def _own_devices(task: Task, visible: Sequence[Gpu]) -> dict[str, str]:
         raise refuse("too-few-gpus", "rollout.servers", message, fix) from None
 
 
-def run_roles(roles: Sequence[Role], log_dir: Path) -> int:
-    """Start the roles, wait for the trainer ranks, end everything.
+def run_roles(roles: Sequence[Role], log_dir: Path, leader: str = TRAINER) -> int:
+    """Start the roles, wait for the trainer ranks, or for what leads instead, end everything.
 
     Returns:
         0 when every trainer rank ended well; STOPPED when they saved themselves because they were asked to stop; 130 or
@@ -117,7 +128,7 @@ def run_roles(roles: Sequence[Role], log_dir: Path) -> int:
                 backend.start(role)
             signal.pthread_sigmask(signal.SIG_SETMASK, held)
             watched = [Watched(role.name, role.restarts) for role in roles]
-            return supervise(Supervisor(watched, Rules(settle=SETTLE)), backend)
+            return supervise(Supervisor(watched, Rules(settle=SETTLE, leader=leader)), backend)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
         for number in before:

@@ -62,6 +62,8 @@ class Rules:
     max_restarts: int = 0
     resume: str = ""
     """Command that resumes the run."""
+    leader: str = TRAINER
+    """Kind of role whose good end is the end of the attempt."""
 
 
 class Phase(Enum):
@@ -176,7 +178,7 @@ class Supervisor:
         """Judge together what has ended since the last tick: two servers that end at once are no peers."""
         fresh, self._fresh = self._fresh, []
         self._ended.update({end.name: end for end in fresh})
-        if not self.rules.queue and self._trainers_ended_well():
+        if not self.rules.queue and self._leaders_ended_well():
             # The run is done or saved, whatever else ends in the same moment.
             self._failures = []
             return self._end_roles()
@@ -187,19 +189,19 @@ class Supervisor:
                 self._left[role.name] -= 1
                 del self._ended[role.name]
                 decisions.append(Restart(role.name, self._left[role.name]))
-            elif role.kind != TRAINER or end.code not in (OK, STOPPED):
+            elif role.kind != self.rules.leader or end.code not in (OK, STOPPED):
                 self._failures.append(end)
         if self.phase is Phase.RUNNING and (self._failures or (self.rules.queue and self._ended)):
             self.phase, self._settle_at = Phase.SETTLING, now + self.rules.settle
         return decisions
 
-    def _trainer_codes(self) -> list[int | None]:
-        """Exit codes of the trainers; None = it runs."""
-        ends = [self._ended.get(role.name) for role in self.roles if role.kind == TRAINER]
+    def _leader_codes(self) -> list[int | None]:
+        """Exit codes of the trainers, or of what leads instead; None = it runs."""
+        ends = [self._ended.get(role.name) for role in self.roles if role.kind == self.rules.leader]
         return [None if end is None else end.code for end in ends]
 
-    def _trainers_ended_well(self) -> bool:
-        return all(code in (OK, STOPPED) for code in self._trainer_codes())
+    def _leaders_ended_well(self) -> bool:
+        return all(code in (OK, STOPPED) for code in self._leader_codes())
 
     def _has_peer(self, role: Watched) -> bool:
         return any(
@@ -235,7 +237,7 @@ class Supervisor:
         if self._failures:
             culprit = self.culprit()
             return [Explain(culprit.name, culprit.code), Exit(FAILED)]
-        return [Exit(STOPPED if STOPPED in self._trainer_codes() else OK)]
+        return [Exit(STOPPED if STOPPED in self._leader_codes() else OK)]
 
     def _leave(self, newer: int) -> list[Decision]:
         return [Print(f"attempt {self.rules.attempt} was replaced by attempt {newer}; this one ends"), Exit(FAILED)]

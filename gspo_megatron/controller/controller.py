@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.controller.answers_file import AnswersFile, report_evaluation
 from gspo_megatron.controller.batch_metrics import Progress, count_unscored, measure_responses, measure_staleness
 from gspo_megatron.controller.environment_pool import EnvironmentPool
 from gspo_megatron.controller.generation import Generation, Sampling
@@ -25,11 +26,11 @@ from gspo_megatron.controller.servers import Refused, ServerSet
 from gspo_megatron.controller.state import describe_groups, forget_lost_members, read_groups, store_generations
 from gspo_megatron.controller.weight_update import WeightUpdater
 from gspo_megatron.data.store import SampleStore
+from gspo_megatron.run_dir import RunDir
 from gspo_megatron.transport.messages import (
     ControllerState,
     ControllerStatus,
     Empty,
-    EvaluationExample,
     EvaluationReport,
     EvaluationRequest,
     RolloutBatch,
@@ -39,7 +40,6 @@ from gspo_megatron.transport.messages import (
 from gspo_megatron.types import Prompt, SampleRef, StopReason
 
 log = logging.getLogger(__name__)
-NUM_EXAMPLES = 3
 RECEIVED_TOKENS = "received_tokens"
 """File of the sample store."""
 KEPT_STATES = 3
@@ -74,6 +74,7 @@ class Controller:
         sleeps: bool,
         thinking: Thinking | None = None,
         environment: EnvironmentPool | None = None,
+        loaded: bool = False,
     ) -> None:
         """
         Args:
@@ -88,6 +89,7 @@ class Controller:
             sleeps: servers and trainer take turns on the same devices.
             thinking: limit of the thinking within a response.
             environment: the environment that replies between turns.
+            loaded: the servers have loaded weights themselves, and no update comes.
         """
         self.recipe = recipe
         self.servers = servers
@@ -100,7 +102,7 @@ class Controller:
         self._tokenizer = tokenizer
         self.scoring = Scoring(recipe, tokenizer, scoring)
         self._store = store
-        self._sleeps = sleeps
+        self._sleeps, self._loaded = sleeps, loaded
         self._environment = environment
         self.scheduler = MultiTurnScheduler(servers, lambda: self.updater.version, thinking, environment, note_fault)
         self.buffer = GroupBuffer(
@@ -126,6 +128,8 @@ class Controller:
             )
             if self._sleeps:
                 await self.updater.sleep(Empty())
+            if self._loaded:
+                await self.updater.adopt()
         except Refused as error:
             self._phase = f"failed: {error}"
             raise
@@ -178,40 +182,27 @@ class Controller:
         )
 
     async def evaluate(self, request: EvaluationRequest) -> EvaluationReport:
-        """Score responses to held-out problems; nothing is stored. Training samples wait meanwhile."""
+        """Score responses to held-out problems; none is stored as a sample. Training samples wait meanwhile."""
         self._need_weights()
         prompts = await asyncio.to_thread(self._prompts.held_out, request.problems)
         sampling = self._sampling(request.temperature)
         self._progress = Progress(len(prompts) * request.answers, time.monotonic())
+        file = RunDir(self._store.directory.parent).answers if request.keep else None
         self.scheduler.hold(True)
         try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [
-                    group.create_task(self._evaluated(Generation(prompt, sample), sampling))
-                    for prompt in prompts
-                    for sample in range(request.answers)
-                ]
+            with AnswersFile(file, self.recipe.reward.bounds[1]) as answers:
+                async with asyncio.TaskGroup() as group:
+                    tasks = [
+                        group.create_task(self._evaluated(Generation(prompt, sample), sampling, answers))
+                        for prompt in prompts
+                        for sample in range(request.answers)
+                    ]
         except ExceptionGroup as faults:
             # The first is the reason; the others are its consequences.
             raise faults.exceptions[0] from None
         finally:
             self.scheduler.hold(False)
-        scored = [task.result() for task in tasks]
-        count = len(scored)
-        return EvaluationReport(
-            accuracy=sum(s.reward >= self.recipe.reward.bounds[1] for s in scored) / count,
-            mean_reward=sum(s.reward for s in scored) / count,
-            mean_length=sum(len(s.response.token_ids) for s in scored) / count,
-            unscored=sum(bool(s.unscored) for s in scored),
-            problems=len(prompts),
-            answers=request.answers,
-            temperature=request.temperature,
-            # One response to each of the first problems.
-            examples=tuple(
-                EvaluationExample(question=s.question, answer_text=s.text, reward=s.reward)
-                for s in scored[:: request.answers][:NUM_EXAMPLES]
-            ),
-        )
+        return report_evaluation(request, [task.result() for task in tasks], self.recipe.reward.bounds[1])
 
     async def state(self, request: Empty) -> ControllerState:
         """What a checkpoint must hold of the controller; a store of its own takes tokens of unfinished generations."""
@@ -248,8 +239,10 @@ class Controller:
         stop_ids = self._tokenizer.stop_ids
         return Sampling(temperature, rollout.max_answer_tokens, stop_ids, seed, rollout.repetition_halt)
 
-    async def _evaluated(self, generation: Generation, sampling: Sampling) -> Scored:
-        return await self._score(generation, await self.scheduler.complete(generation, sampling, URGENT))
+    async def _evaluated(self, generation: Generation, sampling: Sampling, answers: AnswersFile) -> Scored:
+        scored = await self._score(generation, await self.scheduler.complete(generation, sampling, URGENT))
+        answers.add(generation.prompt, scored)
+        return scored
 
     async def _score_and_store(self, generation: Generation, reason: StopReason) -> SampleRef:
         """Score and store one response to a training prompt."""

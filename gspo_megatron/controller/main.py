@@ -35,7 +35,7 @@ from gspo_megatron.transport.identity import identity_of
 MAX_SCORING_PROCESSES = 8
 
 
-def build(recipe: Recipe, run_dir: Path, host: str, urls: list[str], key: str) -> Controller:
+def build(recipe: Recipe, run_dir: Path, host: str, urls: list[str], key: str, loaded: bool = False) -> Controller:
     """A controller of real parts. Needs a running event loop."""
     from gspo_megatron.data.stream import PromptStream
     from gspo_megatron.data.tokenizers import load_tokenizer
@@ -58,9 +58,10 @@ def build(recipe: Recipe, run_dir: Path, host: str, urls: list[str], key: str) -
         SampleStore(RunDir(run_dir).samples),
         host,
         overlaps=not machine_of(recipe).colocated,
-        sleeps=takes_turns(recipe),
+        sleeps=takes_turns(recipe) and not loaded,
         thinking=make_thinking(rollout.thinking, tokenizer),
         environment=make_environment_pool(recipe, tokenizer, processes),
+        loaded=loaded,
     )
 
 
@@ -72,6 +73,7 @@ def main() -> None:
     parser.add_argument("--host", required=True, help="this controller's address as trainer and servers reach it")
     parser.add_argument("--port", type=int, required=True, help="port to listen on")
     parser.add_argument("--servers", required=True, help="addresses of the vLLM servers, comma-separated")
+    parser.add_argument("--loaded", action="store_true", help="the servers have loaded weights; no update will come")
     arguments = parser.parse_args()
     # Every answer in flight holds a connection; the usual soft limit is 1024.
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -82,7 +84,9 @@ def main() -> None:
 
     async def application() -> web.Application:
         recipe = load_resolved(RunDir(arguments.run_dir).recipe)
-        controller = build(recipe, arguments.run_dir, arguments.host, arguments.servers.split(","), key)
+        controller = build(
+            recipe, arguments.run_dir, arguments.host, arguments.servers.split(","), key, arguments.loaded
+        )
         return Service(controller, key).application()
 
     try:

@@ -81,6 +81,10 @@ class ServerAdmin:
         except (ServerError, FormatError):
             return False
 
+    async def label(self, version: int) -> None:
+        """Label the weights that the server started with."""
+        await self.call("POST", "/update_weight_version", vllm_format.write_label(version), CONTROL_SECONDS)
+
     async def pause(self) -> None:
         """Stop the engine; requests are kept, their KV cache is not (vLLM's default)."""
         await self.call("POST", "/pause?mode=keep", timeout=CONTROL_SECONDS)

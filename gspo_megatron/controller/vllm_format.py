@@ -127,6 +127,11 @@ def write_version(version: int) -> bytes:
     return _write({"weight_version": str(version)})
 
 
+def write_label(version: int) -> bytes:
+    """The body of `/update_weight_version`: another label for the weights that are there."""
+    return _write({"new_version": str(version)})
+
+
 def read_version(body: bytes) -> str:
     """The label of a server's weights."""
     return str(_read_field(body, "weight_version"))

@@ -104,6 +104,11 @@ class WeightUpdater:
 
         self._store = await asyncio.to_thread(listen)
 
+    async def adopt(self) -> None:
+        """Serve with the weights that the servers have loaded themselves, as version 0."""
+        await self._each(self._servers.live, lambda server: server.label(0))
+        self.version = self._newest = 0
+
     async def sleep(self, request: Empty) -> Empty:
         """Leave the devices to the trainer until the next update. No generation may be in flight."""
         if not self._sleeps:

@@ -1,6 +1,7 @@
 """Role entry of one vLLM server: `python -m gspo_megatron.inference.server --run-dir DIR --index K --host H --port P`.
 
-The weights come with the first live update: the server starts from DIR/model/config.json and random values.
+The weights come with the first live update: the server starts from DIR/model/config.json and random values. With
+`--loaded` it starts from the safetensors files beside that config.json, and no update comes.
 
 A server that spans N nodes is N such processes, with `--part 0..N-1 --of N --meet ADDRESS:PORT`: the first answers
 requests and schedules, the others hold their share of its workers. Whoever starts them ends all when one ends.
@@ -22,7 +23,7 @@ from gspo_megatron.cluster.machines import takes_turns
 from gspo_megatron.cluster.watchdog import follow
 from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.schema import Recipe
-from gspo_megatron.inference import vllm_plugin
+from gspo_megatron.inference import vllm_plugin, weight_guard
 from gspo_megatron.models import load_resolved
 from gspo_megatron.run_dir import RunDir
 from gspo_megatron.transport import identity
@@ -52,7 +53,9 @@ def main() -> None:
     os.environ[identity.TOKENIZER_VARIABLE] = identity.hash_vocabulary(recipe)
     follow(arguments.run_dir, f"rollout-{arguments.index}" + (f".{arguments.part}" if arguments.part else ""))
     has_gpu = prepare_environment(arguments.index, recipe.model.dtype)
-    whole = vllm_arguments(recipe, model, arguments.host, arguments.port, has_gpu)
+    if arguments.loaded:
+        os.environ[weight_guard.LOADED_VARIABLE] = "1"
+    whole = vllm_arguments(recipe, model, arguments.host, arguments.port, has_gpu, arguments.loaded)
     serve([*whole, *part_arguments(arguments.part, arguments.of, arguments.meet)], arguments.index)
 
 
@@ -65,6 +68,7 @@ def _read_arguments() -> argparse.Namespace:
     parser.add_argument("--part", type=int, default=0, help="which node's part of the server this is, from 0")
     parser.add_argument("--of", type=int, default=1, help="nodes that the server spans")
     parser.add_argument("--meet", default="", help="ADDRESS:PORT on the first node, where the parts find each other")
+    parser.add_argument("--loaded", action="store_true", help="serve the weights in model/: no update will come")
     return parser.parse_args()
 
 
@@ -107,8 +111,12 @@ def prepare_environment(index: int, dtype: str) -> bool:
     return False
 
 
-def vllm_arguments(recipe: Recipe, model: Path, host: str, port: int, has_gpu: bool) -> list[str]:
-    """vLLM's command line for this recipe."""
+def vllm_arguments(recipe: Recipe, model: Path, host: str, port: int, has_gpu: bool, loaded: bool = False) -> list[str]:
+    """vLLM's command line for this recipe.
+
+    Args:
+        loaded: whether the weights are those in `model`; without, they are random until the first update.
+    """
     rollout = recipe.rollout
     return [
         f"--model={model}",
@@ -123,7 +131,7 @@ def vllm_arguments(recipe: Recipe, model: Path, host: str, port: int, has_gpu: b
         f"--max-model-len={rollout.max_prompt_tokens + rollout.max_answer_tokens}",
         f"--max-num-seqs={rollout.max_concurrency}",
         f"--stream-interval={rollout.stream_interval}",
-        "--load-format=dummy",
+        f"--load-format={'safetensors' if loaded else 'dummy'}",
         "--skip-tokenizer-init",
         # A model directory's generation_config would silently become the sampler.
         "--generation-config=vllm",
@@ -141,7 +149,7 @@ def vllm_arguments(recipe: Recipe, model: Path, host: str, port: int, has_gpu: b
         "--middleware=gspo_megatron.transport.auth.KeyGuard",
         "--worker-extension-cls=gspo_megatron.inference.vllm_worker.WorkerExtension",
         f"--weight-transfer-config={json.dumps({'backend': vllm_plugin.BACKEND})}",
-        *_device_arguments(recipe, has_gpu),
+        *_device_arguments(recipe, has_gpu, sleeps=takes_turns(recipe) and not loaded),
     ]
 
 
@@ -155,9 +163,9 @@ def part_arguments(part: int, nodes: int, meeting: str) -> list[str]:
     return [*places, "--distributed-executor-backend=mp", *(["--headless"] if part else [])]
 
 
-def _device_arguments(recipe: Recipe, has_gpu: bool) -> list[str]:
+def _device_arguments(recipe: Recipe, has_gpu: bool, sleeps: bool) -> list[str]:
     if has_gpu:
-        sleeping = ["--enable-sleep-mode"] if takes_turns(recipe) else []
+        sleeping = ["--enable-sleep-mode"] if sleeps else []
         return [f"--gpu-memory-utilization={recipe.rollout.gpu_memory_fraction}", *sleeping]
     context = recipe.rollout.max_prompt_tokens + recipe.rollout.max_answer_tokens
     return [

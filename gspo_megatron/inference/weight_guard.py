@@ -6,9 +6,13 @@ samples must find that out, whoever sends it.
 
 from __future__ import annotations
 
+import os
+
 from gspo_megatron.transport.auth import App, Receive, Scope, Send, refuse
 from gspo_megatron.transport.server_paths import FINISH_UPDATE, GENERATE
 
+LOADED_VARIABLE = "GSPO_SERVES_FILES"
+"""Set by a server that has loaded its weights from files."""
 REFUSAL = "this server has no weights: it was started after the last update"
 
 
@@ -17,7 +21,7 @@ class WeightGuard:
 
     def __init__(self, app: App) -> None:
         self.app = app
-        self._has_weights = False
+        self._has_weights = LOADED_VARIABLE in os.environ
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"] if scope["type"] == "http" else ""

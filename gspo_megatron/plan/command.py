@@ -34,13 +34,13 @@ def add_arguments(subparsers: argparse._SubParsersAction[argparse.ArgumentParser
     parser.add_argument("--explain", metavar="KEY", help="describe a recipe key, e.g. trainer.recompute")
     parser.add_argument("--search", action="store_true", help="list the fastest layouts for the model and the GPUs")
 
-    # argparse accepts no positional overrides after an option; people write them anywhere.
-    parser.parse_known_args = partial(_parse_mixed, parser)  # type: ignore[method-assign]
+    parser.parse_known_args = partial(parse_mixed, parser)  # type: ignore[method-assign]
 
 
-def _parse_mixed(
+def parse_mixed(
     parser: argparse.ArgumentParser, arguments: Sequence[str], namespace: argparse.Namespace | None = None
 ) -> tuple[argparse.Namespace, list[str]]:
+    """Parse with overrides anywhere: argparse itself accepts none after an option. Instead of `parse_known_args`."""
     # A recipe may lie in a directory with such a sign in its name.
     overrides = [word for word in arguments if "=" in word and not word.startswith("-") and not os.path.isfile(word)]
     rest = [word for word in arguments if word not in overrides]

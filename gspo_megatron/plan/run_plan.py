@@ -20,6 +20,7 @@ from gspo_megatron.plan.estimate.rollout import RolloutPlan
 from gspo_megatron.plan.estimate.step_time import ComputePlan
 from gspo_megatron.plan.rules import (
     durations,
+    held_out,
     layout,
     metric_sinks,
     model_files,
@@ -30,6 +31,9 @@ from gspo_megatron.plan.rules import (
 )
 from gspo_megatron.plan.rules.not_built import not_built
 from gspo_megatron.types import Finding
+
+SEVERITIES = ("error", "warning", "info")
+"""In the order in which findings are shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +99,12 @@ def check(recipe: Recipe, ranks: int | None = None) -> list[Finding]:
     return list(_plan(recipe, machines.machine_of(recipe, ranks), runs_here=ranks is not None).findings)
 
 
+def check_evaluation(recipe: Recipe) -> list[Finding]:
+    """Return the findings of a recipe that is evaluated on this machine: those that need no trainer."""
+    found = [*held_out.findings(recipe), *model_files.findings(recipe, recipe.arch, runs_here=True)]
+    return sorted([*found, *own_reward.findings(recipe)], key=lambda finding: SEVERITIES.index(finding.severity))
+
+
 def _plan(recipe: Recipe, where: Machine, runs_here: bool) -> Plan:
     arch = recipe.arch
     found = [*machines.findings(recipe, where), *settings.findings(recipe, arch, where)]
@@ -146,8 +156,7 @@ def _settle(found: list[Finding], recipe: Recipe) -> Iterator[Finding]:
         if code not in raised:
             message = f"no warning with this code is raised; the reason given was: {reason}"
             settled.append(Finding("acknowledged-nothing", "warning", f"acknowledge.{code}", message, "remove it"))
-    order = {"error": 0, "warning": 1, "info": 2}
-    yield from sorted(settled, key=lambda finding: order[finding.severity])
+    yield from sorted(settled, key=lambda finding: SEVERITIES.index(finding.severity))
 
 
 def _acknowledge(finding: Finding, reasons: dict[str, str]) -> Finding:

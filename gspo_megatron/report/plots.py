@@ -86,7 +86,8 @@ def write_expert_plot(run_dir: Path) -> Path | None:
             (key for key in last if key.startswith(f"{name}/layer_")), key=lambda key: int(key.split("_")[-1])
         )
         for index, key in enumerate(layers):
-            shade = pyplot.colormaps["viridis"](index / max(1, len(layers) - 1))
+            # The middle of the map: its ends vanish on a white page, or on a dark one, which inverts the plot.
+            shade = pyplot.colormaps["viridis"](0.15 + 0.6 * index / max(1, len(layers) - 1))
             labelled = index in (0, len(layers) - 1) or len(layers) <= 8
             axis.plot(*curve(rows, key), color=shade, label=f"layer {index}" if labelled else None)
         axis.set_ylabel(title)

@@ -155,6 +155,8 @@ class EvaluationRequest(WireMessage):
     """Responses to each."""
     temperature: Annotated[NonNegativeFloat, AllowInfNan(False)]
     """0 = greedy."""
+    keep: bool = False
+    """Whether every response is written to `answers.jsonl` of the run directory."""
 
 
 class EvaluationExample(WireMessage):

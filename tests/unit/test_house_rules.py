@@ -28,7 +28,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"objective", "data", "rewards", "environments"}),
     frozenset({"transport", "report"}),
     frozenset({"policy"}),
-    frozenset({"trainer", "controller", "inference"}),
+    frozenset({"trainer", "controller", "inference", "evaluation"}),
     frozenset({"convert"}),
     frozenset({"commands"}),
     frozenset({"cli"}),
@@ -109,7 +109,7 @@ def test_every_part_of_the_package_has_a_place_in_the_order() -> None:
 def test_the_order_is_the_designs() -> None:
     assert may_import("objective", "types") and may_import("trainer", "transport") and may_import("config", "types")
     assert not may_import("models", "plan") and not may_import("policy", "trainer")
-    roles = ("trainer", "controller", "inference")
+    roles = ("trainer", "controller", "inference", "evaluation")
     assert not any(may_import(one, other) for one in roles for other in roles if one != other)
     assert not may_import("data", "rewards") and not may_import("transport", "policy")
     everything = [part for row in LAYERS for part in row]

@@ -88,13 +88,14 @@ async def controlling(
     recipe: Recipe = RECIPE,
     overlaps: bool = False,
     sleeps: bool = False,
+    loaded: bool = False,
 ) -> AsyncIterator[Controller]:
     async with serving(*servers) as clients:
         scoring = InThread(score_first_problem_half)
         store = SampleStore(directory)
         server_set = ServerSet(clients)
         controller = Controller(
-            recipe, server_set, Prompts(), Tokenizer(), scoring, store, "127.0.0.1", overlaps, sleeps
+            recipe, server_set, Prompts(), Tokenizer(), scoring, store, "127.0.0.1", overlaps, sleeps, loaded=loaded
         )
         controller.updater.version = version
         yield controller

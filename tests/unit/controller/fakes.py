@@ -80,6 +80,8 @@ class FakeServer:
                 self.missed_aborts = max(0, self.missed_aborts - 1)
         if path == "/finish_weight_update":
             self.version = (await request.json())["weight_version"]
+        if path == "/update_weight_version":
+            self.version = (await request.json())["new_version"]
         if path == "/weight_info":
             return web.json_response({"weight_version": self.version})
         if path == "/collective_rpc":
