@@ -152,7 +152,7 @@ class ColdStartSection(Section):
     """`cold_start`: supervised fine-tuning on demonstrations before reinforcement learning."""
 
     demonstrations: str
-    """Name of the writer of demonstrations: `column_addition`."""
+    """Writer of demonstrations: `column_addition`, or `calculator_call` = a call of a tool, its reply, the answer."""
     worked_fraction: float = Field(default=1.0, ge=0, le=1)
     """Share of demonstrations that show their working; the others are direct answers. Chosen by the question's hash.
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 
 from gspo_megatron.config.loading import refuse
 from gspo_megatron.config.task_sections import ColdStartSection
-from gspo_megatron.data.tokenizers import Tokenizer
+from gspo_megatron.data.conversation import encode_continuation, encode_turn
+from gspo_megatron.data.tokenizers import HuggingFaceTokenizer, Tokenizer
 from gspo_megatron.types import Problem, Sample, SampleRef
 
-Writer = Callable[[Problem, bool], str]
-"""(problem, worked) -> the text of a right answer, with or without its working."""
+Writer = Callable[[Problem, bool], str | list[dict[str, Any]]]
+"""(problem, worked) -> a right answer, with or without its working: a text, or the messages after the question."""
 
 
 def write_column_addition(problem: Problem, worked: bool) -> str:
@@ -25,16 +27,7 @@ def write_column_addition(problem: Problem, worked: bool) -> str:
     Raises:
         RecipeError: the question is not a sum of two whole numbers.
     """
-    numbers = re.findall(r"\d+", problem.question)
-    operators = re.findall(r"[-+*/]", problem.question)
-    if len(numbers) != 2 or operators != ["+"]:
-        raise refuse(
-            "demonstration-does-not-fit",
-            "cold_start.demonstrations",
-            f"column_addition writes sums of two whole numbers, not {problem.question!r}",
-            "choose a task with sums, or another writer",
-        )
-    left, right = numbers
+    left, right = _read_sum(problem)
     total = str(int(left) + int(right))
     if not worked:
         return total
@@ -46,7 +39,35 @@ def write_column_addition(problem: Problem, worked: bool) -> str:
     return f"<|work|>{','.join(columns)}={total}"
 
 
-WRITERS: dict[str, Writer] = {"column_addition": write_column_addition}
+def write_calculator_call(problem: Problem, worked: bool) -> list[dict[str, Any]]:
+    """Write a call of the tool `calculate`, its reply and the answer; only the answer if not worked.
+
+    Raises:
+        RecipeError: the question is not a sum of two whole numbers.
+    """
+    left, right = _read_sum(problem)
+    answer = {"role": "assistant", "content": str(int(left) + int(right))}
+    if not worked:
+        return [answer]
+    function = {"name": "calculate", "arguments": {"expression": f"{left} + {right}"}}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+    return [call, {"role": "tool", "content": answer["content"]}, answer]
+
+
+def _read_sum(problem: Problem) -> list[str]:
+    """The two numbers of a question. Raises RecipeError if it is no sum of two whole numbers."""
+    numbers = re.findall(r"\d+", problem.question)
+    if len(numbers) != 2 or re.findall(r"[-+*/]", problem.question) != ["+"]:
+        raise refuse(
+            "demonstration-does-not-fit",
+            "cold_start.demonstrations",
+            f"demonstrations are sums of two whole numbers, not {problem.question!r}",
+            "choose a task with sums, or another writer",
+        )
+    return numbers
+
+
+WRITERS: dict[str, Writer] = {"column_addition": write_column_addition, "calculator_call": write_calculator_call}
 """The values of `cold_start.demonstrations`."""
 
 
@@ -68,18 +89,50 @@ def is_worked(problem: Problem, worked_fraction: float) -> bool:
     return int.from_bytes(digest[:8]) < worked_fraction * 2**64
 
 
-def demonstrate(problem: Problem, section: ColdStartSection) -> str:
+def demonstrate(problem: Problem, section: ColdStartSection) -> str | list[dict[str, Any]]:
     """Write the right answer to a problem in the style that its hash selects."""
     return find_writer(section.demonstrations)(problem, is_worked(problem, section.worked_fraction))
 
 
 def build_demonstrations(problems: Iterable[Problem], section: ColdStartSection, tokenizer: Tokenizer) -> list[Sample]:
-    """Make fine-tuning samples. The answer and its stop id are trained, the prompt is not."""
+    """Make fine-tuning samples. The model's turns and their stop ids are trained, prompts and replies are not."""
     rows = []
     for index, problem in enumerate(problems):
         prompt = tokenizer.encode_prompt(problem.question)
-        answer = tokenizer.encode_response(demonstrate(problem, section))
+        written = demonstrate(problem, section)
+        if isinstance(written, str):
+            answer = tokenizer.encode_response(written)
+            trained = [True] * len(answer)
+        else:
+            answer, trained = _encode_messages(_with_template(tokenizer), written)
         ids = np.array([*prompt, *answer], dtype=np.int32)
         ref = SampleRef("", index, 0, len(prompt), len(answer), reward=1.0, stop_reason="stop", segments=())
-        rows.append(Sample(ids, np.arange(len(ids)) >= len(prompt), np.zeros(len(ids), dtype=np.float32), ref))
+        mask = np.array([False] * len(prompt) + trained)
+        rows.append(Sample(ids, mask, np.zeros(len(ids), dtype=np.float32), ref))
     return rows
+
+
+def _encode_messages(tokenizer: HuggingFaceTokenizer, messages: list[dict[str, Any]]) -> tuple[list[int], list[bool]]:
+    """Ids of the messages after a question, and which of them the model would sample."""
+    ids, trained, replies = [], [], []
+    for message in messages:
+        if message["role"] != "assistant":
+            replies.append(message)
+            continue
+        between = encode_continuation(tokenizer, replies, ids[-1]) if replies else []
+        turn = encode_turn(tokenizer, message)
+        ids += [*between, *turn]
+        trained += [False] * len(between) + [True] * len(turn)
+        replies = []
+    return ids, trained
+
+
+def _with_template(tokenizer: Tokenizer) -> HuggingFaceTokenizer:
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        raise refuse(
+            "demonstrations-without-template",
+            "tokenizer.kind",
+            "a sentencepiece tokenizer has no chat template, with which messages are written",
+            "name a Hugging Face directory",
+        )
+    return tokenizer

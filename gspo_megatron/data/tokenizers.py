@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
@@ -116,6 +116,18 @@ class HuggingFaceTokenizer:
             messages, tokenize=True, add_generation_prompt=True, return_dict=False, **self._options
         )
         return [int(i) for i in ids]
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, generation_prompt: bool
+    ) -> str:
+        """Return the text of the chat template for messages. Raises what the template raises."""
+        return self._model.apply_chat_template(
+            [*messages],
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
+            **self._options,
+        )
 
     def encode_response(self, text: str) -> list[int]:
         """Return the ids of the text and the stop id."""

@@ -16,7 +16,7 @@ from gspo_megatron.data.demonstrations import (
     write_column_addition,
 )
 from gspo_megatron.data.problems import problem_id
-from gspo_megatron.data.tokenizers import SentencePieceTokenizer
+from gspo_megatron.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer
 from gspo_megatron.types import Problem
 from tests.places import ROOT
 
@@ -80,3 +80,15 @@ def test_rows_train_the_answer_and_its_stop_only() -> None:
         assert answer[-1] == tokenizer.stop_ids[0]
         assert row.token_ids[~row.loss_mask].tolist() == tokenizer.encode_prompt(problem.question)
         assert (row.ref.prompt_length, row.ref.answer_length) == ((~row.loss_mask).sum(), row.loss_mask.sum())
+
+
+def test_a_tool_s_reply_is_not_trained_on() -> None:
+    tokenizer = HuggingFaceTokenizer(ROOT / "recipes" / "tokenizers" / "agent")
+    section = SECTION.model_copy(update={"demonstrations": "calculator_call", "worked_fraction": 1.0})
+    (row,) = build_demonstrations([ask("Calculate 879 + 974.")], section, tokenizer)
+    said = [tokenizer.decode(row.token_ids[row.loss_mask == trained].tolist()) for trained in (True, False)]
+    assert said[0] == '<tool_call>\n{"name": "calculate", "arguments": {"expression": "879 + 974"}}\n</tool_call>1853'
+    assert "<tool_response>\n1853\n</tool_response>" in said[1] and said[1].endswith("<|im_start|>assistant\n")
+    arithmetic = SentencePieceTokenizer(ROOT / "recipes/tokenizers/arithmetic.model")
+    with pytest.raises(RecipeError, match="demonstrations-without-template"):
+        build_demonstrations([ask("Calculate 1 + 1.")], section, arithmetic)
