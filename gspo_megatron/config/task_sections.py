@@ -151,8 +151,12 @@ class RewardSection(Section):
 class ColdStartSection(Section):
     """`cold_start`: supervised fine-tuning on demonstrations before reinforcement learning."""
 
-    demonstrations: str
-    """Writer of demonstrations: `column_addition`, or `calculator_call` = a call of a tool, its reply, the answer."""
+    demonstrations: str | None = None
+    """Writer of demonstrations: `column_addition`, or `calculator_call` = a call of a tool, its reply, the answer.
+    null = those of `path`."""
+    path: RecipePath | None = None
+    """JSONL file of your own demonstrations, an object with `messages` per line. The assistant's turns are trained on,
+    all others are context. null = a writer's."""
     worked_fraction: float = Field(default=1.0, ge=0, le=1)
     """Share of demonstrations that show their working; the others are direct answers. Chosen by the question's hash.
 
@@ -183,3 +187,12 @@ class ColdStartSection(Section):
     cache: RecipePath = Path("runs/cold_start")
     """Directory of finished cold starts, named by the hash of everything that made them. The default lies where the
     command was started. Source: chosen here."""
+
+    @model_validator(mode="after")
+    def demonstrations_have_one_source(self) -> ColdStartSection:
+        if (self.demonstrations is None) == (self.path is None):
+            given = "neither" if self.path is None else "both"
+            raise ValueError(f"{given} of demonstrations and path is set; name a writer, or a file of your own")
+        if self.path is not None and self.worked_fraction != 1:
+            raise ValueError(f"worked_fraction={self.worked_fraction} is for a writer, and path is a file; remove it")
+        return self

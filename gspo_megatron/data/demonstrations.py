@@ -91,6 +91,7 @@ def is_worked(problem: Problem, worked_fraction: float) -> bool:
 
 def demonstrate(problem: Problem, section: ColdStartSection) -> str | list[dict[str, Any]]:
     """Write the right answer to a problem in the style that its hash selects."""
+    assert section.demonstrations is not None
     return find_writer(section.demonstrations)(problem, is_worked(problem, section.worked_fraction))
 
 
@@ -104,7 +105,7 @@ def build_demonstrations(problems: Iterable[Problem], section: ColdStartSection,
             answer = tokenizer.encode_response(written)
             trained = [True] * len(answer)
         else:
-            answer, trained = _encode_messages(_with_template(tokenizer), written)
+            answer, trained = encode_messages(_with_template(tokenizer), written)
         ids = np.array([*prompt, *answer], dtype=np.int32)
         ref = SampleRef("", index, 0, len(prompt), len(answer), reward=1.0, stop_reason="stop", segments=())
         mask = np.array([False] * len(prompt) + trained)
@@ -112,7 +113,7 @@ def build_demonstrations(problems: Iterable[Problem], section: ColdStartSection,
     return rows
 
 
-def _encode_messages(tokenizer: HuggingFaceTokenizer, messages: list[dict[str, Any]]) -> tuple[list[int], list[bool]]:
+def encode_messages(tokenizer: HuggingFaceTokenizer, messages: list[dict[str, Any]]) -> tuple[list[int], list[bool]]:
     """Ids of the messages after a question, and which of them the model would sample."""
     ids, trained, replies = [], [], []
     for message in messages:

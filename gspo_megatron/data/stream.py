@@ -10,7 +10,7 @@ from typing import Any
 
 from gspo_megatron.config.loading import refuse
 from gspo_megatron.config.schema import Recipe
-from gspo_megatron.data.problems import open_problems
+from gspo_megatron.data.problems import open_problems, problem_id
 from gspo_megatron.data.tokenizers import Tokenizer
 from gspo_megatron.types import Problem, Prompt
 
@@ -25,6 +25,7 @@ class PromptStream:
 
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer) -> None:
         self._source = open_problems(recipe.data, needs_answer=not recipe.reward.is_own)
+        self._held_out_ids = frozenset(problem.id for problem in self._source.held_out)
         self._tokenizer = tokenizer
         self._seed = recipe.run.seed
         self._longest = recipe.rollout.max_prompt_tokens
@@ -66,6 +67,10 @@ class PromptStream:
             f"{self._longest} prompt tokens",
             "set it lower, or hold out more (data.held_out)",
         )
+
+    def holds_out(self, question: str) -> bool:
+        """Return whether a question is one of the held-out ones."""
+        return problem_id(question) in self._held_out_ids
 
     def training_problems(self, count: int, stage: str) -> list[Problem]:
         """Return the first problems of another stage's stream, for fine-tuning. The stream's position does not change.

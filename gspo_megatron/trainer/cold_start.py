@@ -15,6 +15,7 @@ import gspo_megatron
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.config.task_sections import ColdStartSection
 from gspo_megatron.data.demonstrations import build_demonstrations
+from gspo_megatron.data.own_demonstrations import draw_demonstrations
 from gspo_megatron.data.stream import PromptStream
 from gspo_megatron.data.tokenizers import load_tokenizer
 from gspo_megatron.policy.microbatch import MicroBatch
@@ -89,8 +90,10 @@ def cache_key(recipe: Recipe) -> str:
         "tokenizer": recipe.tokenizer.model_dump(mode="json"),
     }
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
-    if recipe.tokenizer.path is not None and recipe.tokenizer.path.is_file():
-        digest.update(recipe.tokenizer.path.read_bytes())
+    for file in (recipe.tokenizer.path, section.path):
+        if file is not None and file.is_file():
+            with file.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()[:16]
 
 
@@ -98,9 +101,13 @@ def fine_tune(trainer: Trainer, section: ColdStartSection) -> None:
     """Masked cross entropy on demonstrations, mean over the trained tokens of each step."""
     recipe = trainer.recipe
     tokenizer = load_tokenizer(recipe.tokenizer, recipe.model.path)
-    stream = PromptStream(recipe, tokenizer)
-    problems = stream.training_problems(section.steps * section.batch_size, "cold_start")
-    samples = build_demonstrations(problems, section, tokenizer)
+    stream, count = PromptStream(recipe, tokenizer), section.steps * section.batch_size
+    if section.path is not None:
+        samples, warnings = draw_demonstrations(recipe, tokenizer, stream.holds_out, count)
+        for warning in warnings:
+            trainer.log.warn(warning)
+    else:
+        samples = build_demonstrations(stream.training_problems(count, "cold_start"), section, tokenizer)
     trainer.policy.start_optimizer(OptimizerSettings(section.lr, section.betas, 1e-8, 0.0, section.clip_grad))
     with trainer.log.time("cold_start"), trainer.log.progress("cold start", section.steps) as bar:
         for step in range(section.steps):
