@@ -9,7 +9,15 @@ from types import ModuleType
 
 from gspo_megatron import __version__
 from gspo_megatron.cluster.exit_codes import REFUSED
-from gspo_megatron.commands import conversion, evaluation_run, failure_debug, hook_check, run_report, train_run
+from gspo_megatron.commands import (
+    answer_list,
+    conversion,
+    evaluation_run,
+    failure_debug,
+    hook_check,
+    run_report,
+    train_run,
+)
 from gspo_megatron.config import RecipeError
 from gspo_megatron.plan import command as plan_command
 
@@ -17,6 +25,7 @@ COMMANDS: dict[str, ModuleType] = {
     "train": train_run,
     "plan": plan_command,
     "eval": evaluation_run,
+    "answers": answer_list,
     "report": run_report,
     "convert": conversion,
     "debug": failure_debug,

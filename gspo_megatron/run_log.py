@@ -42,7 +42,9 @@ BAR_COLUMNS = (
 
 def read_rows(run_dir: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl, in order of step. Of a step that was run twice the later row counts."""
-    lines = RunDir(run_dir).metrics.read_text().split("\n")
+    file = RunDir(run_dir).metrics
+    # A run of 0 steps that evaluates nothing records nothing.
+    lines = file.read_text().split("\n") if file.is_file() else [""]
     # The text after the last line feed is empty, or a line that a crash cut off.
     rows = [json.loads(line) for line in lines[:-1]]
     return [row for _, row in sorted({row["step"]: row for row in rows}.items())]

@@ -168,6 +168,7 @@ class Controller:
         groups = await self.buffer.take()
         samples = [ref for group in groups for ref in group.members]
         tokens = sum(ref.trained_length for ref in samples)
+        await asyncio.to_thread(self._store.record_step, request.step, samples)
         seconds = time.monotonic() - started
         log.info("step %d: %d responses, %d tokens in %.2f s", request.step, len(samples), tokens, seconds)
         return RolloutBatch(

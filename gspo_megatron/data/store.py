@@ -11,16 +11,30 @@ import os
 import shutil
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from gspo_megatron.types import Prompt, Response, SampleRef
 
 MAGIC = b"GSPO"
 FORMAT_VERSION = 1
 HEADER = struct.Struct("<4sIIIIIHH4x")
+
+
+INDEX = "steps.jsonl"
+"""File of the store: one line a step, with the references of the samples that it trained on."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One line of the index."""
+
+    step: int
+    samples: tuple[SampleRef, ...]
 
 
 class DamagedSample(ValueError):
@@ -60,6 +74,12 @@ class SampleStore:
             masked=answer.masked,
             limit=answer.limit,
         )
+
+    def record_step(self, step: int, refs: Sequence[SampleRef]) -> None:
+        """Append what a step trains on to the index, for `trained_answers.py`."""
+        line = TypeAdapter(StepRecord).dump_json(StepRecord(step, tuple(refs)))
+        with (self.directory / INDEX).open("ab") as file:
+            file.write(line + b"\n")
 
     def beside(self, name: str) -> SampleStore:
         """Another store in the same run directory."""

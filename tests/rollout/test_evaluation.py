@@ -10,8 +10,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from gspo_megatron.cli import main
 from tests.places import ROOT
-from tests.rollout.jobs import CONTROLLER, SERVER, assert_all_ended, finish, processes_with, rows_of, start, wait_for
+from tests.rollout.jobs import (
+    ANSWERS,
+    CONTROLLER,
+    PROMPTS,
+    SERVER,
+    assert_all_ended,
+    finish,
+    processes_with,
+    rows_of,
+    start,
+    wait_for,
+)
 from tests.waiting import HANG
 
 KEYS = (
@@ -37,7 +51,8 @@ def evaluate(weights: Path, out: Path, *more: str) -> dict[str, Any]:
 
 
 def test_files_score_as_the_weights_of_the_run_did(tmp_path: Path) -> None:
-    """Greedy responses of `final/` are those of the run's own last evaluation; its checkpoint is sampled twice."""
+    """Greedy responses of `final/` are those of the run's own last evaluation; its checkpoint is sampled twice; Ctrl-C
+    ends every process."""
     # Few distinct responses would hide a difference: the starting weights are wide (tests/rollout/jobs.py).
     job = start(tmp_path, "trainer.max_steps=2", "checkpoint.every=2")
     output = finish(job)
@@ -61,13 +76,16 @@ def test_files_score_as_the_weights_of_the_run_did(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "sampled" / "answers.jsonl").read_text().splitlines()]
     assert len(lines) == 32 and len({line["response"] for line in lines}) > 16
 
+    # The run's own responses, by the index of its sample store.
+    exported = tmp_path / "trained.jsonl"
+    assert main(["answers", str(run), "--step", "2", "--export", str(exported)]) == 0
+    lines = [json.loads(line) for line in exported.read_text().splitlines()]
+    assert len(lines) == PROMPTS * ANSWERS
+    assert sum(line["reward"] for line in lines) / len(lines) == pytest.approx(row["reward_mean"])
+    assert sum(line["tokens"] for line in lines) / len(lines) == pytest.approx(row["answer_length"])
 
-def test_ctrl_c_ends_every_process(tmp_path: Path) -> None:
-    job = start(tmp_path, "trainer.max_steps=0", "evaluation.problems=0")
-    output = finish(job)
-    assert job.returncode == 0, output[-3000:]
-    out = tmp_path / "out"
-    job = start_evaluation(tmp_path / "run", out)
+    out = tmp_path / "interrupted"
+    job = start_evaluation(run, out)
     wait_for(job, "server and controller", lambda: processes_with(out, SERVER) and processes_with(out, CONTROLLER))
     job.send_signal(signal.SIGINT)
     output = job.communicate(timeout=HANG)[0]

@@ -89,6 +89,10 @@ def test_the_page_says_how_the_evaluations_sampled(
     assert f"last evaluation (step {len(evaluations) - 1}, {last})" in write_report(tmp_path).read_text()
 
 
+def test_a_run_that_recorded_nothing_has_a_page(tmp_path: Path) -> None:
+    assert write_plot(tmp_path).is_file() and write_report(tmp_path).is_file()
+
+
 def test_rows_of_an_older_run_claim_nothing() -> None:
     assert describe_evaluations([{"step": 0, "eval/accuracy": 0.5}]) == ""
 
