@@ -58,11 +58,15 @@ def encode_turn(tokenizer: ChatTokenizer, message: Message) -> list[int]:
     """Return the ids of a written turn of the model as it would sample them, its stop id included.
 
     Raises:
-        ValueError: the template writes no stop id behind it.
+        ValueError: the template writes no stop id behind it, or another beginning than it gives the model.
     """
     question = [{"role": "user", "content": "a"}]
     opening = _render(tokenizer, question, None, True)
-    ids = tokenizer.encode_text(_render(tokenizer, [*question, message], None, False).removeprefix(opening))
+    whole = _render(tokenizer, [*question, message], None, False)
+    if not whole.startswith(opening):
+        # Else the question would count as a part of the turn.
+        raise ValueError("the chat template begins a written turn in another way than the turn that it asks for")
+    ids = tokenizer.encode_text(whole.removeprefix(opening))
     end = next((place for place, one in enumerate(ids) if one in tokenizer.stop_ids), None)
     if end is None:
         raise ValueError("the chat template ends an assistant's turn without a stop id; add one to the tokenizer")

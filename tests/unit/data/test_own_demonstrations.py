@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,17 @@ def test_the_opening_is_the_prompt_that_the_model_is_asked_with(tmp_path: Path) 
     recipe = recipe_of(tmp_path, turns({"role": "system", "content": "Own."}, QUESTION, ANSWER), overrides=overrides)
     ((whole, _),) = encoded(recipe)
     assert "Own." in whole and "Add." not in whole
+
+
+def test_a_template_that_begins_turns_in_two_ways_is_refused(tmp_path: Path) -> None:
+    """As some that open the thinking themselves: the question before the turn must not be trained on."""
+    source, directory = ROOT / "recipes" / "tokenizers" / "agent", tmp_path / "tokenizer"
+    shutil.copytree(source, directory)
+    template = directory / "chat_template.jinja"
+    template.write_text(template.read_text() + "{%- if add_generation_prompt %}{{ '<tool_call>' }}{% endif %}")
+    recipe = recipe_of(tmp_path, turns(QUESTION, ANSWER))
+    (fault,) = encode_demonstrations(recipe, HuggingFaceTokenizer(directory), never).findings(128)
+    assert "own.jsonl line 1: the chat template begins a written turn in another way" in fault.message
 
 
 def test_without_a_template_a_line_is_a_question_and_an_answer(tmp_path: Path) -> None:
