@@ -68,11 +68,12 @@ def add_arguments(subparsers: argparse._SubParsersAction[argparse.ArgumentParser
 def read_interval(text: str) -> tuple[float, float]:
     """Read `A`, `A:B`, `A:` or `:B`."""
     low, colon, high = text.partition(":")
+    high = high if colon else low
     try:
-        found = (float(low) if low else -math.inf, float(high) if high else math.inf) if colon else (float(low),) * 2
+        found = (float(low) if low else -math.inf, float(high) if high else math.inf)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no interval; write 3 or 2:5") from None
-    if not found[0] <= found[1]:
+    if not (text and found[0] <= found[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is no interval; give the low end first")
     return found
 
