@@ -22,20 +22,24 @@ from typing import NoReturn
 from gspo_megatron.cluster.attempts import newest_checkpoint
 from gspo_megatron.cluster.events import Exit, Interrupted, Print, StopRequested, Watched
 from gspo_megatron.cluster.exit_codes import FAILED, OK, REFUSED
+from gspo_megatron.cluster.slurm_allocation import Allocation
 from gspo_megatron.cluster.slurm_backend import KINDS, Place, SlurmBackend
-from gspo_megatron.cluster.slurm_steps import expand_hosts, is_heterogeneous, running_jobs
+from gspo_megatron.cluster.slurm_commands import describe_job, is_preempted, running_jobs
 from gspo_megatron.cluster.supervisor import Rules, Supervisor, supervise
 from gspo_megatron.run_dir import AttemptDir, RunDir
 from launch.lib.attempt import claim_attempt, remove_key, write_key
-from launch.lib.plan_request import Plan, Refused, ask_plan, role_step
+from launch.lib.granted_job import COUNT, HOME, SCRIPT, Job, find_job, header_number, print_commands
+from launch.lib.plan_request import Refused, ask_plan, role_step
 from launch.lib.preflight_steps import check_nodes
 from launch.lib.settings import Settings
 
-HOME = Path(__file__).resolve().parent.parent
-SCRIPT = HOME / "launch" / "gspo_moe.sh"
 FLAGSHIP = "recipes/qwen3_30b_a3b_gspo_100k.yaml"
 SETTLE = 2.0
 """Seconds after the first end of a step in which srun writes about the others."""
+ANSWER_SECONDS = 3.0
+"""SLURM kills a script that has not ended 30 s after SIGTERM, or KillWait."""
+GPUS_DRAWN = 8
+"""GPUs of a node of a drawing that nobody has said."""
 RESEND = 5.0
 """Seconds between two sends of a stop request: earlier ones may have come before a rank could act on them."""
 
@@ -48,19 +52,9 @@ class Arguments:
     overrides: tuple[str, ...]
     drawing: bool
     nodes: int
+    """Of a drawing; of a job SLURM says it."""
     gpus: int
-    """GPUs of a node; 0 = none."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """The SLURM job."""
-
-    id: str
-    hosts: tuple[str, ...]
-    """Names of its nodes, trainers first."""
-    gpus: int
-    """GPUs of a node; 0 = none."""
+    """GPUs of a node of a drawing; 0 = none."""
 
 
 class SlurmEnds(BaseException):
@@ -88,14 +82,15 @@ def main(words: Sequence[str]) -> int:
 def read_arguments(words: Sequence[str], called_in: Path) -> Arguments:
     """The command line; sbatch's own options stand before the script. Raises Refused."""
     header = SCRIPT.read_text()
-    found = Arguments("", (), False, header_number(header, "nodes"), header_number(header, "gpus-per-node"))
+    gpus = header_number(header, "gpus-per-node")
+    found = Arguments("", (), False, header_number(header, "nodes") or 1, GPUS_DRAWN if gpus is None else gpus)
     for word in words:
         name, _, value = word.partition("=")
         if word == "--dry-run":
             found = replace(found, drawing=True)
-        elif name in ("--nodes", "--gpus-per-node") and value.isdigit():
+        elif name in ("--nodes", "--gpus-per-node") and (number := COUNT.fullmatch(value)):
             field = "nodes" if name == "--nodes" else "gpus"
-            found = replace(found, **{field: int(value)})
+            found = replace(found, **{field: int(number[1])})
         elif word in ("--help", "-h"):
             print(re.sub(r"^# ?", "", header.split("\n", 1)[1].split("#SBATCH", 1)[0], flags=re.MULTILINE).rstrip())
             sys.exit(OK)
@@ -115,13 +110,6 @@ def read_arguments(words: Sequence[str], called_in: Path) -> Arguments:
     return replace(found, recipe=recipe)
 
 
-def header_number(header: str, option: str) -> int:
-    """What sbatch takes from the script's own lines."""
-    match = re.search(rf"^#SBATCH --{option}=(\d+)", header, re.MULTILINE)
-    assert match is not None
-    return int(match[1])
-
-
 def become_local(arguments: Arguments, called_in: Path) -> NoReturn:
     """Without SLURM: all roles on this machine."""
     local = str(HOME / "launch" / "local.sh")
@@ -134,19 +122,11 @@ def draw(arguments: Arguments, settings: Settings) -> int:
     width = len(str(arguments.nodes))
     hosts = tuple(f"node{number:0{width}d}" for number in range(1, arguments.nodes + 1))
     job = Job("JOB", hosts, arguments.gpus)
+    settings = replace(settings, allocation=Allocation(hosts, gpus=job.gpus))
     plan = ask_plan("draw", settings, job.id, job.hosts, job.gpus, (arguments.recipe, *arguments.overrides))
     for kind in KINDS:
         print(shlex.join(role_step(kind, plan, settings, RunDir(plan.run_dir).attempt_logs(1).path)))
     return OK
-
-
-def find_job(job_id: str) -> tuple[Job, tuple[str, ...]]:
-    """The job, and what it adds to the overrides: a heterogeneous job's second component holds the servers."""
-    gpus = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
-    if not is_heterogeneous():
-        return Job(job_id, tuple(expand_hosts(os.environ["SLURM_JOB_NODELIST"])), gpus), ()
-    trainers, servers = (expand_hosts(os.environ[f"SLURM_JOB_NODELIST_HET_GROUP_{group}"]) for group in (0, 1))
-    return Job(job_id, (*trainers, *servers), gpus), (f"placement.rollout_nodes={len(servers)}",)
 
 
 class Attempt:
@@ -178,32 +158,32 @@ class Attempt:
         now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
         host = socket.gethostname().partition(".")[0]
         print(f"gspo: job {self.job_id}, start {start}, on {host}, {now}", flush=True)
-        job, more = find_job(self.job_id)
-        running = running_jobs(str(os.getuid()))
+        job, settings = find_job(self.job_id, self.settings)
+        more = (f"placement.rollout_nodes={job.apart}",) if job.apart else ()
         arguments = (self.arguments.recipe, *self.arguments.overrides, *more)
-        plan = ask_plan("open", self.settings, job.id, job.hosts, job.gpus, arguments, running)
+        plan = ask_plan("open", settings, job.id, job.hosts, job.gpus, arguments, running_jobs())
         if plan.done:
             print(f"gspo: {plan.run_dir} holds a finished run (DONE); for another, give another run.directory")
             return OK
         attempt = self._attempt = plan.attempt
         claim_attempt(plan, job.id)
-        resume = print_commands(job, plan, arguments, attempt, self.settings.called_in)
-        check_nodes(plan, self.settings, attempt)
+        resume = print_commands(job, plan, arguments, attempt, settings.called_in)
+        check_nodes(plan, settings, attempt)
         write_key(attempt)
         started_from = newest_checkpoint(plan.run_dir)
         if started_from:
             print(f"gspo: goes on after step {started_from}", flush=True)
-        place = Place(job.id, plan.run_dir, attempt, plan.number, job.hosts, plan.steps["trainer"].tasks)
+        place = Place(job.id, plan.run_dir, attempt, plan.number, settings.allocation, plan.steps["trainer"].tasks)
         backend = self._backend = SlurmBackend(place)
         rules = Rules(
-            SETTLE, str(plan.run_dir), True, plan.number, started_from, self.settings.grace, RESEND,
-            self.settings.max_restarts, resume,
+            SETTLE, str(plan.run_dir), True, plan.number, started_from, settings.grace, RESEND,
+            settings.max_restarts, resume,
         )  # fmt: skip
         self._supervisor = Supervisor([Watched(kind) for kind in KINDS], rules)
         if self._stop_requested:
             backend.signals.append(StopRequested())
         for kind in KINDS:
-            backend.start(kind, role_step(kind, plan, self.settings, attempt, log=True))
+            backend.start(kind, role_step(kind, plan, settings, attempt, log=True))
         return supervise(self._supervisor, backend)
 
     def _on_usr1(self, _: int, __: FrameType | None) -> None:
@@ -214,7 +194,10 @@ class Attempt:
     def _on_term(self, _: int, __: FrameType | None) -> None:
         # SLURM sends it more than once, and to everything that this process has started.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise SlurmEnds
+        if self._backend is None or not is_preempted(describe_job(self.job_id, timeout=ANSWER_SECONDS)):
+            raise SlurmEnds
+        # Only announced: the roles have the partition's grace time. What they end with is judged as a preemption.
+        signal.signal(signal.SIGTERM, self._on_term)
 
     def _end_by_slurm(self) -> int:
         run_dir = AttemptDir(self._attempt).run.path if self._attempt is not None else None
@@ -226,24 +209,6 @@ class Attempt:
             elif isinstance(decision, Exit):
                 return decision.code
         return FAILED
-
-
-def print_commands(job: Job, plan: Plan, arguments: Sequence[str], attempt: Path, called_in: Path) -> str:
-    """Print one line each: follow, attach, cancel, resume. Returns the command that resumes."""
-    sizes = [f"--nodes={len(job.hosts)}"]
-    if job.gpus != 8:
-        sizes.append(f"--gpus-per-node={job.gpus}")
-    kept = [word for word in arguments if not word.startswith("run.directory=")]
-    script = ["launch/gspo_moe.sh"] if called_in == HOME else [f"--chdir={called_in}", str(SCRIPT)]
-    words = ["sbatch", *sizes, *script, *kept, f"run.directory={plan.run_dir}"]
-    resume = shlex.join(words)
-    if is_heterogeneous():
-        resume = f"the same two components again, with run.directory={plan.run_dir}"
-    print(f"follow      tail -F {HOME / attempt}/trainer-{job.hosts[0]}.log")
-    print(f"attach      srun --jobid={job.id} --overlap --pty --nodelist={job.hosts[0]} bash")
-    print(f"cancel      scancel {job.id}; with a checkpoint first: scancel --batch --signal=USR1 {job.id}")
-    print(f"resume      {resume}", flush=True)
-    return resume
 
 
 if __name__ == "__main__":

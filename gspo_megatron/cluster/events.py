@@ -57,10 +57,15 @@ class RolesEnded(Event):
 
 @dataclass(frozen=True)
 class SlurmAnswered(Event):
-    """slurmctld answers: whether the job may be requeued, and whether a newer attempt runs by now."""
+    """slurmctld answers: what it says of the job, and whether a newer attempt runs by now."""
 
     requeues: bool = True
+    """Whether the job may be queued again."""
     replaced_by: int | None = None
+    preempted: bool = False
+    """Whether SLURM needs the nodes for another job; the roles may have ended because of it."""
+    ending: bool = False
+    """Whether SLURM is ending the job, by scancel, for another job or at its limit."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,9 @@ from gspo_megatron.cluster.events import (
     SlurmSilent,
 )
 from gspo_megatron.cluster.exit_codes import STOPPED
-from gspo_megatron.cluster.slurm_steps import Step, describe_job, is_heterogeneous, srun
+from gspo_megatron.cluster.slurm_allocation import Allocation
+from gspo_megatron.cluster.slurm_commands import describe_job, is_ending, is_preempted, read_field
+from gspo_megatron.cluster.slurm_steps import Step, srun
 from gspo_megatron.run_dir import AttemptDir, RunDir
 
 KINDS = ("rollout", "controller", "trainer")
@@ -69,7 +71,7 @@ class Place:
     attempt: Path
     """`RUN/logs/attempt_3`."""
     number: int
-    hosts: tuple[str, ...]
+    allocation: Allocation
     """All nodes of the job."""
     trainer_ranks: int
 
@@ -218,7 +220,8 @@ class SlurmBackend:
             record = describe_job(self.place.job)
             replaced_by = self._replaced_by()
             if record or replaced_by is not None:
-                return SlurmAnswered(" Requeue=1 " in record, replaced_by)
+                requeues = read_field(record, "Requeue") == "1"
+                return SlurmAnswered(requeues, replaced_by, is_preempted(record), is_ending(record))
             if not waited:
                 print("gspo: slurmctld does not answer; waiting for it", flush=True)
                 waited = True
@@ -239,11 +242,12 @@ class SlurmBackend:
 
     def _is_node_lost(self) -> bool:
         """Whether a node of the job no longer runs even `true`."""
-        if is_heterogeneous():
+        if self.place.allocation.is_heterogeneous:
             return False
-        step = Step("alive", self.place.hosts)
+        allocation = self.place.allocation
+        command = srun(Step("alive", allocation.hosts), ("true",), allocation)
         with self.place.files.srun("alive").open("wb") as log:
-            process = subprocess.Popen(srun(step, ("true",)), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
             try:
                 return process.wait(NODES_SECONDS) != 0
             except subprocess.TimeoutExpired:

@@ -1,12 +1,11 @@
-"""The command lines of SLURM: one srun for each kind of role, and what squeue and scontrol answer."""
+"""The command line of srun: one for each kind of role. Runs on the batch node, with the standard library only."""
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from gspo_megatron.cluster.slurm_allocation import Allocation
 
 
 @dataclass(frozen=True)
@@ -26,18 +25,23 @@ class Step:
         return self.each * len(self.hosts)
 
 
-def srun(step: Step, command: Sequence[str], container: Sequence[str] = (), output: str = "") -> list[str]:
+def srun(
+    step: Step, command: Sequence[str], allocation: Allocation, extra: Sequence[str] = (), output: str = ""
+) -> list[str]:
     """The srun that runs a command once for each task of a step.
 
-    srun takes what is not given here from the batch job (SLURM_NTASKS, SLURM_EXPORT_ENV, ...), so everything is given.
+    Everything is given here that srun would take from the site's defaults; what it would take from the environment is
+    taken out of that (`slurm_allocation.drop_options`).
 
     Args:
         step: nodes and tasks.
         command: program and arguments.
-        container: flags of pyxis; empty without an image, because srun would not know them.
+        allocation: of the job.
+        extra: flags of pyxis and of the site, which come last and so count.
         output: file of the tasks' output, `%N` for the node; empty = where srun's own output goes.
     """
-    cpus, group = _cpus(step.kind)
+    component = allocation.component(step.kind)
+    cpus = allocation.cpus[component]
     words = [
         "srun",
         *([f"--output={output}"] if output else []),
@@ -46,54 +50,22 @@ def srun(step: Step, command: Sequence[str], container: Sequence[str] = (), outp
         f"--ntasks={step.tasks}",
         f"--ntasks-per-node={step.each}",
         f"--nodelist={','.join(step.hosts)}",
-        f"--cpus-per-task={max(1, cpus // step.each)}",
+        *([f"--cpus-per-task={max(1, cpus // step.each)}"] if cpus else []),
+        "--mem=0",
+        # Every task sees all GPUs of its node and takes its own by number; SLURM would hand out one each, as number 0.
+        *([f"--gpus-per-node={allocation.gpus}", "--gpu-bind=none"] if allocation.gpus else []),
+        "--cpu-bind=none",
+        "--mpi=none",
         "--overlap",
         "--kill-on-bad-exit=1",
+        # Without it a site's WaitTime ends the ranks that take longer than the first.
+        "--wait=0",
         "--input=none",
         # Otherwise `sbatch --export=NONE` leaves the tasks without PATH.
         "--export=ALL",
     ]
-    if group:
-        words.append(f"--het-group={group}")
+    if allocation.is_heterogeneous:
+        words.append(f"--het-group={component}")
     if step.each > 1:
         words.append("--label")
-    return [*words, *container, *command]
-
-
-def _cpus(kind: str) -> tuple[int, str]:
-    """CPUs of a node of the job, and the component of a heterogeneous job that a kind of role runs on."""
-    if not is_heterogeneous():
-        return _leading_number(os.environ.get("SLURM_CPUS_ON_NODE", "")), ""
-    group = "1" if kind == "rollout" else "0"
-    return _leading_number(os.environ.get(f"SLURM_JOB_CPUS_PER_NODE_HET_GROUP_{group}", "")), group
-
-
-def _leading_number(text: str) -> int:
-    match = re.match(r"\d+", text)
-    return int(match[0]) if match else 1
-
-
-def is_heterogeneous() -> bool:
-    """Whether the job has components with nodes of their own."""
-    return bool(os.environ.get("SLURM_HET_SIZE"))
-
-
-def read_command(*words: str) -> str:
-    """Standard output of a SLURM command; empty when it fails."""
-    done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    return done.stdout if done.returncode == 0 else ""
-
-
-def expand_hosts(folded: str) -> list[str]:
-    """`node1`, `node2` for `node[1-2]`."""
-    return read_command("scontrol", "show", "hostnames", folded).split()
-
-
-def describe_job(job: str) -> str:
-    """SLURM's record of a job on one line; empty when slurmctld does not answer."""
-    return read_command("scontrol", "show", "job", "-o", job)
-
-
-def running_jobs(user: str) -> list[str]:
-    """Ids of a user's jobs that hold nodes."""
-    return read_command("squeue", "--noheader", "--states=R,CG", "--format=%A", f"--user={user}").split()
+    return [*words, *extra, *command]

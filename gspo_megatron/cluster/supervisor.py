@@ -77,9 +77,9 @@ class Phase(Enum):
     REQUEUING = "requeuing"
 
 
-def may_restart(left: int, asked: bool = False, served: bool = True, has_peer: bool = True) -> bool:
+def may_restart(left: int, served: bool = True, has_peer: bool = True) -> bool:
     """Whether a server that ended is started again: another one serves meanwhile, and this one has served."""
-    return left > 0 and served and has_peer and not asked
+    return left > 0 and served and has_peer
 
 
 def restart_sentence(name: str, left: int) -> str:
@@ -132,17 +132,17 @@ class Supervisor:
             return [Exit(STOPPED)]
         if self.rules.queue:
             # SLURM ends the roles itself.
-            return [
-                Print(
-                    "SLURM ends this attempt (scancel, a lost node, or its limit); "
-                    f"{event.newest} is the newest complete checkpoint"
-                ),
-                Exit(BY_SIGNAL + event.number),
-            ]
+            return self._end_by_slurm(event.newest)
         if self.phase is Phase.ENDING:
             return []
         self._interrupted, self.phase = event.number, Phase.ENDING
         return [EndRoles()]
+
+    def _end_by_slurm(self, newest: int) -> list[Decision]:
+        text = (
+            f"SLURM ends this attempt (scancel, a lost node, or its limit); {newest} is the newest complete checkpoint"
+        )
+        return [Print(text), Exit(BY_SIGNAL + signal.SIGTERM)]
 
     def _watch(self, event: Event, now: float) -> list[Decision]:
         if isinstance(event, StopRequested):
@@ -250,6 +250,12 @@ class Supervisor:
         # Without a newer checkpoint the job would be queued again and again, and never get further.
         if (culprit.name, culprit.code) == (TRAINER, STOPPED) and newest > self.rules.started_from:
             text = f"attempt {self.rules.attempt} stopped as asked; step {newest} is checkpointed"
+            return [Print(text), *self._requeue()]
+        if answer.ending:
+            return self._end_by_slurm(newest)
+        if answer.preempted:
+            # Not the run's fault, whatever code its roles ended with: no restart is counted.
+            text = f"SLURM preempts this job; {newest} is the newest complete checkpoint"
             return [Print(text), *self._requeue()]
         # Asked after every failure: it takes until SLURM misses a node, and it would start the job there again.
         self.phase = Phase.ASKING_NODES

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
-from types import FrameType
 
+from gspo_megatron.cluster.stop_signals import StopSignals
 from gspo_megatron.trainer.step import Trainer
 
 END_TIME = "SLURM_JOB_END_TIME"
@@ -18,19 +17,13 @@ FIRST_SAVE = 120.0
 
 
 class StopRequest:
-    """A request to save after the current step and to stop: by SIGUSR1, or by the time limit of the job."""
+    """A request to save after the current step and to stop: by a signal, or by the time limit of the job."""
 
     def __init__(self) -> None:
-        self._raised = False
         self._slowest = 0.0
         self._began = time.monotonic()
         self._end = float(os.environ.get(END_TIME, "inf"))
-        signal.signal(signal.SIGUSR1, self._raise)
-        # The parent blocked the signal until this handler exists.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
-
-    def _raise(self, number: int, frame: FrameType | None) -> None:
-        self._raised = True
+        self._signals = StopSignals()
 
     def is_raised(self, trainer: Trainer, save_seconds: float) -> bool:
         """Whether to stop after this step. Rank 0 decides for every rank: a signal reaches them at different moments.
@@ -45,4 +38,4 @@ class StopRequest:
         needed = self._slowest + 2 * (save_seconds or FIRST_SAVE) + MARGIN
         # A stage of its own, like the saves, so that the watchdog also sees a rank that hangs between two steps.
         with trainer.log.time("stop"):
-            return trainer.on_first_rank(lambda controller: self._raised or time.time() + needed > self._end)
+            return trainer.on_first_rank(lambda controller: self._signals.raised or time.time() + needed > self._end)

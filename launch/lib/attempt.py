@@ -7,7 +7,7 @@ import secrets
 import shutil
 from pathlib import Path
 
-from gspo_megatron.cluster.slurm_steps import running_jobs
+from gspo_megatron.cluster.slurm_commands import running_jobs
 from gspo_megatron.run_dir import AttemptDir, RunDir
 from launch.lib.plan_request import Plan, Refused
 
@@ -21,7 +21,7 @@ def claim_attempt(plan: Plan, job: str) -> None:
     Raises:
         Refused: a job with an older attempt of the run is running.
     """
-    running = set(running_jobs(str(os.getuid()))) - {job}
+    running = set(running_jobs()) - {job}
     holder = next((other for other in plan.earlier_jobs if other in running), None)
     if holder is not None:
         shutil.rmtree(plan.attempt, ignore_errors=True)

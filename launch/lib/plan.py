@@ -26,6 +26,7 @@ from gspo_megatron.cluster.exit_codes import REFUSED
 from gspo_megatron.cluster.hosts import Host, Kind, Ports, Spread, Task
 from gspo_megatron.commands.train_run import KEY, claim_run, prepare_run
 from gspo_megatron.config import Recipe, RecipeError
+from gspo_megatron.config.loading import refuse
 from gspo_megatron.config.recipe_paths import absolute_path, paths_of, short_path
 from gspo_megatron.models import load_recipe, load_resolved
 from gspo_megatron.own_directory import refuse_unwritable
@@ -53,7 +54,7 @@ def main() -> int:
         phase.add_argument("--job", required=True, help="SLURM job id; of a drawing, any text")
         phase.add_argument("--hosts", required=True, help="names of the nodes, comma-separated, trainers first")
         phase.add_argument("--gpus", type=int, required=True, help="GPUs of a node, 0 = none")
-        phase.add_argument("--running", default="", help="ids of the user's running jobs")
+        phase.add_argument("--running", nargs="*", default=[], help="ids of the running jobs")
         phase.add_argument("--called-in", type=Path, default=Path(), help="what relative paths are relative to")
         phase.add_argument("recipe", type=Path)
         phase.add_argument("overrides", nargs="*")
@@ -69,7 +70,7 @@ def main() -> int:
         say_findings(recipe, drawing=chosen.phase == "draw")
         if chosen.phase == "draw":
             return draw(recipe, names, gpus, chosen.job)
-        return open_attempt(recipe, names, gpus, chosen.job, chosen.running.split())
+        return open_attempt(recipe, names, gpus, chosen.job, chosen.running)
     except RecipeError as error:
         for finding in error.findings:
             print(finding, file=sys.stderr)
@@ -87,9 +88,14 @@ def load_for_job(
     if recipe.placement.gpu == "cpu":
         # An exclusive job is granted the GPUs of its nodes whether it wants them or not.
         gpus = 0
+    elif not gpus:
+        # Unknown is not zero: a run that was meant for GPUs must not go on without them.
+        raise refuse(
+            "no-gpus", "placement.gpu", "SLURM names no GPUs of this job, and nvidia-smi lists none on its first node",
+            "ask for them (sbatch --gpus-per-node=8), set GSPO_GPUS_PER_NODE where SLURM does not count GPUs, or set "
+            "placement.gpu=cpu for a run without",
+        )  # fmt: skip
     facts: dict[str, Any] = {"nodes": len(names), "gpus_per_node": gpus or hosts.CPU_RANKS}
-    if not gpus:
-        facts["gpu"] = "cpu"
     run = {"directory": recipe.run.directory or absolute_path(f"runs/{recipe.run.name}-{job}", called_in)}
     sections = {"placement": recipe.placement.model_copy(update=facts), "run": recipe.run.model_copy(update=run)}
     recipe = recipe.model_copy(update=sections)

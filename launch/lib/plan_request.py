@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gspo_megatron.cluster.slurm_steps import Step, srun
+from gspo_megatron.cluster.slurm_steps import Step
 from launch.lib.settings import Settings
 
 
@@ -59,7 +59,7 @@ def ask_plan(
     """Plan a job or a drawing. Raises Refused when `plan.py` has refused it."""
     words = ("-m", "launch.lib.plan", phase, "--job", job, "--hosts", ",".join(hosts), "--gpus", str(gpus),
              "--called-in", str(settings.called_in))  # fmt: skip
-    command = in_trainer(settings, hosts[0], (*words, "--running", " ".join(running), *arguments), phase == "draw")
+    command = in_trainer(settings, hosts[0], (*words, *arguments, "--running", *running), phase == "draw")
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise Refused("")
@@ -75,8 +75,7 @@ def in_trainer(settings: Settings, host: str, words: Sequence[str], drawing: boo
         Refused: the environment has no interpreter.
     """
     if settings.images["trainer"] and not drawing:
-        step = Step("trainer", (host,))
-        return srun(step, (settings.python("trainer"), *words), settings.container("trainer"))
+        return settings.srun(Step("trainer", (host,)), (settings.python("trainer"), *words))
     python = settings.own_python("trainer")
     if shutil.which(python) is None:
         raise Refused(f"{python} is not there; run make setup, or set GSPO_VENV in the site file")
@@ -87,4 +86,4 @@ def role_step(kind: str, plan: Plan, settings: Settings, attempt: Path, log: boo
     """The srun of a kind of role."""
     command = (settings.python(kind), "-m", "launch.lib.task", str(attempt), kind)
     output = f"{attempt}/{kind}-%N.log" if log else ""
-    return srun(plan.steps[kind], command, settings.container(kind), output)
+    return settings.srun(plan.steps[kind], command, output)

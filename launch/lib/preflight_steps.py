@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from gspo_megatron.cluster.slurm_steps import Step, srun
+from gspo_megatron.cluster.slurm_steps import Step
 from gspo_megatron.run_dir import AttemptDir
 from launch.lib.plan_request import Plan, Refused, in_trainer
 from launch.lib.settings import Settings
@@ -45,7 +45,7 @@ def check_nodes(plan: Plan, settings: Settings, attempt: Path) -> None:
     for step, text in zip(steps, texts):
         command = ("bash", "-c", LOOK, "look", str(settings.home), settings.python(step.kind), str(attempt), step.kind)
         with text.open("wb") as log:
-            line = srun(step, command, settings.container(step.kind))
+            line = settings.srun(step, command)
             running.append(subprocess.Popen(line, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
     if not _all_end_well(running):
         lines = [line for text in texts for line in text.read_text(errors="replace").splitlines()]
@@ -77,6 +77,6 @@ def _reduce_over_network(plan: Plan, settings: Settings, attempt: Path) -> None:
     """A small all-reduce over all trainer nodes, one GPU of each."""
     step = Step("trainer", plan.steps["trainer"].hosts)
     command = (settings.python("trainer"), "tools/check_network.py", str(AttemptDir(attempt).plan))
-    done = subprocess.run(srun(step, command, settings.container("trainer")), stdin=subprocess.DEVNULL)
+    done = subprocess.run(settings.srun(step, command), stdin=subprocess.DEVNULL)
     if done.returncode:
         raise Refused("the trainer nodes cannot all-reduce over their network (see above)")

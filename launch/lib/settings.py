@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from gspo_megatron.cluster.slurm_allocation import Allocation
+from gspo_megatron.cluster.slurm_steps import Step, srun
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Interpreters and images of the roles."""
+    """Interpreters and images of the roles, and what every srun is given."""
 
     home: Path
     """The checkout."""
@@ -23,10 +28,16 @@ class Settings:
     """What is mounted beside the checkout: `from:to[:ro],...`."""
     max_restarts: int
     grace: float
+    srun_arguments: tuple[str, ...] = ()
+    """What the site wants of every srun beyond ours; it overrides ours."""
+    gpus: int = 0
+    """GPUs of a node, where SLURM does not count them; 0 = not said."""
+    allocation: Allocation = field(default_factory=Allocation)
+    """Of the job; empty before it is known, and in a drawing."""
 
     @classmethod
     def read(cls, home: Path, called_in: Path) -> Settings:
-        """The settings of this process's environment. Raises ValueError for a number that is none."""
+        """The settings of this process's environment. Raises ValueError for one that cannot be read."""
         get = os.environ.get
         venv, image = get("GSPO_VENV") or ".venv", get("GSPO_IMAGE") or ""
         return cls(
@@ -37,6 +48,8 @@ class Settings:
             get("GSPO_MOUNTS") or "",
             _seconds_or_count("GSPO_MAX_RESTARTS", "3"),
             _seconds_or_count("GSPO_GRACE", "240"),
+            _words("GSPO_SRUN_ARGS"),
+            _seconds_or_count("GSPO_GPUS_PER_NODE", "0"),
         )
 
     def python(self, kind: str) -> str:
@@ -62,6 +75,15 @@ class Settings:
             "--no-container-mount-home",
         ]
 
+    def srun_outside(self, step: Step, command: Sequence[str]) -> list[str]:
+        """The srun of a command of the node itself, which no image has."""
+        return srun(step, command, self.allocation, self.srun_arguments)
+
+    def srun(self, step: Step, command: Sequence[str], output: str = "") -> list[str]:
+        """The srun of a step: in the image of its kind, with the site's arguments."""
+        extra = (*self.container(step.kind), *self.srun_arguments)
+        return srun(step, command, self.allocation, extra, output)
+
 
 def environment_of(kind: str) -> str:
     """Which environment a kind of role runs in: the controller shares the trainer's."""
@@ -73,3 +95,11 @@ def _seconds_or_count(name: str, default: str) -> int:
     if not text.isdigit():
         raise ValueError(f"{name}={text} is not a whole number; correct it in the site file or the environment")
     return int(text)
+
+
+def _words(name: str) -> tuple[str, ...]:
+    text = os.environ.get(name) or ""
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise ValueError(f"{name}={text} cannot be read ({error}); correct its quotes") from None

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gspo_megatron.cluster.free_ports import hold_ports
+from gspo_megatron.cluster.stop_signals import hold_back
 from gspo_megatron.cluster.supervisor import may_restart, restart_sentence
 from gspo_megatron.cluster.visible_devices import VARIABLE, list_gpus, name_devices
 from gspo_megatron.http_clients import direct_opener
@@ -35,9 +36,8 @@ LOOK_SECONDS = 0.5
 
 def main() -> None:
     """Replace this process by the role, or run it."""
-    # Held back while the role starts: it receives the signal once it has a handler. The line that this program
-    # prints shows the job script that it may send.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    # The line that this program prints shows the job script that it may send USR1.
+    hold_back()
     attempt, kind = AttemptDir(Path(sys.argv[1])), sys.argv[2]
     node, local = os.environ["SLURMD_NODENAME"], int(os.environ["SLURM_LOCALID"])
     plan = json.loads(attempt.plan.read_text())
@@ -66,37 +66,27 @@ def main() -> None:
 def keep(command: Sequence[str], task: dict[str, Any], address: str) -> NoReturn:
     """Run a server; end badly once it was lost too often, or has ended without ever having served."""
     child = subprocess.Popen(command)
-    asked: list[int] = []
-
-    def pass_on(number: int, _: object) -> None:
-        asked.append(number)
-        child.send_signal(number)
-
-    signal.signal(signal.SIGTERM, pass_on)
     left, served = task["restarts"], False
     while True:
         while child.poll() is None:
             served = served or (left > 0 and serves(address, task["ports"][0]))
             time.sleep(LOOK_SECONDS)
-            if asked:
-                # It may have come while there was nobody to pass it on to.
-                child.terminate()
-        if not may_restart(left, bool(asked), served):
+        if not may_restart(left, served):
             break
         left -= 1
         print(f"gspo: {restart_sentence(task['name'], left)}", flush=True)
         child, served = subprocess.Popen(command), False
-    end_as(child.returncode, task["name"], bool(asked))
+    end_as(child.returncode, task["name"])
 
 
-def end_as(code: int, name: str, asked: bool) -> NoReturn:
+def end_as(code: int, name: str) -> NoReturn:
     """End as a server has ended, so that srun says of this process what happened to that one."""
     if code < 0:
         faulthandler.disable()  # the stack would be this program's
         with suppress(OSError):  # SIGKILL has no handler
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
-    if not code and not asked:
+    if not code:
         print(f"{name} ended without being asked to; its engine's last words are above", flush=True)
         code = 1
     sys.exit(code)

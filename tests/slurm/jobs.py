@@ -16,6 +16,7 @@ from typing import Any
 from tests.places import ROOT
 from tests.slurm.lab.cluster import Lab, LabError, wait_for
 
+CHEAP = ROOT / "tests" / "slurm" / "cheap"
 SCRIPT = "launch/gspo_moe.sh"
 TINY = "recipes/tiny_moe.yaml"
 START = 1200.0
@@ -59,6 +60,11 @@ class Workplace:
         job = Job(self.lab, self.lab.submit(*arguments, environment=settings, cwd=Path(cwd)), run_dir, log)
         self.jobs.append(job)
         return job
+
+    def cheap(self, name: str, *overrides: str, options: Sequence[str], **environment: str) -> Job:
+        """The same with small processes as roles (`tests/slurm/cheap`), so that a job is done in seconds."""
+        environment = {"PYTHONPATH": str(CHEAP), **environment}
+        return self.submit(name, *SMALL, *overrides, options=options, **environment)
 
     def resume(self, job: Job, name: str, **environment: str) -> Job:
         """Submit what a job's log says that resumes it."""
@@ -172,6 +178,10 @@ class Job:
         """Whole minutes that it has run."""
         hours, minutes, _ = self.lab.job(self.id)["RunTime"].split(":")
         return 60 * int(hours) + int(minutes)
+
+    def seen(self) -> list[dict[str, Any]]:
+        """What the cheap trainer ranks saw of their environment, by attempt and rank."""
+        return [json.loads(path.read_text()) for path in sorted((self.run_dir / "seen").glob("*.json"))]
 
     def wait_for_attempt(self, number: int, timeout: float = 600) -> None:
         """Wait until an attempt is planned. SLURM needs some 25 s to miss a node, and 6 to queue a job again."""

@@ -44,8 +44,7 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-GresTypes=gpu
-MpiDefault=none
+{types}MpiDefault=none
 MailProg=/bin/true
 ReturnToService=2
 SchedulerType=sched/backfill
@@ -58,11 +57,18 @@ TCPTimeout=2
 PropagatePrioProcess=1
 KillWait=5
 MinJobAge=600
+JobRequeue={requeue}
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 # Lets two real cores count as many.
 SlurmdParameters=config_overrides
 NodeName=node[1-{nodes}] NodeAddr=10.77.0.[11-{last}] CPUs={cpus} Boards=1 SocketsPerBoard=2 CoresPerSocket={cores} \
-ThreadsPerCore=1 RealMemory=2000000 Gres=gpu:h100:{gpus} State=UNKNOWN
-PartitionName={partition} Nodes=ALL Default=YES DefaultTime=60 MaxTime=INFINITE State=UP
+ThreadsPerCore=1 RealMemory=2000000 {gres}State=UNKNOWN
+PartitionName={partition} Nodes=ALL Default=YES DefaultTime=60 MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
+# Jobs of these two make room for those of `urgent`: after 60 s, or at once.
+PartitionName=patient Nodes=ALL DefaultTime=60 State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=spare Nodes=ALL DefaultTime=60 State=UP PriorityTier=1 PreemptMode=REQUEUE
+PartitionName=urgent Nodes=ALL DefaultTime=60 State=UP PriorityTier=3 PreemptMode=OFF
 """
 
 
@@ -93,13 +99,15 @@ def missing() -> str | None:
 class Lab:
     """One cluster: a controller and nodes `node1`, `node2`, ... that share this machine's files."""
 
-    def __init__(self, nodes: int = 6, shared: Sequence[Path] = ()) -> None:
+    def __init__(self, nodes: int = 6, shared: Sequence[Path] = (), gres: bool = True, requeue: bool = True) -> None:
         """
         Args:
             nodes: how many.
             shared: directories under /tmp that all nodes must see; the rest of /tmp is private to each node.
+            gres: whether SLURM knows of GPUs.
+            requeue: whether jobs may be queued again unless they say otherwise (JobRequeue).
         """
-        self.nodes = nodes
+        self.nodes, self.gres, self.requeue = nodes, gres, requeue
         # Outside /tmp, which the nodes do not share.
         self.home = Path(tempfile.mkdtemp(prefix="slurm-lab-", dir="/var/tmp"))
         self.disk = self.home / "disk"
@@ -253,9 +261,13 @@ class Lab:
         names = [f"10.77.0.{10 + node} node{node}" for node in range(1, self.nodes + 1)]
         (etc / "hosts").write_text("\n".join(["127.0.0.1 localhost", "10.77.0.1 control", *names]) + "\n")
         settings = {"home": self.home, "nodes": self.nodes, "last": 10 + self.nodes, "cpus": CPUS, "cores": CPUS // 2}
-        (etc / "slurm.conf").write_text(SLURM_CONF.format(**settings, gpus=GPUS, partition=PARTITION))
-        gres = f"NodeName=node[1-{self.nodes}] Name=gpu Type=h100 File={self.home}/dev/nvidia[0-{GPUS - 1}]\n"
-        (etc / "gres.conf").write_text(gres)
+        settings |= (
+            {"types": "GresTypes=gpu\n", "gres": f"Gres=gpu:h100:{GPUS} "} if self.gres else {"types": "", "gres": ""}
+        )
+        (etc / "slurm.conf").write_text(SLURM_CONF.format(**settings, requeue=int(self.requeue), partition=PARTITION))
+        if self.gres:
+            gres = f"NodeName=node[1-{self.nodes}] Name=gpu Type=h100 File={self.home}/dev/nvidia[0-{GPUS - 1}]\n"
+            (etc / "gres.conf").write_text(gres)
         plugin = etc / "pyxis.so"
         subprocess.run(("gcc", "-O1", "-shared", "-fPIC", "-o", str(plugin), str(HERE / "pyxis.c")), check=True)
         (etc / "plugstack.conf").write_text(f"required {plugin}\n")

@@ -16,11 +16,12 @@ import signal, sys
 from pathlib import Path
 from gspo_megatron.cluster import slurm_backend
 from gspo_megatron.cluster.events import StopRequested, Watched
+from gspo_megatron.cluster.slurm_allocation import Allocation
 from gspo_megatron.cluster.slurm_backend import KINDS, Place, SlurmBackend
 from gspo_megatron.cluster.supervisor import Rules, Supervisor, supervise
 run_dir, grace, trainer = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
 attempt = run_dir / "logs" / "attempt_1"
-backend = SlurmBackend(Place("7", run_dir, attempt, 1, ("n1", "n2"), 2))
+backend = SlurmBackend(Place("7", run_dir, attempt, 1, Allocation(("n1", "n2")), 2))
 signal.signal(signal.SIGUSR1, lambda *_: backend.signals.append(StopRequested()))
 commands = {"rollout": ("sleep", "300"), "controller": ("sleep", "300"), "trainer": ("bash", "-c", trainer)}
 slurm_backend.RETRY_SECONDS = 0.1
@@ -31,7 +32,8 @@ sys.exit(supervise(Supervisor([Watched(kind) for kind in KINDS], rules), backend
 """
 SCONTROL = """#!/bin/bash
 if [ -n "${DOWN:-}" ] && [ ! -f $RUN/up ]; then touch $RUN/up; exit 1; fi
-if [ "$1" = show ]; then echo "JobId=7 Requeue=${REQUEUE:-1} X="
+if [ "$1" = show ]; then
+    echo "JobId=7 JobState=${STATE:-RUNNING} Requeue=${REQUEUE:-1} PreemptTime=${PREEMPTED:-None}"
 elif [ -n "${REFUSES:-}" ]; then echo "slurm_requeue error: Requested operation is presently disabled" >&2; exit 1
 else echo "scontrol $*"; kill -KILL $PPID; fi
 """
@@ -160,3 +162,22 @@ def test_what_a_user_keeps_in_the_run_directory_is_no_checkpoint_and_a_broken_at
     assert done.returncode == REQUEUED and "a newer checkpoint exists (step 2)" in done.stdout, done
     assert f"gspo: {tmp_path}/attempt holds '\\n', not the number of an attempt and its job" in done.stdout
     assert os.listdir(copy) == ["COMPLETE"]
+
+
+@pytest.mark.parametrize("checkpoint", ["", "checkpoint 000003; "])
+@pytest.mark.parametrize(("requeue", "code", "end"), [("1", REQUEUED, "scontrol requeue 7"), ("0", 85, "sbatch again")])
+def test_roles_that_a_preemption_ends_are_no_crash(
+    tmp_path: Path, checkpoint: str, requeue: str, code: int, end: str
+) -> None:
+    crash = f"{checkpoint}echo 'srun: error: n1: task 0: Terminated' >&2; exit 143"
+    done = run(tmp_path, crash, PREEMPTED="2026-11-30T06:33:15", REQUEUE=requeue)
+    newest = 3 if checkpoint else 0
+    assert done.returncode == code and f"SLURM preempts this job; {newest} is the newest" in done.stdout, done
+    assert done.stdout.rstrip().endswith(end) and not (tmp_path / "logs" / "restarts").exists()
+
+
+@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "PENDING", "PREEMPTED", "TIMEOUT", "NODE_FAIL"])
+def test_a_job_that_slurm_is_ending_is_not_counted_and_not_queued_again(tmp_path: Path, state: str) -> None:
+    done = run(tmp_path, "checkpoint 000003; exit 1", STATE=state, PREEMPTED="2026-11-30T06:33:15")
+    assert done.returncode == 143 and done.stdout.splitlines()[-1].startswith("gspo: SLURM ends this attempt"), done
+    assert "scontrol requeue" not in done.stdout and not (tmp_path / "logs" / "restarts").exists()

@@ -45,6 +45,7 @@ TICK = Tick()
 ENDS = "SLURM ends this attempt (scancel, a lost node, or its limit); 6 is the newest complete checkpoint"
 REPLACED = Print("attempt 2 was replaced by attempt 3; this one ends")
 STUCK = Print("not restarted: there is no newer checkpoint than step 4, so it would fail the same way")
+PREEMPTED = Print("SLURM preempts this job; 4 is the newest complete checkpoint")
 NO_REQUEUE = Print("the job was submitted with --no-requeue; to go on: sbatch again")
 NOT_QUEUED = Print("SLURM does not queue this job again; to go on: sbatch again")
 ASKED = Print("asked to stop (USR1); the trainers have 240 s for a checkpoint")
@@ -249,6 +250,32 @@ SLURM_CASES: dict[str, tuple[Rules, Script, list[Decision]]] = {
         [*CRASHES, (12, RolesEnded(6)), (12, SlurmAnswered(requeues=False)), (13, NodesAnswered(False))],
         [EndRoles(), AskSlurm(), AskNodes(), Explain("trainer", 1), NO_REQUEUE, Exit(STOPPED)],
     ),
+    "SLURM announces a preemption and the trainers save": (
+        SLURM,
+        [(9, Ended("trainer", STOPPED)), (9, TICK), (11, TICK), (12, RolesEnded(6)),
+         (12, SlurmAnswered(preempted=True))],
+        [EndRoles(), AskSlurm(), *STOPPED_AT_6, Requeue()],
+    ),
+    "a preemption ends the roles before anything was saved": (
+        SLURM,
+        [*CRASHES, (12, RolesEnded(4)), (12, SlurmAnswered(preempted=True))],
+        [EndRoles(), AskSlurm(), PREEMPTED, Requeue()],
+    ),
+    "a preemption counts no restart, however many there were": (
+        SLURM,
+        [*SERVER_DIES, (12, RolesEnded(4, restarts=3)), (12, SlurmAnswered(preempted=True))],
+        [EndRoles(), AskSlurm(), PREEMPTED, Requeue()],
+    ),
+    "a preemption with --no-requeue": (
+        SLURM,
+        [*CRASHES, (12, RolesEnded(4)), (12, SlurmAnswered(requeues=False, preempted=True))],
+        [EndRoles(), AskSlurm(), PREEMPTED, NO_REQUEUE, Exit(STOPPED)],
+    ),
+    "the roles end because SLURM ends the job": (
+        SLURM,
+        [*CRASHES, (12, RolesEnded(6)), (12, SlurmAnswered(ending=True))],
+        [EndRoles(), AskSlurm(), Print(ENDS), Exit(143)],
+    ),
     "SLURM ends a running attempt": (SLURM, [(1, Interrupted(15, newest=6))], [Print(ENDS), Exit(143)]),
     "SLURM ends an attempt that is being judged": (
         SLURM,
@@ -298,11 +325,8 @@ def test_the_table_reaches_every_kind_of_decision() -> None:
 
 
 @pytest.mark.parametrize(
-    ("left", "asked", "served", "has_peer", "again"),
-    [
-        (1, False, True, True, True), (0, False, True, True, False), (1, True, True, True, False),
-        (1, False, False, True, False), (1, False, True, False, False),
-    ],
-)  # fmt: skip
-def test_when_a_server_is_started_again(left: int, asked: bool, served: bool, has_peer: bool, again: bool) -> None:
-    assert may_restart(left, asked, served, has_peer) is again
+    ("left", "served", "has_peer", "again"),
+    [(1, True, True, True), (0, True, True, False), (1, False, True, False), (1, True, False, False)],
+)
+def test_when_a_server_is_started_again(left: int, served: bool, has_peer: bool, again: bool) -> None:
+    assert may_restart(left, served, has_peer) is again

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 
 from gspo_megatron.cluster.exit_codes import REFUSED
-from gspo_megatron.cluster.slurm_steps import Step, srun
+from gspo_megatron.cluster.slurm_steps import Step
+from gspo_megatron.config import RecipeError
 from gspo_megatron.run_dir import RunDir
 from launch import job as script
-from launch.job import Job, print_commands, read_arguments
+from launch.job import read_arguments
 from launch.lib import attempt as files
 from launch.lib.attempt import claim_attempt, remove_key, write_key
+from launch.lib.granted_job import Job, print_commands
 from launch.lib.plan import load_for_job, make_attempt
 from launch.lib.plan_request import Plan, Refused, ask_plan
 from launch.lib.probe import find_broken_modules
@@ -30,14 +32,10 @@ def plan_of(run_dir: Path, number: int, earlier: tuple[str, ...] = ()) -> Plan:
     return Plan(run_dir, 0, False, {}, False, run_dir / "logs" / f"attempt_{number}", number, earlier)
 
 
-def test_every_srun_gives_the_environment_itself() -> None:
-    assert "--export=ALL" in srun(Step("trainer", ("n1", "n2"), 2), ("true",))
-
-
 def test_the_resume_line_names_the_run_directory_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = plan_of(tmp_path / "a run", 1)
     arguments = (RECIPE, "run.directory=one", "data.options={min_digits: 1}", "run.directory=two")
-    resume = print_commands(Job("7", ("n1",), 4), plan, arguments, plan.attempt, ROOT)
+    resume = print_commands(Job("7", ("n1",), 4, options=("--gpus-per-node=4",)), plan, arguments, plan.attempt, ROOT)
     assert shlex.split(resume) == [
         "sbatch", "--nodes=1", "--gpus-per-node=4", "launch/gspo_moe.sh", RECIPE, "data.options={min_digits: 1}",
         f"run.directory={tmp_path}/a run",
@@ -96,7 +94,7 @@ def test_two_jobs_that_start_in_one_second_get_different_attempts_and_one_is_ref
     (logs / "attempt_1_old").mkdir(parents=True)
     first, second = make_attempt(RunDir(tmp_path), "7"), make_attempt(RunDir(tmp_path), "8")
     assert first == (1, logs / "attempt_1", []) and second == (2, logs / "attempt_2", ["7"])
-    monkeypatch.setattr(files, "running_jobs", lambda user: ["7", "8"])
+    monkeypatch.setattr(files, "running_jobs", lambda: ["7", "8"])
     claim_attempt(plan_of(tmp_path, 1), "7")
     with pytest.raises(Refused, match=r"job 7 is running in .*; wait for it, or `scancel 7` first"):
         claim_attempt(plan_of(tmp_path, 2, ("7",)), "8")
@@ -115,7 +113,7 @@ def test_a_job_that_has_ended_or_is_started_again_holds_nothing(
     make_attempt(RunDir(tmp_path), "6")
     make_attempt(RunDir(tmp_path), "7")
     number, _, earlier = make_attempt(RunDir(tmp_path), "7")
-    monkeypatch.setattr(files, "running_jobs", lambda user: ["7"])
+    monkeypatch.setattr(files, "running_jobs", lambda: ["7"])
     claim_attempt(plan_of(tmp_path, number, tuple(earlier)), "7")
     assert (tmp_path / "attempt").read_text() == "3 7\n"
 
@@ -164,3 +162,31 @@ def test_a_package_that_cannot_be_imported_is_a_fault_with_its_reason(
         "`import broken_package` fails with AttributeError: module has no attribute web; give this"
     )
     assert absent.startswith("`import absent_package` fails with ModuleNotFoundError: ")
+
+
+@pytest.mark.parametrize("gpu", ["null", "h100"])
+def test_a_run_that_is_meant_for_gpus_does_not_go_on_without(tmp_path: Path, gpu: str) -> None:
+    with pytest.raises(RecipeError, match=r"\[no-gpus\] placement.gpu: .*GSPO_GPUS_PER_NODE.*placement.gpu=cpu"):
+        load_for_job(Path(RECIPE), [f"placement.gpu={gpu}"], "7", ["n1"], 0, tmp_path)
+    assert load_for_job(Path(RECIPE), ["placement.gpu=cpu"], "7", ["n1"], 8, tmp_path).placement.gpu == "cpu"
+
+
+@pytest.mark.parametrize(("line", "gpus"), [("--gpus-per-node=h100:4", 4), ("--gres=gpu:8", 8), ("", 8)])
+def test_a_site_may_change_the_script_s_own_lines(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str, gpus: int
+) -> None:
+    changed = tmp_path / "gspo_moe.sh"
+    changed.write_text(
+        script.SCRIPT.read_text().replace("#SBATCH --gpus-per-node=8", f"#SBATCH {line}" if line else "")
+    )
+    monkeypatch.setattr(script, "SCRIPT", changed)
+    assert read_arguments((), ROOT).gpus == gpus
+
+
+def test_arguments_of_the_site_reach_every_srun_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GSPO_SRUN_ARGS", "--mpi=pmix --comment='two words'")
+    words = Settings.read(ROOT, ROOT).srun(Step("trainer", ("n1",)), ("true",))
+    assert words[-3:] == ["--mpi=pmix", "--comment=two words", "true"]
+    monkeypatch.setenv("GSPO_SRUN_ARGS", "--comment='two")
+    with pytest.raises(ValueError, match=r"GSPO_SRUN_ARGS=--comment='two cannot be read \(No closing quotation\)"):
+        Settings.read(ROOT, ROOT)

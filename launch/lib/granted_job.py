@@ -1,0 +1,80 @@
+"""What SLURM says of this job, and the commands about it that its log begins with. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gspo_megatron.cluster.slurm_allocation import drop_options, read_allocation, resume_options
+from gspo_megatron.cluster.slurm_commands import describe_job, read_command
+from gspo_megatron.cluster.slurm_steps import Step
+from gspo_megatron.cluster.visible_devices import VARIABLE, select_devices
+from launch.lib.plan_request import Plan
+from launch.lib.settings import Settings
+
+HOME = Path(__file__).resolve().parent.parent.parent
+SCRIPT = HOME / "launch" / "gspo_moe.sh"
+COUNT = re.compile(r"(?:[^:]+:)?(\d+)")
+"""A number of an option of sbatch, with or without a type: `h100:8`."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """The SLURM job."""
+
+    id: str
+    hosts: tuple[str, ...]
+    """Names of its nodes, trainers first."""
+    gpus: int
+    """GPUs of a node; 0 = none that anybody names."""
+    apart: int = 0
+    """Nodes of the second component of a heterogeneous job, which run the servers."""
+    options: tuple[str, ...] = ()
+    """What sbatch was given beside the number of nodes."""
+
+
+def header_number(header: str, option: str) -> int | None:
+    """What sbatch takes from the script's own lines; None where a site has taken the line out."""
+    match = re.search(rf"^#SBATCH --{option}=(\S+)", header, re.MULTILINE)
+    number = COUNT.fullmatch(match[1]) if match else None
+    return int(number[1]) if number else None
+
+
+def find_job(job_id: str, settings: Settings) -> tuple[Job, Settings]:
+    """The job, and the settings of its sruns. From here on the environment holds no option of SLURM's commands."""
+    record = describe_job(job_id)
+    allocation = read_allocation(os.environ, record)
+    drop_options(os.environ)
+    settings = replace(settings, allocation=allocation)
+    options = resume_options(record, allocation.gpus, header_number(SCRIPT.read_text(), "gpus-per-node"))
+    gpus = settings.gpus or allocation.gpus or list_gpus(settings)
+    if allocation.gpus:
+        settings = replace(settings, allocation=replace(allocation, gpus=min(gpus, allocation.gpus)))
+    return Job(job_id, allocation.hosts, gpus, allocation.apart, tuple(options)), settings
+
+
+def list_gpus(settings: Settings) -> int:
+    """GPUs that nvidia-smi lists on the first node, for a site whose SLURM does not count them."""
+    query = ("nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader")
+    listed = read_command(*settings.srun_outside(Step("gpus", settings.allocation.hosts[:1]), query))
+    return len(select_devices(os.environ.get(VARIABLE), listed.split()))
+
+
+def print_commands(job: Job, plan: Plan, arguments: Sequence[str], attempt: Path, called_in: Path) -> str:
+    """Print one line each: follow, attach, cancel, resume. Returns the command that resumes."""
+    sizes = [f"--nodes={len(job.hosts)}", *job.options]
+    kept = [word for word in arguments if not word.startswith("run.directory=")]
+    script = ["launch/gspo_moe.sh"] if called_in == HOME else [f"--chdir={called_in}", str(SCRIPT)]
+    words = ["sbatch", *sizes, *script, *kept, f"run.directory={plan.run_dir}"]
+    resume = shlex.join(words)
+    if job.apart:
+        resume = f"the same two components again, with run.directory={plan.run_dir}"
+    print(f"follow      tail -F {HOME / attempt}/trainer-{job.hosts[0]}.log")
+    print(f"attach      srun --jobid={job.id} --overlap --pty --nodelist={job.hosts[0]} bash")
+    print(f"cancel      scancel {job.id}; with a checkpoint first: scancel --batch --signal=USR1 {job.id}")
+    print(f"resume      {resume}", flush=True)
+    return resume
