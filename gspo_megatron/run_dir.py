@@ -264,6 +264,11 @@ class RunDir:
         return self.logs / "restarts"
 
     @property
+    def bad_nodes(self) -> Path:
+        """One line for each node of a SLURM job whose hardware must not be used: its name and the reason."""
+        return self.logs / "bad_nodes"
+
+    @property
     def attempt(self) -> Path:
         """File with the number of the newest attempt and its job."""
         return self.path / "attempt"

@@ -12,6 +12,7 @@ import shlex
 import signal
 import socket
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -19,18 +20,18 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from gspo_megatron.cluster.attempts import newest_checkpoint
-from gspo_megatron.cluster.events import Exit, Interrupted, Print, StopRequested, Watched
+from gspo_megatron.cluster.attempts import newest_checkpoint, read_bad_nodes
+from gspo_megatron.cluster.events import CountRestart, Exit, Interrupted, Print, Requeue, StopRequested, Watched
 from gspo_megatron.cluster.exit_codes import FAILED, OK, REFUSED
 from gspo_megatron.cluster.slurm_allocation import Allocation
 from gspo_megatron.cluster.slurm_backend import KINDS, Place, SlurmBackend
-from gspo_megatron.cluster.slurm_commands import describe_job, is_preempted, running_jobs
+from gspo_megatron.cluster.slurm_commands import describe_job, is_preempted, queue_again, read_field, running_jobs
 from gspo_megatron.cluster.supervisor import Rules, Supervisor, supervise
 from gspo_megatron.run_dir import AttemptDir, RunDir
-from launch.lib.attempt import claim_attempt, remove_key, write_key
+from launch.lib.attempt import claim_attempt, remove_key, wait_for_slurm, write_key
 from launch.lib.granted_job import COUNT, HOME, SCRIPT, Job, find_job, header_number, print_commands
 from launch.lib.plan_request import Refused, ask_plan, role_step
-from launch.lib.preflight_steps import check_nodes
+from launch.lib.preflight_steps import SickNodes, check_nodes
 from launch.lib.settings import Settings
 
 FLAGSHIP = "recipes/qwen3_30b_a3b_gspo_100k.yaml"
@@ -68,15 +69,23 @@ def main(words: Sequence[str]) -> int:
         job_id = os.environ.get("SLURM_JOB_ID", "")
         if not job_id and not arguments.drawing:
             become_local(arguments, Path(words[0]))
-        settings = Settings.read(HOME, Path(words[0]))
+        settings = read_settings(Path(words[0]))
         if arguments.drawing:
             return draw(arguments, settings)
         return Attempt(arguments, settings, job_id).run()
-    except (Refused, ValueError) as error:
+    except Refused as error:
         # Whoever was asked for the plan has printed its own sentences.
         if str(error):
             print(f"gspo: {error}", file=sys.stderr, flush=True)
         return REFUSED
+
+
+def read_settings(called_in: Path) -> Settings:
+    """The site's settings. Raises Refused."""
+    try:
+        return Settings.read(HOME, called_in)
+    except ValueError as error:
+        raise Refused(str(error)) from None
 
 
 def read_arguments(words: Sequence[str], called_in: Path) -> Arguments:
@@ -139,6 +148,7 @@ class Attempt:
         self._backend: SlurmBackend | None = None
         self._supervisor: Supervisor | None = None
         self._attempt: Path | None = None
+        self._resume = ""
 
     def run(self) -> int:
         """Plan, check the nodes, start the roles, watch them. Returns the exit code."""
@@ -148,10 +158,31 @@ class Attempt:
             return self._run()
         except SlurmEnds:
             return self._end_by_slurm()
+        except Refused:
+            # A step that a preemption has ended may have been the preflight's.
+            if not is_preempted(describe_job(self.job_id)):
+                raise
+            print("gspo: SLURM preempts this job before its roles have started", flush=True)
+            queue_again(self.job_id, ())
+            raise
+        except Exception as error:  # whatever it is, the roles must not stay behind, nor the user without a command
+            return self._fail(error)
         finally:
             # The whole script is one attempt: what it started is gone when it ends, and so is the key.
             if self._attempt is not None:
                 remove_key(self._attempt)
+
+    def _fail(self, error: Exception) -> int:
+        """Say where the script itself failed and how to go on, and end the roles."""
+        if self._backend is not None:
+            self._backend.end_steps()
+        traceback.print_exception(type(error), error, error.__traceback__)
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(str(HOME))]
+        where = f" at {Path(frames[-1].filename).relative_to(HOME)}:{frames[-1].lineno}" if frames else ""
+        words = " ".join(str(error).split())
+        resume = self._resume or "submit the same command again"
+        print(f"gspo: the job script failed{where}: {type(error).__name__}: {words}; to go on: {resume}", flush=True)
+        return FAILED
 
     def _run(self) -> int:
         start = int(os.environ.get("SLURM_RESTART_COUNT") or 0) + 1
@@ -161,19 +192,22 @@ class Attempt:
         job, settings = find_job(self.job_id, self.settings)
         more = (f"placement.rollout_nodes={job.apart}",) if job.apart else ()
         arguments = (self.arguments.recipe, *self.arguments.overrides, *more)
-        plan = ask_plan("open", settings, job.id, job.hosts, job.gpus, arguments, running_jobs())
+        plan = ask_plan("open", settings, job.id, job.hosts, job.gpus, arguments, wait_for_slurm(running_jobs))
         if plan.done:
             print(f"gspo: {plan.run_dir} holds a finished run (DONE); for another, give another run.directory")
             return OK
         attempt = self._attempt = plan.attempt
         claim_attempt(plan, job.id)
-        resume = print_commands(job, plan, arguments, attempt, settings.called_in)
-        check_nodes(plan, settings, attempt)
+        resume = self._resume = print_commands(job, plan, arguments, attempt, settings.called_in)
+        place = Place(job.id, plan.run_dir, attempt, plan.number, settings.allocation, plan.steps["trainer"].tasks)
+        try:
+            check_nodes(plan, settings, attempt)
+        except SickNodes:
+            return go_elsewhere(place, settings.max_restarts, resume)
         write_key(attempt)
         started_from = newest_checkpoint(plan.run_dir)
         if started_from:
             print(f"gspo: goes on after step {started_from}", flush=True)
-        place = Place(job.id, plan.run_dir, attempt, plan.number, settings.allocation, plan.steps["trainer"].tasks)
         backend = self._backend = SlurmBackend(place)
         rules = Rules(
             SETTLE, str(plan.run_dir), True, plan.number, started_from, settings.grace, RESEND,
@@ -209,6 +243,20 @@ class Attempt:
             elif isinstance(decision, Exit):
                 return decision.code
         return FAILED
+
+
+def go_elsewhere(place: Place, max_restarts: int, resume: str) -> int:
+    """Queue the job again without the nodes whose hardware must not be used; returns where it may not be."""
+    bad, backend = read_bad_nodes(place.run_dir), SlurmBackend(place)
+    used = len(place.run.restarts.read_text().splitlines()) if place.run.restarts.is_file() else 0
+    if used >= max_restarts or read_field(describe_job(place.job), "Requeue") != "1":
+        print(f"gspo: not queued again; to go on without {','.join(bad)}: {resume} (--exclude)", flush=True)
+        return REFUSED
+    print(f"gspo: restart {used + 1} of at most {max_restarts}, without {','.join(bad)}", flush=True)
+    backend.perform(CountRestart("hardware that must not be used"))
+    backend.perform(Requeue())
+    print(f"gspo: SLURM does not queue this job again; to go on: {resume}", flush=True)
+    return REFUSED
 
 
 if __name__ == "__main__":

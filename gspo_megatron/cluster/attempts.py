@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from gspo_megatron.cluster.shared_files import read_shared, retry_stale
 from gspo_megatron.run_dir import CHECKPOINT, RunDir, complete_checkpoints
 
 ATTEMPT_VARIABLE = "GSPO_ATTEMPT"
@@ -28,7 +29,7 @@ class Attempt:
 
 def newest_checkpoint(run_dir: Path) -> int:
     """Step of the newest complete checkpoint of a run; 0 without any."""
-    found = complete_checkpoints(RunDir(run_dir).checkpoints)
+    found = retry_stale(lambda: complete_checkpoints(RunDir(run_dir).checkpoints))
     return (CHECKPOINT.parse(found[-1].name) or 0) if found else 0
 
 
@@ -36,17 +37,27 @@ def read_attempt(run_dir: Path) -> Attempt | None:
     """The newest attempt of a run; None before the first.
 
     Raises:
-        ValueError: the file is there but does not hold two words, a number and a job.
+        ValueError: the file is there but cannot be read, or does not hold two words, a number and a job.
     """
     file = RunDir(run_dir).attempt
     try:
-        text = file.read_text(errors="replace")
+        text = read_shared(file)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror}); remove it") from None
     match = re.fullmatch(r"(\d{1,9}) (\S+)\s*", text, re.ASCII)
     if match is None:
         raise ValueError(f"{file} holds {text[:40]!r}, not the number of an attempt and its job; remove the file")
     return Attempt(int(match[1]), match[2])
+
+
+def read_bad_nodes(run_dir: Path) -> list[str]:
+    """Nodes that no attempt of a run may use; a line that the preflight has not written is left alone."""
+    file = RunDir(run_dir).bad_nodes
+    lines = read_shared(file).splitlines() if file.is_file() else []
+    found = [match[1] for line in lines if (match := re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]*) .+", line, re.ASCII))]
+    return list(dict.fromkeys(found))
 
 
 def replacement(run_dir: Path) -> str | None:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from gspo_megatron.cluster.attempts import newest_checkpoint, read_attempt
+from gspo_megatron.cluster import slurm_commands
+from gspo_megatron.cluster.attempts import newest_checkpoint, read_attempt, read_bad_nodes
 from gspo_megatron.cluster.events import (
     AskNodes,
     AskSlurm,
@@ -35,7 +36,14 @@ from gspo_megatron.cluster.events import (
 )
 from gspo_megatron.cluster.exit_codes import STOPPED
 from gspo_megatron.cluster.slurm_allocation import Allocation
-from gspo_megatron.cluster.slurm_commands import describe_job, is_ending, is_preempted, read_field
+from gspo_megatron.cluster.slurm_commands import (
+    SLURM_SECONDS,
+    describe_job,
+    is_ending,
+    is_preempted,
+    queue_again,
+    read_field,
+)
 from gspo_megatron.cluster.slurm_steps import Step, srun
 from gspo_megatron.run_dir import AttemptDir, RunDir
 
@@ -50,15 +58,7 @@ KILLED = re.compile(r"Killed|Aborted|fault|error$")
 OWN_WORDS = re.compile(r"^[0-9: ]*$|^ *([0-9]+: )?(slurmstepd|srun)")
 """Lines of a log that are not the role's: empty, or SLURM's."""
 LOOK_SECONDS = 1.0
-SLURM_SECONDS = 900.0
-"""How long a slurmctld that does not answer is waited for."""
 NODES_SECONDS = 40.0
-REQUEUE_SECONDS = 60.0
-"""SLURM ends this process within it, once it has queued the job again."""
-REFUSALS = 3
-"""Times that a slurmctld which answers may refuse to queue the job again: once it may have been starting."""
-RETRY_SECONDS = 2.0
-"""Between two questions to slurmctld."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class SlurmBackend:
         elif isinstance(decision, SendStop):
             self._send_stop()
         elif isinstance(decision, EndRoles):
-            self._end_steps()
+            self.end_steps()
             return [self._read_run_dir()]
         elif isinstance(decision, AskSlurm):
             return [self._await_slurm()]
@@ -193,7 +193,8 @@ class SlurmBackend:
         if trainer is not None and ready >= self.place.trainer_ranks:
             trainer.send_signal(signal.SIGUSR1)
 
-    def _end_steps(self) -> None:
+    def end_steps(self) -> None:
+        """End everything that was started, and wait for it."""
         for process in self._steps.values():
             process.terminate()
         for process in self._steps.values():
@@ -227,17 +228,10 @@ class SlurmBackend:
                 waited = True
             if time.monotonic() > deadline:
                 return SlurmSilent()
-            time.sleep(RETRY_SECONDS)
+            time.sleep(slurm_commands.RETRY_SECONDS)
 
     def _queue_again(self) -> RequeueRefused:
-        """Ask until slurmctld accepts, which ends this process; returns when it refuses or stays silent."""
-        deadline, refusals = time.monotonic() + SLURM_SECONDS, 0
-        while refusals < REFUSALS and time.monotonic() < deadline:
-            if subprocess.run(("scontrol", "requeue", self.place.job), stdin=subprocess.DEVNULL).returncode == 0:
-                time.sleep(REQUEUE_SECONDS)
-                break
-            refusals += bool(describe_job(self.place.job))
-            time.sleep(RETRY_SECONDS)
+        queue_again(self.place.job, read_bad_nodes(self.place.run_dir))
         return RequeueRefused()
 
     def _is_node_lost(self) -> bool:

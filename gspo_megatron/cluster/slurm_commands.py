@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
+import time
+from collections.abc import Sequence
 from contextlib import suppress
+
+SLURM_SECONDS = 900.0
+"""How long a slurmctld that does not answer is waited for."""
+RETRY_SECONDS = 2.0
+"""Between two questions to slurmctld."""
+REQUEUE_SECONDS = 60.0
+"""SLURM ends this process within it, once it has queued the job again."""
+REFUSALS = 3
+"""Times that a slurmctld which answers may refuse to queue the job again: once it may have been starting."""
 
 
 def read_command(*words: str, timeout: float | None = None) -> str:
@@ -53,6 +65,40 @@ def is_preempted(record: str) -> bool:
     return not is_ending(record) and bool(read_field(record, "PreemptTime"))
 
 
-def running_jobs() -> list[str]:
-    """Ids of the jobs that hold nodes, of every user that squeue shows: a run directory may be shared."""
-    return read_command("squeue", "--noheader", "--states=R,CG,S", "--format=%A").split()
+def running_jobs() -> list[str] | None:
+    """Ids of the jobs that hold nodes, of every user that squeue shows: a run directory may be shared.
+
+    Returns:
+        None when slurmctld does not answer. The present job runs, so the list is never empty otherwise.
+    """
+    return read_command("squeue", "--noheader", "--states=R,CG,S", "--format=%A").split() or None
+
+
+def queue_again(job: str, without: Sequence[str]) -> None:
+    """Ask until slurmctld accepts, which ends this process; returns when it refuses or stays silent.
+
+    Args:
+        job: this one.
+        without: nodes that it must not run on.
+    """
+    deadline, refusals = time.monotonic() + SLURM_SECONDS, 0
+    while refusals < REFUSALS and time.monotonic() < deadline:
+        # SIGTERM follows at once, and may end this process only after the nodes are said.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        done = subprocess.run(("scontrol", "requeue", job), stdin=subprocess.DEVNULL)
+        if done.returncode == 0:
+            _exclude(job, without)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        if done.returncode == 0:
+            time.sleep(REQUEUE_SECONDS)
+            break
+        refusals += bool(describe_job(job))
+        time.sleep(RETRY_SECONDS)
+
+
+def _exclude(job: str, nodes: Sequence[str]) -> None:
+    """SLURM accepts this for a job that waits, not for one that runs."""
+    if nodes:
+        before = read_field(describe_job(job), "ExcNodeList")
+        names = ",".join([*([before] if before else []), *nodes])
+        subprocess.run(("scontrol", "update", f"JobId={job}", f"ExcNodeList={names}"), stdin=subprocess.DEVNULL)

@@ -5,11 +5,18 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
+from gspo_megatron.cluster import slurm_commands
+from gspo_megatron.cluster.shared_files import replace_text
 from gspo_megatron.cluster.slurm_commands import running_jobs
-from gspo_megatron.run_dir import AttemptDir, RunDir
+from gspo_megatron.run_dir import ATTEMPT, AttemptDir, RunDir
 from launch.lib.plan_request import Plan, Refused
+
+T = TypeVar("T")
 
 
 def claim_attempt(plan: Plan, job: str) -> None:
@@ -21,13 +28,20 @@ def claim_attempt(plan: Plan, job: str) -> None:
     Raises:
         Refused: a job with an older attempt of the run is running.
     """
-    running = set(running_jobs()) - {job}
+    running = set(wait_for_slurm(running_jobs)) - {job}
     holder = next((other for other in plan.earlier_jobs if other in running), None)
     if holder is not None:
         shutil.rmtree(plan.attempt, ignore_errors=True)
         raise Refused("run.directory: {}; {}".format(*in_use(plan.run_dir, holder)))
     replace_text(RunDir(plan.run_dir).attempt, f"{plan.number} {job}\n")
+    for number, path in ATTEMPT.find(RunDir(plan.run_dir).logs).items():
+        if number < plan.number:
+            # Whoever made a key removes it, unless its node lost power. Not before it is sure that nobody needs it.
+            remove_key(path)
     latest = RunDir(plan.run_dir).latest
+    if latest.exists() and not latest.is_symlink():
+        print(f"gspo: {latest} is not ours and stays; the newest attempt is {plan.attempt}", flush=True)
+        return
     fresh = latest.with_name(f".{latest.name}.{os.getpid()}")
     fresh.symlink_to(plan.attempt.name)
     fresh.replace(latest)
@@ -40,7 +54,29 @@ def in_use(run_dir: Path, holder: str) -> tuple[str, str]:
             f"job {holder} is running in {run_dir}: all tasks of --array have the same run.directory",
             "let one follow the other (--array=0-3%1), or leave run.directory out, which gives each task its own",
         )
-    return f"job {holder} is running in {run_dir}", f"wait for it, or `scancel {holder}` first"
+    return (
+        f"job {holder} is running in {run_dir}",
+        f"wait for it (sbatch --dependency=singleton queues jobs of one name), or `scancel {holder}` first",
+    )
+
+
+def wait_for_slurm(ask: Callable[[], T | None]) -> T:
+    """What slurmctld answers; waits for one that restarts, because no answer does not mean that nothing runs.
+
+    Raises:
+        Refused: it does not answer for long.
+    """
+    deadline, waited = time.monotonic() + slurm_commands.SLURM_SECONDS, False
+    while True:
+        answer = ask()
+        if answer is not None:
+            return answer
+        if not waited:
+            print("gspo: slurmctld does not answer; waiting for it", flush=True)
+            waited = True
+        if time.monotonic() > deadline:
+            raise Refused("slurmctld does not answer, so it is not known what runs; submit again when it does")
+        time.sleep(slurm_commands.RETRY_SECONDS)
 
 
 def write_key(attempt: Path) -> None:
@@ -52,11 +88,7 @@ def write_key(attempt: Path) -> None:
 
 def remove_key(attempt: Path) -> None:
     """Take the key away; without it nothing can be asked of what may still run."""
-    AttemptDir(attempt).key.unlink(missing_ok=True)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file that readers see whole, before or after."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    fresh.write_text(text)
-    fresh.replace(path)
+    try:
+        AttemptDir(attempt).key.unlink(missing_ok=True)
+    except OSError as error:
+        print(f"gspo: {AttemptDir(attempt).key} cannot be removed ({error.strerror}); remove it", flush=True)

@@ -13,6 +13,7 @@ from gspo_megatron.cluster.slurm_allocation import drop_options, read_allocation
 from gspo_megatron.cluster.slurm_commands import describe_job, read_command
 from gspo_megatron.cluster.slurm_steps import Step
 from gspo_megatron.cluster.visible_devices import VARIABLE, select_devices
+from launch.lib.attempt import wait_for_slurm
 from launch.lib.plan_request import Plan
 from launch.lib.settings import Settings
 
@@ -46,7 +47,7 @@ def header_number(header: str, option: str) -> int | None:
 
 def find_job(job_id: str, settings: Settings) -> tuple[Job, Settings]:
     """The job, and the settings of its sruns. From here on the environment holds no option of SLURM's commands."""
-    record = describe_job(job_id)
+    record = wait_for_slurm(lambda: describe_job(job_id) or None)
     allocation = read_allocation(os.environ, record)
     drop_options(os.environ)
     settings = replace(settings, allocation=allocation)

@@ -24,6 +24,7 @@ from typing import Any, get_args
 from gspo_megatron.cluster import hosts, placement
 from gspo_megatron.cluster.exit_codes import REFUSED
 from gspo_megatron.cluster.hosts import Host, Kind, Ports, Spread, Task
+from gspo_megatron.cluster.shared_files import read_shared, replace_text
 from gspo_megatron.commands.train_run import KEY, claim_run, prepare_run
 from gspo_megatron.config import Recipe, RecipeError
 from gspo_megatron.config.loading import refuse
@@ -35,8 +36,8 @@ from gspo_megatron.plan.run_plan import make_plan
 from gspo_megatron.run_dir import ATTEMPT, AttemptDir, RunDir
 from gspo_megatron.sinks.secret_text import SECRET
 from gspo_megatron.types import Finding
-from launch.lib.attempt import replace_text
-from launch.lib.preflight import judge
+from launch.lib.preflight import find_sick, judge, warnings
+from launch.lib.preflight_steps import SICK
 from launch.lib.resume import refuse_other_job, refuse_other_recipe
 from launch.lib.text import fold
 
@@ -234,23 +235,26 @@ def make_attempt(run: RunDir, job: str) -> tuple[int, Path, list[str]]:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-    for attempt in older:
-        # Whoever made a key removes it, unless its node lost power.
-        attempt.key.unlink(missing_ok=True)
-    return number, path, [attempt.job.read_text() for attempt in older if attempt.job.is_file()]
+    return number, path, [read_shared(attempt.job) for attempt in older if attempt.job.is_file()]
 
 
 def judge_attempt(attempt: Path) -> int:
     """Hold the nodes' reports against each other; the roles get the addresses that were found."""
     files = AttemptDir(attempt)
-    facts = json.loads(files.plan.read_text())
+    facts = json.loads(read_shared(files.plan))
     recipe = load_resolved(files.run.recipe)
-    reports = [json.loads(path.read_text()) for path in sorted(files.preflight.glob("*.json"))]
+    reports = [json.loads(read_shared(path)) for path in sorted(files.preflight.glob("*.json"))]
+    for warning in warnings(reports):
+        print(f"preflight: warning: {warning}", file=sys.stderr)
     faults = judge(reports, [name for name, _ in facts["hosts"]], facts["gpus"], recipe)
     for fault in faults:
         print(f"preflight: {fault}", file=sys.stderr)
+    sick = find_sick(reports)
+    if sick:
+        with files.run.bad_nodes.open("a") as file:
+            file.writelines(f"{node} {reason} (attempt {facts['attempt']})\n" for node, reason in sick)
     if faults:
-        return REFUSED
+        return SICK if len(faults) == len(sick) else REFUSED
     addresses = {report["host"]: report["address"] for report in reports}
     facts["hosts"] = [[name, addresses[name]] for name, _ in facts["hosts"]]
     write_plan(attempt, facts)

@@ -21,6 +21,10 @@ BYTES_PER_PARAMETER = 14
 CHECKPOINTS = 3
 """Two are kept while a third is written."""
 
+TMPDIR_ROOM = "clean it, or set TMPDIR (site file)"
+ROOM = {"/dev/shm": "mount it larger (of a container: --shm-size), or end what fills it; TMPDIR does not replace it"}
+"""What to do about a full place."""
+
 Report = Mapping[str, Any]
 
 
@@ -32,7 +36,44 @@ def judge(reports: Sequence[Report], nodes: Sequence[str], gpus: int, recipe: Re
         for node in nodes
         if node not in seen
     ]
-    return [*silent, *_each(reports, gpus, recipe), *_together(reports)]
+    sick = [f"{node}: {reason}; {without(node)}, and tell your administrators" for node, reason in find_sick(reports)]
+    return [*silent, *sick, *_each(reports, gpus, recipe), *_together(reports)]
+
+
+def find_sick(reports: Sequence[Report]) -> list[tuple[str, str]]:
+    """Nodes whose hardware must not be used, with the reason. The job is queued again without them."""
+    found = []
+    for report in reports:
+        for gpu, health in report["gpu_health"].items():
+            if health["uncorrected"].isdigit() and int(health["uncorrected"]):
+                found.append((report["host"], f"{gpu} has {health['uncorrected']} uncorrected memory errors"))
+            if "Yes" in (health["remap_failed"], health["remap_pending"]):
+                found.append((report["host"], f"{gpu} has memory rows to remap and must be reset"))
+        if report["dcgm"] == "Failure":
+            found.append((report["host"], "dcgmi health reports a failure"))
+    return list({node: (node, reason) for node, reason in reversed(found)}.values())
+
+
+def warnings(reports: Sequence[Report]) -> list[str]:
+    """What does not stop a run, but explains a slow or failing one."""
+    said = []
+    for report in reports:
+        node, slow = (
+            report["host"],
+            [gpu for gpu, has in report["gpu_health"].items() if has["persistence"] == "Disabled"],
+        )
+        said += [f"{node}: {warning}" for warning in report["warnings"]]
+        said += [f"{node}: port {port}, which is not active" for port in report["adapters"] if "ACTIVE" not in port]
+        said += [
+            f"{node}: the kernel's log has Xid {number} of GPU {bus}" for bus, number in map(str.split, report["xids"])
+        ]
+        if slow:
+            said.append(
+                f"{node}: {len(slow)} GPUs without persistence mode start slowly; nvidia-persistenced keeps them"
+            )
+        if report["dcgm"] == "Warning":
+            said.append(f"{node}: dcgmi health reports a warning")
+    return list(dict.fromkeys(said))
 
 
 def _each(reports: Sequence[Report], gpus: int, recipe: Recipe) -> Iterator[str]:
@@ -44,7 +85,7 @@ def _each(reports: Sequence[Report], gpus: int, recipe: Recipe) -> Iterator[str]
             yield f"{node}: port {port} is taken by another program; end it (ss -tlnp shows it), or {without(node)}"
         for place, free in report["free_bytes"].items():
             if free < MIN_SCRATCH:
-                yield f"{node}: {place} has {free / GIB:.2f} GiB free, 1 is needed; clean it, or set TMPDIR (site file)"
+                yield f"{node}: {place} has {free / GIB:.2f} GiB free, 1 is needed; {ROOM.get(place, TMPDIR_ROOM)}"
         need = BYTES_PER_PARAMETER * CHECKPOINTS * count_parameters(recipe.arch)
         if report["run_dir_free_bytes"] < need:
             yield (
@@ -80,6 +121,8 @@ def _together(reports: Sequence[Report]) -> Iterator[str]:
     for key, what in (("name", "GPU"), ("driver", "GPU driver")):
         kinds = {report["host"]: " and ".join(sorted({gpu[key] for gpu in report["gpus"]})) for report in reports}
         yield from _odd(what, {host: kind or "none" for host, kind in kinds.items()})
+    ports = {report["host"]: str(sum("ACTIVE" in port for port in report["adapters"])) for report in reports}
+    yield from _odd("number of active network ports", ports)
     yield from _odd("commit of the checkout", {report["host"]: report["commit"] for report in reports})
 
 

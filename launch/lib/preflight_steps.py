@@ -21,10 +21,18 @@ LOOK = """\
 fail() { echo "$SLURMD_NODENAME: $*" >&2; sleep 1; exit 2; } # srun drops what a task writes in its last moment
 cd "$1" 2>/dev/null || fail "$1 is not there; put the checkout on a file system that all nodes share"
 command -v "$2" >/dev/null || fail "$2 is not there; run make setup, or set GSPO_VENV or GSPO_IMAGE in the site file"
-[ -w "$3" ] || fail "$3 is not there or not writable; mount it, or give another run.directory"
+[ -d "$3" ] || fail "$3 is not there; mount it, or give another run.directory"
 exec "$2" -m launch.lib.probe "$3" "$4"
 """
 """What must be there before any Python can report a fault; it runs on the node, so it is text and no file."""
+
+
+SICK = 3
+"""Exit code of the judgement when hardware of some nodes is the only fault."""
+
+
+class SickNodes(Refused):
+    """The hardware of some nodes must not be used; on others the job may run."""
 
 
 def check_nodes(plan: Plan, settings: Settings, attempt: Path) -> None:
@@ -53,8 +61,9 @@ def check_nodes(plan: Plan, settings: Settings, attempt: Path) -> None:
         print("\n".join(own or lines), file=sys.stderr, flush=True)
         raise Refused("")
     judge = in_trainer(settings, plan.first_host, ("-m", "launch.lib.plan", "judge", str(attempt)))
-    if subprocess.run(judge, stdin=subprocess.DEVNULL).returncode:
-        raise Refused("")
+    code = subprocess.run(judge, stdin=subprocess.DEVNULL).returncode
+    if code:
+        raise SickNodes("") if code == SICK else Refused("")
     if plan.gpus:
         _reduce_over_network(plan, settings, attempt)
 

@@ -18,14 +18,15 @@ import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gspo_megatron.cluster.shared_files import read_shared, replace_text
 from gspo_megatron.cluster.visible_devices import VARIABLE, select_devices
 from gspo_megatron.run_dir import AttemptDir
+from launch.lib.probe_health import describe_health, raise_limits, scratch
 
 PACKAGES = {
     "trainer": ("torch", "megatron-core", "transformer-engine", "transformers"),
@@ -39,16 +40,18 @@ MODULES = {
 MEETING_SECONDS = 120.0
 """How long nodes wait for each other: containers start at different speeds."""
 SIOCGIFADDR = 0x8915
+FIX_IPV6 = "name an interface with an IPv4 address in GSPO_INTERFACE (site file), or give the node one"
 FIX_INTERFACE = "set GSPO_INTERFACE in the site file (`ip -br addr` lists interfaces)"
 
 
 def main() -> None:
     """Write ATTEMPT/preflight/KIND-NODE.json."""
     attempt, kind = Path(sys.argv[1]), sys.argv[2]
-    plan = json.loads(AttemptDir(attempt).plan.read_text())
+    plan = json.loads(read_shared(AttemptDir(attempt).plan))
     node = os.environ["SLURMD_NODENAME"]
     here = [task for task in plan["tasks"] if task["host"] == node]
-    report: dict[str, Any] = {"host": node, "kind": kind, "faults": []}
+    raise_limits()
+    report: dict[str, Any] = {"host": node, "kind": kind, **describe_health(attempt)}
     report["address"] = find_address(report["faults"])
     if kind == "trainer":
         report["faults"] += find_missing(plan["read"])
@@ -56,7 +59,9 @@ def main() -> None:
     report["versions"] = {"python": platform.python_version(), **find_versions(kind)}
     report["commit"] = find_commit()
     report["gpus"] = find_gpus()
-    report["free_bytes"] = {place: shutil.disk_usage(place).free for place in (tempfile.gettempdir(), "/dev/shm")}
+    report["free_bytes"] = {
+        place: shutil.disk_usage(place).free for place in (scratch(), "/dev/shm") if Path(place).is_dir()
+    }
     report["run_dir_free_bytes"] = shutil.disk_usage(attempt).free
     # On a node with both roles the trainer's probe looks at the ports of both, because it holds one while it answers.
     is_other = kind == "rollout" and any(task["kind"] == "trainer" for task in here)
@@ -75,9 +80,7 @@ def main() -> None:
 def write(folder: Path, report: dict[str, Any]) -> None:
     """A report appears whole."""
     name = f"{report['kind']}-{report['host']}.json"
-    fresh = folder / f".{name}"
-    fresh.write_text(json.dumps(report, indent=1))
-    fresh.replace(folder / name)
+    replace_text(folder / name, json.dumps(report, indent=1))
 
 
 def find_address(faults: list[str]) -> str:
@@ -91,11 +94,21 @@ def find_address(faults: list[str]) -> str:
         address = socket.gethostbyname(socket.gethostname())
     except OSError as error:
         what = f"interface {interface}" if interface else f"the name {socket.gethostname()}"
-        faults.append(f"{what} has no IPv4 address ({error.strerror}); {FIX_INTERFACE}")
+        only_6 = not interface and has_ipv6(socket.gethostname())
+        why = "IPv6 only, and the rendezvous is over IPv4" if only_6 else error.strerror
+        faults.append(f"{what} has no IPv4 address ({why}); {FIX_INTERFACE if not only_6 else FIX_IPV6}")
         return socket.gethostname()
     if address.startswith("127."):
         faults.append(f"its own name resolves to {address}, which no other node can reach; {FIX_INTERFACE}")
     return address
+
+
+def has_ipv6(name: str) -> bool:
+    """Whether a name has an IPv6 address."""
+    try:
+        return bool(socket.getaddrinfo(name, None, socket.AF_INET6))
+    except OSError:
+        return False
 
 
 def find_missing(read: dict[str, str]) -> list[str]:
@@ -210,7 +223,7 @@ def meet_first(folder: Path, report: dict[str, Any], first: str, port: int) -> N
             )
             return
         time.sleep(0.1)
-    about = json.loads(theirs.read_text())
+    about = json.loads(read_shared(theirs))
     if port in about["used_ports"]:
         return
     try:

@@ -24,11 +24,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gspo_megatron.cluster.free_ports import hold_ports
+from gspo_megatron.cluster.shared_files import read_shared
 from gspo_megatron.cluster.stop_signals import hold_back
 from gspo_megatron.cluster.supervisor import may_restart, restart_sentence
 from gspo_megatron.cluster.visible_devices import VARIABLE, list_gpus, name_devices
 from gspo_megatron.http_clients import direct_opener
 from gspo_megatron.run_dir import AttemptDir
+from launch.lib.probe_health import raise_limits
 
 LOOK_SECONDS = 0.5
 """How often a server is looked at."""
@@ -38,9 +40,10 @@ def main() -> None:
     """Replace this process by the role, or run it."""
     # The line that this program prints shows the job script that it may send USR1.
     hold_back()
+    raise_limits()
     attempt, kind = AttemptDir(Path(sys.argv[1])), sys.argv[2]
     node, local = os.environ["SLURMD_NODENAME"], int(os.environ["SLURM_LOCALID"])
-    plan = json.loads(attempt.plan.read_text())
+    plan = json.loads(read_shared(attempt.plan))
     mine = [task for task in plan["tasks"] if (task["kind"], task["host"], task["local"]) == (kind, node, local)]
     if not mine:
         raise SystemExit(f"{attempt.plan} has no {kind} number {local} on {node}; start it through launch/gspo_moe.sh")
@@ -51,7 +54,7 @@ def main() -> None:
         settings[VARIABLE] = name_devices(settings[VARIABLE], list_gpus())
     os.environ.update(settings)
     os.environ["GSPO_ATTEMPT"] = str(plan["attempt"])
-    os.environ["GSPO_JOB_KEY"] = attempt.key.read_text().strip()
+    os.environ["GSPO_JOB_KEY"] = read_shared(attempt.key).strip()
     os.environ["GSPO_JOB_ADDRESSES"] = ",".join(sorted({address for _, address in plan["hosts"]}))
     # Otherwise vLLM asks the routing table, which names another network where there are several.
     os.environ["VLLM_HOST_IP"] = address

@@ -14,7 +14,7 @@ from tests.places import ROOT
 PROGRAM = """
 import signal, sys
 from pathlib import Path
-from gspo_megatron.cluster import slurm_backend
+from gspo_megatron.cluster import slurm_commands
 from gspo_megatron.cluster.events import StopRequested, Watched
 from gspo_megatron.cluster.slurm_allocation import Allocation
 from gspo_megatron.cluster.slurm_backend import KINDS, Place, SlurmBackend
@@ -24,7 +24,7 @@ attempt = run_dir / "logs" / "attempt_1"
 backend = SlurmBackend(Place("7", run_dir, attempt, 1, Allocation(("n1", "n2")), 2))
 signal.signal(signal.SIGUSR1, lambda *_: backend.signals.append(StopRequested()))
 commands = {"rollout": ("sleep", "300"), "controller": ("sleep", "300"), "trainer": ("bash", "-c", trainer)}
-slurm_backend.RETRY_SECONDS = 0.1
+slurm_commands.RETRY_SECONDS = 0.1
 rules = Rules(0.5, str(run_dir), True, 1, 0, grace, 0.5, 1, "sbatch again")
 for kind in KINDS:
     backend.start(kind, commands[kind])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from gspo_megatron.cluster.exit_codes import REFUSED
+from gspo_megatron.cluster import slurm_commands
+from gspo_megatron.cluster.exit_codes import FAILED, REFUSED
 from gspo_megatron.cluster.slurm_steps import Step
 from gspo_megatron.config import RecipeError
 from gspo_megatron.run_dir import RunDir
@@ -96,7 +99,7 @@ def test_two_jobs_that_start_in_one_second_get_different_attempts_and_one_is_ref
     assert first == (1, logs / "attempt_1", []) and second == (2, logs / "attempt_2", ["7"])
     monkeypatch.setattr(files, "running_jobs", lambda: ["7", "8"])
     claim_attempt(plan_of(tmp_path, 1), "7")
-    with pytest.raises(Refused, match=r"job 7 is running in .*; wait for it, or `scancel 7` first"):
+    with pytest.raises(Refused, match=r"job 7 is running in .*; wait for it .*singleton.*, or `scancel 7` first"):
         claim_attempt(plan_of(tmp_path, 2, ("7",)), "8")
     assert (tmp_path / "attempt").read_text() == "1 7\n", "the first must not be replaced"
     assert not second[1].exists() and (logs / "latest").resolve() == first[1]
@@ -190,3 +193,108 @@ def test_arguments_of_the_site_reach_every_srun_last(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("GSPO_SRUN_ARGS", "--comment='two")
     with pytest.raises(ValueError, match=r"GSPO_SRUN_ARGS=--comment='two cannot be read \(No closing quotation\)"):
         Settings.read(ROOT, ROOT)
+
+
+def test_the_key_of_a_job_that_runs_is_not_removed_by_one_that_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, first, _ = make_attempt(RunDir(tmp_path), "7")
+    write_key(first)
+    number, second, earlier = make_attempt(RunDir(tmp_path), "8")
+    assert (first / "key").exists(), "the first job's roles may not have read it yet"
+    monkeypatch.setattr(files, "running_jobs", lambda: ["7", "8"])
+    with pytest.raises(Refused):
+        claim_attempt(plan_of(tmp_path, number, tuple(earlier)), "8")
+    assert (first / "key").exists() and not second.exists()
+    monkeypatch.setattr(files, "running_jobs", lambda: ["9"])
+    number, _, earlier = make_attempt(RunDir(tmp_path), "9")
+    claim_attempt(plan_of(tmp_path, number, tuple(earlier)), "9")
+    assert not (first / "key").exists(), "its job is gone"
+
+
+def test_no_answer_of_slurm_does_not_mean_that_nothing_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(slurm_commands, "RETRY_SECONDS", 0.0)
+    answers = [None, None, ["7", "8"]]
+    monkeypatch.setattr(files, "running_jobs", lambda: answers.pop(0))
+    make_attempt(RunDir(tmp_path), "7")
+    number, _, earlier = make_attempt(RunDir(tmp_path), "8")
+    with pytest.raises(Refused, match="job 7 is running"):
+        claim_attempt(plan_of(tmp_path, number, tuple(earlier)), "8")
+    assert capsys.readouterr().out.count("slurmctld does not answer; waiting for it") == 1
+    monkeypatch.setattr(slurm_commands, "SLURM_SECONDS", -1.0)
+    with pytest.raises(Refused, match="slurmctld does not answer, so it is not known what runs; submit again"):
+        files.wait_for_slurm(lambda: None)
+
+
+def test_a_directory_that_a_user_calls_latest_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    number, attempt, _ = make_attempt(RunDir(tmp_path), "7")
+    (tmp_path / "logs" / "latest").mkdir()
+    monkeypatch.setattr(files, "running_jobs", lambda: ["7"])
+    claim_attempt(plan_of(tmp_path, number), "7")
+    assert f"logs/latest is not ours and stays; the newest attempt is {attempt}" in capsys.readouterr().out
+    assert (tmp_path / "attempt").read_text() == "1 7\n"
+
+
+def test_a_failure_of_the_script_itself_says_where_and_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = Settings.read(ROOT, ROOT)
+    attempt = script.Attempt(read_arguments((RECIPE,), ROOT), settings, "7")
+    (tmp_path / "key").write_text("secret")
+    ended: list[bool] = []
+
+    class Steps:
+        def end_steps(self) -> None:
+            ended.append(True)
+
+    def fail() -> int:
+        attempt._attempt, attempt._resume, attempt._backend = tmp_path, "sbatch again", Steps()  # type: ignore[assignment]
+        files.replace_text(tmp_path / "missing" / "attempt", "")
+        return 0
+
+    handlers = [signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)]
+    monkeypatch.setattr(attempt, "_run", fail)
+    try:
+        assert attempt.run() == FAILED
+    finally:
+        for number, handler in zip((signal.SIGUSR1, signal.SIGTERM), handlers, strict=True):
+            signal.signal(number, handler)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(
+        r"gspo: the job script failed at gspo_megatron/cluster/shared_files.py:\d+: FileNotFoundError: .*; "
+        "to go on: sbatch again", last
+    )  # fmt: skip
+    assert ended == [True] and not (tmp_path / "key").exists()
+
+
+@pytest.mark.parametrize(("used", "requeue", "code"), [(0, "1", -signal.SIGKILL), (3, "1", REFUSED), (0, "0", REFUSED)])
+def test_a_job_with_bad_nodes_is_queued_again_without_them(tmp_path: Path, used: int, requeue: str, code: int) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "bad_nodes").write_text("n2 GPU-1 has 3 uncorrected memory errors (attempt 1)\n")
+    (tmp_path / "logs" / "restarts").write_text("once\n" * used)
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(
+        f"#!/bin/bash\n[ $1 = show ] && echo 'JobId=7 ExcNodeList=n9 Requeue={requeue}' || echo \"scontrol $*\"\n"
+        "[ $1 != update ] || kill -KILL $PPID\n"
+    )
+    scontrol.chmod(0o755)
+    program = (
+        "import sys; from pathlib import Path; from gspo_megatron.cluster.slurm_allocation import Allocation\n"
+        "from gspo_megatron.cluster.slurm_backend import Place; from launch.job import go_elsewhere\n"
+        "run = Path(sys.argv[1])\n"
+        "sys.exit(go_elsewhere(Place('7', run, run / 'logs' / 'attempt_1', 1, Allocation(), 2), 3, 'sbatch again'))"
+    )
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done
+    said = done.stdout.splitlines()
+    if code == REFUSED:
+        assert said == ["gspo: not queued again; to go on without n2: sbatch again (--exclude)"]
+    else:
+        again = ["scontrol requeue 7", "scontrol update JobId=7 ExcNodeList=n9,n2"]
+        assert said == ["gspo: restart 1 of at most 3, without n2", *again]

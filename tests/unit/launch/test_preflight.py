@@ -13,11 +13,12 @@ import pytest
 from gspo_megatron.models import load_recipe
 from gspo_megatron.models.hf_table import count_parameters
 from launch.lib import probe
-from launch.lib.preflight import GIB, judge
+from launch.lib.preflight import GIB, find_sick, judge, warnings
 from launch.lib.text import fold
 from tests.places import GOLDEN
 
 RECIPE = load_recipe(GOLDEN / "moe.yaml")
+HEALTHY = {"uncorrected": "0", "remap_failed": "No", "remap_pending": "No", "persistence": "Enabled"}
 H100 = {"name": "NVIDIA H100 80GB HBM3", "driver": "580.1", "used_mib": 4}
 
 
@@ -34,6 +35,11 @@ def report(host: str, **changes: Any) -> dict[str, Any]:
         "run_dir_free_bytes": 9000 * GIB,
         "used_ports": [],
         "clock_offset": 0.01,
+        "warnings": [],
+        "adapters": ["mlx5_0/1 4: ACTIVE"],
+        "gpu_health": {"GPU-1": HEALTHY},
+        "xids": [],
+        "dcgm": "Healthy",
         **changes,
     }
 
@@ -51,6 +57,14 @@ def test_nodes_that_are_alike_pass() -> None:
         ({"faults": ["it cannot reach n1"]}, "n2: it cannot reach n1"),
         ({"used_ports": [20001]}, "n2: port 20001 is taken by another program"),
         ({"free_bytes": {"/dev/shm": GIB // 2}}, "n2: /dev/shm has 0.50 GiB free, 1 is needed"),
+        (
+            {"free_bytes": {"/dev/shm": 0}},
+            "n2: /dev/shm has 0.00 GiB free, 1 is needed; mount it larger (of a container",
+        ),
+        ({"adapters": ["mlx5_0/1 1: DOWN"]}, "n2: number of active network ports is 0, 1 elsewhere"),
+        ({"dcgm": "Failure"}, "n2: dcgmi health reports a failure; leave the node out"),
+        ({"gpu_health": {"GPU-7": {**HEALTHY, "uncorrected": "3"}}}, "n2: GPU-7 has 3 uncorrected memory errors"),
+        ({"gpu_health": {"GPU-7": {**HEALTHY, "remap_pending": "Yes"}}}, "n2: GPU-7 has memory rows to remap"),
         ({"run_dir_free_bytes": GIB}, "n2: the run directory has 1.0 GiB free, 3 checkpoints take"),
         ({"clock_offset": -31.5}, "n2: its clock is off by -31.5 s"),
         ({"gpus": [H100] * 7}, "n2: nvidia-smi lists 7 GPUs where SLURM granted 8"),
@@ -70,6 +84,32 @@ def test_a_fault_names_its_node_and_the_fix(changes: dict[str, Any], sentence: s
     said = judge([GOOD[0], report("n2", **changes), GOOD[2]], ["n1", "n2", "n3"], 8, RECIPE)
     assert said and said[0].startswith(sentence)
     assert all("n2: " in line for line in said)
+
+
+def test_sick_nodes_are_those_whose_hardware_must_not_be_used() -> None:
+    broken = {**HEALTHY, "uncorrected": "1", "remap_failed": "Yes"}
+    reports = [report("n1", gpu_health={"GPU-1": HEALTHY, "GPU-2": broken}), report("n2", dcgm="Failure"), report("n3")]
+    # A GPU without ECC has no counter.
+    reports.append(report("n4", gpu_health={"GPU-1": dict.fromkeys(HEALTHY, "[N/A]")}, dcgm=""))
+    assert dict(find_sick(reports)) == {
+        "n1": "GPU-2 has 1 uncorrected memory errors", "n2": "dcgmi health reports a failure"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"warnings": ["locked memory is limited to 64 KiB"]}, "n2: locked memory is limited to 64 KiB"),
+        ({"adapters": ["mlx5_0/1 4: ACTIVE", "mlx5_1/1 2: INIT"]}, "n2: port mlx5_1/1 2: INIT, which is not active"),
+        ({"xids": ["0000:1a:00 79"]}, "n2: the kernel's log has Xid 79 of GPU 0000:1a:00"),
+        ({"dcgm": "Warning"}, "n2: dcgmi health reports a warning"),
+        ({"gpu_health": {"GPU-1": {**HEALTHY, "persistence": "Disabled"}}}, "n2: 1 GPUs without persistence mode"),
+    ],
+)
+def test_what_only_explains_a_slow_run_is_a_warning(changes: dict[str, Any], sentence: str) -> None:
+    reports = [GOOD[0], report("n2", **changes), report("n2", kind="rollout", **changes)]
+    (said,) = warnings(reports)
+    assert said.startswith(sentence) and warnings(GOOD) == []
 
 
 def test_a_node_without_a_report_is_named() -> None:

@@ -1,0 +1,141 @@
+"""What a node says of its health: places to write, limits, GPUs, network adapters. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+MIN_FILES = 4096
+"""Open files that a role may need: every response in flight is a connection."""
+HEALTH_SECONDS = 20.0
+"""A driver that hangs must not hold the job."""
+INFINIBAND = Path("/sys/class/infiniband")
+GPU_FIELDS = {
+    "uncorrected": "ecc.errors.uncorrected.volatile.total",
+    "remap_failed": "remapped_rows.failure",
+    "remap_pending": "remapped_rows.pending",
+    "persistence": "persistence_mode",
+}
+"""Names of a report, and what nvidia-smi calls them; a GPU without ECC answers `[N/A]`."""
+XID = re.compile(r"NVRM: Xid \(PCI:([0-9a-fA-F:.]+)\): (\d+)")
+FATAL_XIDS = {"48", "63", "64", "74", "79", "92", "94", "95", "119", "120"}
+"""Of NVIDIA's catalogue: memory, NVLink, fallen off the bus, firmware. The others may be a program's own fault."""
+
+
+def scratch() -> str:
+    """The node's own disk that roles write to. Not tempfile's choice: it takes another place without a word."""
+    return os.environ.get("TMPDIR") or "/tmp"
+
+
+def find_unwritable(places: Mapping[str, str]) -> list[str]:
+    """Places where not even a byte can be written.
+
+    Args:
+        places: what to do about each, by directory.
+    """
+    faults = []
+    for place, fix in places.items():
+        try:
+            with tempfile.NamedTemporaryFile(dir=place, prefix=".gspo-") as file:
+                file.write(b"0")
+                file.flush()
+        except OSError as error:
+            faults.append(f"{place} cannot be written ({error.strerror}); {fix}")
+    return faults
+
+
+def places(attempt: Path) -> dict[str, str]:
+    """Where every role writes, and the cure of each."""
+    return {
+        str(attempt): "mount it writable on every node, or give another run.directory",
+        scratch(): "set TMPDIR in the site file to a directory of the node's own disk",
+        "/dev/shm": "mount a tmpfs there (of a container: --shm-size, or the host's); TMPDIR does not replace it",
+    }
+
+
+def raise_limits() -> None:
+    """Allow as many open files as the node allows at all: the usual soft limit is 1024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def find_limits(has_rdma: bool) -> tuple[list[str], list[str]]:
+    """Limits that are too small: what stops a role, and what only makes it slow."""
+    faults, warnings = [], []
+    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files != resource.RLIM_INFINITY and files < MIN_FILES:
+        faults.append(
+            f"a process may open {files} files, {MIN_FILES} are needed; raise LimitNOFILE of slurmd, or the hard limit"
+        )
+    locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if has_rdma and locked != resource.RLIM_INFINITY:
+        warnings.append(
+            f"locked memory is limited to {locked >> 10} KiB, RDMA registers all that it sends; set "
+            "LimitMEMLOCK=infinity of slurmd, and PropagateResourceLimitsExcept=MEMLOCK in slurm.conf"
+        )
+    return faults, warnings
+
+
+def find_adapters() -> list[str]:
+    """States of the InfiniBand and RoCE ports: `mlx5_0/1 4: ACTIVE`."""
+    found = []
+    for state in sorted(INFINIBAND.glob("*/ports/*/state")):
+        try:
+            found.append(f"{state.parts[-4]}/{state.parts[-2]} {state.read_text().strip()}")
+        except OSError:
+            continue
+    return found
+
+
+def query_gpus() -> dict[str, dict[str, str]]:
+    """Health of every GPU that nvidia-smi lists, by UUID; empty where it knows none of it."""
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    command = ("nvidia-smi", f"--query-gpu=uuid,{','.join(GPU_FIELDS.values())}", "--format=csv,noheader,nounits")
+    rows = [[cell.strip() for cell in line.split(",")] for line in read_tool(*command).splitlines()]
+    return {row[0]: dict(zip(GPU_FIELDS, row[1:], strict=True)) for row in rows if len(row) == 1 + len(GPU_FIELDS)}
+
+
+def find_xids() -> list[str]:
+    """Xid errors in the kernel's log, `0000:1a:00 79`; empty where a user may not read it."""
+    if shutil.which("dmesg") is None:
+        return []
+    return sorted({f"{bus} {number}" for bus, number in XID.findall(read_tool("dmesg")) if number in FATAL_XIDS})
+
+
+def ask_dcgm() -> str:
+    """What NVIDIA's DCGM says where it runs: `Healthy`, `Warning` or `Failure`; empty elsewhere."""
+    if shutil.which("dcgmi") is None:
+        return ""
+    match = re.search(r"Overall Health\W+(\w+)", read_tool("dcgmi", "health", "--check"))
+    return match[1] if match else ""
+
+
+def read_tool(*command: str) -> str:
+    """Standard output of a program; empty when it fails or takes too long."""
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=HEALTH_SECONDS, encoding="utf-8", errors="replace")
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def describe_health(attempt: Path) -> dict[str, Any]:
+    """The part of a report that is about the node itself."""
+    adapters = find_adapters()
+    faults, warnings = find_limits(has_rdma=bool(adapters))
+    return {
+        "faults": [*find_unwritable(places(attempt)), *faults],
+        "warnings": warnings,
+        "adapters": adapters,
+        "gpu_health": query_gpus(),
+        "xids": find_xids(),
+        "dcgm": ask_dcgm(),
+    }
