@@ -33,7 +33,11 @@ def claim_attempt(plan: Plan, job: str) -> None:
     if holder is not None:
         shutil.rmtree(plan.attempt, ignore_errors=True)
         raise Refused("run.directory: {}; {}".format(*in_use(plan.run_dir, holder)))
-    replace_text(RunDir(plan.run_dir).attempt, f"{plan.number} {job}\n")
+    newest = RunDir(plan.run_dir).attempt
+    try:
+        replace_text(newest, f"{plan.number} {job}\n")
+    except OSError as error:
+        raise Refused(f"{newest} cannot be written ({error.strerror}); remove it") from None
     for number, path in ATTEMPT.find(RunDir(plan.run_dir).logs).items():
         if number < plan.number:
             # Whoever made a key removes it, unless its node lost power. Not before it is sure that nobody needs it.

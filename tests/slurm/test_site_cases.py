@@ -16,9 +16,16 @@ from tests.slurm.jobs import END, Job, Workplace, refused
 pytestmark = pytest.mark.timeout(900)
 STEPS = "trainer.max_steps=4"
 GPU_RUN = ("placement.gpu=h100", "trainer.ranks=2", STEPS)
+SYSTEM = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
 NVIDIA_SMI = """#!/bin/bash
+# Two GPUs. Where there is a folder `sick`, those of the first node that asks have memory errors.
+here=$(dirname "$0")
+if [ -d "$here/sick" ]; then mkdir "$here/sick/found" 2>/dev/null && hostname >"$here/sick/found/node"; fi
+errors=0
+[ "$(cat "$here/sick/found/node" 2>/dev/null)" != "$(hostname)" ] || errors=7
 for index in 0 1; do
     case $* in
+    *ecc.errors*) echo "GPU-$index, $errors, No, No, Enabled" ;;
     *memory.used*) echo "GPU-$index, NVIDIA H100 80GB HBM3, 580.1, 4" ;;
     *uuid,name*) echo "GPU-$index, NVIDIA H100 80GB HBM3" ;;
     *uuid*) echo "GPU-$index" ;;
@@ -28,10 +35,10 @@ done
 
 
 def comes_to_done(job: Job) -> None:
-    """Finished, each step once."""
+    """Finished, each step once, and nothing of the attempt is left."""
     assert job.finish(END) == "COMPLETED" and (job.run_dir / "DONE").exists(), job.everything()
     assert job.steps() == [1, 2, 3, 4]
-    assert not list(job.run_dir.glob("logs/attempt_*/key"))
+    assert not list(job.run_dir.glob("logs/attempt_*/key")) and not list(job.run_dir.glob("logs/.*"))
 
 
 def is_refused(*words: str) -> Callable[[Job], None]:
@@ -39,6 +46,7 @@ def is_refused(*words: str) -> Callable[[Job], None]:
 
     def check(job: Job) -> None:
         said = refused(job)
+        assert "Traceback" not in said, said
         for part in words:
             assert part in said, said
 
@@ -56,6 +64,38 @@ def sees(**expected: str) -> Callable[[Job], None]:
     return check
 
 
+def goes_elsewhere(job: Job) -> None:
+    """Its first node has a GPU with memory errors, its second one not."""
+    comes_to_done(job)
+    said = job.text()
+    (line,) = (job.run_dir / "logs" / "bad_nodes").read_text().splitlines()
+    sick = line.split()[0]
+    assert line == f"{sick} GPU-0 has 7 uncorrected memory errors (attempt 1)"
+    assert f"preflight: {sick}: GPU-0 has 7 uncorrected memory errors; leave the node out" in said
+    assert f"gspo: restart 1 of at most 3, without {sick}" in said
+    assert job.lab.job(job.id)["ExcNodeList"] == sick and job.plan(2)["hosts"][0][0] != sick
+
+
+def opens_files(job: Job) -> None:
+    """Its ranks may open as many files as the node allows at all."""
+    comes_to_done(job)
+    assert all(int(facts["files"]) > 256 for facts in job.seen()), job.seen()
+
+
+def keeps_what_is_not_ours(job: Job) -> None:
+    """Finished beside a directory that a user calls `latest`."""
+    comes_to_done(job)
+    assert "logs/latest is not ours and stays" in job.text() and not (job.run_dir / "logs" / "latest").is_symlink()
+
+
+def make_latest_directory(run_dir: Path) -> None:
+    (run_dir / "logs" / "latest").mkdir(parents=True)
+
+
+def make_attempt_directory(run_dir: Path) -> None:
+    (run_dir / "attempt").mkdir(parents=True)
+
+
 @dataclass(frozen=True)
 class Case:
     """A job."""
@@ -66,6 +106,10 @@ class Case:
     environment: Mapping[str, str] = field(default_factory=dict)
     gpus: bool = False
     """Whether nvidia-smi lists two GPUs on every node."""
+    site: str = ""
+    """Text of its site file."""
+    prepare: Callable[[Path], object] | None = None
+    """Called with the run directory, or with that of its programs, before the job is submitted."""
 
 
 CASES = {
@@ -81,7 +125,7 @@ CASES = {
         {"GSPO_GPUS_PER_NODE": "2"},
     ),
     "no kind of GPU in the recipe and none granted": Case(
-        is_refused("[no-gpus]"), ["--gres=none", "--gpus-per-node=0"], ("placement.gpu=null", STEPS)
+        is_refused("[no-gpus]"), ["--gpus-per-node=0"], ("placement.gpu=null", STEPS)
     ),
     "a GPU for each task": Case(
         sees(CUDA_VISIBLE_DEVICES="0,1"), ["--gpus-per-node=2", "--ntasks-per-node=2", "--gpus-per-task=1"], GPU_RUN,
@@ -90,11 +134,15 @@ CASES = {
     "a GPU bound to each task": Case(
         sees(CUDA_VISIBLE_DEVICES="0,1"), ["--gpus-per-node=2"], GPU_RUN, {"SLURM_GPU_BIND": "single:1"}, gpus=True
     ),
-    "options of srun in the user's shell": Case(
-        comes_to_done, [], (STEPS,),
-        {"SLURM_MPI_TYPE": "pmix", "SLURM_WAIT": "1", "SLURM_DISTRIBUTION": "plane=3", "SLURM_EXACT": "1",
-         "SLURM_IMMEDIATE": "1", "SLURM_LABELIO": "1", "SLURM_NTASKS_PER_CORE": "1", "SLURM_OPEN_MODE": "t",
-         "SLURM_STDOUTMODE": "none", "SLURM_WORKING_DIR": "/nowhere", "SQUEUE_PARTITION": "none"},
+    "a GPU with memory errors": Case(
+        goes_elsewhere, ["--gpus-per-node=2"], GPU_RUN, gpus=True, prepare=lambda place: (place / "sick").mkdir()
+    ),
+    "options of srun and squeue in the user's shell": Case(
+        comes_to_done, environment={
+            "SLURM_MPI_TYPE": "pmix", "SLURM_WAIT": "1", "SLURM_DISTRIBUTION": "plane=3", "SLURM_EXACT": "1",
+            "SLURM_IMMEDIATE": "1", "SLURM_LABELIO": "1", "SLURM_NTASKS_PER_CORE": "1", "SLURM_OPEN_MODE": "t",
+            "SLURM_STDOUTMODE": "none", "SLURM_WORKING_DIR": "/nowhere", "SQUEUE_PARTITION": "none",
+        },
     ),
     "pmi2 as the site wants it": Case(
         sees(SLURM_MPI_TYPE="pmi2"), environment={"GSPO_SRUN_ARGS": "--mpi=pmi2 --comment='two words'"}
@@ -103,31 +151,51 @@ CASES = {
         is_refused("GSPO_SRUN_ARGS=--comment='two cannot be read (No closing quotation)"),
         environment={"GSPO_SRUN_ARGS": "--comment='two"},
     ),
-    "threads and tasks of another job": Case(
+    "tasks and threads of another kind of job": Case(
         comes_to_done, ["--ntasks-per-node=3", "--cpus-per-task=2", "--threads-per-core=1", "--hint=nomultithread"]
+    ),
+    "a grep of the site file that finds nothing": Case(
+        comes_to_done, site="set -o pipefail\nA=$(grep nothing /dev/null | head -1)\ngrep -q nothing /dev/null || B=1\n"
+    ),
+    "a low soft limit of open files": Case(
+        opens_files,
+        site="ulimit -Sn 256\n",
+    ),
+    "a low hard limit of open files": Case(
+        is_refused("a process may open 2000 files, 4096 are needed; raise LimitNOFILE"), site="ulimit -n 2000\n"
+    ),
+    "no place for temporary files": Case(
+        is_refused("/proc cannot be written (", "set TMPDIR in the site file"), environment={"TMPDIR": "/proc"}
+    ),
+    "a directory that is called latest": Case(
+        keeps_what_is_not_ours, prepare=make_latest_directory
+    ),
+    "a directory that is called attempt": Case(
+        is_refused("/attempt cannot be written (Is a directory); remove it"), prepare=make_attempt_directory
     ),
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def jobs(workplace: Workplace) -> Iterator[dict[str, Job]]:
-    tools = workplace.directory / "tools"
-    tools.mkdir()
-    (tools / "nvidia-smi").write_text(NVIDIA_SMI)
-    (tools / "nvidia-smi").chmod(0o755)
-    yield {name: submit(workplace, f"case{number}", case, tools) for number, (name, case) in enumerate(CASES.items())}
+    yield {name: submit(workplace, f"case{number}", case) for number, (name, case) in enumerate(CASES.items())}
     workplace.cancel_all()
 
 
-def submit(place: Workplace, name: str, case: Case, tools: Path) -> Job:
-    path = (
-        f"{tools}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
-        if case.gpus
-        else "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
-    )
-    return place.cheap(
-        name, *case.overrides, options=["--nodes=1", *case.options], **{"PATH": path, **case.environment}
-    )
+def submit(place: Workplace, name: str, case: Case) -> Job:
+    tools, site = place.directory / f"{name}_tools", place.directory / f"{name}_site.sh"
+    environment = {"PATH": SYSTEM, **case.environment}
+    if case.gpus:
+        tools.mkdir()
+        (tools / "nvidia-smi").write_text(NVIDIA_SMI)
+        (tools / "nvidia-smi").chmod(0o755)
+        environment["PATH"] = f"{tools}:{SYSTEM}"
+    if case.site:
+        site.write_text(case.site)
+        environment["GSPO_SITE"] = str(site)
+    if case.prepare is not None:
+        case.prepare(tools if case.gpus else place.directory / name)
+    return place.cheap(name, *case.overrides, options=["--nodes=1", *case.options], **environment)
 
 
 @pytest.mark.parametrize("name", CASES)

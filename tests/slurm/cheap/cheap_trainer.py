@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import sys
 import time
 from pathlib import Path
@@ -37,6 +38,7 @@ def main() -> int:
     seen = run.path / "seen"
     seen.mkdir(exist_ok=True)
     facts = {name: os.environ.get(name) for name in SEEN}
+    facts["files"] = str(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     (seen / f"{os.environ['GSPO_ATTEMPT']}-{rank}.json").write_text(json.dumps(facts))
     done, last, every = newest_checkpoint(run.path), recipe["trainer"]["max_steps"], recipe["checkpoint"]["every"]
     if rank:

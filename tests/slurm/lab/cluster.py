@@ -271,6 +271,13 @@ class Lab:
         plugin = etc / "pyxis.so"
         subprocess.run(("gcc", "-O1", "-shared", "-fPIC", "-o", str(plugin), str(HERE / "pyxis.c")), check=True)
         (etc / "plugstack.conf").write_text(f"required {plugin}\n")
+        slow = ("gcc", "-O1", "-shared", "-fPIC", "-o", str(self.slow_files), str(HERE / "slow_files.c"), "-ldl")
+        subprocess.run(slow, check=True)
+
+    @property
+    def slow_files(self) -> Path:
+        """A library that makes a directory slow and stale for the processes that load it (slow_files.c)."""
+        return self.home / "etc" / "slow_files.so"
 
 
 def enter(init: int) -> tuple[str, ...]:
