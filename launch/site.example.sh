@@ -25,6 +25,10 @@
 # The network interface over which the nodes reach each other (`ip -br addr`), where a node's own name does not name it.
 #GSPO_INTERFACE=${GSPO_INTERFACE:-eth0}
 
+# More options of every srun: they override ours (launch/SITES.md). GPUs of a node where SLURM does not count them.
+#GSPO_SRUN_ARGS=${GSPO_SRUN_ARGS:---mpi=pmix}
+#GSPO_GPUS_PER_NODE=${GSPO_GPUS_PER_NODE:-8}
+
 # A directory on each node's own disk, for compile caches. The default is what SLURM or /tmp gives.
 #export TMPDIR=/local/$USER
 

@@ -17,6 +17,8 @@ KEPT = re.compile(
 )
 """Variables of SLURM that say which job this is. The others are options that srun, squeue and scontrol would take."""
 OPTION = re.compile(r"(SLURM|SRUN|SQUEUE|SCONTROL)_")
+LEAF = re.compile(r"(?:\bLevel=0\b|\bBlockName=\S+).*?\bNodes=(\S+)")
+"""Nodes of the lowest switches (topology/tree) or of a block (topology/block)."""
 GPUS = re.compile(r"(?:^|,)gpu(?::[^:,=]+)*[:=](\d+)")
 """A count of GPUs in SLURM's words: `gpu:h100:8`, `gpu:8`."""
 
@@ -44,22 +46,38 @@ class Allocation:
         return int(self.is_heterogeneous and kind == "rollout")
 
 
-def read_allocation(environment: MutableMapping[str, str], record: str) -> Allocation:
+def read_allocation(environment: MutableMapping[str, str], record: str, topology: str = "") -> Allocation:
     """The allocation of this process's job.
 
     Args:
         environment: of the batch script, or of a shell that salloc started.
         record: what `scontrol show job -d` says; empty when slurmctld does not answer.
+        topology: what `scontrol show topology` says; empty on a site that describes none.
     """
+    leaves = [expand_hosts(folded) for folded in LEAF.findall(topology)]
     if not environment.get("SLURM_HET_SIZE"):
         hosts = expand_hosts(environment["SLURM_JOB_NODELIST"])
         cpus = smallest(environment.get("SLURM_JOB_CPUS_PER_NODE", "")) or smallest(
             environment.get("SLURM_CPUS_ON_NODE", "")
         )
-        return Allocation(tuple(hosts), 0, (cpus,), named_gpus(environment, record))
+        return Allocation(sort_by_switch(hosts, leaves), 0, (cpus,), named_gpus(environment, record))
     first, second = (expand_hosts(environment[f"SLURM_JOB_NODELIST_HET_GROUP_{group}"]) for group in (0, 1))
     cpus_of = [smallest(environment.get(f"SLURM_JOB_CPUS_PER_NODE_HET_GROUP_{group}", "")) for group in (0, 1)]
-    return Allocation((*first, *second), len(second), tuple(cpus_of), named_gpus(environment, record))
+    hosts = (*sort_by_switch(first, leaves), *sort_by_switch(second, leaves))
+    return Allocation(hosts, len(second), tuple(cpus_of), named_gpus(environment, record))
+
+
+def sort_by_switch(hosts: Sequence[str], leaves: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """Nodes of one switch beside each other, those of the fullest switch first: the first nodes train.
+
+    Args:
+        hosts: of the job, in SLURM's order, which is kept otherwise.
+        leaves: nodes of each switch, or NVLink domain, of the site.
+    """
+    switch = {node: index for index, nodes in enumerate(leaves) for node in nodes}
+    places = [switch.get(host, -1) for host in hosts]
+    order = sorted(range(len(hosts)), key=lambda i: (-places.count(places[i]), places.index(places[i]), i))
+    return tuple(hosts[i] for i in order)
 
 
 def smallest(text: str) -> int:

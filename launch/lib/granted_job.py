@@ -48,7 +48,7 @@ def header_number(header: str, option: str) -> int | None:
 def find_job(job_id: str, settings: Settings) -> tuple[Job, Settings]:
     """The job, and the settings of its sruns. From here on the environment holds no option of SLURM's commands."""
     record = wait_for_slurm(lambda: describe_job(job_id) or None)
-    allocation = read_allocation(os.environ, record)
+    allocation = read_allocation(os.environ, record, read_command("scontrol", "show", "topology"))
     drop_options(os.environ)
     settings = replace(settings, allocation=allocation)
     options = resume_options(record, allocation.gpus, header_number(SCRIPT.read_text(), "gpus-per-node"))

@@ -53,6 +53,31 @@ def test_gpus_by_whatever_names_them(environment: dict[str, str], described: str
     assert named_gpus(environment, described) == gpus
 
 
+TREE = """SwitchName=leaf1 Level=0 LinkSpeed=1 Nodes=n1,n4
+SwitchName=leaf2 Level=0 LinkSpeed=1 Nodes=n2,n3,n5
+SwitchName=top Level=1 LinkSpeed=1 Nodes=n1,n2,n3,n4,n5 Switches=leaf[1-2]
+"""
+BLOCKS = "BlockName=b1 BlockIndex=0 Nodes=n1,n4 BlockSize=2\nBlockName=b2 BlockIndex=1 Nodes=n2,n3,n5 BlockSize=3\n"
+
+
+@pytest.mark.parametrize(
+    ("topology", "hosts", "order"),
+    [
+        ("", "n1,n2,n3,n4,n5", "n1 n2 n3 n4 n5"),
+        (TREE, "n1,n2,n3,n4,n5", "n2 n3 n5 n1 n4"),
+        (BLOCKS, "n1,n2,n3,n4,n5", "n2 n3 n5 n1 n4"),
+        (TREE, "n1,n2,n4,n5", "n1 n4 n2 n5"),
+        (TREE, "other1,n2,other2,n3", "other1 other2 n2 n3"),
+        ("SwitchName=flat Level=0 LinkSpeed=1 Nodes=n1,n2,n3\n", "n3,n1", "n3 n1"),
+    ],
+)
+def test_trainers_get_the_nodes_of_the_fullest_switch(
+    monkeypatch: pytest.MonkeyPatch, topology: str, hosts: str, order: str
+) -> None:
+    monkeypatch.setattr(slurm_allocation, "expand_hosts", lambda folded: folded.split(","))
+    assert read_allocation({"SLURM_JOB_NODELIST": hosts}, "", topology).hosts == tuple(order.split())
+
+
 @pytest.mark.parametrize(
     ("text", "number"), [("", 0), ("192(x2)", 192), ("64(x12),32", 32), ("32,64(x2)", 32), ("8", 8)]
 )
