@@ -21,8 +21,8 @@ from types import FrameType
 from typing import NoReturn
 
 from gspo_megatron.cluster.attempts import newest_checkpoint, read_bad_nodes
-from gspo_megatron.cluster.events import CountRestart, Exit, Interrupted, Print, Requeue, StopRequested, Watched
-from gspo_megatron.cluster.exit_codes import FAILED, OK, REFUSED
+from gspo_megatron.cluster.events import CountRestart, Exit, Interrupted, Print, StopRequested, Watched
+from gspo_megatron.cluster.exit_codes import FAILED, OK, REFUSED, STOPPED
 from gspo_megatron.cluster.slurm_allocation import Allocation
 from gspo_megatron.cluster.slurm_backend import KINDS, Place, SlurmBackend
 from gspo_megatron.cluster.slurm_commands import describe_job, is_preempted, queue_again, read_field, running_jobs
@@ -149,28 +149,51 @@ class Attempt:
         self._supervisor: Supervisor | None = None
         self._attempt: Path | None = None
         self._resume = ""
+        self._queued = False
 
     def run(self) -> int:
         """Plan, check the nodes, start the roles, watch them. Returns the exit code."""
         signal.signal(signal.SIGUSR1, self._on_usr1)
         signal.signal(signal.SIGTERM, self._on_term)
         try:
-            return self._run()
+            return self._run_or_explain()
         except SlurmEnds:
-            return self._end_by_slurm()
-        except Refused:
-            # A step that a preemption has ended may have been the preflight's.
-            if not is_preempted(describe_job(self.job_id)):
-                raise
-            print("gspo: SLURM preempts this job before its roles have started", flush=True)
-            queue_again(self.job_id, ())
-            raise
-        except Exception as error:  # whatever it is, the roles must not stay behind, nor the user without a command
-            return self._fail(error)
+            return STOPPED if self._queued else self._end_by_slurm()
         finally:
             # The whole script is one attempt: what it started is gone when it ends, and so is the key.
             if self._attempt is not None:
                 remove_key(self._attempt)
+
+    def _run_or_explain(self) -> int:
+        try:
+            return self._run()
+        except Refused as error:
+            # A step that a preemption has ended may have been the preflight's.
+            if not is_preempted(describe_job(self.job_id)):
+                raise
+            print("gspo: SLURM preempts this job before its roles have started", *error.args, flush=True)
+            return self._queue_again(())
+        except Exception as error:  # whatever it is, the roles must not stay behind, nor the user without a command
+            return self._fail(error)
+
+    def _queue_again(self, without: Sequence[str]) -> int:
+        """Queue the job again, which ends this process; returns where SLURM does not."""
+        self._queued = True
+        queue_again(self.job_id, without)
+        print(f"gspo: SLURM does not queue this job again; to go on: {self._resume}", flush=True)
+        return REFUSED
+
+    def _go_elsewhere(self, place: Place, max_restarts: int) -> int:
+        """Queue the job again without the nodes whose hardware must not be used."""
+        bad = read_bad_nodes(place.run_dir)
+        used = len(place.run.restarts.read_text().splitlines()) if place.run.restarts.is_file() else 0
+        if used >= max_restarts or read_field(describe_job(place.job), "Requeue") != "1":
+            words = f"not queued again; to go on without {','.join(bad)} (--exclude): {self._resume}"
+            print(f"gspo: {words}", flush=True)
+            return REFUSED
+        print(f"gspo: restart {used + 1} of at most {max_restarts}, without {','.join(bad)}", flush=True)
+        SlurmBackend(place).perform(CountRestart("hardware that must not be used"))
+        return self._queue_again(bad)
 
     def _fail(self, error: Exception) -> int:
         """Say where the script itself failed and how to go on, and end the roles."""
@@ -203,7 +226,7 @@ class Attempt:
         try:
             check_nodes(plan, settings, attempt)
         except SickNodes:
-            return go_elsewhere(place, settings.max_restarts, resume)
+            return self._go_elsewhere(place, settings.max_restarts)
         write_key(attempt)
         started_from = newest_checkpoint(plan.run_dir)
         if started_from:
@@ -243,20 +266,6 @@ class Attempt:
             elif isinstance(decision, Exit):
                 return decision.code
         return FAILED
-
-
-def go_elsewhere(place: Place, max_restarts: int, resume: str) -> int:
-    """Queue the job again without the nodes whose hardware must not be used; returns where it may not be."""
-    bad, backend = read_bad_nodes(place.run_dir), SlurmBackend(place)
-    used = len(place.run.restarts.read_text().splitlines()) if place.run.restarts.is_file() else 0
-    if used >= max_restarts or read_field(describe_job(place.job), "Requeue") != "1":
-        print(f"gspo: not queued again; to go on without {','.join(bad)}: {resume} (--exclude)", flush=True)
-        return REFUSED
-    print(f"gspo: restart {used + 1} of at most {max_restarts}, without {','.join(bad)}", flush=True)
-    backend.perform(CountRestart("hardware that must not be used"))
-    backend.perform(Requeue())
-    print(f"gspo: SLURM does not queue this job again; to go on: {resume}", flush=True)
-    return REFUSED
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from gspo_megatron.cluster.events import (
     SlurmSilent,
 )
 from gspo_megatron.cluster.exit_codes import STOPPED
+from gspo_megatron.cluster.shared_files import retry_stale
 from gspo_megatron.cluster.slurm_allocation import Allocation
 from gspo_megatron.cluster.slurm_commands import (
     SLURM_SECONDS,
@@ -127,7 +128,7 @@ class SlurmBackend:
             self._send_stop()
         elif isinstance(decision, EndRoles):
             self.end_steps()
-            return [self._read_run_dir()]
+            return [retry_stale(self._read_run_dir)]
         elif isinstance(decision, AskSlurm):
             return [self._await_slurm()]
         elif isinstance(decision, AskNodes):

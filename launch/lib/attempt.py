@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from gspo_megatron.cluster import slurm_commands
-from gspo_megatron.cluster.shared_files import replace_text
+from gspo_megatron.cluster.shared_files import replace_text, retry_stale
 from gspo_megatron.cluster.slurm_commands import running_jobs
 from gspo_megatron.run_dir import ATTEMPT, AttemptDir, RunDir
 from launch.lib.plan_request import Plan, Refused
@@ -85,7 +85,7 @@ def wait_for_slurm(ask: Callable[[], T | None]) -> T:
 
 def write_key(attempt: Path) -> None:
     """Make the key of the attempt, in a file that only the user can read."""
-    handle = os.open(AttemptDir(attempt).key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    handle = retry_stale(lambda: os.open(AttemptDir(attempt).key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     with os.fdopen(handle, "w") as file:
         file.write(secrets.token_hex(16))
 

@@ -24,7 +24,7 @@ from typing import Any, get_args
 from gspo_megatron.cluster import hosts, placement
 from gspo_megatron.cluster.exit_codes import REFUSED
 from gspo_megatron.cluster.hosts import Host, Kind, Ports, Spread, Task
-from gspo_megatron.cluster.shared_files import read_shared, replace_text
+from gspo_megatron.cluster.shared_files import read_shared, replace_text, retry_stale
 from gspo_megatron.commands.train_run import KEY, claim_run, prepare_run
 from gspo_megatron.config import Recipe, RecipeError
 from gspo_megatron.config.loading import refuse
@@ -192,7 +192,7 @@ def open_attempt(recipe: Recipe, names: Sequence[str], gpus: int, job: str, runn
     run_dir = recipe.run.directory
     assert run_dir is not None
     over, ports, _ = layout(recipe, [Host(name, name) for name in names], gpus, job)
-    if RunDir(run_dir).done.is_file():
+    if retry_stale(RunDir(run_dir).done.is_file):
         print_plan(recipe, over, {"done": True})
         return 0
     with refuse_unwritable(run_dir, KEY):
@@ -235,7 +235,7 @@ def make_attempt(run: RunDir, job: str) -> tuple[int, Path, list[str]]:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-    return number, path, [read_shared(attempt.job) for attempt in older if attempt.job.is_file()]
+    return number, path, retry_stale(lambda: [attempt.job.read_text() for attempt in older if attempt.job.is_file()])
 
 
 def judge_attempt(attempt: Path) -> int:

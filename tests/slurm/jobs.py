@@ -7,7 +7,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,8 @@ class Workplace:
         self.cold_start = self.directory / "cold_start"
         self.cold_start.mkdir(parents=True)
         self.jobs: list[Job] = []
+        self.kept: set[int] = set()
+        """Jobs of a module, which several tests look at."""
 
     def submit(
         self,
@@ -78,9 +80,21 @@ class Workplace:
         self.jobs.append(again)
         return again
 
+    @contextmanager
+    def keeping(self, jobs: Iterable[Job]) -> Iterator[None]:
+        """Jobs that run until the end of this context, whatever tests end meanwhile."""
+        self.kept = {job.id for job in jobs}
+        try:
+            yield
+        finally:
+            self.kept = set()
+            self.cancel_all()
+
     def cancel_all(self) -> None:
         """End what a failed test left running."""
         for job in self.jobs:
+            if job.id in self.kept:
+                continue
             self.lab.run("scancel", str(job.id), check=False)
 
     def logs(self) -> str:

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.jobs import CHEAP, END, ROOT, SCRIPT, SMALL, TINY, Job, Workplace, refused
-from tests.slurm.lab.cluster import Lab, wait_for
+from tests.slurm.lab.cluster import Lab, LabError, wait_for
 
 pytestmark = pytest.mark.timeout(900)
 LAST = 40
+LONG = 120
+"""Steps of 0.2 s: long enough for another job to come meanwhile."""
 PREEMPTED = {
     "grace_before": ("patient", 0),
     "grace_after": ("patient", 4),
@@ -30,7 +32,7 @@ def preempted(workplace: Workplace) -> Iterator[dict[str, Job]]:
     jobs = {}
     for number, (name, (partition, every)) in enumerate(PREEMPTED.items(), start=1):
         options = [f"--partition={partition}", "--nodes=1", f"--nodelist=node{number}"]
-        overrides = (f"checkpoint.every={every}", f"trainer.max_steps={LAST}")
+        overrides = (f"checkpoint.every={every}", f"trainer.max_steps={LONG}")
         jobs[name] = workplace.cheap(name, *overrides, options=options)
     for number, job in enumerate(jobs.values(), start=1):
         wait_for(lambda job=job: len(job.steps()) > 5, END, f"steps of {job.run_dir.name}: {job.text()}")
@@ -42,8 +44,8 @@ def preempted(workplace: Workplace) -> Iterator[dict[str, Job]]:
             "--wrap=sleep 1",
         )
         workplace.lab.submit(*urgent)
-    yield jobs
-    workplace.cancel_all()
+    with workplace.keeping(jobs.values()):
+        yield jobs
 
 
 @pytest.mark.parametrize("name", PREEMPTED)
@@ -54,7 +56,7 @@ def test_a_preempted_run_comes_to_done_and_counts_no_restart(name: str, preempte
     rows = job.rows()
     first = [row["step"] for row in rows if row["attempt"] == "1"]
     second = [row["step"] for row in rows if row["attempt"] == "2"]
-    assert first == list(range(1, len(first) + 1)) and second == list(range(second[0], LAST + 1))
+    assert first == list(range(1, len(first) + 1)) and second == list(range(second[0], LONG + 1))
     # Within the grace the step is finished and saved; at once only the steps since the last checkpoint are lost.
     kept = first[-1] if partition == "patient" else (first[-1] // every * every if every else 0)
     assert second[0] == kept + 1, (first, second, job.everything())
@@ -148,7 +150,7 @@ def bare() -> Iterator[Workplace]:
 
 
 def test_a_site_without_gpu_gres_and_without_requeue_goes_on_with_afterany(bare: Workplace, lab: Lab) -> None:
-    with pytest.raises(Exception, match="Invalid generic resource"):
+    with pytest.raises(LabError, match="Invalid generic resource"):
         bare.cheap("plain", options=["--nodes=1"])
     options = ["--nodes=1", "--gpus-per-node=0", "--no-requeue"]
     first = bare.cheap("chain", f"trainer.max_steps={LAST}", options=options)

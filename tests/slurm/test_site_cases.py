@@ -178,8 +178,9 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def jobs(workplace: Workplace) -> Iterator[dict[str, Job]]:
-    yield {name: submit(workplace, f"case{number}", case) for number, (name, case) in enumerate(CASES.items())}
-    workplace.cancel_all()
+    submitted = {name: submit(workplace, f"case{number}", case) for number, (name, case) in enumerate(CASES.items())}
+    with workplace.keeping(submitted.values()):
+        yield submitted
 
 
 def submit(place: Workplace, name: str, case: Case) -> Job:

@@ -284,9 +284,13 @@ def test_a_job_with_bad_nodes_is_queued_again_without_them(tmp_path: Path, used:
     scontrol.chmod(0o755)
     program = (
         "import sys; from pathlib import Path; from gspo_megatron.cluster.slurm_allocation import Allocation\n"
-        "from gspo_megatron.cluster.slurm_backend import Place; from launch.job import go_elsewhere\n"
+        "from gspo_megatron.cluster.slurm_backend import Place; from launch.job import Attempt, read_arguments\n"
+        "from launch.lib.settings import Settings\n"
         "run = Path(sys.argv[1])\n"
-        "sys.exit(go_elsewhere(Place('7', run, run / 'logs' / 'attempt_1', 1, Allocation(), 2), 3, 'sbatch again'))"
+        "here = Path.cwd()\n"
+        "attempt = Attempt(read_arguments(('recipes/tiny_moe.yaml',), here), Settings.read(here, here), '7')\n"
+        "attempt._resume = 'sbatch again'\n"
+        "sys.exit(attempt._go_elsewhere(Place('7', run, run / 'logs' / 'attempt_1', 1, Allocation(), 2), 3))"
     )
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-c", program, str(tmp_path)]
@@ -294,7 +298,7 @@ def test_a_job_with_bad_nodes_is_queued_again_without_them(tmp_path: Path, used:
     assert done.returncode == code, done
     said = done.stdout.splitlines()
     if code == REFUSED:
-        assert said == ["gspo: not queued again; to go on without n2: sbatch again (--exclude)"]
+        assert said == ["gspo: not queued again; to go on without n2 (--exclude): sbatch again"]
     else:
         again = ["scontrol requeue 7", "scontrol update JobId=7 ExcNodeList=n9,n2"]
         assert said == ["gspo: restart 1 of at most 3, without n2", *again]
