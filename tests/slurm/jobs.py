@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gspo_megatron.own_directory import RUN, claim_directory
 from tests.places import ROOT
 from tests.slurm.lab.cluster import Lab, LabError, wait_for
 
@@ -234,6 +235,12 @@ class Job:
                 lines = path.read_text(errors="replace").splitlines()[-25:]
                 texts.append("\n".join([f"--- {path}", *lines]))
         return "\n".join(texts)
+
+
+def make_run(run_dir: Path) -> Path:
+    """A run directory as an earlier job leaves it, for a test to put something into."""
+    claim_directory(run_dir, RUN, "run.directory")
+    return run_dir
 
 
 def refused(job: Job) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.jobs import CHEAP, END, ROOT, SCRIPT, SMALL, TINY, Job, Workplace, refused
+from tests.slurm.jobs import CHEAP, END, ROOT, SCRIPT, SMALL, TINY, Job, Workplace, make_run, refused
 from tests.slurm.lab.cluster import Lab, LabError, wait_for
 
 pytestmark = pytest.mark.timeout(900)
@@ -116,7 +116,7 @@ def test_a_slow_file_system_that_is_stale_once(workplace: Workplace) -> None:
 
 
 def test_a_run_of_another_user_is_not_taken_over(workplace: Workplace) -> None:
-    lab, run_dir = workplace.lab, workplace.directory / "theirs"
+    lab, run_dir = workplace.lab, make_run(workplace.directory / "theirs")
     nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
     said = lab.run(*nobody, "sbatch", "--parsable", "--output=/dev/null", "--chdir=/", "--wrap=sleep 600").stdout
     holder = said.strip()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.jobs import SMALL, START, Job, Workplace, check_done
+from tests.slurm.jobs import SMALL, START, Job, Workplace, check_done, make_run
 from tests.slurm.lab.cluster import wait_for
 
 pytestmark = pytest.mark.timeout(1800)
@@ -116,7 +116,7 @@ def spoil_fill_and_run_out_of_time(place: Workplace) -> None:
     """An update is no number, the disk gets full, and the time is up: first with a warning, then without."""
     run_dir, poison = place.directory / "limits", place.directory / "poison"
     disk = place.lab.disk
-    run_dir.mkdir()
+    make_run(run_dir)
     (run_dir / "checkpoints").symlink_to(disk)
     job = place.submit(
         "limits", *RUN, f"objective.trust={Path(__file__).with_name('poisoned.py')}:clip",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.jobs import END, Job, Workplace, refused
+from tests.slurm.jobs import END, Job, Workplace, make_run, refused
 
 pytestmark = pytest.mark.timeout(900)
 STEPS = "trainer.max_steps=4"
@@ -89,11 +89,11 @@ def keeps_what_is_not_ours(job: Job) -> None:
 
 
 def make_latest_directory(run_dir: Path) -> None:
-    (run_dir / "logs" / "latest").mkdir(parents=True)
+    (make_run(run_dir) / "logs" / "latest").mkdir(parents=True)
 
 
 def make_attempt_directory(run_dir: Path) -> None:
-    (run_dir / "attempt").mkdir(parents=True)
+    (make_run(run_dir) / "attempt").mkdir(parents=True)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.slurm.jobs import ROOT, SMALL, START, Workplace, refused
+from tests.slurm.jobs import ROOT, SMALL, START, Workplace, make_run, refused
 from tests.slurm.lab.cluster import wait_for
 
 pytestmark = pytest.mark.timeout(900)
@@ -71,7 +71,7 @@ def test_of_two_array_tasks_on_one_run_directory_one_goes_on(workplace: Workplac
 
 
 def test_copies_that_a_user_keeps_in_the_run_directory_are_left_alone(workplace: Workplace) -> None:
-    run_dir = workplace.directory / "copies"
+    run_dir = make_run(workplace.directory / "copies")
     for name in ("checkpoints/step_000002_best", "logs/attempt_1_old"):
         (run_dir / name).mkdir(parents=True)
         (run_dir / name / "COMPLETE").touch()
