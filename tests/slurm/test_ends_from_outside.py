@@ -115,6 +115,18 @@ def test_a_slow_file_system_that_is_stale_once(workplace: Workplace) -> None:
     assert "Traceback" not in job.everything()
 
 
+def test_of_two_jobs_that_start_in_one_second_one_runs(workplace: Workplace) -> None:
+    logs = [workplace.directory / f"pair{number}.log" for number in range(2)]
+    jobs = [workplace.cheap("pair", "trainer.max_steps=4", options=["--nodes=1", f"--output={log}"]) for log in logs]
+    states = sorted(job.finish(END) for job in jobs)
+    said = [log.read_text() for log in logs]
+    # Where one was done before the other had begun, that one says so.
+    late = [text for text in said if "holds a finished run (DONE)" in text]
+    refusals = [text for text in said if f"is running in {workplace.directory}/pair; wait for it" in text]
+    assert states == (["COMPLETED", "COMPLETED"] if late else ["COMPLETED", "FAILED"]), said
+    assert len(late) + len(refusals) == 1 and jobs[0].steps() == [1, 2, 3, 4], said
+
+
 def test_a_run_of_another_user_is_not_taken_over(workplace: Workplace) -> None:
     lab, run_dir = workplace.lab, make_run(workplace.directory / "theirs")
     nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")

@@ -55,7 +55,7 @@ def test_of_two_array_tasks_on_one_run_directory_one_goes_on(workplace: Workplac
     place = workplace.directory
     logs = [place / f"array-{task}.log" for task in range(2)]
     options = ["--nodes=1", "--array=0-1", f"--output={place}/array-%a.log"]
-    job = workplace.submit("array", *SMALL, options=options)
+    job = workplace.cheap("array", "trainer.max_steps=3000", options=options)
 
     def texts() -> list[str]:
         return [log.read_text() if log.exists() else "" for log in logs]
