@@ -18,13 +18,23 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-set -euo pipefail
+set -Eeuo pipefail
+trap 'echo "gspo: gspo_moe.sh, line $LINENO: \`$BASH_COMMAND\` failed; correct the cause and submit the same command again" >&2' ERR
+
+describe_job() { # waits for a slurmctld that restarts, 15 minutes at most
+    local tries
+    for tries in {450..0}; do
+        scontrol show job -o "$SLURM_JOB_ID" && return
+        [ "$tries" = 0 ] || sleep 2
+    done
+    return 1
+}
 
 find_home() { # the checkout; SLURM runs a copy of this file from its spool directory, where its neighbours are missing
     local record prefix
     home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
     if [ ! -f "$home/launch/lib/site.sh" ] && [ -n "${SLURM_JOB_ID:-}" ]; then
-        record=$(scontrol show job -o "${SLURM_JOB_ID}")
+        record=$(describe_job)
         prefix=${record#* Command=}
         prefix=${prefix%%/launch/gspo_moe.sh*}
         home=$SLURM_SUBMIT_DIR

@@ -56,6 +56,8 @@ FIRST_END = re.compile(r"error: [^ ]+: tasks? |Node failure on")
 TASK_END = re.compile(r"error: ([^ ]+): tasks? [^:]*: (.*)")
 NODE_LOST = re.compile(r"Node failure on ([^ ]+)")
 KILLED = re.compile(r"Killed|Aborted|fault|error$")
+HARMLESS = re.compile("lacks support for cpu binding")
+"""What srun says of an option of ours where it changes nothing."""
 OWN_WORDS = re.compile(r"^[0-9: ]*$|^ *([0-9]+: )?(slurmstepd|srun)")
 """Lines of a log that are not the role's: empty, or SLURM's."""
 LOOK_SECONDS = 1.0
@@ -150,7 +152,7 @@ class SlurmBackend:
 
     def explain(self, kind: str, code: int) -> str:
         """The end of the log of a kind of role, then one sentence: kind, node and reason."""
-        lines = _lines(self.place.files.srun(kind))
+        lines = [line for line in _lines(self.place.files.srun(kind)) if not HARMLESS.search(line)]
         words = self._first_end(kind) or (lines[-1] if lines else "")
         task, lost = TASK_END.search(words), NODE_LOST.search(words)
         if task:

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # start.sh job|local HOME DIRECTORY ARGUMENTS...: sets the environment that every role gets and becomes Python.
 # launch/lib/site.sh calls it; DIRECTORY is where the command was called.
-set -euo pipefail
+set -Eeuo pipefail
+trap 'echo "gspo: launch/lib/start.sh, line $LINENO: \`$BASH_COMMAND\` failed; correct the cause and start it again" >&2' ERR
 
 refuse() { # one sentence, exit 2
     echo "gspo: $*" >&2

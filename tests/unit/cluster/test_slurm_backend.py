@@ -95,6 +95,12 @@ def test_the_last_words_are_those_of_the_role_and_not_of_slurm(tmp_path: Path) -
     assert done.stdout.splitlines()[-1].startswith("gspo: trainer failed on n1: the reason (log: "), done
 
 
+def test_what_srun_says_of_our_options_is_no_reason(tmp_path: Path) -> None:
+    warning = "echo 'srun: cluster configuration lacks support for cpu binding' >&2"
+    done = run(tmp_path, f"echo 'srun: error: Unable to create step' >&2; {warning}; exit 1")
+    assert "gspo: trainer failed: srun: error: Unable to create step (srun ended with 1)" in done.stdout, done
+
+
 def test_a_lost_node_is_a_reason_of_its_own(tmp_path: Path) -> None:
     done = run(tmp_path, "exit 1", lost="yes")
     assert done.returncode == REQUEUED and "because a node is lost" in done.stdout
