@@ -120,7 +120,7 @@ def test_of_two_jobs_that_start_in_one_second_one_runs(workplace: Workplace) -> 
     jobs = [workplace.cheap("pair", "trainer.max_steps=4", options=["--nodes=1", f"--output={log}"]) for log in logs]
     states = sorted(job.finish(END) for job in jobs)
     said = [log.read_text() for log in logs]
-    # Where one was done before the other had begun, that one says so.
+    # Where one was done before the other started, that one says so.
     late = [text for text in said if "holds a finished run (DONE)" in text]
     refusals = [text for text in said if f"is running in {workplace.directory}/pair; wait for it" in text]
     assert states == (["COMPLETED", "COMPLETED"] if late else ["COMPLETED", "FAILED"]), said
