@@ -131,17 +131,15 @@ class Supervisor:
             # The end that SLURM brings now is the one that was asked for.
             return [Exit(STOPPED)]
         if self.rules.queue:
-            # SLURM ends the roles itself.
-            return self._end_by_slurm(event.newest)
+            return self._end_by_slurm(event.newest)  # which ends the roles itself
         if self.phase is Phase.ENDING:
             return []
         self._interrupted, self.phase = event.number, Phase.ENDING
         return [EndRoles()]
 
     def _end_by_slurm(self, newest: int) -> list[Decision]:
-        text = (
-            f"SLURM ends this attempt (scancel, a lost node, or its limit); {newest} is the newest complete checkpoint"
-        )
+        why = "scancel, a lost node, or its limit"
+        text = f"SLURM ends this attempt ({why}); {newest} is the newest complete checkpoint"
         return [Print(text), Exit(BY_SIGNAL + signal.SIGTERM)]
 
     def _watch(self, event: Event, now: float) -> list[Decision]:
