@@ -1,7 +1,7 @@
 """The table of hooks: every place where a recipe takes an object of the user's own by `file.py:NAME`.
 
-Add a hook: one row in HOOKS and one contract function in the part that uses the object. `gspo check` and `load_hook`
-read the row.
+Add a hook: one row in HOOKS, one contract function in the part that uses the object, and the row in the table of
+gspo_megatron/README.md, which a test prints. `gspo check`, `load_hook` and the tests read the row.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from gspo_megatron.config.refusal import refuse
 
 Contract = Callable[[Any], Sequence[str]]
 """Takes a user's object and returns what was checked, one sentence each. Raises ValueError with one fault a line."""
+Trial = Callable[[Any, Any], Sequence[str]]
+"""A contract that also takes `config.hook_samples.Samples` of a recipe, None without one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +38,10 @@ class Hook:
     contract: str
     """`module:NAME` of its `Contract`. `load_hook` runs it, so it is quick and has no effect outside the process."""
     trial: str = ""
-    """`module:NAME` of a second `Contract` that only `gspo check` runs: it calls the object with sample inputs.
-    Empty = the contract does so already."""
+    """`module:NAME` of a `Trial` that only `gspo check` runs: it calls the object with sample inputs, or with those of
+    a recipe. Empty = the contract does so already."""
+    may_be_async: bool = False
+    """Whether the object may be `async def`: the part that uses it awaits it."""
     parameters: tuple[str, ...] = ()
     """Names of the first parameters of a function, by which `gspo check` recognises the kind."""
     members: tuple[str, ...] = ()
@@ -55,6 +59,7 @@ HOOKS: dict[str, Hook] = {
             example="recipes/rewards/closeness.py:score",
             contract="gspo_megatron.rewards.reward_contract:check_form",
             trial="gspo_megatron.rewards.reward_contract:try_samples",
+            may_be_async=True,
             parameters=("problem", "response"),
         ),
         Hook(
@@ -79,7 +84,7 @@ HOOKS: dict[str, Hook] = {
             name="sink",
             key="metrics.sinks",
             signature="make(run: SinkRun) -> object with write(step, row) and close()",
-            default="none: metrics.jsonl and TensorBoard only",
+            default="none",
             example="recipes/sinks/csv_rows.py:CsvRows",
             contract="gspo_megatron.sinks.sink_protocol:check_sink",
             trial="gspo_megatron.sinks.sink_protocol:try_sink",
@@ -104,6 +109,8 @@ def check_choice(name: str, choices: Sequence[str]) -> str:
     """
     if name in choices or is_reference(name):
         return name
+    if name.endswith(".py"):
+        raise ValueError(f"{name} names no object in the file; write {name}:NAME")
     close = difflib.get_close_matches(name, choices, n=1)
     known = f"use one of {', '.join(choices)}, file.py:NAME or package.module:NAME"
     raise ValueError(f"{name} is not known; {f'did you mean {close[0]}?' if close else known}")
@@ -118,13 +125,27 @@ def load_hook(name: str, reference: str) -> Any:
     hook = HOOKS[name]
     try:
         found = load_object(reference)
-        load_object(hook.contract)(found)
+        check_contract(hook, found)
     except ValueError as fault:
         faults = "; ".join(str(fault).splitlines())
         raise refuse(
             "hook", hook.key, f"{reference}: {faults}", f"see `gspo check {reference} --hook {name}`"
         ) from None
     return found
+
+
+def check_contract(hook: Hook, found: Any) -> list[str]:
+    """Return what was checked of an object. Raises ValueError with one fault a line."""
+    call = found if inspect.isroutine(found) or inspect.isclass(found) else getattr(found, "__call__", None)  # noqa: B004
+    calls = {"": call, **{f"{name} ": getattr(found, name, None) for name in hook.members}}
+    faults = [
+        f"{name}is `async def`, and nothing awaits it in a hook {hook.name}; write def"
+        for name, function in calls.items()
+        if inspect.iscoroutinefunction(function) and not hook.may_be_async
+    ]
+    if faults:
+        raise ValueError("\n".join(faults))
+    return list(load_object(hook.contract)(found))
 
 
 def recognise_hook(found: Any) -> Hook:
@@ -149,10 +170,20 @@ def recognise_hook(found: Any) -> Hook:
 
 
 def _parameters(found: Any) -> tuple[str, ...]:
-    """Names of the parameters of a function; nothing for any other object."""
-    if not inspect.isroutine(found):
+    """Names of the parameters of a function or of an object that can be called; nothing for a class."""
+    if inspect.isclass(found) or not callable(found):
         return ()
     try:
         return tuple(inspect.signature(found).parameters)
     except (TypeError, ValueError):
         return ()
+
+
+def write_table() -> str:
+    """The table of hooks as the README shows it."""
+    rows = [("hook", "key", "what it is", "default", "example"), ("---",) * 5]
+    for hook in HOOKS.values():
+        file, _, name = hook.example.rpartition(":")
+        link = f"[{file.rpartition('/')[2]}:{name}](../{file})"
+        rows.append((hook.name, f"`{hook.key}`", f"`{hook.signature}`", hook.default, link))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

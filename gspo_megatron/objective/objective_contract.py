@@ -11,6 +11,7 @@ from torch import Tensor
 from gspo_megatron.config.axes import TRUST_RULES
 from gspo_megatron.config.hooks import is_reference
 from gspo_megatron.config.objective_spec import ObjectiveSpec
+from gspo_megatron.config.plugins import describe_fault, source_of
 from gspo_megatron.objective.inputs import BatchTotals, LossInputs
 from gspo_megatron.objective.loss import policy_loss
 from gspo_megatron.objective.trust import Surrogate, TokenTerms, find_rule
@@ -37,7 +38,7 @@ def check_objective(found: Any) -> list[str]:
         loss = policy_loss(spec, inputs).loss
         loss.backward()
     except Exception as error:
-        raise ValueError(f"its loss fails ({type(error).__name__}: {error}); correct the axes") from None
+        raise ValueError(f"its loss fails ({describe_fault(error)}); correct the axes") from None
     gradient = inputs.logprobs.grad
     if gradient is None or not bool(torch.isfinite(loss) & torch.isfinite(gradient).all()):
         raise ValueError("its loss or gradient is not finite on a sample batch; keep the numbers within bounds")
@@ -64,7 +65,7 @@ def check_trust_rule(found: Any, spec: ObjectiveSpec | None = None) -> list[str]
     try:
         result = found(terms)
     except Exception as error:
-        raise ValueError(f"raised {type(error).__name__}: {error}; take all numbers from terms") from None
+        raise ValueError(f"raised {describe_fault(error, source_of(found))}; take all numbers from terms") from None
     if not isinstance(result, Surrogate):
         raise ValueError(f"returned {_kind(result)}; return terms.surrogate(value, low, high)")
     faults = [*_tensor_faults(result, terms)]

@@ -5,13 +5,19 @@ from __future__ import annotations
 import asyncio
 import copy
 import inspect
+import itertools
+from collections.abc import Mapping
 from typing import Any
 
+from gspo_megatron.config.hook_samples import Samples
+from gspo_megatron.config.plugins import describe_fault, source_of
 from gspo_megatron.rewards.reward_input import RewardInput, read_parts
 from gspo_megatron.rewards.time_limit import OutOfTime, limit_time
 
 SAMPLE_SECONDS = 10.0
 """Processor time of a reward for one sample response."""
+MOST_PROBLEMS = 3
+"""Of a recipe's data, each with all sample responses."""
 PROBLEM = {"prompt": "What is 1 + 1?", "answer": "2"}
 SAMPLES = (
     RewardInput("It is \\boxed{2}.", "It is \\boxed{2}.", (5, 6, 7, 2), "stop"),
@@ -52,8 +58,8 @@ def is_asynchronous(reward: Any) -> bool:
 class _Line(dict[str, Any]):
     """A line of data that notes which fields a reward looked for and did not find."""
 
-    def __init__(self) -> None:
-        super().__init__(copy.deepcopy(PROBLEM))
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        super().__init__(copy.deepcopy(dict(fields)))
         self.missing: list[str] = []
 
     def __missing__(self, name: str) -> Any:
@@ -61,37 +67,35 @@ class _Line(dict[str, Any]):
         raise KeyError(name)
 
 
-def try_samples(found: Any) -> list[str]:
-    """Call the reward with sample responses. Raises ValueError with one fault a line; each fault is named once."""
+def try_samples(found: Any, samples: Samples | None = None) -> list[str]:
+    """Call the reward with sample responses.
+
+    Args:
+        found: the reward.
+        samples: whose problems are scored; None = the problem PROBLEM.
+
+    Raises:
+        ValueError: one fault a line, each named once.
+    """
+    problems = [problem.line for problem in samples.draw(MOST_PROBLEMS)] if samples else [PROBLEM]
     faults: dict[str, None] = {}
-    scores, names = [], set[frozenset[str]]()
-    for sample in SAMPLES:
-        line = _Line()
+    scores, names = list[float](), set[frozenset[str]]()
+    for fields, sample in itertools.product(problems, SAMPLES):
+        line = _Line(fields)
         try:
-            with limit_time(SAMPLE_SECONDS):
-                result = found(line, sample)
-                if is_asynchronous(found):
-                    result = asyncio.run(result)
-            if inspect.isawaitable(result):
-                getattr(result, "close", lambda: None)()
-                raise ValueError("returned something to await; define it with `async def`")
-            parts = read_parts(result)
-        except KeyError as error:
-            if error.args == tuple(line.missing[-1:]):
+            parts = read_parts(_call(found, line, sample))
+        except _MissingField as missing:
+            if samples is None:
                 # The sample cannot know which fields the user's lines have.
-                return [f"reads problem[{error.args[0]!r}], which the sample line lacks: no score was tried"]
-            faults[f"raised KeyError: {error}; return a score for any text"] = None
+                return [
+                    f"reads problem[{missing.name!r}], which the sample line lacks: give a recipe to score its data"
+                ]
+            faults[f"reads problem[{missing.name!r}]; the lines of the data have {', '.join(fields)}"] = None
             continue
         except ValueError as fault:
-            faults[str(fault) if "return" in str(fault) else f"raised ValueError: {fault}"] = None
+            faults[str(fault)] = None
             continue
-        except OutOfTime:
-            faults[f"took more than {SAMPLE_SECONDS:g} s for one response; set a limit within it"] = None
-            continue
-        except (Exception, SystemExit) as error:
-            faults[f"raised {type(error).__name__}: {error}; return a score for any text"] = None
-            continue
-        if line != PROBLEM:
+        if line != fields:
             faults["changed the problem, which all responses to a prompt share; copy it first"] = None
         names.add(frozenset(parts))
         scores.append(sum(parts.values()))
@@ -100,6 +104,37 @@ def try_samples(found: Any) -> list[str]:
         faults[f"returned other parts for other responses: {listed}; return the same parts always"] = None
     if faults:
         raise ValueError("\n".join(faults))
+    return _describe(scores, names)
+
+
+class _MissingField(ValueError):
+    """The reward reads a field that the line has not."""
+
+    def __init__(self, name: object) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+def _call(found: Any, line: _Line, sample: RewardInput) -> object:
+    """What the reward returns. Raises ValueError with what it does instead, in a sentence."""
+    try:
+        with limit_time(SAMPLE_SECONDS):
+            result = found(line, sample)
+            if is_asynchronous(found):
+                result = asyncio.run(result)
+    except OutOfTime:
+        raise ValueError(f"took more than {SAMPLE_SECONDS:g} s for one response; set a limit within it") from None
+    except (Exception, SystemExit) as error:
+        if isinstance(error, KeyError) and error.args == tuple(line.missing[-1:]):
+            raise _MissingField(error.args[0]) from None
+        raise ValueError(f"raised {describe_fault(error, source_of(found))}; return a score for any text") from None
+    if inspect.isawaitable(result):
+        getattr(result, "close", lambda: None)()
+        raise ValueError("returned something to await; define it with `async def`")
+    return result
+
+
+def _describe(scores: list[float], names: set[frozenset[str]]) -> list[str]:
     checked = [f"scored {len(scores)} sample responses from {min(scores):g} to {max(scores):g}"]
     if parts := sorted(next(iter(names)) - {""}):
         checked.append(f"parts: {', '.join(parts)}; reward.weights weighs them, 1 each without it")

@@ -69,7 +69,10 @@ def _number(value: object, what: str) -> float:
     """A finite number. Numbers of numpy and 0-d tensors are numbers; texts and None are not."""
     place = f" for {what}" if what else ""
     if isinstance(value, numbers.Real) or (hasattr(value, "item") and getattr(value, "ndim", None) == 0):
-        number = float(value)  # pyright: ignore[reportArgumentType]
+        try:
+            number = float(value)  # pyright: ignore[reportArgumentType]
+        except OverflowError:
+            number = math.inf
         if math.isfinite(number):
             return number
         raise ValueError(f"returned {number}{place}, which is not finite; return a finite number")

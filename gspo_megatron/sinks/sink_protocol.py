@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from gspo_megatron.config.hook_samples import Samples
+from gspo_megatron.config.plugins import describe_fault, source_of
+
 
 @dataclass(frozen=True, slots=True)
 class SinkRun:
@@ -74,14 +77,19 @@ def check_sink(found: Any) -> Sequence[str]:
     return ["it is made from one SinkRun", *(["it has write(step, row) and close()"] if inspect.isclass(found) else [])]
 
 
-def try_sink(found: Any) -> Sequence[str]:
+def try_sink(found: Any, samples: Samples | None = None) -> Sequence[str]:
     """Make a user's sink in an empty directory and write two rows, one of them without finite values.
+
+    Args:
+        found: makes the sink.
+        samples: the recipe that the sink is given; None = one of a name only.
 
     Raises:
         ValueError: what it raised.
     """
     with tempfile.TemporaryDirectory() as directory:
-        run = SinkRun("0123456789abcdef", "check", "gspo", Path(directory), False, {"run": {"name": "check"}})
+        values = samples.recipe.model_dump(mode="json") if samples else {"run": {"name": "check"}}
+        run = SinkRun("0123456789abcdef", values["run"]["name"], "gspo", Path(directory), False, values)
         rows: tuple[dict[str, float], ...] = (
             {"loss": 0.5, "experts/load_entropy": 1.0},
             {"loss": math.nan, "reward_mean": math.inf},
@@ -91,9 +99,11 @@ def try_sink(found: Any) -> Sequence[str]:
             sink = found(run)
             for step, row in enumerate(rows, 1):
                 doing = f"write({step}, {row})"
+                if inspect.iscoroutinefunction(sink.write):
+                    raise TypeError("it is `async def`; write def")
                 sink.write(step, row)
             doing = "close()"
             sink.close()
         except (Exception, SystemExit) as error:  # some libraries leave by SystemExit
-            raise ValueError(f"{doing} raised {type(error).__name__}: {error}") from error
+            raise ValueError(f"{doing} raised {describe_fault(error, source_of(found))}") from error
     return ["it took two rows, one with nan and inf, and closed"]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from gspo_megatron.config.hooks import load_hook
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.config.secret_text import hide_secrets
 from gspo_megatron.run_dir import RunDir
-from gspo_megatron.sinks.secret_text import hide_secrets
 from gspo_megatron.sinks.sink_protocol import MetricSink, SinkRun
 from gspo_megatron.types import Finding
 

@@ -29,12 +29,12 @@ from gspo_megatron.commands.train_run import KEY, claim_run, prepare_run
 from gspo_megatron.config import Recipe, RecipeError
 from gspo_megatron.config.loading import refuse
 from gspo_megatron.config.recipe_paths import absolute_path, paths_of, short_path
+from gspo_megatron.config.secret_text import SECRET
 from gspo_megatron.models import load_recipe, load_resolved
 from gspo_megatron.own_directory import refuse_unwritable
 from gspo_megatron.plan.rules.not_built import not_built
 from gspo_megatron.plan.run_plan import make_plan
 from gspo_megatron.run_dir import ATTEMPT, AttemptDir, RunDir
-from gspo_megatron.sinks.secret_text import SECRET
 from gspo_megatron.types import Finding
 from launch.lib.preflight import find_sick, judge, warnings
 from launch.lib.preflight_steps import SICK

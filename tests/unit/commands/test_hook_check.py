@@ -46,20 +46,36 @@ REWARDS = {
     "async def score(problem, response): return None": "returned None",
     "import nothing_of_this_name": "cannot be imported (ModuleNotFoundError",
     "other = 1": "holds no score",
+    "def score(problem, response, /, *, low=0): return response": "returned a RewardInput",
+    "def score(problem, response): raise ValueError('no\\nreturn')": "raised ValueError: no return (line 1)",
+    "def score(problem, response): raise RuntimeError(KEY)\nimport os; KEY = os.environ['MY_API_KEY']": "Error: ***",
+    "import os\ndef score(problem, response): print(os.environ['MY_API_KEY']); return 1": "printed the value of an env",
+    "class Own:\n    def __call__(self, problem): return 1\nscore = Own()": "cannot be called as score(problem, resp",
+    "class Own:\n    async def __call__(self, problem, response): return None\nscore = Own()": "returned None",
+    "def score(problem, response): response.text = ''; return 1": "raised FrozenInstanceError",
+    "def score(problem, response): return 10 ** 400": "returned inf, which is not finite",
+    "def score(problem, response): return 1 + 2j": "returned a complex",
+    "def score(problem, response): exec('x = 1 ' * 9)": "raised SyntaxError",
+    "def score(problem, response): return score(problem, response)": "raised RecursionError",
 }
 
 
 @pytest.mark.parametrize("code", REWARDS)
-def test_a_wrong_reward_is_refused_in_a_sentence(code: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_reward_is_refused_in_a_sentence(
+    code: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_API_KEY", "sk-123456")
     file = tmp_path / "wrong.py"
     file.write_text(code)
     assert main(["check", f"{file}:score", "--hook", "reward"]) == 2
     error = capsys.readouterr().err
-    assert REWARDS[code] in error and "Traceback" not in error
+    assert REWARDS[code] in error and "Traceback" not in error and "sk-123456" not in error
+    assert all(line.startswith(f"{file}:score: ") for line in error.splitlines() if line != "***"), error
 
 
 RULES = {
     "rule = 3": "is a int",
+    "async def rule(terms): return terms": "is `async def`, and nothing awaits it in a hook trust",
     "def rule(terms, low): return None": "cannot be called as rule(terms)",
     "def rule(terms): return terms.ratio": "returned Tensor; return terms.surrogate",
     "def rule(terms): return terms.surrogate(terms.ratio.mean())": "objective of shape []",
@@ -82,6 +98,9 @@ def test_a_wrong_trust_rule_is_refused_in_a_sentence(
 
 
 SINKS = {
+    "async def sink(run): ...": "is `async def`, and nothing awaits it in a hook sink",
+    "class sink:\n    def __init__(self, run): ...\n    async def write(self, step, row): ...": "write is `async def`",
+    "class Own:\n    async def write(self, step, row): ...\ndef sink(run): return Own()": "it is `async def`; write",
     "sink = 3": "is a int; name a class or function that takes a SinkRun",
     "def sink(): ...": "is called with one SinkRun",
     "class sink:\n    def __init__(self, run): ...\n    def write(self, step, row): ...": "has no method close",
@@ -112,7 +131,36 @@ def test_a_field_that_the_sample_line_lacks_is_no_fault(tmp_path: Path, capsys: 
     file = tmp_path / "mine.py"
     file.write_text("def score(problem, response): return len(problem['tests'])")
     assert main(["check", f"{file}:score"]) == 0
-    assert "reads problem['tests'], which the sample line lacks" in capsys.readouterr().out
+    assert "reads problem['tests'], which the sample line lacks: give a recipe" in capsys.readouterr().out
+
+
+def test_a_reward_is_tried_with_the_data_of_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, file = tmp_path / "data.jsonl", tmp_path / "mine.py"
+    data.write_text("".join(f'{{"prompt": "p{i}", "tests": [{i}]}}\n' for i in range(9)))
+    recipe = [str(ROOT / "recipes/tiny_moe.yaml"), "data.source=jsonl", "data.task=null", "data.options={}"]
+    recipe += [f"data.path={data}", "data.held_out=2", f"reward.name={file}:score", "reward.answer_marker=null"]
+    file.write_text("def score(problem, response): return len(problem['tests'])")
+    assert main(["check", f"{file}:score", *recipe]) == 0
+    assert "scored 15 sample responses from 1 to 1" in capsys.readouterr().out
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text("def score(problem, response): return problem['answer']")
+    assert main(["check", f"{wrong}:score", *recipe]) == 2
+    assert "reads problem['answer']; the lines of the data have prompt, tests" in capsys.readouterr().err
+
+
+def test_an_object_that_can_be_called_is_recognised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("class Own:\n    def __call__(self, problem, response): return 1\nscore = Own()")
+    assert main(["check", f"{file}:score"]) == 0
+    assert "fits the hook reward" in capsys.readouterr().out
+
+
+def test_what_a_reward_prints_is_no_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("print('import')\ndef score(problem, response): print('call'); return 1")
+    assert main(["check", f"{file}:score"]) == 0
+    said = capsys.readouterr()
+    assert "import\ncall\n" in said.err and "import" not in said.out and "call" not in said.out
 
 
 def test_an_object_of_no_kind_is_refused_with_the_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

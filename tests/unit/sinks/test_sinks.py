@@ -17,11 +17,11 @@ import pytest
 
 from gspo_megatron import cli
 from gspo_megatron.config import RecipeError
+from gspo_megatron.config.secret_text import hide_secrets
 from gspo_megatron.models import load_recipe
 from gspo_megatron.plan.rules import metric_sinks
 from gspo_megatron.plan.run_plan import check
 from gspo_megatron.run_log import RunLog, read_rows
-from gspo_megatron.sinks.secret_text import hide_secrets
 from gspo_megatron.sinks.sink_protocol import SinkRun, check_sink, try_sink
 from gspo_megatron.sinks.sink_threads import BUILT_IN, Sinks, SinkThread, load_sink, open_sinks
 from tests.places import ROOT
