@@ -54,7 +54,7 @@ HOOKS: dict[str, Hook] = {
         Hook(
             name="reward",
             key="reward.name",
-            signature="score(problem, response) -> float or dict of named parts; may be async",
+            signature="score(problem, response) -> float or dict of named parts; may be async, and ask a judge",
             default="math_verify",
             example="recipes/rewards/closeness.py:score",
             contract="gspo_megatron.rewards.reward_contract:check_form",

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from gspo_megatron.config.base import Section
 from gspo_megatron.config.hooks import check_choice, is_reference
+from gspo_megatron.config.judge_section import JudgeSection
 from gspo_megatron.config.optimizer_section import DecayRate
 from gspo_megatron.config.recipe_paths import ObjectReference, RecipePath
 
@@ -103,6 +104,9 @@ class RewardSection(Section):
     require_stop: bool = True
     """A truncated response gets the lowest score, and no reward is computed for it. Source: chosen here."""
 
+    judge: JudgeSection | None = None
+    """The model that your own reward asks; null = none."""
+
     @property
     def is_own(self) -> bool:
         """Whether the reward is the user's own object."""
@@ -140,9 +144,11 @@ class RewardSection(Section):
         return self
 
     @model_validator(mode="after")
-    def parts_are_the_user_s(self) -> RewardSection:
+    def parts_and_judge_are_the_user_s(self) -> RewardSection:
         if self.weights and not self.is_own:
             raise ValueError(f"weights weigh named parts, and name={self.name} has none; remove them or name your own")
+        if self.judge and not self.is_own:
+            raise ValueError(f"judge is asked by a reward of your own, and name={self.name} is none; remove it")
         if measured := [name for name in self.weights if name.startswith("_")]:
             raise ValueError(f"weights holds {measured[0]}: a part that begins with _ is only measured; remove it")
         return self

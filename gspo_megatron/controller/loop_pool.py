@@ -17,29 +17,31 @@ from gspo_megatron.controller.process_pool import LOOK_SECONDS, READY, Lost, Wor
 from gspo_megatron.rewards.time_limit import BACKSTOP, limit_time
 
 AT_ONCE = 64
-"""Jobs that the process works on; the others wait, and their time does not count."""
+"""Jobs that the process works on, unless said otherwise; the others wait, and their time does not count."""
 
 
 def _serve(
-    limit: float, make: Callable[[], Callable[..., Awaitable[Any]]], connection: Connection, parent: int
+    limit: float, wall: float, make: Callable[[], Callable[..., Awaitable[Any]]], connection: Connection, parent: int
 ) -> None:
     """The process: numbered jobs in, numbered results out, in any order."""
     function = enter_process(make, parent)
     connection.send(READY)
-    asyncio.run(_serve_jobs(limit, function, connection))
+    asyncio.run(_serve_jobs(limit, wall, function, connection))
 
 
-async def _serve_jobs(limit: float, function: Callable[..., Awaitable[Any]], connection: Connection) -> None:
+async def _serve_jobs(
+    limit: float, wall: float, function: Callable[..., Awaitable[Any]], connection: Connection
+) -> None:
     loop, ended, tasks = asyncio.get_running_loop(), asyncio.Event(), set[asyncio.Task[None]]()
 
     async def run(number: int, job: tuple[Any, ...]) -> None:
-        clock = asyncio.timeout(BACKSTOP * limit)
+        clock = asyncio.timeout(wall)
         try:
             async with clock:
                 reply = await function(*job)
         except BaseException as error:
             late = isinstance(error, TimeoutError) and clock.expired()
-            reply = Lost("out-of-time", f"took more than {BACKSTOP * limit:g} s") if late else describe_error(error)
+            reply = Lost("out-of-time", f"took more than {wall:g} s") if late else describe_error(error)
         connection.send((number, reply))
 
     def read() -> None:
@@ -63,15 +65,24 @@ async def _serve_jobs(limit: float, function: Callable[..., Awaitable[Any]], con
 class LoopPool:
     """One process that works on many jobs; ask from any thread."""
 
-    def __init__(self, make: Callable[[], Callable[..., Awaitable[Any]]], limit: float, what: str) -> None:
+    def __init__(
+        self,
+        make: Callable[[], Callable[..., Awaitable[Any]]],
+        limit: float,
+        what: str,
+        at_once: int = AT_ONCE,
+        patience: float = 0.0,
+    ) -> None:
         """
         Args:
             make: builds the asynchronous function within the process; must be picklable.
             limit: seconds of processor time that a job may take at a stretch; BACKSTOP times that it may take in all.
             what: the function in one word, for sentences about it.
+            at_once: jobs that the process works on.
+            patience: seconds more that a job may take in all, because it waits for others.
         """
-        self._limit, self._what = limit, what
-        self._worker = Worker(make, what, functools.partial(_serve, limit))
+        self._wall, self._what, self._at_once = BACKSTOP * limit + patience, what, at_once
+        self._worker = Worker(make, what, functools.partial(_serve, limit, self._wall))
         self._jobs: deque[tuple[Future[Any], tuple[Any, ...]]] = deque()
         self._running: dict[int, tuple[Future[Any], float]] = {}
         """By number: the result, and when the job was sent."""
@@ -121,7 +132,7 @@ class LoopPool:
                 fault = self._worker.start()
 
     def _send(self) -> None:
-        while self._jobs and len(self._running) < AT_ONCE:
+        while self._jobs and len(self._running) < self._at_once:
             future, job = self._jobs.popleft()
             if future.set_running_or_notify_cancel():
                 self._sent += 1
@@ -141,7 +152,7 @@ class LoopPool:
             return "died"
         oldest = min((sent for _, sent in self._running.values()), default=time.monotonic())
         # Beyond the time that the process allows itself: it is held up where no signal is seen.
-        return "out-of-time" if time.monotonic() - oldest > 2 * BACKSTOP * self._limit else ""
+        return "out-of-time" if time.monotonic() - oldest > 2 * self._wall else ""
 
     def _lose_running(self, kind: str) -> None:
         self._worker.stop()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo_megatron.cluster.child_processes import die_with_parent
+from gspo_megatron.config.secret_text import hide_secrets
 from gspo_megatron.rewards.time_limit import BACKSTOP, OutOfTime
 
 Function = Callable[..., Any]
@@ -48,11 +49,11 @@ class Lost:
 
 def describe_error(error: BaseException) -> Lost:
     """What a job raised, as its process reports it."""
-    why = " ".join(f"{type(error).__name__}: {error}".split())[:MAX_SENTENCE]
+    why = " ".join(hide_secrets(f"{type(error).__name__}: {error}").split())[:MAX_SENTENCE]
     if isinstance(error, OutOfTime):
         return Lost("out-of-time", str(error))
     # The innermost calls say where; the outermost are this file's.
-    return Lost("raised", why, "".join(traceback.format_exception(error))[-MAX_TRACE:])
+    return Lost("raised", why, hide_secrets("".join(traceback.format_exception(error)))[-MAX_TRACE:])
 
 
 def enter_process(make: Callable[[], Function], parent: int) -> Function:

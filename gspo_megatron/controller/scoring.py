@@ -19,6 +19,7 @@ from gspo_megatron.controller.loop_pool import LoopPool
 from gspo_megatron.controller.process_pool import Lost, ProcessPool
 from gspo_megatron.controller.servers import Refused
 from gspo_megatron.rewards.answer_text import THINK_END, opens_thinking
+from gspo_megatron.rewards.judge import longest_wait
 from gspo_megatron.rewards.reward_contract import is_asynchronous
 from gspo_megatron.rewards.reward_input import RewardInput, make_input
 from gspo_megatron.rewards.scorer import Verdict, load_reward, make_scorer
@@ -52,7 +53,10 @@ def make_scoring_pool(recipe: Recipe, workers: int) -> Pool:
     """Processes of a recipe's scorer; one with an event loop for a reward that is awaited. Raises RecipeError."""
     make, own = functools.partial(make_scorer, recipe), load_reward(recipe.reward)
     if own is not None and is_asynchronous(own):
-        return LoopPool(make, SCORING_SECONDS, "scorer")  # pyright: ignore[reportArgumentType]
+        judge = recipe.reward.judge
+        # What waits for a judge is not late before the judge is.
+        more = {} if judge is None else {"at_once": judge.at_once, "patience": longest_wait(judge)}
+        return LoopPool(make, SCORING_SECONDS, "scorer", **more)  # pyright: ignore[reportArgumentType]
     return ProcessPool(make, workers, SCORING_SECONDS, "scorer")
 
 

@@ -109,7 +109,7 @@ def _plan(recipe: Recipe, where: Machine, runs_here: bool) -> Plan:
     arch = recipe.arch
     found = [*machines.findings(recipe, where), *settings.findings(recipe, arch, where)]
     found += model_files.findings(recipe, arch, runs_here)
-    found += [*metric_sinks.findings(recipe, runs_here), *own_reward.findings(recipe)]
+    found += [*metric_sinks.findings(recipe, runs_here), *own_reward.findings(recipe, runs_here)]
     found += run_directory.findings(recipe)
     spec = recipe.objective.spec(recipe.rollout.max_answer_tokens)
     sequences = recipe.batch.prompts * recipe.batch.answers // recipe.batch.updates

@@ -6,11 +6,13 @@ import asyncio
 import copy
 import inspect
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gspo_megatron.config.hook_samples import Samples
+from gspo_megatron.config.judge_section import PARAMETER, asks_judge
 from gspo_megatron.config.plugins import describe_fault, source_of
+from gspo_megatron.rewards.judge import Judge, Usage
 from gspo_megatron.rewards.reward_input import RewardInput, read_parts
 from gspo_megatron.rewards.time_limit import OutOfTime, limit_time
 
@@ -27,6 +29,8 @@ SAMPLES = (
     RewardInput("x" * 100_000, "x" * 100_000, (4,) * 100_000, "length"),
 )
 """A right answer, a wrong one, an empty one, one cut within characters, a long one."""
+SHORT = 3
+"""The first of them, for a judge."""
 
 
 def check_form(found: Any) -> list[str]:
@@ -42,11 +46,15 @@ def check_form(found: Any) -> list[str]:
         signature = inspect.signature(found)
     except (TypeError, ValueError):
         raise ValueError("has no readable signature; wrap it in a function score(problem, response)") from None
+    judge = {PARAMETER: None} if asks_judge(found) else {}
     try:
-        signature.bind({}, SAMPLES[0])
+        signature.bind({}, SAMPLES[0], **judge)
     except TypeError as error:
         raise ValueError(f"cannot be called as score(problem, response): {error}; take these two") from None
-    return ["takes (problem, response)" + (", asynchronous" if is_asynchronous(found) else "")]
+    if judge and not is_asynchronous(found):
+        raise ValueError("asks a judge, which is awaited; write `async def` and `await judge.answer(messages)`")
+    takes = "takes (problem, response, judge)" if judge else "takes (problem, response)"
+    return [takes + (", asynchronous" if is_asynchronous(found) else "")]
 
 
 def is_asynchronous(reward: Any) -> bool:
@@ -77,15 +85,44 @@ def try_samples(found: Any, samples: Samples | None = None) -> list[str]:
     Raises:
         ValueError: one fault a line, each named once.
     """
+    if asks_judge(found):
+        return _try_judge(found, samples)
     problems = [problem.line for problem in samples.draw(MOST_PROBLEMS)] if samples else [PROBLEM]
+    return _try(found, problems, SAMPLES, samples is None)
+
+
+def _try_judge(found: Any, samples: Samples | None) -> list[str]:
+    """The same with the judge of a recipe: short samples of one problem, because each may cost money."""
+    section = samples.recipe.reward.judge if samples else None
+    if samples is None or section is None:
+        return ["asks a judge: give a recipe with reward.judge to try it"]
+    judge, used = Judge(section), Usage()
+
+    async def ask(problem: dict[str, Any], response: RewardInput) -> object:
+        async with judge.open() as inquiry:
+            result = await found(problem, response, judge=inquiry)
+        used.add(inquiry.usage)
+        return result
+
+    checked = _try(found, [samples.draw(1)[0].line], SAMPLES[:SHORT], False, ask)
+    return [*checked, f"the judge took {used.requests} requests, {used.prompt_tokens} + {used.answer_tokens} tokens"]
+
+
+def _try(
+    found: Any,
+    problems: Sequence[Mapping[str, Any]],
+    responses: Sequence[RewardInput],
+    built_in: bool,
+    ask: Callable[..., Any] | None = None,
+) -> list[str]:
     faults: dict[str, None] = {}
     scores, names = list[float](), set[frozenset[str]]()
-    for fields, sample in itertools.product(problems, SAMPLES):
+    for fields, sample in itertools.product(problems, responses):
         line = _Line(fields)
         try:
-            parts = read_parts(_call(found, line, sample))
+            parts = read_parts(_call(found, line, sample, ask or found))
         except _MissingField as missing:
-            if samples is None:
+            if built_in:
                 # The sample cannot know which fields the user's lines have.
                 return [
                     f"reads problem[{missing.name!r}], which the sample line lacks: give a recipe to score its data"
@@ -115,11 +152,11 @@ class _MissingField(ValueError):
         self.name = name
 
 
-def _call(found: Any, line: _Line, sample: RewardInput) -> object:
+def _call(found: Any, line: _Line, sample: RewardInput, ask: Callable[..., Any]) -> object:
     """What the reward returns. Raises ValueError with what it does instead, in a sentence."""
     try:
         with limit_time(SAMPLE_SECONDS):
-            result = found(line, sample)
+            result = ask(line, sample)
             if is_asynchronous(found):
                 result = asyncio.run(result)
     except OutOfTime:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gspo_megatron.config.hooks import load_hook
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.config.task_sections import DataSection, RewardSection
 from gspo_megatron.rewards import gym, mathematics
+from gspo_megatron.rewards.judge import Judge
 from gspo_megatron.rewards.reward_contract import is_asynchronous
 from gspo_megatron.rewards.reward_input import RewardInput, read_parts
 from gspo_megatron.rewards.time_limit import check_main_thread
@@ -82,13 +83,19 @@ class AsyncScorer:
     """The same around a reward that is awaited."""
 
     rules: Rules
-    reward: Callable[[Problem, RewardInput], Any]
+    reward: Callable[..., Any]
+    """Takes problem and response, and the judge if there is one."""
+    judge: Judge | None = None
 
     async def __call__(self, problem: Problem, response: RewardInput) -> Verdict:
         """Return the verdict on a response."""
         if self.rules.is_left_out(response):
             return self.rules.lowest
-        return self.rules.judge(await self.reward(problem, response))
+        if self.judge is None:
+            return self.rules.judge(await self.reward(problem, response))
+        async with self.judge.open() as inquiry:
+            verdict = self.rules.judge(await self.reward(problem, response, judge=inquiry))
+        return replace(verdict, parts=verdict.parts + inquiry.parts())
 
 
 def load_reward(section: RewardSection) -> Callable[..., Any] | None:
@@ -101,8 +108,10 @@ def make_scorer(recipe: Recipe) -> Scorer | AsyncScorer:
     section, rules = recipe.reward, Rules(recipe.reward)
     own = load_reward(section)
     if own is not None:
-        kind = AsyncScorer if is_asynchronous(own) else Scorer
-        return kind(rules, lambda problem, response: own(problem.line, response))
+        judge = section.judge and Judge(section.judge)
+        if is_asynchronous(own):
+            return AsyncScorer(rules, lambda problem, response, **more: own(problem.line, response, **more), judge)
+        return Scorer(rules, lambda problem, response: own(problem.line, response))
     return Scorer(rules, BUILT_IN[section.name](recipe.data))
 
 
