@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -22,6 +23,16 @@ HALF_A_MILLIONTH = 5e-7
 _SCIENTIFIC = re.compile(r"(?<![\w\\.])((?:\d+(?:\.\d*)?|\.\d+))[eE]([+-]?\d+)(?![\w.])")
 _MIXED = re.compile(r"(?<![\w.])(\d+)[ ]+(\d+)/(\d+)(?![\w.])")
 _COMMAND = re.compile(r"\\(?:begin|end)\s*\{\w*\}|\\(?:text|textrm|mathrm|mbox|operatorname)\s*\{[^{}]*\}|\\[a-zA-Z]+")
+_OPERATOR = re.compile(r"\\(?!(?:text|textrm|mathrm|mbox|quad|qquad)(?![a-zA-Z]))[a-zA-Z]")
+_AND = re.compile(r"\s*\\(?:text|textrm|mathrm|mbox)\s*\{\s*,?\s*(?:and|or)\s*\}\s*|,?\s+(?:and|or)\s+")
+_UNREAD = {
+    r"\\varnothing(?![a-zA-Z])": r"\\emptyset",
+    r"\\lg(?![a-zA-Z])": r"\\log_{10}",
+    # An angle in degrees within a function: math-verify leaves the sign of a degree out.
+    r"(\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z]))\s*[({]?\s*(\d+(?:\.\d+)?)"
+    r"\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})\s*[)}]?": r"\1(\2\\pi/180)",
+}
+"""LaTeX that math-verify does not read -> what it does."""
 _FUNCTIONS = "arccos arcsin arctan cosh infinity infty sinh sqrt tanh alpha beta gamma delta theta lambda sigma omega"
 _DATE = re.compile(r"\d{4}-\d\d-\d\d")
 
@@ -68,6 +79,7 @@ def _equals_box(gold: str, content: str) -> bool:
     bare, wanted = unwrap(content), unwrap(_content(gold))
     if _as_text(bare) == _as_text(wanted):
         return bool(bare)
+    bare, wanted = (_AND.sub(", ", text) for text in (bare, wanted))
     if _is_text(wanted) or _is_text(bare):
         return False
     return _equals_expression(gold, f"\\boxed{{{_rewrite(bare)}}}")
@@ -81,6 +93,14 @@ def _equals_number(gold: str, number: ReadNumber) -> bool:
             return False
         written = f"\\frac{{{number.value.numerator}}}{{{number.value.denominator}}}"
         return _equals_expression(gold, f"\\boxed{{{written}}}", number.is_decimal)
+    if wanted.unit and number.unit:
+        # Both say what they count: in the gold answer's unit.
+        if wanted.unit.dimension != number.unit.dimension:
+            return False
+        number = replace(number, value=number.value * number.unit.factor / wanted.unit.factor)
+    if (wanted.digits is None) != (number.digits is None) and wanted.value != number.value:
+        # The base is left out, as a unit may be: digits are compared.
+        return (wanted.digits or wanted.value) == (number.digits or number.value)
     if wanted.value == number.value:
         return True
     difference = abs(wanted.value - number.value)
@@ -99,7 +119,8 @@ def _equals_expression(gold: str, text: str, is_decimal: bool = False) -> bool:
     if is_decimal:
         found = [part.evalf(30) if not isinstance(part, str) else part for part in found]
     return any(
-        verify(wanted, part, timeout_seconds=None) and (isinstance(wanted, str) or is_near(wanted, part))
+        verify(wanted, part, timeout_seconds=None, allow_set_relation_comp=True)
+        and (isinstance(wanted, str) or is_near(wanted, part))
         for wanted in _parse_gold(gold)
         for part in found
     )
@@ -120,17 +141,23 @@ def _content(gold: str) -> str:
 
 def _rewrite(text: str) -> str:
     """Write numbers as math-verify reads them: 1e22 is to it the product of 1, e and 22; 2 2/3 is 4/3."""
+    for wrong, right in _UNREAD.items():
+        text = re.sub(wrong, right, text)
     return _MIXED.sub(r"(\1+\2/\3)", _SCIENTIFIC.sub(r"\1\\times 10^{\2}", text))
 
 
 def _as_text(bare: str) -> str:
     """For a comparison letter by letter: without commands of fonts, case and spacing."""
-    return " ".join(re.sub(r"\\(?:text|textrm|mathrm|mbox)\s*\{([^{}]*)\}|\\[,;:! ]", r" \1 ", bare).lower().split())
+    text = re.sub(r"\\(?:text|textrm|mathrm|mbox)\s*\{([^{}]*)\}|\\[,;:! ]", r" \1 ", bare).lower()
+    return re.sub(r"(?<=\d) (?=[a-z])", "", " ".join(text.split()))
 
 
 def _is_text(bare: str) -> bool:
     """Whether an answer is words: math-verify would take each letter for a variable, and a date for a difference."""
     outside = _COMMAND.sub(" ", bare)
-    words = re.findall(r"[A-Za-z]{4,}", outside)
-    numbers = re.search(r"\d\s+\d", outside) and not _MIXED.search(outside)
-    return any(word.lower() not in _FUNCTIONS.split() for word in words) or bool(numbers) or bool(_DATE.search(outside))
+    words = [word for word in re.findall(r"[A-Za-z]{4,}", outside) if word.lower() not in _FUNCTIONS.split()]
+    # What is between numbers is an operator where there is a command: `5 \\times 4`.
+    numbers = re.search(r"\d\s+\d", outside) and not _MIXED.search(outside) and not _OPERATOR.search(bare)
+    # Points and orders: ABC is not CBA. AB is BA, a segment or a product.
+    letters = re.fullmatch(r"[A-Z]{3,}", bare)
+    return bool(words or numbers or letters or _DATE.search(outside))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+import unicodedata
+from dataclasses import dataclass, replace
 from fractions import Fraction
+
+from gspo_megatron.rewards.unit_text import Unit, are_symbols, read_unit
 
 MOST_DIGITS = 1000
 """A number with more digits, or an exponent beyond it, is not read: its exact value would take long to compute."""
@@ -21,18 +24,27 @@ _FRACTION = re.compile(
     rf"(?:\{{\s*(?P<a>[+-]?{_DECIMAL})\s*\}}\s*\{{\s*(?P<b>{_DECIMAL})\s*\}}|(?P<c>\d)\s*(?P<d>\d))"
     rf"|(?P<f>{_DECIMAL})\s*/\s*(?P<g>{_DECIMAL}))"
 )
+_REPEATING = re.compile(r"(?P<sign>[+-]?)\s*(?P<digits>\d*)\.(?P<once>\d*)\\overline\s*\{(?P<again>\d+)\}")
+_IN_BASE = re.compile(r"(?P<sign>[+-]?)(?P<digits>[0-9A-Z]+)_\s*(?:\{\s*(?P<base>\d\d?)\s*\}|(?P<digit>\d))")
 _WRAPPED = (
     re.compile(r"\$+([^$]*)\$+"),
     re.compile(r"\\[(\[](.*)\\[)\]]", re.DOTALL),
     re.compile(r"\\(?:boxed|fbox|text|textbf|mathbf|mathrm|textrm|mbox)\s*\{([^{}]*)\}"),
     re.compile(r"\*\*([^*]*)\*\*"),
 )
-_CURRENCY = re.compile(r"^(?P<sign>[+-]?)\s*(?:\\?\$|\\pounds|\\euro|[\u00a3\u00a5\u20ac\u20b9])\s*")
-_UNIT_COMMAND = re.compile(
-    r"(?:\\[,;:! ]|~|\s)*\\(?:text|textrm|mathrm|mbox|operatorname)\s*\{([^{}]*)\}(?:\s*\^\s*\{?\d\}?)?$"
+_CURRENCY = re.compile(
+    r"^(?P<sign>[+-]?)\s*(?:US\s*)?(?P<name>\\?\$|\\pounds|\\euro|[\u00a3\u00a5\u20ac\u20b9]|(?:USD|EUR|GBP|INR|Rs\.?)(?=[\s\d]))"
+    r"\s*"
+)
+_DEGREE = re.compile(r"\s*(?:\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\deg(?![a-zA-Z])|\u00b0)")
+_IN_TEXT = r"\\(?:text|textrm|mathrm|mbox|operatorname)\s*\{([^{}]*)\}"
+_UNIT_COMMAND = re.compile(rf"(?:\\[,;:! ]|~|\s)*{_IN_TEXT}(\s*\^\s*\{{?\d\}}?)?$")
+_UNIT_TAIL = re.compile(
+    r"(?<=[\d.)}])(?P<gap>(?:\\[,;:! ]|~|\s)*)"
+    r"(?P<unit>(?:\\?\$|[A-Za-z\u00a2\u00a3\u00a5\u20ac\u20b9\u00b0])(?:[A-Za-z/*. \u00b0]|\^\{?-?\d\}?)*)$"
 )
 _UNIT_WORDS = re.compile(r"(?<=[\d.)}])\s+((?:[A-Za-z]+\.?\s*){1,3})$")
-_SHORT_UNITS = "cm mm km kg mg ml mL cl dl ft lb oz Hz eV kJ kW mW GB MB kB TB kPa mph kph rpm hrs lbs USD"
+_SHORT_UNITS = "eV GB MB kB TB mph kph rpm"
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 """Powers of ten that words behind a number mean."""
 _NO_UNITS = (
@@ -44,6 +56,14 @@ _PERCENT = re.compile(
     r"\s*(?:\\(?:text|textrm|mathrm|mbox)\s*\{\s*per\s?cent\s*\}|(?<![A-Za-z])per\s?cent)(?![A-Za-z])"
 )
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+_SYMBOLS = str.maketrans({
+    "\u2212": "-", "\u2013": "-", "\u221e": "\\infty ", "\u03c0": "\\pi ", "\u2264": "\\le ", "\u2265": "\\ge ",
+    "\u2260": "\\ne ", "\u222a": "\\cup ", "\u2229": "\\cap ", "\u2205": "\\emptyset ", "\u00b1": "\\pm ",
+    "\u2044": "/",
+})  # fmt: skip
+_POWERS = str.maketrans("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b\u207a", "0123456789-+")
+_RAISED = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b\u207a]+")
+_VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +74,15 @@ class ReadNumber:
     """Exact."""
     is_decimal: bool
     """Written with a decimal point or an exponent: it may be rounded."""
+    unit: Unit | None = None
+    """Behind or before it; None = there is none, or an unknown one."""
+    digits: Fraction | None = None
+    """Of a number with its base (`1011_2`): its digits read as a decimal number. None for any other."""
 
 
 def unwrap(text: str) -> str:
-    """Return a text without what may be around an answer: blanks, `$`, `\\text{}`, a full stop."""
-    text = _PERCENT.sub(r"\\%", text.strip().replace("\u2212", "-").replace("\u2013", "-"))
+    """Return a text without what may be around an answer: blanks, `$`, `\\text{}`, a full stop. Signs become LaTeX."""
+    text = _PERCENT.sub(r"\\%", _as_latex(text.strip()))
     while True:
         bare = text.strip().rstrip(".,;:").strip() if not text.endswith("..") else text
         for pattern in _WRAPPED:
@@ -69,18 +93,47 @@ def unwrap(text: str) -> str:
         text = bare
 
 
+def _as_latex(text: str) -> str:
+    text = _RAISED.sub(lambda match: f"^{{{match[0].translate(_POWERS)}}}", text.translate(_SYMBOLS))
+    return _VULGAR.sub(lambda match: " " + unicodedata.normalize("NFKC", match[0]).translate(_SYMBOLS), text).strip()
+
+
 def read_number(text: str) -> ReadNumber | None:
     """Read a text that is one number, with a currency sign or a unit at most. None for any other text."""
     if len(text) > 2 * MOST_DIGITS:
         return None
-    text, scale = _split_unit(unwrap(text))
+    bare = unwrap(text)
+    if match := _IN_BASE.fullmatch(bare):
+        return _read_in_base(match)
+    text, scale, unit = _split_unit(bare)
     if match := _FRACTION.fullmatch(text):
         found = _read_fraction(match)
+    elif match := _REPEATING.fullmatch(text):
+        found = _read_repeating(match)
     elif match := _POWER_OF_TEN.fullmatch(text) or _NUMBER.fullmatch(text):
         found = _read_decimal(match)
     else:
         return None
-    return found and ReadNumber(found.value * 10**scale, found.is_decimal)
+    return found and replace(found, value=found.value * 10**scale, unit=unit)
+
+
+def _read_in_base(match: re.Match[str]) -> ReadNumber | None:
+    base, digits = int(match["base"] or match["digit"]), match["digits"]
+    if not 2 <= base <= 36 or len(digits) > MOST_DIGITS or any(int(digit, 36) >= base for digit in digits):
+        return None
+    sign = -1 if match["sign"] == "-" else 1
+    return ReadNumber(
+        Fraction(sign * int(digits, base)), False, None, Fraction(sign * int(digits)) if digits.isdecimal() else None
+    )
+
+
+def _read_repeating(match: re.Match[str]) -> ReadNumber | None:
+    """`0.1\\overline{6}` is exact: 1/6."""
+    whole, once, again = match["digits"] or "0", match["once"], match["again"]
+    if len(whole) + len(once) + len(again) > MOST_DIGITS:
+        return None
+    value = Fraction(int(whole + once)) + Fraction(int(again), 10 ** len(again) - 1)
+    return ReadNumber((-1 if match["sign"] == "-" else 1) * value / 10 ** len(once), False)
 
 
 def _read_decimal(match: re.Match[str]) -> ReadNumber | None:
@@ -107,23 +160,37 @@ def _plain(digits: str) -> str:
     return f"0{bare}" if bare.startswith(".") else bare
 
 
-def _split_unit(text: str) -> tuple[str, int]:
-    """Return a text without a currency sign before it and units behind it, and the power of ten that they mean."""
-    text, scale = _CURRENCY.sub(r"\g<sign>", text), 0
-    while match := _UNIT_COMMAND.search(text) or _UNIT_WORDS.search(text):
-        words = match[1].split()
+def _split_unit(text: str) -> tuple[str, int, Unit | None]:
+    """Return a text without the currency before it and the units behind it, their power of ten, and the unit."""
+    scale, units = 0, []
+    if match := _CURRENCY.match(text):
+        units.append(read_unit(match["name"].replace("\\pounds", "\u00a3").replace("\\euro", "\u20ac").strip("\\.")))
+        text = match["sign"] + text[match.end() :]
+    text = _DEGREE.sub("\u00b0", text)
+    while match := _UNIT_COMMAND.search(text) or _UNIT_TAIL.search(text) or _UNIT_WORDS.search(text):
+        in_text = match.re is _UNIT_COMMAND
+        named = (
+            match["unit"].replace("\\$", "$")
+            if match.re is _UNIT_TAIL
+            else match[1] + (match[2] or "" if in_text else "")
+        )
+        words = named.split()
         if words and words[0] in _SCALES:
             scale += _SCALES[words.pop(0)]
-        if not match.start() or not _are_units(words, "\\" in match[0]):
+        unit = read_unit(" ".join(words))
+        touches = match.re is _UNIT_TAIL and not match["gap"] and not are_symbols(named)
+        if not match.start() or touches or not (unit or _are_words(words, in_text)):
             break
+        units += [unit] if words else []
         text = text[: match.start()]
-    return re.sub(r"(?:\\[,;:! ]|\s)+$", "", text), scale
+    return re.sub(r"(?:\\[,;:! ]|\s)+$", "", text), scale, units[0] if len(units) == 1 else None
 
 
-def _are_units(words: list[str], in_text: bool) -> bool:
+def _are_words(words: list[str], in_text: bool) -> bool:
     """Whether words behind a number name what is counted, and are neither variables nor part of the number."""
     bare = [re.sub("[^A-Za-z]", "", word) for word in words]
     if any(word.lower() in _NO_UNITS.split() or word in _SCALES for word in bare):
         return False
     first = "".join(bare[:1])
-    return in_text or not bare or first in _SHORT_UNITS.split() or (len(first) > 2 and first.lower() not in _ALPHABET)
+    is_word = len(first) > 2 and first.lower() not in _ALPHABET and not re.search(r"[/*^\u00b0]", "".join(words))
+    return in_text or not bare or first in _SHORT_UNITS.split() or is_word
