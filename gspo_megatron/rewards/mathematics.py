@@ -60,12 +60,9 @@ def score(gold: str, answer: str) -> float:
         return float(_equals_expression(gold, _rewrite(answer[-TAIL_CHARACTERS:])))
 
 
-def is_read(gold: str) -> bool:
-    """Whether a gold answer is more than a text to compare letter by letter: a number or an expression."""
-    if read_number(gold) is not None:
-        return True
-    with limit_time(SECONDS):
-        return not _is_text(unwrap(gold)) and any(not isinstance(part, str) for part in _parse_gold(gold))
+def is_text(gold: str) -> bool:
+    """Whether a gold answer is compared letter by letter: it is no number, and math-verify would misread it."""
+    return read_number(_content(gold)) is None and _is_text(_AND.sub(", ", unwrap(_content(gold))))
 
 
 def box(gold: str) -> str:

@@ -1,0 +1,72 @@
+"""Golds before a run: each is scored against itself; those that fail and those that are words are counted and shown."""
+
+from __future__ import annotations
+
+import random
+import re
+from typing import Any
+
+import pytest
+
+from gspo_megatron.models import load_recipe
+from gspo_megatron.rewards.gold_check import gold_findings
+from gspo_megatron.types import Problem
+from tests.places import ROOT
+from tests.unit.rewards.fuzz_cases import CASES
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Any:
+    return load_recipe(ROOT / "recipes/tiny_moe.yaml", ["reward.name=math_verify", "reward.answer_marker=null"])
+
+
+def problems(golds: list[str]) -> list[Problem]:
+    return [Problem(str(place), f"q{place}", {"answer": gold}, gold) for place, gold in enumerate(golds)]
+
+
+def test_golds_that_fail_are_counted_and_the_first_five_shown(recipe: Any) -> None:
+    broken = ["}", "a}b", "\\frac{1", "\\boxed{}", "$$", "{", "}{"]
+    (found,) = gold_findings(recipe, problems(["5", "72 dollars", *broken, "\\frac12"]))
+    assert (found.code, found.severity) == ("golds-that-fail", "warning")
+    assert found.message.startswith("7 of 10 gold answers get 0 when a response gives exactly them: '}', 'a}b', ")
+    assert "'$$'" in found.message and "'{'" not in found.message
+
+
+def test_golds_that_all_fail_are_an_error(recipe: Any) -> None:
+    (found,) = gold_findings(recipe, problems(["}", "}"]))
+    assert found.severity == "error" and "2 of 2" in found.message and found.message.count("'}'") == 1
+
+
+def test_golds_of_words_are_shown(recipe: Any) -> None:
+    (found,) = gold_findings(recipe, problems(["Paris", "5", "5 cm", "x+1", "(A)", "1 2 3"]))
+    assert (found.code, found.severity) == ("golds-are-words", "info")
+    assert found.message.startswith("2 of 6 gold answers are compared as words, letter by letter: 'Paris', '1 2 3'")
+
+
+def test_another_reward_has_no_golds_to_read() -> None:
+    tiny = load_recipe(ROOT / "recipes/tiny_moe.yaml")
+    assert tiny.reward.name != "math_verify" and not gold_findings(tiny, problems(["}"]))
+
+
+PIECES = [
+    "1", "0.5", "-3", "\\frac{1}{2}", "x", "^2", "\\sqrt{2}", "(", ")", "[", "]", ",", " ", "\\text{cm}", "\\{", "\\}",
+    "\\pi", "%", "\\%", "$", "\u00b0", "e5", "\u2212", "km", "/", "=", "or", "\\\\", "&", "_2", "!", "{2}", ".", ":", "{", "}",
+]  # fmt: skip
+
+
+def is_balanced(gold: str) -> bool:
+    depth = 0
+    for brace in re.findall(r"[{}]", re.sub(r"\\.", "", gold)):
+        depth += 1 if brace == "{" else -1
+        if depth < 0:
+            return False
+    return depth == 0 and not re.sub(r"\\\\", "", gold).endswith("\\")
+
+
+def test_no_gold_stops_the_check_and_one_that_passes_scores_1(recipe: Any) -> None:
+    for seed in range(CASES):
+        draw = random.Random(f"golds/{seed}")
+        gold = "".join(draw.choice(PIECES) for _ in range(draw.randrange(1, 7)))
+        if gold.strip():
+            found = [finding for finding in gold_findings(recipe, problems([gold])) if finding.severity == "error"]
+            assert not found or not is_balanced(gold) or not gold.strip(" .,:$"), (seed, gold, found[0].message)
