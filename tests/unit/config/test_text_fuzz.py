@@ -40,8 +40,11 @@ rollout: {max_answer_tokens: 8, max_prompt_tokens: 8, thinking: {budget: 4}}
 environment: {name: calculator}
 cold_start: {demonstrations: column_addition, steps: 1, batch_size: 1, lr: 1e-3}
 """
-# Their texts name something that must exist.
-NAMES = ("objective.preset", "objective.trust", "model.path")
+# Their texts name something that must exist, or lie in a section that is left out.
+NAMES = (
+    "objective.preset", "objective.trust", "model.path", "reward.judge.url", "reward.judge.model",
+    "reward.judge.key_variable",
+)  # fmt: skip
 
 pieces = st.sampled_from((
     "#", " #", "####", ": ", ":", "{", "}", "[", "]", ",", "'", '"', "\\", "\\\\", "${x}", "$", "yes", "on", "null",
