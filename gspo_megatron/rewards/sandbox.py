@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import selectors
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -61,8 +63,12 @@ def run_code(source: str, limits: Limits = STANDARD) -> Outcome:
     Raises:
         OSError: the kernel cannot confine it: no Landlock (Linux 5.13), or no seccomp.
     """
-    with tempfile.TemporaryDirectory(prefix="gspo-sandbox-") as directory:
-        numbers = (limits.memory_bytes, limits.seconds, limits.disk_bytes)
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="gspo-sandbox-"))
+        ready, theirs = (
+            stack.enter_context(os.fdopen(end, mode, 0)) for end, mode in zip(os.pipe(), ("rb", "wb"), strict=True)
+        )
+        numbers = (limits.memory_bytes, limits.seconds, limits.disk_bytes, theirs.fileno())
         command = [sys.executable, "-I", str(PROGRAM), directory, *map(str, numbers)]
         given = Path(directory, "source")
         given.write_bytes(source.encode(errors="replace"))
@@ -71,7 +77,9 @@ def run_code(source: str, limits: Limits = STANDARD) -> Outcome:
             process = subprocess.Popen(
                 command, stdin=opened, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=directory,
                 env={"PYTHONIOENCODING": "utf-8", "HOME": directory, "TMPDIR": directory}, start_new_session=True,
+                pass_fds=(theirs.fileno(),),
             )  # fmt: skip
+        theirs.close()
         with process:
             try:
                 output, stopped = _watch(process, directory, limits)
@@ -80,8 +88,9 @@ def run_code(source: str, limits: Limits = STANDARD) -> Outcome:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
             code = process.wait()
+        confined = ready.read(1)
     text = output[: limits.output_bytes].decode(errors="replace")
-    if code == UNCONFINED and not stopped:
+    if not confined and code == UNCONFINED:
         raise OSError(f"this machine cannot confine code of a response: {text.strip()}; it needs Landlock and seccomp")
     return Outcome(code, text, stopped)
 
@@ -100,7 +109,7 @@ def _watch(process: subprocess.Popen[bytes], directory: str, limits: Limits) -> 
                     return output, _wait(process, directory, deadline, limits)
             if len(output) > limits.output_bytes:
                 return output, "output"
-            if fault := _overstep(directory, deadline, limits):
+            if fault := _overstep(process.pid, directory, deadline, limits):
                 return output, fault
 
 
@@ -111,21 +120,33 @@ def _wait(process: subprocess.Popen[bytes], directory: str, deadline: float, lim
             process.wait(LOOK_SECONDS)
             return ""
         except subprocess.TimeoutExpired:
-            if fault := _overstep(directory, deadline, limits):
+            if fault := _overstep(process.pid, directory, deadline, limits):
                 return fault
 
 
-def _overstep(directory: str, deadline: float, limits: Limits) -> str:
+def _overstep(pid: int, directory: str, deadline: float, limits: Limits) -> str:
     """The limit that a program is beyond, of those that the kernel does not watch; or an empty text."""
     if time.monotonic() > deadline:
         return "wall"
     # It cannot make directories. A file may be gone before it is looked at.
-    count = size = 0
+    count, size = 0, _nameless_bytes(pid)
     with os.scandir(directory) as entries:
         for entry in entries:
             count += 1
             with contextlib.suppress(OSError):
                 size += entry.stat(follow_symlinks=False).st_blocks * 512
-            if count > MOST_FILES or size > limits.disk_bytes:
-                return "disk"
-    return ""
+            if count > MOST_FILES:
+                break
+    return "disk" if count > MOST_FILES or size > limits.disk_bytes else ""
+
+
+def _nameless_bytes(pid: int) -> int:
+    """Bytes of files without a name that a process holds open. One that is mapped only counts as its memory."""
+    sizes: dict[tuple[int, int], int] = {}
+    # Each thread: the first may have ended.
+    for opened in glob.iglob(f"/proc/{pid}/task/*/fd/*"):
+        with contextlib.suppress(OSError):
+            found = os.stat(opened)
+            if stat.S_ISREG(found.st_mode) and not found.st_nlink:
+                sizes[found.st_dev, found.st_ino] = found.st_blocks * 512
+    return sum(sizes.values())

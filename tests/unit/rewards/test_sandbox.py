@@ -29,6 +29,12 @@ ALLOWED = {
     "import threading as t; x = t.Thread(target=lambda: print('thread')); x.start(); x.join()": "thread\n",
     "import os; print(sorted(os.environ))": "['HOME', 'LC_CTYPE', 'PYTHONIOENCODING', 'TMPDIR']\n",
     "import collections, json, math, random, re; print(__name__)": "__main__\n",
+    "import resource as r; r.setrlimit(7, (9, 9)); print(r.getrlimit(7))": "(9, 9)\n",
+    "import fcntl, os; a, b = os.pipe(); print(fcntl.fcntl(a, 1), fcntl.fcntl(a, 3))": "1 0\n",
+    "import tempfile as t\nwith t.NamedTemporaryFile('w+') as f, t.TemporaryFile() as g: print(f.write('x'))": "1\n",
+    "import sqlite3; print(sqlite3.connect('d').execute('select 1').fetchall())": "[(1,)]\n",
+    "import pickle\nclass A: pass\nprint(type(pickle.loads(pickle.dumps(A()))) is A)": "True\n",
+    "import os; print('97', flush=True); os._exit(0)": "97\n",
 }
 
 
@@ -37,6 +43,10 @@ def test_a_program_runs(code: str, sandboxes: Path) -> None:
     assert run_code(code, SMALL) == Outcome(0, ALLOWED[code])
 
 
+SYSTEM_CALL = (
+    "import ctypes, os; x86 = os.uname().machine == 'x86_64'; libc = ctypes.CDLL(None, use_errno=True)\n"
+    "if libc.syscall({}, {}) < 0: raise OSError(ctypes.get_errno(), '')"
+)
 HOSTILE = {
     "import os\nwhile True: os.fork()": "Operation not permitted",
     "import subprocess; subprocess.run(['ls'])": "Operation not permitted",
@@ -52,6 +62,22 @@ HOSTILE = {
     "import os; os.symlink('/etc', 'e')": "Permission denied",
     "from multiprocessing import shared_memory as s; s.SharedMemory(create=True, size=9)": "Permission denied",
     "import resource as r; r.setrlimit(r.RLIMIT_CPU, (99, 99))": "not allowed to raise maximum limit",
+    "import resource as r, os; r.prlimit(os.getppid(), r.RLIMIT_NOFILE, (1, 1))": "Operation not permitted",
+    "import os; os.setpriority(0, os.getppid(), 19)": "Operation not permitted",
+    "import os; os.sched_setaffinity(os.getppid(), [0])": "Operation not permitted",
+    "import fcntl, os; fcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, os.getppid())": "Operation not permitted",
+    "import fcntl, os; fcntl.fcntl(os.pipe()[0], 10, 9)": "Operation not permitted",
+    "import os; os.chmod('{OUTSIDE}', 0)": "Operation not permitted",
+    "import os; os.chown('{OUTSIDE}', os.getuid(), os.getgid())": "Operation not permitted",
+    "import os; os.utime('{OUTSIDE}')": "Operation not permitted",
+    "import os; os.setxattr('{OUTSIDE}', 'user.a', b'b')": "Operation not permitted",
+    "import os; os.fchmod(os.open('a', 66), 0)": "Operation not permitted",
+    "import os; os.memfd_create('m')": "Operation not permitted",
+    SYSTEM_CALL.format("129 if x86 else 138", "os.getppid(), 10, bytes(128)"): "PermissionError: [Errno 1]",
+    SYSTEM_CALL.format(
+        "297 if x86 else 240", "os.getppid(), os.getppid(), 10, bytes(128)"
+    ): "PermissionError: [Errno 1]",
+    SYSTEM_CALL.format("30 if x86 else 196", "0, 0, 0"): "PermissionError: [Errno 1]",
     "bytearray(8 << 30)": "MemoryError",
     "open('big', 'wb').write(b'x' * (8 << 20))": "File too large",
     "import threading as t\nwhile True: t.Thread(target=t.Event().wait, daemon=True).start()": "start new",
@@ -78,7 +104,14 @@ ENDLESS = {
     "i = 0\nwhile True: i += 1; open(f'f{i}', 'w')": (-9, "disk"),
     "i = 0\nwhile True: i += 1; open(f'f{i}', 'wb').write(b'x' * (1 << 20))": (-9, "disk"),
     "import os; print(os.getpid(), flush=True); os.setsid()\nwhile True: pass": (1, ""),
+    "while True: f = open('u', 'wb'); import os; os.unlink('u'); globals().setdefault('all', []).append(f); "
+    "f.write(b'x' * (3 << 20)); f.flush()": (-9, "disk"),
+    "import os, threading, ctypes\ndef fill():\n    held = []\n    for _ in range(50):\n"
+    "        held.append(os.open('.', os.O_TMPFILE | os.O_RDWR)); os.write(held[-1], b'x' * (3 << 20))\n"
+    "    threading.Event().wait()\n"
+    "threading.Thread(target=fill).start(); ctypes.CDLL(None).pthread_exit(None)": (-9, "disk"),
     "import sys; sys.exit(3)": (3, ""),
+    "import os; os._exit(97)": (97, ""),
     "import ctypes; ctypes.string_at(0)": (-11, ""),
 }
 
