@@ -21,7 +21,10 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import make_online_process_loader
 
-from gspo_megatron.inference import vllm_plugin
+from gspo_megatron.inference import (
+    router_gate,  # noqa: F401  vLLM then builds routers whose logits are float32
+    vllm_plugin,
+)
 from gspo_megatron.models.vllm_layout import ServerLayout, ServerParameter, server_parameters
 from gspo_megatron.transport import identity
 from gspo_megatron.transport.messages import ServerIdentity
