@@ -8,6 +8,7 @@ import megatron.
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,11 +23,13 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 from gspo_megatron.models.vllm_layout import ServerParameter
 from gspo_megatron.transport.update_messages import UpdateTicket
 from gspo_megatron.transport.weights.checksum import plane
+from gspo_megatron.transport.weights.nccl_group import connect_nccl
 from gspo_megatron.transport.weights.plan import Message, TransferPlan
 from gspo_megatron.types import ITEM_BYTES
 
 MIB = 1 << 20
 JOIN_SECONDS = 60.0
+POLL_SECONDS = 0.0005
 ROUNDS_IN_FLIGHT = 2
 """While one round is on the wire, the one before is unpacked and the next is packed."""
 
@@ -83,18 +86,12 @@ class Wire:
     def __init__(self, ticket: UpdateTicket, store: PrefixStore, device: torch.device, rank: int, world: int) -> None:
         """Join; returns when everybody has."""
         timeout = timedelta(seconds=min(ticket.timeout, JOIN_SECONDS))
-        self.device = device
+        self.device, self._rank = device, rank
         self._in_flight: deque[tuple[list[Any], list[BufferTransfer]]] = deque()
         self._group: Any  # a ProcessGroup, which torch's own stubs do not know its two subclasses to be
+        self._patience = ticket.timeout
         if device.type == "cuda":
-            from torch.distributed import ProcessGroupNCCL
-
-            options = ProcessGroupNCCL.Options()
-            options._timeout = timeout
-            self._group = ProcessGroupNCCL(store, rank, world, options)
-            if world > 1:
-                # By itself it connects at the first transfer, and waits for ranks that have none.
-                self._group.eager_connect_single_device(device)
+            self._group = connect_nccl(store, device, rank, world, timeout)
         else:
             self._group = ProcessGroupGloo(store, rank, world, timeout)
         self._group.set_timeout(timedelta(seconds=ticket.timeout))
@@ -122,9 +119,27 @@ class Wire:
         """Wait for the oldest rounds until at most `most_left` are in flight; their transfers."""
         while len(self._in_flight) > most_left:
             while self._in_flight[0][0]:
+                if self.device.type == "cuda":
+                    self._watch_oldest()
                 self._in_flight[0][0][-1].wait()
                 self._in_flight[0][0].pop()
             yield from self._in_flight.popleft()[1]
+
+    def _watch_oldest(self) -> None:
+        """Return when the device has done the oldest round: `wait` of NCCL only puts the streams in order.
+
+        Raises:
+            RuntimeError: another rank is gone, or too slow.
+        """
+        deadline = time.monotonic() + self._patience
+        while not self._in_flight[0][0][-1].is_completed():
+            if time.monotonic() > deadline:
+                peers = ", ".join(map(str, sorted({transfer.peer for transfer in self._in_flight[0][1]})))
+                raise RuntimeError(
+                    f"a round of slices between rank {self._rank} and rank(s) {peers} of the group was not through "
+                    f"after {self._patience:g} s; see what became of the servers in their logs"
+                )
+            time.sleep(POLL_SECONDS)
 
     def close(self) -> None:
         """Leave: whoever still waits for this rank sees the connection end."""
