@@ -55,10 +55,10 @@ plan-table: setup ## plan runs that were published, beside what was measured
 	$(BIN)/python tools/plan_table.py --write
 
 test-gpu: setup ## the policy and the objective on an NVIDIA GPU
-	$(PYTEST) tests/gpu/test_objective_gpu.py tests/gpu/test_policy_gpu.py $(ARGS)
+	GSPO_REQUIRE_GPU=1 $(PYTEST) tests/gpu/test_objective_gpu.py tests/gpu/test_policy_gpu.py $(ARGS)
 
 test-gpu-rollout: setup ## trainer and vLLM taking turns on one NVIDIA GPU
-	$(PYTEST) tests/gpu/test_rollout_gpu.py $(ARGS)
+	GSPO_REQUIRE_GPU=1 $(PYTEST) tests/gpu/test_rollout_gpu.py $(ARGS)
 
 # uv is the one that the set-up uses.
 UV = $(or $(shell command -v uv),$(CURDIR)/.venv-tools/bin/uv)

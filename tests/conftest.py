@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import functools
+import os
+from collections.abc import Generator
 
 import pytest
+
+REQUIRE_GPU = "GSPO_REQUIRE_GPU"
+"""Set to 1, a test of a GPU that is skipped fails: on a machine where all should run, none is left out unseen."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -16,6 +21,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         reason = why_not(item, slow=bool(config.getoption("--slow")))
         if reason:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    is_of_gpu = item.get_closest_marker("gpu") is not None and item.get_closest_marker("multi_gpu") is None
+    if report.skipped and is_of_gpu and os.environ.get(REQUIRE_GPU) == "1" and not hasattr(report, "wasxfail"):
+        report.outcome, report.longrepr = "failed", f"{REQUIRE_GPU}=1, and this test was skipped: {report.longrepr}"
+    return report
 
 
 def why_not(item: pytest.Item, slow: bool) -> str | None:

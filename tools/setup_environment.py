@@ -4,6 +4,7 @@
 reused: a second run compares one hash and returns.
 
 Environment: GSPO_STACK=cpu|cuda chooses the stack (default: cuda on a machine with an NVIDIA GPU, otherwise cpu).
+GSPO_WITHOUT=transformer-engine accepts a CUDA stack without it.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ VENV_PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "gspo-setup"
 TOOLS = ROOT / ".venv-tools"
 REQUIREMENTS = ROOT / "requirements"
-# Bytes on disk, unpacked. The CPU figure is measured; the CUDA figure is estimated from the sizes of the wheels.
+# Bytes on disk, unpacked; the second is estimated from the sizes of the wheels.
 NEEDED = {"cpu": 7e9, "cuda": 16e9}
+# Headers of CUDA and cuDNN are in NVIDIA's wheels; a wheel that could be had would be of another torch.
+BUILD_SETTINGS = {"NVTE_BUILD_USE_NVIDIA_WHEELS": "1", "NVTE_PYTORCH_FORCE_BUILD": "TRUE"}
+WITHOUT, ENGINE = "GSPO_WITHOUT", "transformer-engine"
 OLDEST_UV = (0, 8)
 PROBE = "import ensurepip, sys; print(sys.version_info[:2] == (3, 12))"
 
@@ -100,7 +104,8 @@ def identity(stack: str) -> str:
 def fingerprint(stack: str) -> str:
     """Return the hash of everything that the environment is made from."""
     files = (REQUIREMENTS / f"{stack}.txt", ROOT / "pyproject.toml", Path(__file__))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    said = waived() if stack == "cuda" else ""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files) + said.encode()).hexdigest()
 
 
 def read_stamp() -> list[str]:
@@ -114,9 +119,6 @@ def write_stamp(stack: str, state: str) -> None:
 def is_current(stack: str) -> bool:
     # An uninstalled Python leaves a dangling link, for which exists() is False.
     return VENV_PYTHON.exists() and read_stamp() == [identity(stack), fingerprint(stack)]
-
-
-# uv, and a Python for the environment.
 
 
 def find_uv() -> str:
@@ -211,23 +213,39 @@ def check_disk(stack: str, uv: str) -> None:
             )
 
 
-# Packages.
-
-
 def install(uv: str, stack: str) -> None:
     """Install the pinned packages without resolving, then this package in editable form."""
     pins, built_here = split_pins((REQUIREMENTS / f"{stack}.txt").read_text())
     say(f"installing {len(pins)} packages of requirements/{stack}.txt ({NEEDED[stack] / 1e9:.1f} GB on disk)")
     if pip_install(uv, "--no-deps", "-r", "-", lines=pins):
         raise SetupError(diagnose(uv, f"requirements/{stack}.txt"))
-    if built_here and pip_install(uv, "--no-deps", "--no-build-isolation", "-r", "-", lines=built_here):
-        say(
-            "warning: transformer-engine could not be built (uv's message is above), so training will use the slower "
-            "torch layers; install CUDA's compiler and cuDNN's headers, then `make clean setup`"
-        )
+    build_engine(uv, built_here)
     # Built with the pinned setuptools of the environment: nothing else is downloaded.
     if pip_install(uv, "--quiet", "--no-deps", "--no-build-isolation", "-e", str(ROOT)):
         raise SetupError("uv could not install this package into .venv; its message is above")
+
+
+def waived() -> str:
+    """Return what GSPO_WITHOUT names: ENGINE or nothing."""
+    named = os.environ.get(WITHOUT, "")
+    if named not in ("", ENGINE):
+        raise SetupError(f"{WITHOUT}={named} names a part that is not optional; it can name {ENGINE} only")
+    return named
+
+
+def build_engine(uv: str, pins: list[str]) -> None:
+    """Build Transformer Engine against the installed torch, and import it."""
+    if not pins or waived():
+        return
+    say(f"building {ENGINE} (a quarter of an hour of processor time; {WITHOUT}={ENGINE} accepts slow training instead)")
+    if pip_install(uv, "--no-deps", "--no-build-isolation", "-r", "-", lines=pins, settings=BUILD_SETTINGS):
+        fault = "could not be built; uv's message is above"
+    else:
+        probe = [str(VENV_PYTHON), "-c", "import transformer_engine.pytorch"]
+        tried = subprocess.run(probe, capture_output=True, text=True)
+        fault = f"was built but cannot be imported ({last_line(tried.stderr)})" if tried.returncode else ""
+    if fault:
+        raise SetupError(f"{ENGINE} {fault}. Fix that, or accept slow training with {WITHOUT}={ENGINE}")
 
 
 def split_pins(text: str) -> tuple[list[str], list[str]]:
@@ -240,10 +258,11 @@ def split_pins(text: str) -> tuple[list[str], list[str]]:
     return [pin for pin in pins if pin not in built_here], built_here
 
 
-def pip_install(uv: str, *arguments: str, lines: list[str] | None = None) -> int:
+def pip_install(uv: str, *arguments: str, lines: list[str] | None = None, settings: Mapping[str, str] = {}) -> int:
     """Run `uv pip install` and return its exit code. uv draws progress bars on a terminal."""
     command = [uv, "pip", "install", "--python", str(VENV_PYTHON), *arguments]
-    return subprocess.run(command, input="\n".join(lines or []), text=True, cwd=ROOT).returncode
+    text, environment = "\n".join(lines or []), {**os.environ, **settings}
+    return subprocess.run(command, input=text, text=True, cwd=ROOT, env=environment).returncode
 
 
 def diagnose(uv: str, what: str) -> str:

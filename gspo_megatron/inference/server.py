@@ -19,7 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gspo_megatron.cluster.child_processes import bind_forked_children, die_with_parent
-from gspo_megatron.cluster.machines import takes_turns
+from gspo_megatron.cluster.gpu_parts import cuda_fault
+from gspo_megatron.cluster.machines import machine_of, takes_turns
 from gspo_megatron.cluster.watchdog import follow
 from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.schema import Recipe
@@ -52,7 +53,7 @@ def main() -> None:
     os.environ[identity.RUN_VARIABLE] = identity.read_run_id(arguments.run_dir)
     os.environ[identity.TOKENIZER_VARIABLE] = identity.hash_vocabulary(recipe)
     follow(arguments.run_dir, f"rollout-{arguments.index}" + (f".{arguments.part}" if arguments.part else ""))
-    has_gpu = prepare_environment(arguments.index, recipe.model.dtype)
+    has_gpu = prepare_environment(arguments.index, recipe)
     if arguments.loaded:
         os.environ[weight_guard.LOADED_VARIABLE] = "1"
     whole = vllm_arguments(recipe, model, arguments.host, arguments.port, has_gpu, arguments.loaded)
@@ -83,11 +84,11 @@ def refuse_used_port(host: str, port: int) -> None:
             raise SystemExit(f"cannot listen on {host}:{port}: {reason}; choose a free port of this host") from None
 
 
-def prepare_environment(index: int, dtype: str) -> bool:
+def prepare_environment(index: int, recipe: Recipe) -> bool:
     """What vLLM and its libraries read from the environment; must run before vllm is imported.
 
     Returns:
-        Whether there is a GPU.
+        Whether there is a GPU; exits with a sentence where there should be one.
     """
     os.environ[vllm_plugin.SERVER_VARIABLE] = str(index)
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"
@@ -97,8 +98,11 @@ def prepare_environment(index: int, dtype: str) -> bool:
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     import torch
 
-    if torch.cuda.is_available():
-        if dtype == "float32":
+    starts = torch.cuda.is_available()
+    if not machine_of(recipe).is_cpu and (fault := cuda_fault(starts, torch.__version__, torch.version.cuda)):
+        raise SystemExit(f"rollout server {index}: {fault}")
+    if starts:
+        if recipe.model.dtype == "float32":
             # Triton's products of float32 are TF32 otherwise, three digits instead of seven.
             os.environ["TRITON_F32_DEFAULT"] = "ieee"
         return True

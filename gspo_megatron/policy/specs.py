@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-from functools import partial
+import importlib
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from gspo_megatron.cluster.gpu_parts import cuda_fault, engine_fault
+from gspo_megatron.cluster.machines import machine_of
+from gspo_megatron.config.schema import Recipe
 from gspo_megatron.policy.attention import ReferenceAttention
 from gspo_megatron.policy.rotary import PackedSelfAttention
 
@@ -42,9 +45,30 @@ class ReferenceNorm(torch.nn.Module):
         return self.weight * scaled.to(x.dtype)
 
 
+@cache
+def import_fault() -> str:
+    """Why Transformer Engine cannot be imported, in some words; empty if it can."""
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    # Whatever a library raises that was compiled for another torch, or lacks one of its own.
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return ""
+
+
 def has_transformer_engine() -> bool:
-    """Whether Transformer Engine's compiled part and a GPU to run it on are both there."""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine_torch") is not None
+    """Whether Transformer Engine and a GPU to run it on are both there."""
+    return torch.cuda.is_available() and not import_fault()
+
+
+def refuse_fallbacks(recipe: Recipe) -> None:
+    """Raise SystemExit with a sentence where a run that is placed on GPUs would train on the CPU, or unfused."""
+    if machine_of(recipe).is_cpu:
+        return
+    starts = torch.cuda.is_available()
+    fault = cuda_fault(starts, torch.__version__, torch.version.cuda) or engine_fault(import_fault())
+    if fault:
+        raise SystemExit(f"trainer: {fault}")
 
 
 def describe_parts() -> str:

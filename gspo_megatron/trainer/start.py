@@ -13,7 +13,7 @@ from gspo_megatron.cluster.watchdog import Watchdog
 from gspo_megatron.models import load_resolved
 from gspo_megatron.policy import mesh
 from gspo_megatron.policy.policy import Policy
-from gspo_megatron.policy.specs import describe_parts
+from gspo_megatron.policy.specs import describe_parts, refuse_fallbacks
 from gspo_megatron.run_dir import RunDir
 from gspo_megatron.run_log import RunLog
 from gspo_megatron.sinks.sink_threads import open_sinks
@@ -32,6 +32,7 @@ def open_rank(run_dir: Path, controller_url: str) -> Trainer:
         controller_url: where the controller listens.
     """
     recipe = load_resolved(RunDir(run_dir).recipe)
+    refuse_fallbacks(recipe)
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
     controller = ControllerClient(controller_url, os.environ["GSPO_JOB_KEY"])

