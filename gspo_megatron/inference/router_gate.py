@@ -16,7 +16,7 @@ from vllm.platforms import current_platform
 
 @PluggableLayer.register_oot(name="GateLinear")
 class Float32Gate(GateLinear):
-    """vLLM's layer told to return float32 before it chooses its kernel.
+    """vLLM's layer, with float32 as its output type before it chooses a kernel.
 
     On a GPU that is one product with a float32 result. vLLM's CPU build would round to bfloat16 and widen again, so
     there the product is made here.

@@ -12,6 +12,11 @@ import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed.parallel_state import init_distributed_environment, initialize_model_parallel
 from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+    record_metadata_for_reloading,
+)
 
 TOKENS, HIDDEN, EXPERTS, CHOSEN = 4096, 256, 64, 8
 
@@ -27,16 +32,23 @@ def main() -> None:
         init_distributed_environment(1, 0, f"file://{out.absolute()}.meeting", 0, "gloo")
         initialize_model_parallel(1)
         found["vllm"] = compare(tokens, weight)
-        importlib.import_module("gspo_megatron.inference.vllm_worker")
+        worker = importlib.import_module("gspo_megatron.inference.vllm_worker")
         found["ours"] = compare(tokens, weight)
+        found["ours, updated"] = compare(tokens, weight, worker.load_whole)
     out.write_text(json.dumps(found))
 
 
-def compare(tokens: torch.Tensor, weight: torch.Tensor) -> dict[str, object]:
+def compare(tokens: torch.Tensor, weight: torch.Tensor, load_whole: Any = None) -> dict[str, object]:
     """Type of the logits, share of tokens with another expert than float64 chooses, largest error of a logit."""
     gate: Any = GateLinear(HIDDEN, EXPERTS, params_dtype=torch.bfloat16)
-    gate.weight.data.copy_(weight)
+    model: Any = torch.nn.ModuleDict({"gate": gate})
+    record_metadata_for_reloading(model)
+    gate.weight.data.copy_(torch.zeros_like(weight) if load_whole else weight)
     gate.quant_method.process_weights_after_loading(gate)
+    if load_whole:
+        initialize_layerwise_reload(model)
+        load_whole(model, "gate.weight", weight)
+        finalize_layerwise_reload(model, None)
     logits, bias = gate(tokens)
     assert bias is None
     wanted = tokens.double() @ weight.double().T
