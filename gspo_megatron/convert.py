@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from gspo_megatron.config import Recipe, save_resolved
-from gspo_megatron.config.loading import refuse
+from gspo_megatron.config.loading import RecipeError, refuse
 from gspo_megatron.config.model_section import Architecture
+from gspo_megatron.data.model_directory import write_tokenizer
 from gspo_megatron.models import load_resolved
 from gspo_megatron.models.hf_table import Piece, hf_shapes, local_parameters
 from gspo_megatron.own_directory import LAYOUT, replace_directory
@@ -24,7 +25,7 @@ from gspo_megatron.parallel import Layout, layout_of
 from gspo_megatron.policy.restore import SavedPolicy
 from gspo_megatron.policy.snapshot import VALUE, rank_file
 from gspo_megatron.policy.weights import ReadPiece, safetensors_pieces, save_hf, write_tensors
-from gspo_megatron.run_dir import CheckpointDir
+from gspo_megatron.run_dir import CheckpointDir, RunDir
 
 
 def convert(source: Path, out: Path, recipe: Recipe | None) -> str:
@@ -39,8 +40,9 @@ def convert(source: Path, out: Path, recipe: Recipe | None) -> str:
     checkpoint = CheckpointDir(source)
     if checkpoint.state.is_file():
         recipe = load_resolved(checkpoint.recipe)
-        to_hugging_face(source, recipe, out)
-        return f"{out} holds the weights of {source} as {recipe.model.dtype}, under their Hugging Face names"
+        fault = to_hugging_face(source, recipe, out)
+        lacks = f", but no tokenizer ({fault}): put its files there" if fault else ""
+        return f"{out} holds the weights of {source} as {recipe.model.dtype}, under their Hugging Face names{lacks}"
     if recipe is None or recipe.trainer.ranks is None:
         raise ValueError(
             f"{source} is no checkpoint ({checkpoint.state.name} is missing); to cut a Hugging Face directory, name "
@@ -51,8 +53,12 @@ def convert(source: Path, out: Path, recipe: Recipe | None) -> str:
     return f"{out} holds the weights of {source} as {layout.world} trainer ranks hold them"
 
 
-def to_hugging_face(checkpoint: Path, recipe: Recipe, out: Path) -> None:
-    """Weights of a checkpoint, in the type of its recipe."""
+def to_hugging_face(checkpoint: Path, recipe: Recipe, out: Path) -> str:
+    """Write the weights of a checkpoint, in the type of its recipe, with the tokenizer of the run.
+
+    Returns:
+        Why there is no tokenizer, or an empty text.
+    """
     arch = recipe.arch
     saved = SavedPolicy(checkpoint, arch, Layout(**json.loads(CheckpointDir(checkpoint).state.read_text())["layout"]))
 
@@ -60,7 +66,17 @@ def to_hugging_face(checkpoint: Path, recipe: Recipe, out: Path) -> None:
         for name, shape in hf_shapes(arch).items():
             yield name, saved.read(VALUE, _whole(name, shape)).to(getattr(torch, recipe.model.dtype))
 
-    save_hf(tensors(), arch.to_hugging_face(recipe.model.dtype), out, "OUT")
+    faults: list[str] = []
+
+    def complete(directory: Path) -> None:
+        try:
+            # Beside the checkpoints of a run; a checkpoint that lies elsewhere has the paths of its recipe.
+            write_tokenizer(recipe, RunDir(checkpoint.resolve().parent.parent).tokenizer, directory)
+        except RecipeError as error:
+            faults.extend(finding.message for finding in error.findings)
+
+    save_hf(tensors(), arch.to_hugging_face(recipe.model.dtype), out, "OUT", complete)
+    return "; ".join(faults)
 
 
 def to_layout(source: Path, recipe: Recipe, layout: Layout, out: Path) -> None:

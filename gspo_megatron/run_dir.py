@@ -229,6 +229,11 @@ class RunDir:
         return self.model / "config.json"
 
     @property
+    def tokenizer(self) -> Path:
+        """The files of the tokenizer, which exports take along."""
+        return self.path / "tokenizer"
+
+    @property
     def checkpoints(self) -> Path:
         """Checkpoints and exported weights."""
         return self.path / "checkpoints"

@@ -15,6 +15,7 @@ from gspo_megatron.cluster.machines import count_gpus
 from gspo_megatron.commands.recipe_arguments import add_recipe
 from gspo_megatron.config import Recipe, save_resolved
 from gspo_megatron.config.recipe_paths import absolute_path, short_path
+from gspo_megatron.data.model_directory import keep_tokenizer
 from gspo_megatron.models import load_recipe
 from gspo_megatron.own_directory import HUGGING_FACE, RUN, claim_directory, refuse_foreign, refuse_unwritable
 from gspo_megatron.plan import check
@@ -85,5 +86,6 @@ def prepare_run(recipe: Recipe) -> Path:
         run.objective.write_text(sentence + "\n")
         print(sentence, flush=True)
         arch = recipe.arch
+        keep_tokenizer(recipe, run.tokenizer)
         run.model_config.write_text(json.dumps(arch.to_hugging_face(recipe.model.dtype), indent=1))
     return run.path

@@ -203,19 +203,20 @@ class Policy:
         """Whole Hugging Face tensors on rank 0, none on other ranks; every rank must exhaust the iterator."""
         return self.weights.export(self.recipe.weight_update.bucket_mib * 2**20)
 
-    def save(self, directory: Path, key: str = "run.directory") -> None:
+    def save(self, directory: Path, key: str = "run.directory", complete: Callable[[Path], None] | None = None) -> None:
         """Write a Hugging Face directory, under another name until it is complete.
 
         Args:
             directory: missing, empty, or an older export.
             key: recipe key of the directory that it lies in.
+            complete: on rank 0, adds files to it before it appears under its name.
 
         Raises:
             RecipeError: on rank 0, a place that is not ours or cannot be written.
         """
         tensors = self.export()
         if dist.get_rank() == 0:
-            save_hf(tensors, self.weights.arch.to_hugging_face(self.recipe.model.dtype), directory, key)
+            save_hf(tensors, self.weights.arch.to_hugging_face(self.recipe.model.dtype), directory, key, complete)
         for _ in tensors:
             pass
         dist.barrier()

@@ -187,7 +187,11 @@ def safetensors_pieces(directory: Path, arch: Architecture) -> ReadPiece:
 
 
 def save_hf(
-    tensors: Iterator[tuple[str, Tensor]], config: dict[str, Any], directory: Path, key: str = "directory"
+    tensors: Iterator[tuple[str, Tensor]],
+    config: dict[str, Any],
+    directory: Path,
+    key: str = "directory",
+    complete: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a Hugging Face directory, under another name until it is whole.
 
@@ -196,6 +200,7 @@ def save_hf(
         config: what config.json holds.
         directory: missing, empty, or an older export.
         key: recipe key or argument that names it, or the run directory that it lies in.
+        complete: adds files to it, before it appears under its name.
 
     Raises:
         RecipeError: the place is not ours, or cannot be written.
@@ -203,14 +208,23 @@ def save_hf(
     with replace_directory(directory, HUGGING_FACE, key) as partial:
         _save_tensors(tensors, partial)
         (partial / "config.json").write_text(json.dumps(config, indent=1))
+        if complete is not None:
+            complete(partial)
 
 
 def write_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file. Raises OSError where it cannot be written, with the file's name."""
+    """Write a safetensors file with the mode of any other new file: the library's own is for its owner alone.
+
+    Raises:
+        OSError: it cannot be written; with its name.
+    """
+    file.touch()
+    mode = file.stat().st_mode
     try:
         save_file(tensors, file, metadata=metadata)
     except SafetensorError as error:
         raise OSError(errno.EIO, str(error), str(file)) from None
+    file.chmod(mode)
 
 
 def _save_tensors(tensors: Iterator[tuple[str, Tensor]], directory: Path) -> None:

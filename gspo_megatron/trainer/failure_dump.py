@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gspo_megatron.config.objective_spec import ObjectiveSpec
 from gspo_megatron.policy.policy import Policy
+from gspo_megatron.policy.weights import write_tensors
 from gspo_megatron.run_dir import DUMP, RunDir
 from gspo_megatron.trainer.batches import MiniBatch, TrainingMicroBatch
 from gspo_megatron.trainer.failure_replay import BUNDLE
@@ -69,7 +69,7 @@ def write_dump(
             for index, (micro, now) in enumerate(micro_batches)
             for name, tensor in _tensors(micro, now).items()
         }
-        save_file(tensors, directory / f"rank_{dist.get_rank():05d}.safetensors")
+        write_tensors(tensors, directory / f"rank_{dist.get_rank():05d}.safetensors")
     if dist.get_rank() == 0:
         content = {
             "update": update.number,

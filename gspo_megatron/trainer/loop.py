@@ -45,7 +45,7 @@ def train(trainer: Trainer) -> bool:
             trainer.reduce_metrics(sums)
             if every.export_every and step % every.export_every == 0:
                 with log.time("export"):
-                    trainer.policy.save(run.export(step))
+                    trainer.export(run.export(step))
             trainer.sync()
             if recipe.evaluation.problems and due(step, recipe.evaluation.every, last):
                 trainer.evaluate(step)
@@ -70,7 +70,7 @@ def finish(trainer: Trainer) -> None:
     """Write the final weights, the plots, the page and the mark that the run is done."""
     run = trainer.log.run_dir
     trainer.reclaim_devices()
-    trainer.policy.save(run.final)
+    trainer.export(run.final)
     if dist.get_rank() == 0:
         write_plot(run.path)
         write_report(run.path)

@@ -11,7 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gspo_megatron.cluster.machines import takes_turns
+from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.data.model_directory import write_tokenizer
 from gspo_megatron.data.samples import select, split
 from gspo_megatron.data.store import SampleStore
 from gspo_megatron.objective import (
@@ -107,6 +109,17 @@ class Trainer:
                 check = UpdateCheck(version=version, checksums=tuple(checksums), probes=tuple(probes))
                 self.log.add(self.controller.finish_update(check).metrics())
         self.version = version
+
+    def export(self, directory: Path) -> None:
+        """Write the weights as a model that one can chat with."""
+        self.policy.save(directory, complete=self._add_tokenizer)
+
+    def _add_tokenizer(self, directory: Path) -> None:
+        try:
+            write_tokenizer(self.recipe, self.log.run_dir.tokenizer, directory)
+        except RecipeError as error:  # the weights are worth more than what goes beside them
+            for finding in error.findings:
+                self.log.warn(finding)
 
     def reclaim_devices(self) -> None:
         """Where servers share the devices: put them to sleep and move the policy back from host memory."""
