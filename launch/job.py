@@ -217,7 +217,7 @@ class Attempt:
         arguments = (self.arguments.recipe, *self.arguments.overrides, *more)
         plan = ask_plan("open", settings, job.id, job.hosts, job.gpus, arguments, wait_for_slurm(running_jobs))
         if plan.done:
-            print(f"gspo: {plan.run_dir} holds a finished run (DONE); for another, give another run.directory")
+            print(f"gspo: {plan.run_dir} holds a finished run (DONE); a larger trainer.max_steps trains it further")
             return OK
         attempt = self._attempt = plan.attempt
         claim_attempt(plan, job.id)
@@ -234,7 +234,7 @@ class Attempt:
         backend = self._backend = SlurmBackend(place)
         rules = Rules(
             SETTLE, str(plan.run_dir), True, plan.number, started_from, settings.grace, RESEND,
-            settings.max_restarts, resume,
+            settings.max_restarts, resume, extend=f"{resume} trainer.max_steps=NUMBER",
         )  # fmt: skip
         self._supervisor = Supervisor([Watched(kind) for kind in KINDS], rules)
         if self._stop_requested:

@@ -5,16 +5,24 @@ An older attempt, on nodes that were cut off from the network and come back, mus
 
 from __future__ import annotations
 
+import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from gspo_megatron.cluster.shared_files import read_shared, retry_stale
-from gspo_megatron.run_dir import CHECKPOINT, RunDir, complete_checkpoints
+from gspo_megatron.run_dir import CHECKPOINT, CheckpointDir, RunDir, complete_checkpoints
 
 ATTEMPT_VARIABLE = "GSPO_ATTEMPT"
 """Environment of every role of a job: the attempt that it belongs to."""
+
+
+STATE_KEYS = (
+    "step", "version", "updates", "skipped", "optimizer_steps", "objective", "controller", "layout", "files",
+)  # fmt: skip
+"""What the state of a checkpoint holds; trainer/checkpoint.py writes it."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +36,48 @@ class Attempt:
 
 
 def newest_checkpoint(run_dir: Path) -> int:
-    """Step of the newest complete checkpoint of a run; 0 without any."""
-    found = retry_stale(lambda: complete_checkpoints(RunDir(run_dir).checkpoints))
-    return (CHECKPOINT.parse(found[-1].name) or 0) if found else 0
+    """Step of the newest checkpoint of a run that can be resumed from; 0 without any."""
+    found, _ = find_checkpoint(RunDir(run_dir).checkpoints)
+    return 0 if found is None else CHECKPOINT.parse(found.name) or 0
+
+
+def find_checkpoint(
+    directory: Path, inspect: Callable[[Path], str | None] = lambda _: None
+) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint that can be resumed from, and what is wrong with those that are newer.
+
+    Args:
+        directory: `checkpoints` of the run directory.
+        inspect: says what else is wrong with one, or None.
+    """
+    faults: dict[Path, str] = {}
+    for checkpoint in reversed(retry_stale(lambda: complete_checkpoints(directory))):
+        fault = checkpoint_fault(checkpoint) or inspect(checkpoint)
+        if fault is None:
+            return checkpoint, faults
+        faults[checkpoint] = fault
+    return None, faults
+
+
+def checkpoint_fault(checkpoint: Path) -> str | None:
+    """Why a complete checkpoint cannot be resumed from, or None: its state is read, its files have their sizes."""
+    file = CheckpointDir(checkpoint).state
+    try:
+        state = json.loads(retry_stale(lambda: file.read_text(encoding="utf-8")))
+        step, sizes = state["step"], state["files"]
+        lacking = [key for key in STATE_KEYS if key not in state]
+        if lacking or not sizes or step != CHECKPOINT.parse(checkpoint.name):
+            why = f"it has no {lacking[0]}" if lacking else f"its step is {step}, of {len(sizes)} files"
+            return f"{file.name} is not the state of {checkpoint.name}: {why}"
+        for name, size in sizes.items():
+            found = (checkpoint / name).stat().st_size
+            if found != size:
+                return f"{name} has {found} bytes, {size} were written"
+    except OSError as error:
+        return f"{Path(error.filename or file).name} cannot be read ({error.strerror})"
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        return f"{file.name} is damaged ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
+    return None
 
 
 def read_attempt(run_dir: Path) -> Attempt | None:

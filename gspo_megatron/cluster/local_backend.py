@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from gspo_megatron.cluster.attempts import newest_checkpoint
 from gspo_megatron.cluster.events import (
     Decision,
     Ended,
@@ -38,6 +39,7 @@ from gspo_megatron.cluster.supervisor import TRAINER, Rules, Supervisor, restart
 from gspo_megatron.cluster.visible_devices import VARIABLE, Gpu, list_gpus, name_devices
 from gspo_megatron.config.refusal import refuse
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.run_dir import AttemptDir
 
 STOP = signal.SIGUSR1
 """Asks a run to save itself and to stop."""
@@ -109,8 +111,15 @@ def _own_devices(task: Task, visible: Sequence[Gpu]) -> dict[str, str]:
         raise refuse("too-few-gpus", "rollout.servers", message, fix) from None
 
 
-def run_roles(roles: Sequence[Role], log_dir: Path, leader: str = TRAINER) -> int:
+def run_roles(roles: Sequence[Role], log_dir: Path, leader: str = TRAINER, resume: str = "", extend: str = "") -> int:
     """Start the roles, wait for the trainer ranks, or for what leads instead, end everything.
+
+    Args:
+        roles: of the run.
+        log_dir: `logs/attempt_N` of the run directory.
+        leader: kind of role whose good end is the end.
+        resume: command that resumes the run.
+        extend: command that trains it further when it is finished.
 
     Returns:
         0 when every trainer rank ended well; STOPPED when they saved themselves because they were asked to stop; 130 or
@@ -128,7 +137,8 @@ def run_roles(roles: Sequence[Role], log_dir: Path, leader: str = TRAINER) -> in
                 backend.start(role)
             signal.pthread_sigmask(signal.SIG_SETMASK, held)
             watched = [Watched(role.name, role.restarts) for role in roles]
-            return supervise(Supervisor(watched, Rules(settle=SETTLE, leader=leader)), backend)
+            rules = Rules(settle=SETTLE, leader=leader, resume=resume, extend=extend)
+            return supervise(Supervisor(watched, rules), backend)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
         for number in before:
@@ -190,7 +200,7 @@ class LocalBackend:
                     process.send_signal(STOP)
         elif isinstance(decision, EndRoles):
             self.end()
-            return [RolesEnded()]
+            return [RolesEnded(newest_checkpoint(AttemptDir(self._log_dir).run.path))]
         elif isinstance(decision, Explain):
             self._explain(decision.name, decision.code)
         elif isinstance(decision, Print):

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from gspo_megatron.cluster.end_words import say_done, say_resume
 from gspo_megatron.cluster.events import (
     AskNodes,
     AskSlurm,
@@ -64,6 +65,8 @@ class Rules:
     """Command that resumes the run."""
     leader: str = TRAINER
     """Kind of role whose good end is the end of the attempt."""
+    extend: str = ""
+    """Command that extends a finished run."""
 
 
 class Phase(Enum):
@@ -170,7 +173,7 @@ class Supervisor:
         first = self._stop_at is None
         self._stop_at, self._sent_at = now if first else self._stop_at, now
         text = f"asked to stop (USR1); the trainers have {self.rules.grace:g} s for a checkpoint"
-        return [Print(text), SendStop()] if first and self.rules.queue else [SendStop()]
+        return [*([Print(text)] if first and self.rules.queue else []), SendStop()]
 
     def _look(self, now: float) -> list[Decision]:
         """Judge together what has ended since the last tick: two servers that end at once are no peers."""
@@ -224,18 +227,20 @@ class Supervisor:
         if not self.rules.queue:
             return self._judge_here()
         if facts.done:
-            return [Print(f"DONE; results are in {self.rules.run_dir}"), Exit(OK)]
+            return [*say_done(self.rules.run_dir, self.rules.extend), Exit(OK)]
         self.phase = Phase.ASKING_SLURM
         return [AskSlurm()]
 
     def _judge_here(self) -> list[Decision]:
-        if self._interrupted is not None:
-            name = signal.Signals(self._interrupted).name
-            return [Print(f"ended by {name}"), Exit(BY_SIGNAL + self._interrupted)]
+        go_on = say_resume(self._facts.newest, self.rules.resume)
+        if (number := self._interrupted) is not None:
+            return [Print(f"ended by {signal.Signals(number).name}"), *go_on, Exit(BY_SIGNAL + number)]
         if self._failures:
             culprit = self.culprit()
-            return [Explain(culprit.name, culprit.code), Exit(FAILED)]
-        return [Exit(STOPPED if STOPPED in self._leader_codes() else OK)]
+            return [*go_on, Explain(culprit.name, culprit.code), Exit(FAILED)]
+        if STOPPED in self._leader_codes():
+            return [*go_on, Exit(STOPPED)]
+        return [*say_done("", self.rules.extend), Exit(OK)]
 
     def _leave(self, newer: int) -> list[Decision]:
         return [Print(f"attempt {self.rules.attempt} was replaced by attempt {newer}; this one ends"), Exit(FAILED)]
@@ -262,11 +267,8 @@ class Supervisor:
     def _judge_failure(self, node_lost: bool) -> list[Decision]:
         culprit, rules, facts = self.culprit(), self.rules, self._facts
         explanation = Explain(culprit.name, culprit.code)
-        reason = ""
-        if facts.newest > rules.started_from:
-            reason = f"a newer checkpoint exists (step {facts.newest})"
-        if node_lost:
-            reason = "a node is lost"
+        progress = f"a newer checkpoint exists (step {facts.newest})" if facts.newest > rules.started_from else ""
+        reason = "a node is lost" if node_lost else progress
         if reason and facts.restarts < rules.max_restarts:
             if not self._slurm.requeues:
                 return [explanation, *self._requeue()]

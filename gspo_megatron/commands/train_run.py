@@ -9,14 +9,18 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
+from gspo_megatron.cluster.attempts import newest_checkpoint
 from gspo_megatron.cluster.exit_codes import OK, REFUSED
 from gspo_megatron.cluster.local_backend import plan_roles, run_roles
 from gspo_megatron.cluster.machines import count_gpus
+from gspo_megatron.cluster.shared_files import retry_stale
 from gspo_megatron.commands.recipe_arguments import add_recipe
+from gspo_megatron.commands.resume_command import extend_command, resume_command
 from gspo_megatron.config import Recipe, save_resolved
+from gspo_megatron.config.loading import refuse
 from gspo_megatron.config.recipe_paths import absolute_path, short_path
 from gspo_megatron.data.model_directory import keep_tokenizer
-from gspo_megatron.models import load_recipe
+from gspo_megatron.models import load_recipe, load_resolved
 from gspo_megatron.own_directory import HUGGING_FACE, RUN, claim_directory, refuse_foreign, refuse_unwritable
 from gspo_megatron.plan import check
 from gspo_megatron.plan.rules.not_built import not_built
@@ -46,8 +50,10 @@ def train(path: Path, overrides: Sequence[str]) -> int:
         print(finding, file=sys.stderr)
     if any(finding.severity == "error" for finding in findings):
         return REFUSED
-    if recipe.run.directory is not None and RunDir(recipe.run.directory).done.is_file():
-        print(f"{recipe.run.directory} holds a finished run (DONE); name another run.directory to start a new one")
+    if stays_finished(recipe):
+        assert recipe.run.directory is not None
+        further = extend_command(path, overrides, recipe.run.directory, recipe.trainer.max_steps)
+        print(f"{recipe.run.directory} holds a finished run (DONE); to train further: {further}")
         return OK
     run_dir = prepare_run(recipe)
     print(
@@ -59,7 +65,34 @@ def train(path: Path, overrides: Sequence[str]) -> int:
     logs = run.attempt_logs(run.next_attempt()).path
     with refuse_unwritable(run_dir, KEY):
         logs.mkdir(parents=True)
-    return run_roles(plan_roles(recipe, run_dir, ranks), logs)
+    resume = resume_command(path, overrides, run_dir)
+    extend = extend_command(path, overrides, run_dir, recipe.trainer.max_steps)
+    return run_roles(plan_roles(recipe, run_dir, ranks), logs, resume=resume, extend=extend)
+
+
+def stays_finished(recipe: Recipe) -> bool:
+    """Whether the run in `run.directory` is finished and is not to have more steps; if it is, it goes on.
+
+    Raises:
+        RecipeError: it is to have more steps, and left no checkpoint to go on from.
+    """
+    if recipe.run.directory is None or not retry_stale(RunDir(recipe.run.directory).done.is_file):
+        return False
+    run, wanted = RunDir(recipe.run.directory), recipe.trainer.max_steps
+    done = load_resolved(run.recipe).trainer.max_steps
+    if wanted <= done:
+        return True
+    step = newest_checkpoint(run.path)
+    if step == 0:
+        raise refuse(
+            "no-checkpoint", "trainer.max_steps",
+            f"{wanted} extends the finished run of {done} steps in {run.path}, which holds no checkpoint to go on from",
+            f"start another run with model.path={run.final}",
+        )  # fmt: skip
+    print(f"{run.path} holds a finished run of {done} steps; it goes on after step {step}, to step {wanted}")
+    with refuse_unwritable(run.path, KEY):
+        run.done.unlink()
+    return False
 
 
 def claim_run(run_dir: Path) -> None:

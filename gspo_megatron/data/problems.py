@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +35,11 @@ class ProblemSource(Protocol):
         ...
 
     @property
+    def fingerprint(self) -> str:
+        """Hash of every problem, held-out ones included; where they lie does not count."""
+        ...
+
+    @property
     def span(self) -> int:
         """Number of consecutive positions that contain a usable problem if the source has one."""
         ...
@@ -55,6 +62,15 @@ def open_problems(section: DataSection, needs_answer: bool = True) -> ProblemSou
 def problem_id(question: str) -> str:
     """Return the stable id of a question: 16 hex digits of its SHA-256."""
     return hashlib.sha256(question.encode()).hexdigest()[:16]
+
+
+def hash_problems(problems: Iterable[Problem]) -> str:
+    """Hash of problems in their order, with all that their lines say."""
+    digest = hashlib.sha256()
+    for problem in problems:
+        content = (problem.question, problem.answer, problem.source, problem.pass_rate, problem.line)
+        digest.update(json.dumps(content, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()
 
 
 class GymProblems:
@@ -84,6 +100,8 @@ class GymProblems:
                     f"set it below {len(found)}",
                 )
         self.held_out = tuple(found.values())
+        # What it generates later depends on nothing else.
+        self.fingerprint = f"{task}/{json.dumps(options, sort_keys=True, default=str)}/{hash_problems(self.held_out)}"
         self._held_out_ids = frozenset(found)
 
     def draw(self, stage: str, seed: int, position: int) -> Problem | None:
@@ -140,6 +158,7 @@ class JsonlProblems:
             )
         if section.pass_rate is not None:
             training = keep_within(training, section.pass_rate)
+        self.fingerprint = hash_problems((*self.held_out, *training))
         self._mixture = Mixture(section.mixture, training) if section.mixture else None
         self._training: dict[str, list[Problem]] = {}
         """Training problems by source if they are mixed, else all under an empty name."""

@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 TOO_LONG = "prompt-too-long"
 HELD_OUT = "held-out-question"
+BY_CONTENT = "content-"
+"""Begins a fingerprint of the problems themselves; earlier versions took the recipe's text."""
 
 
 class PromptStream:
@@ -29,8 +31,14 @@ class PromptStream:
         self._tokenizer = tokenizer
         self._seed = recipe.run.seed
         self._longest = recipe.rollout.max_prompt_tokens
-        content = {"data": recipe.data.model_dump(mode="json"), "seed": self._seed, "longest": self._longest}
-        self._fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        content = {
+            "problems": self._source.fingerprint,
+            "mixture": recipe.data.mixture,
+            "seed": self._seed,
+            "longest": self._longest,
+        }
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        self._fingerprint = f"{BY_CONTENT}{digest[:32]}"
         self._index = 0
         self._position = 0
         self.skipped: Counter[str] = Counter()
@@ -97,13 +105,18 @@ class PromptStream:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken. Raises RecipeError for another data section, seed or prompt limit."""
-        if state["fingerprint"] != self._fingerprint:
+        """Continue where `state` was taken. Raises RecipeError for other problems, another seed or prompt limit."""
+        found = state["fingerprint"]
+        if not found.startswith(BY_CONTENT):
+            # The resume rule has compared the recipes; earlier versions kept nothing of the problems themselves.
+            log.warning("the checkpoint is of an earlier version: whether its problems are these is not known")
+        elif found != self._fingerprint:
             raise refuse(
                 "resume-other-data",
                 "data",
-                "the checkpoint's prompts come from another data section, run.seed or rollout.max_prompt_tokens",
-                "resume with the run's own recipe.resolved.yaml, or start a new run",
+                "the problems are not those of the checkpoint: a line was added, removed or changed, or data.mixture, "
+                "run.seed or rollout.max_prompt_tokens is another",
+                "put the files back as they were, or start another run from its weights (model.path)",
             )
         self._index, self._position = state["index"], state["position"]
         self.skipped = Counter(state["skipped"])

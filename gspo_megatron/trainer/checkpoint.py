@@ -17,14 +17,16 @@ import secrets
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 
-from gspo_megatron.cluster.attempts import refuse_if_replaced
+from gspo_megatron.cluster.attempts import find_checkpoint, refuse_if_replaced
 from gspo_megatron.parallel import Layout
 from gspo_megatron.policy.restore import SavedPolicy, restore
 from gspo_megatron.policy.snapshot import Snapshot, optimizer_steps, rank_file
@@ -166,13 +168,42 @@ class CheckpointWriter:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def find_latest(directory: Path) -> Path | None:
-    """The newest complete checkpoint with files of the sizes that were written; every rank gets the same."""
-    found: list[Path | None] = [None]
+def find_latest(directory: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that can be resumed from; every rank gets the same. Newer ones are skipped by name.
+
+    Raises:
+        CheckpointError: there are complete checkpoints, and none can be read.
+    """
+    found: list[Any] = [None]
     if dist.get_rank() == 0:
-        found = [next((path for path in reversed(complete_checkpoints(directory)) if is_whole(path)), None)]
+        found = [find_checkpoint(directory, _inspect)]
     dist.broadcast_object_list(found, src=0)
-    return found[0]
+    newest, faults = found[0]
+    listed = "; ".join(f"{path.name}: {fault}" for path, fault in faults.items())
+    if newest is None and faults:
+        raise CheckpointError(
+            f"no checkpoint in {directory} can be read ({listed}); put their files back, or move them to start anew"
+        )
+    if faults:
+        say(f"skipped: {listed}")
+    return newest
+
+
+def _inspect(checkpoint: Path) -> str | None:
+    """Why the state or the header of a file cannot be read, or None."""
+    try:
+        state = json.loads(CheckpointDir(checkpoint).state.read_text())
+        ControllerState.from_json(json.dumps(state["controller"]))
+        Layout(**state["layout"])
+    except (ValueError, TypeError) as error:
+        return f"state.json is damaged ({' '.join(str(error).split())[:200]})"
+    for name in state["files"]:
+        try:
+            with safe_open(checkpoint / name, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            return f"{name} is damaged ({error})"
+    return None
 
 
 def load(trainer: Trainer, checkpoint: Path) -> int:
@@ -194,13 +225,6 @@ def load(trainer: Trainer, checkpoint: Path) -> int:
     if state["objective"] != trainer.objective_sentence():
         trainer.log.say(f"with another objective; until now it was: {state['objective']}")
     return state["step"]
-
-
-def is_whole(checkpoint: Path) -> bool:
-    """Whether every file of a complete checkpoint still has the size that was written."""
-    sizes: dict[str, int] = json.loads(CheckpointDir(checkpoint).state.read_text()).get("files", {})
-    files = {checkpoint / name: size for name, size in sizes.items()}
-    return bool(files) and all(file.is_file() and file.stat().st_size == size for file, size in files.items())
 
 
 def _sync(path: Path) -> None:

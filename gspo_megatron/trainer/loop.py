@@ -51,11 +51,12 @@ def train(trainer: Trainer) -> bool:
                 trainer.evaluate(step)
         writer.check()
         stop = stop_request.is_raised(trainer, writer.seconds) and step < last
-        if stop or (every.every and step % every.every == 0):
+        # The last step too, so that a finished run can be extended.
+        if stop or (every.every and due(step, every.every, last)):
             writer.save(trainer, step)
         if stop:
             writer.wait()
-            log.say(f"stopped after step {step} as asked; the same command goes on from there")
+            log.say(f"stopped after step {step} as asked")
             return False
     writer.wait()
     return True

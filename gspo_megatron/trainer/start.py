@@ -55,7 +55,7 @@ def start(trainer: Trainer, checkpoints: Path) -> int:
     Returns:
         Steps done.
     """
-    newest = find_latest(checkpoints)
+    newest = find_latest(checkpoints, trainer.log.say)
     if newest is None or trainer.spec.kl != "none":
         prepare_weights(trainer)
     trainer.keep_reference()

@@ -199,7 +199,7 @@ class StreamState(WireMessage):
     skipped: dict[str, int]
     """Problems passed over, by reason."""
     fingerprint: str
-    """Of the data section, the seed and the prompt limit."""
+    """Of the problems themselves, their mixture, the seed and the prompt limit."""
 
 
 class GenerationState(WireMessage):

@@ -25,7 +25,7 @@ from gspo_megatron.cluster import hosts, placement
 from gspo_megatron.cluster.exit_codes import REFUSED
 from gspo_megatron.cluster.hosts import Host, Kind, Ports, Spread, Task
 from gspo_megatron.cluster.shared_files import read_shared, replace_text, retry_stale
-from gspo_megatron.commands.train_run import KEY, claim_run, prepare_run
+from gspo_megatron.commands.train_run import KEY, claim_run, prepare_run, stays_finished
 from gspo_megatron.config import Recipe, RecipeError
 from gspo_megatron.config.loading import refuse
 from gspo_megatron.config.recipe_paths import absolute_path, paths_of, short_path
@@ -38,7 +38,7 @@ from gspo_megatron.run_dir import ATTEMPT, AttemptDir, RunDir
 from gspo_megatron.types import Finding
 from launch.lib.preflight import find_sick, judge, warnings
 from launch.lib.preflight_steps import SICK
-from launch.lib.resume import refuse_other_job, refuse_other_recipe
+from launch.lib.resume import refuse_other_job
 from launch.lib.text import fold
 
 WRITTEN = ("run.directory", "cold_start.cache")
@@ -192,13 +192,12 @@ def open_attempt(recipe: Recipe, names: Sequence[str], gpus: int, job: str, runn
     run_dir = recipe.run.directory
     assert run_dir is not None
     over, ports, _ = layout(recipe, [Host(name, name) for name in names], gpus, job)
-    if retry_stale(RunDir(run_dir).done.is_file):
+    if stays_finished(recipe):
         print_plan(recipe, over, {"done": True})
         return 0
     with refuse_unwritable(run_dir, KEY):
         claim_run(run_dir)
         refuse_other_job(run_dir, job, running)
-        refuse_other_recipe(run_dir, recipe)
         number, attempt, earlier = make_attempt(RunDir(run_dir), job)
         try:
             refuse_other_job(run_dir, job, running, earlier)

@@ -14,6 +14,7 @@ import pytest
 from gspo_megatron.cluster.free_ports import LOOPBACK, free_ports
 from gspo_megatron.cluster.local_backend import Role, plan_roles, run_roles
 from gspo_megatron.models import load_recipe
+from tests.checkpoints import write_checkpoint
 from tests.processes import runs
 from tests.waiting import HANG, wait_until
 
@@ -172,17 +173,30 @@ import sys
 from pathlib import Path
 from gspo_megatron.cluster.local_backend import Role, run_roles
 command = (sys.executable, "-c", {code!r})
-sys.exit(run_roles([Role("trainer-0", command), Role("controller", command)], Path({str(tmp_path / "logs")!r})))
+roles = [Role("trainer-0", command), Role("controller", command)]
+sys.exit(run_roles(roles, Path({str(tmp_path / "run" / "logs" / "attempt_1")!r}), "gspo train it"))
 """
     process = subprocess.Popen(python(script), stderr=subprocess.PIPE, text=True)
     wait_until(lambda: len([entry for entry in tmp_path.iterdir() if entry.name.isdigit()]) == 2, "both roles")
     process.send_signal(number)
     _, said = process.communicate(timeout=HANG)
     assert process.returncode == exit_code
-    assert number.name in said.strip().splitlines()[-1]
+    assert said.strip().splitlines()[-2:] == [
+        f"gspo: ended by {number.name}",
+        "gspo: no step is checkpointed, so it starts at the first; to go on: gspo train it",
+    ]
     for entry in tmp_path.iterdir():
         if entry.name.isdigit():
             assert_ends(int(entry.name))
+
+
+def test_every_end_says_what_to_type(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint(tmp_path / "checkpoints" / "step_000012")
+    for code, said in ((0, "DONE; to train further: EXTEND"), (85, "step 12 is checkpointed; to go on: RESUME"),
+                       (1, "step 12 is checkpointed; to go on: RESUME")):  # fmt: skip
+        role = Role("trainer-0", python(f"import sys; print('reason'); sys.exit({code})"))
+        assert run_roles([role], tmp_path / "logs" / f"attempt_{code}", "RESUME", "EXTEND") == code
+        assert f"gspo: {said}" in capfd.readouterr().err
 
 
 def test_the_key_is_in_no_command_line(tmp_path: Path) -> None:

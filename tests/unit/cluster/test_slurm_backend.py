@@ -39,8 +39,11 @@ else echo "scontrol $*"; kill -KILL $PPID; fi
 """
 REQUEUED = -9
 """The stand-in for `scontrol requeue` ends the job, as the real one does."""
-PRELUDE = """
-checkpoint() { mkdir -p "$RUN/checkpoints/step_$1" && touch "$RUN/checkpoints/step_$1/COMPLETE"; }
+PRELUDE = f"""
+checkpoint() {{
+    {sys.executable} -c "import sys, pathlib, tests.checkpoints as c; c.write_checkpoint(pathlib.Path(sys.argv[1]))" \\
+        "$RUN/checkpoints/step_$1"
+}}
 attempt=$RUN/logs/attempt_1
 """
 READY = "for rank in 0 1; do echo trainer-$rank on n$rank '(10.0.0.1), process 7' >$attempt/trainer-n$rank.log; done"

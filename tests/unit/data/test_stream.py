@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,46 @@ def test_a_state_of_other_data_is_refused() -> None:
     state = open_stream().state()
     with pytest.raises(RecipeError, match="resume-other-data"):
         open_stream("run.seed=1").restore(state)
+
+
+LINES = [{"prompt": f"{i} + 1", "answer": str(i + 1)} for i in range(20)]
+CHANGES: dict[str, list[dict[str, str]]] = {
+    "a line more": [*LINES, {"prompt": "90 + 1", "answer": "91"}],
+    "a line less": LINES[:-1],
+    "another answer": [{**LINES[0], "answer": "7"}, *LINES[1:]],
+    "another field": [{**LINES[0], "source": "aime"}, *LINES[1:]],
+    "a field that only an own reward reads": [{**LINES[0], "tests": "assert"}, *LINES[1:]],
+}
+
+
+def of_lines(file: Path, lines: Sequence[dict[str, str]], *overrides: str) -> PromptStream:
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = f"data={{source: jsonl, path: {file}, held_out: 4, task: null, options: null}}"
+    return open_stream(data, "data.options={}", *overrides)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_other_problems_under_the_same_name_are_refused(tmp_path: Path, change: str) -> None:
+    stream = of_lines(tmp_path / "p.jsonl", LINES)
+    stream.next(5)
+    with pytest.raises(RecipeError, match=r"resume-other-data.*a line was added, removed or changed"):
+        of_lines(tmp_path / "p.jsonl", CHANGES[change]).restore(stream.state())
+
+
+def test_the_same_problems_elsewhere_go_on(tmp_path: Path) -> None:
+    stream = of_lines(tmp_path / "p.jsonl", LINES)
+    stream.next(5)
+    moved = of_lines(tmp_path / "moved.jsonl", LINES[::-1])  # the order of the lines decides nothing
+    moved.restore(stream.state())
+    assert moved.next(30) == stream.next(30)
+
+
+def test_a_state_of_an_earlier_version_goes_on_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stream = of_lines(tmp_path / "p.jsonl", LINES)
+    stream.next(5)
+    other = of_lines(tmp_path / "p.jsonl", LINES)
+    other.restore({**stream.state(), "fingerprint": "0123456789abcdef"})
+    assert other.next(5) == stream.next(5) and "of an earlier version" in caplog.text
 
 
 def test_long_prompts_are_left_out_by_name_and_counted(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gspo_megatron.run_dir import complete_checkpoints
 from gspo_megatron.run_log import RunLog
-from gspo_megatron.trainer.checkpoint import CheckpointWriter, is_whole
+from gspo_megatron.trainer.checkpoint import CheckpointWriter
 
 
 def make(directory: Path, name: str, marked: bool) -> Path:
@@ -24,17 +24,6 @@ def test_only_marked_directories_count_and_the_newest_is_last(tmp_path: Path) ->
     make(tmp_path, "final", marked=True)
     assert complete_checkpoints(tmp_path) == [older, newest]
     assert complete_checkpoints(tmp_path / "none") == []
-
-
-def test_a_checkpoint_whose_files_were_cut_or_lost_is_not_whole(tmp_path: Path) -> None:
-    place = make(tmp_path, "step_000003", marked=True)
-    (place / "rank_00000.safetensors").write_bytes(bytes(100))
-    (place / "state.json").write_text('{"files": {"rank_00000.safetensors": 100}}')
-    assert is_whole(place)
-    (place / "rank_00000.safetensors").write_bytes(bytes(99))
-    assert not is_whole(place)
-    (place / "rank_00000.safetensors").unlink()
-    assert not is_whole(place)
 
 
 def test_the_rotation_deletes_only_what_the_trainer_wrote(tmp_path: Path) -> None:

@@ -1,0 +1,82 @@
+"""The one rule of resuming: which recipe keys may differ from those of the run that a directory holds.
+
+A resumed run stays the run that it was. What may change is where it runs, what it takes and how long it goes on, not
+what it computes. `gspo plan`, `gspo train` and a SLURM job ask here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from gspo_megatron.config.loading import RecipeError
+from gspo_megatron.config.schema import Recipe
+from gspo_megatron.models import load_resolved
+from gspo_megatron.run_dir import RunDir
+from gspo_megatron.types import Finding
+
+MAY_CHANGE = (
+    "run.directory",
+    "placement.",
+    "trainer.",
+    "cold_start.cache",
+    "data.path",
+    "data.held_out_path",
+    "rollout.servers",
+    "rollout.tensor_parallel",
+    "rollout.pipeline_parallel",
+    "rollout.expert_parallel",
+    "rollout.decode_context_parallel",
+    "rollout.prefix_caching",
+    "rollout.expected_answer_tokens",
+    "rollout.max_concurrency",
+    "rollout.kv_cache_gib",
+    "rollout.gpu_memory_fraction",
+    "rollout.start_timeout",
+    "weight_update.",
+    "checkpoint.",
+    "evaluation.",
+    "metrics.",
+    "acknowledge",
+)
+"""Keys that may change. The problems themselves, wherever they lie, are compared when the run starts."""
+MUST_STAY = ("trainer.aux_loss_coefficient",)
+"""Exceptions from MAY_CHANGE."""
+
+
+def findings(recipe: Recipe) -> Iterator[Finding]:
+    """Compare a recipe with the one of the run that its directory holds, if it holds one here."""
+    directory = recipe.run.directory
+    if directory is None or not RunDir(directory).recipe.is_file():
+        return
+    try:
+        before = load_resolved(RunDir(directory).recipe)
+    except RecipeError as error:
+        yield from error.findings
+        return
+    old, new = (flatten(one.model_dump(mode="json")) for one in (before, recipe))
+    for key in sorted({*old, *new}):
+        if old.get(key) != new.get(key) and not may_change(key):
+            yield Finding(
+                "resume-other-recipe", "error", key,
+                f"{new.get(key)} here, {old.get(key)} in {directory}, which this would resume",
+                "resume with the same recipe and overrides, or name another run.directory",
+            )  # fmt: skip
+    steps = before.trainer.max_steps, recipe.trainer.max_steps
+    if recipe.optimizer.schedule != "constant" and steps[0] != steps[1]:
+        message = f"{steps[1]} here, {steps[0]} in {directory}: the learning rate of the steps to come changes with it"
+        fix = "nothing to do if that is meant"
+        yield Finding("resume-other-schedule", "warning", "trainer.max_steps", message, fix)
+
+
+def may_change(key: str) -> bool:
+    """Whether a resumed run may have another value of a recipe key."""
+    return key.startswith(MAY_CHANGE) and key not in MUST_STAY
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as one of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,73 @@
+"""One rule of what may change when a run goes on, for `gspo plan`, `gspo train` and a SLURM job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gspo_megatron.cli import main
+from gspo_megatron.commands.train_run import prepare_run
+from gspo_megatron.config import Recipe
+from gspo_megatron.models import load_recipe
+from gspo_megatron.plan.rules.resume import MAY_CHANGE, MUST_STAY, findings, flatten
+from gspo_megatron.run_dir import RunDir
+from launch.lib.plan import load_for_job, say_findings
+from tests.places import ROOT
+
+TINY = ROOT / "recipes" / "tiny_moe.yaml"
+CHANGES = ("objective.clip_low=0.001", "optimizer.lr=1e-5", "rollout.temperature=0.9", "rollout.max_answer_tokens=20",
+           "batch.prompts=32", "run.seed=3", "trainer.aux_loss_coefficient=0.01", "data.held_out=100",
+           "reward.answer_marker=A:", "tokenizer.path=/elsewhere.model")  # fmt: skip
+
+
+def recipe(run: Path, *overrides: str) -> Recipe:
+    return load_recipe(TINY, [f"run.directory={run}", *overrides])
+
+
+@pytest.mark.parametrize("override", CHANGES)
+def test_what_changes_the_algorithm_is_refused_by_key(tmp_path: Path, override: str) -> None:
+    prepare_run(recipe(tmp_path))
+    (found,) = findings(recipe(tmp_path, override))
+    assert (found.code, found.severity, found.key) == ("resume-other-recipe", "error", override.partition("=")[0])
+    assert f"in {tmp_path}, which this would resume" in found.message
+
+
+def test_where_it_runs_and_how_long_may_change(tmp_path: Path) -> None:
+    assert not list(findings(recipe(tmp_path)))
+    prepare_run(recipe(tmp_path))
+    assert not list(findings(recipe(tmp_path)))
+    more = ("trainer.max_steps=99", "placement.nodes=2", "rollout.servers=2", "checkpoint.every=1")
+    less = ("trainer.micro_batch_tokens=2048", "rollout.max_concurrency=64", "rollout.kv_cache_gib=0.5")
+    assert not list(findings(recipe(tmp_path, *more, *less)))
+
+
+def test_a_schedule_that_ends_elsewhere_is_said(tmp_path: Path) -> None:
+    prepare_run(recipe(tmp_path, "optimizer.schedule=cosine"))
+    (found,) = findings(recipe(tmp_path, "optimizer.schedule=cosine", "trainer.max_steps=60"))
+    assert (found.code, found.severity, found.key) == ("resume-other-schedule", "warning", "trainer.max_steps")
+
+
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_every_command_keeps_the_rule(tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    prepare_run(recipe(tmp_path))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert main([command, str(TINY), "placement.gpu=cpu", f"run.directory={tmp_path}", "optimizer.lr=1e-5"]) == 2
+    said = capsys.readouterr()
+    assert "error [resume-other-recipe] optimizer.lr: 1e-05 here, 0.0001 in" in said.err + said.out
+    with pytest.raises(ValueError, match="resume-other-recipe"):
+        overrides = [f"run.directory={tmp_path}", "optimizer.lr=1e-5"]
+        say_findings(load_for_job(TINY, overrides, "7", ["n1"], 0, ROOT), drawing=False)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_resolved_recipe_that_cannot_be_read_is_a_finding(tmp_path: Path) -> None:
+    prepare_run(recipe(tmp_path))
+    RunDir(tmp_path).recipe.write_text("run: [")
+    assert [found.severity for found in findings(recipe(tmp_path))] == ["error"]
+
+
+def test_every_name_in_the_lists_is_a_key(tmp_path: Path) -> None:
+    keys = [*flatten(recipe(tmp_path).model_dump(mode="json")), *Recipe.model_fields]
+    for name in (*MAY_CHANGE, *MUST_STAY):
+        assert any(key.startswith(name) for key in keys), name
