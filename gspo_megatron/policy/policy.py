@@ -207,9 +207,7 @@ class Policy:
         """Write a Hugging Face directory, under another name until it is complete.
 
         Args:
-            directory: missing, empty, or an older export.
-            key: recipe key of the directory that it lies in.
-            complete: on rank 0, adds files to it before it appears under its name.
+            directory, key, complete: as of `save_hf`; `key` names the directory that it lies in.
 
         Raises:
             RecipeError: on rank 0, a place that is not ours or cannot be written.
