@@ -22,14 +22,16 @@ class NumberedName:
     """What stands before the underscore."""
     digits: int
     """Least number of digits; zeros fill the front."""
+    suffix: str = ""
+    """What follows the number: `.bin`."""
 
     def name(self, number: int) -> str:
         """The name of one member."""
-        return f"{self.prefix}_{number:0{self.digits}d}"
+        return f"{self.prefix}_{number:0{self.digits}d}{self.suffix}"
 
     def parse(self, name: str) -> int | None:
         """The number in a name of this family; None for any other name."""
-        match = re.fullmatch(rf"{self.prefix}_([0-9]+)", name)
+        match = re.fullmatch(rf"{self.prefix}_([0-9]+){re.escape(self.suffix)}", name)
         return int(match[1]) if match and self.name(int(match[1])) == name else None
 
     def find(self, directory: Path) -> dict[int, Path]:

@@ -128,7 +128,7 @@ class SampleRef:
     """Metadata of a stored sample: all that the controller and the loop handle of it."""
 
     path: str
-    """File name within the sample store of the run directory."""
+    """Place in the sample store of the run directory: file and offset, `written_000017.bin@4096`."""
     prompt_index: int
     """Group key: the responses to one prompt share it."""
     sample_index: int

@@ -238,9 +238,8 @@ class Supervisor:
         if self._failures:
             culprit = self.culprit()
             return [*go_on, Explain(culprit.name, culprit.code), Exit(FAILED)]
-        if STOPPED in self._leader_codes():
-            return [*go_on, Exit(STOPPED)]
-        return [*say_done("", self.rules.extend), Exit(OK)]
+        stopped = STOPPED in self._leader_codes()
+        return [*go_on, Exit(STOPPED)] if stopped else [*say_done("", self.rules.extend), Exit(OK)]
 
     def _leave(self, newer: int) -> list[Decision]:
         return [Print(f"attempt {self.rules.attempt} was replaced by attempt {newer}; this one ends"), Exit(FAILED)]

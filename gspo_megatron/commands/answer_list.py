@@ -22,8 +22,8 @@ from gspo_megatron.run_dir import RunDir
 from gspo_megatron.types import StopReason
 
 if TYPE_CHECKING:  # numpy
+    from gspo_megatron.data.sample_index import StoredSample
     from gspo_megatron.data.tokenizers import Tokenizer
-    from gspo_megatron.data.trained_answers import TrainedAnswer
 
 SHOWN = 5
 """Responses on the terminal, unless more are asked for."""
@@ -187,17 +187,20 @@ class AnswerReader:
                     yield {"step": NO_STEP, **answer}
 
     def _trained(self) -> Iterator[dict[str, Any]]:
-        from gspo_megatron.data.trained_answers import read_steps
+        from gspo_megatron.data.sample_index import read_samples
+        from gspo_megatron.data.store import DamagedSample, SampleStore
 
-        for answer in read_steps(self._run.samples, self._filter.wants_step):
-            line = _metadata(answer)
+        store = SampleStore(self._run.samples)
+        for sample in read_samples(store.directory, self._filter.wants_step):
+            line = _metadata(sample)
             if not self._filter.wants(line):
                 continue
-            ids = answer.token_ids()
-            if ids is None:
+            try:
+                ids, start, _ = store.read(sample.ref)
+            except DamagedSample:
                 self.gone += 1
                 continue
-            question, response = map(self._tokenizer.decode, ids)
+            question, response = map(self._tokenizer.decode, (ids[:start].tolist(), ids[start:].tolist()))
             yield {**line, "question": question, "response": response}
 
     @cached_property
@@ -208,10 +211,10 @@ class AnswerReader:
         return load_tokenizer(recipe.tokenizer, recipe.model.path)
 
 
-def _metadata(answer: TrainedAnswer) -> dict[str, Any]:
-    ref = answer.ref
+def _metadata(sample: StoredSample) -> dict[str, Any]:
+    ref = sample.ref
     return {
-        "step": answer.step,
+        "step": sample.step,
         "prompt": ref.prompt_index,
         "sample": ref.sample_index,
         "reward": ref.reward,

@@ -110,7 +110,6 @@ class Controller:
             self.scheduler,
             lambda count: asyncio.to_thread(prompts.next, count),
             self._score_and_store,
-            store.remove,
             self._sampling(recipe.rollout.temperature),
             lambda: self.updater.version,
             overlaps,
@@ -168,7 +167,10 @@ class Controller:
         groups = await self.buffer.take()
         samples = [ref for group in groups for ref in group.members]
         tokens = sum(ref.trained_length for ref in samples)
-        await asyncio.to_thread(self._store.record_step, request.step, samples)
+        in_flight = [ref for group in self.buffer.groups for ref in group.members]
+        trained = [(group.prompt, group.members) for group in groups]
+        keep = self.recipe.rollout.keep_samples
+        await asyncio.to_thread(self._store.finish_step, request.step, trained, in_flight, keep)
         seconds = time.monotonic() - started
         log.info("step %d: %d responses, %d tokens in %.2f s", request.step, len(samples), tokens, seconds)
         return RolloutBatch(
@@ -211,6 +213,8 @@ class Controller:
             groups, responses = describe_groups(self.buffer.groups)
             accounting = self.buffer.ledger.report(self.buffer.groups)
             stream = StreamState.model_validate(self._prompts.state())
+        # A power failure after the checkpoint must not take what it refers to.
+        await asyncio.to_thread(self._store.seal)
         name = f"carried-{accounting.taken.prompts:08d}"
         stored = await asyncio.to_thread(store_generations, responses, self._store.beside(name)) if responses else []
         self._store.prune("carried-", KEPT_STATES)
@@ -224,9 +228,6 @@ class Controller:
         unfinished = self._store.beside(state.store) if state.generations else self._store
         groups = await asyncio.to_thread(read_groups, state.groups, state.generations, unfinished)
         forget_lost_members(groups, self._store)
-        known = {group.prompt.index: {ref.path for ref in group.members} for group in groups}
-        started = state.stream.index
-        self._store.sweep(lambda index, path: index < started and (index not in known or path in known[index]))
         self.buffer.restore(groups, state.accounting)
         return Empty()
 

@@ -35,7 +35,6 @@ class GroupBuffer:
         scheduler: Scheduler,
         draw: Callable[[int], Awaitable[list[Prompt]]],
         score: Callable[[Generation, StopReason], Awaitable[SampleRef]],
-        discard: Callable[[SampleRef], None],
         sampling: Sampling,
         version: Callable[[], int | None],
         overlaps: bool,
@@ -47,7 +46,6 @@ class GroupBuffer:
             scheduler: completes generations.
             draw: the next prompts.
             score: score and store a finished response.
-            discard: forget a stored response that is not trained on.
             sampling: how responses are drawn.
             version: weights of the servers.
             overlaps: servers continue while the trainer works.
@@ -60,7 +58,7 @@ class GroupBuffer:
         if self._staleness:
             self._extra = min(self._extra, self._staleness * self._size)
         self._filters = recipe.objective.group_filter == "dynamic_sampling"
-        self._scheduler, self._draw, self._judge, self._discard = scheduler, draw, score, discard
+        self._scheduler, self._draw, self._judge = scheduler, draw, score
         self._sampling, self._version = sampling, version
         self.groups: list[Group] = []
         """Under way or complete, not handed out; in the order of their prompts."""
@@ -158,7 +156,7 @@ class GroupBuffer:
                 await asyncio.gather(*tasks, return_exceptions=True)
                 dated.remove(group)
                 self.groups.remove(group)
-                self._forget(group, "too-stale")
+                self.ledger.drop(group, "too-stale")
 
     def _check_versions(self, group: Group) -> None:
         """The bound, held against what the servers themselves say of every token."""
@@ -177,7 +175,7 @@ class GroupBuffer:
         if not self._staleness:
             await self._stop()
             for group in self.groups:
-                self._forget(group, "cut")
+                self.ledger.drop(group, "cut")
             self.groups.clear()
         elif self._overlaps:
             await self._admit()
@@ -238,7 +236,7 @@ class GroupBuffer:
             self._filtered = 0
             return
         self.groups.remove(group)
-        self._forget(group, "equal-rewards")
+        self.ledger.drop(group, "equal-rewards")
         self._filtered += 1
         if self._filtered > MAX_FILTERED * self._size:
             raise Refused(
@@ -247,8 +245,3 @@ class GroupBuffer:
                 "difficulty of the problems"
             )
         await self._admit()
-
-    def _forget(self, group: Group, reason: str) -> None:
-        self.ledger.drop(group, reason)
-        for ref in group.finished.values():
-            self._discard(ref)

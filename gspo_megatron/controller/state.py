@@ -42,7 +42,9 @@ def _describe_generation(generation: Generation) -> GenerationState:
 
 def store_generations(responses: Sequence[tuple[Prompt, Response]], store: SampleStore) -> list[SampleRef]:
     """Write unfinished responses; their references, in the same order."""
-    return [store.write(prompt, response, 0.0) for prompt, response in responses]
+    refs = [store.write(prompt, response, 0.0) for prompt, response in responses]
+    store.seal()
+    return refs
 
 
 def read_groups(states: Sequence[GroupState], stored: Sequence[SampleRef], store: SampleStore) -> list[Group]:
@@ -64,7 +66,7 @@ def read_groups(states: Sequence[GroupState], stored: Sequence[SampleRef], store
 
 
 def forget_lost_members(groups: Sequence[Group], store: SampleStore) -> None:
-    """Start members again if their files are gone: their group was dropped after the checkpoint."""
+    """Start members again if their records are gone: their group was dropped after the checkpoint."""
     for group in groups:
         for ref in group.members:
             if not store.holds(ref):

@@ -1,69 +1,76 @@
-"""The sample store: one small binary file a sample, written once, memory-mapped by every reader.
+"""The sample store: a few append-only files a step, with an index that is written when the step is handed out.
 
-File layout, little-endian: a 32-byte header (magic `GSPO`, format version, prompt length, answer length, CRC-32 of
-the body, shape of the routes, 4 zero bytes), then int32 ids of prompt and answer, then float32 log-probs of the answer,
-then, where the sampler reported them, int16 routes. All start at a multiple of 4, so each can be viewed in place.
+    samples/written_000017.bin      records of the responses that finished since the file before it was closed
+    samples/step_000012.jsonl       which of them step 12 trains on, with rewards and questions (sample_index.py)
+
+A record, little-endian: a 32-byte header (magic `GSPO`, format version, prompt length, answer length, CRC-32 of the
+body, shape of the routes, 4 zero bytes), then int32 ids of prompt and answer, then float32 log-probs of the answer,
+then, where the sampler reported them, int16 routes. All start at a multiple of 4, so each is viewed in place.
+
+A reference names file and offset, and exists only after its record was written: what a killed process leaves half
+written is never read. A new process opens a new file. Files are closed and on the disk before a batch or a checkpoint
+refers to them, so another node that opens one sees all of it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import struct
+import threading
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from pydantic import TypeAdapter
 
+from gspo_megatron.data.sample_index import INDEX, StepGroup, read_refs, write_index
+from gspo_megatron.run_dir import NumberedName
 from gspo_megatron.types import Prompt, Response, SampleRef
 
 MAGIC = b"GSPO"
 FORMAT_VERSION = 1
 HEADER = struct.Struct("<4sIIIIIHH4x")
-
-
-INDEX = "steps.jsonl"
-"""File of the store: one line a step, with the references of the samples that it trained on."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepRecord:
-    """One line of the index."""
-
-    step: int
-    samples: tuple[SampleRef, ...]
+WRITTEN = NumberedName("written", 6, ".bin")
+"""Files of records, in the order in which they were opened."""
+AT = "@"
+"""Between file and offset in a reference. Without it the file is one record, as earlier versions wrote it."""
+MAPPED_FILES = 8
+"""Files that a reader keeps mapped."""
 
 
 class DamagedSample(ValueError):
-    """A sample file that is not what was written; the message names the file and the fault."""
+    """A record that is not what was written; the message names its place and the fault."""
 
 
 class SampleStore:
-    """Samples of a run under one directory, on a file system that all roles see."""
+    """Samples of a run under one directory, on a file system that all roles see. Threads may share one."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self._file: int | None = None
+        self._number = 0
+        self._end = 0
+        self._files_of: dict[int, set[str]] = {}
 
     def write(self, prompt: Prompt, answer: Response, reward: float) -> SampleRef:
-        """Store one finished response; the file appears under its name only when it is complete."""
-        first, last = (answer.segments[0].version, answer.segments[-1].version) if answer.segments else (0, 0)
-        name = f"{answer.prompt_index:08d}-{answer.sample_index:04d}-v{first}-{last}.sample"
+        """Append one response; its reference exists only after the whole record does."""
+        if len(answer.logprobs) != len(answer.token_ids):
+            raise ValueError(
+                f"prompt {answer.prompt_index}, sample {answer.sample_index}: {len(answer.logprobs)} log-probs for "
+                f"{len(answer.token_ids)} tokens"
+            )
         ids = np.concatenate([np.asarray(prompt.token_ids, np.int32), np.asarray(answer.token_ids, np.int32)])
         routes = np.zeros((0, 0, 0), "<i2") if answer.routes is None else np.asarray(answer.routes, "<i2")
         body = ids.astype("<i4").tobytes() + np.asarray(answer.logprobs, "<f4").tobytes() + routes.tobytes()
-        if len(answer.logprobs) != len(answer.token_ids):
-            raise ValueError(f"{name}: {len(answer.logprobs)} log-probs for {len(answer.token_ids)} tokens")
         lengths = (len(prompt.token_ids), len(answer.token_ids))
         header = HEADER.pack(MAGIC, FORMAT_VERSION, *lengths, _checksum(body, routes.shape), *routes.shape)
-        temporary = self.directory / f".{name}.{os.getpid()}"
-        temporary.write_bytes(header + body)
-        temporary.rename(self.directory / name)
         return SampleRef(
-            path=name,
+            path=self._append(header + body),
             prompt_index=answer.prompt_index,
             sample_index=answer.sample_index,
             prompt_length=len(prompt.token_ids),
@@ -75,11 +82,46 @@ class SampleStore:
             limit=answer.limit,
         )
 
-    def record_step(self, step: int, refs: Sequence[SampleRef]) -> None:
-        """Append what a step trains on to the index, for `trained_answers.py`."""
-        line = TypeAdapter(StepRecord).dump_json(StepRecord(step, tuple(refs)))
-        with (self.directory / INDEX).open("ab") as file:
-            file.write(line + b"\n")
+    def seal(self) -> int:
+        """Bring all that was written to the disk and close its file; what comes next goes into a new one.
+
+        Returns:
+            Number of the last file; 0 before the first.
+        """
+        with self._lock:
+            if self._file is not None:
+                os.fsync(self._file)
+                os.close(self._file)
+                self._file = None
+            return self._number
+
+    def finish_step(
+        self, step: int, groups: Sequence[StepGroup], in_flight: Iterable[SampleRef], keep: int | None
+    ) -> None:
+        """Write the index of a step, and remove what is kept no longer.
+
+        Args:
+            step: that the groups are handed out for. Indexes from it on are of an attempt that was lost.
+            groups: of the step.
+            in_flight: samples of groups that a later step may get.
+            keep: steps whose samples stay, this one included; None = all.
+        """
+        newest = self.seal()
+        write_index(self.directory, step, groups)
+        self._files_of[step] = {_place(ref)[0] for _, refs in groups for ref in refs}
+        found = INDEX.find(self.directory)
+        kept = [number for number in found if number <= step][-(keep or len(found)) :]
+        for number, file in found.items():
+            if number not in kept:
+                file.unlink(missing_ok=True)
+                self._files_of.pop(number, None)
+            elif number not in self._files_of:  # of an earlier attempt
+                self._files_of[number] = {_place(ref)[0] for ref in read_refs(file)}
+        needed = {_place(ref)[0] for ref in in_flight}.union(*self._files_of.values())
+        for number, file in WRITTEN.find(self.directory).items():
+            # The newest may hold a response whose reference is still on its way to its group.
+            if number < newest and file.name not in needed:
+                file.unlink(missing_ok=True)
 
     def beside(self, name: str) -> SampleStore:
         """Another store in the same run directory."""
@@ -90,19 +132,13 @@ class SampleStore:
         for old in sorted(self.directory.parent.glob(f"{prefix}*"))[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
 
-    def remove(self, ref: SampleRef) -> None:
-        """Remove a sample that is not trained on."""
-        (self.directory / ref.path).unlink(missing_ok=True)
-
     def holds(self, ref: SampleRef) -> bool:
-        """Whether the file of a sample exists."""
-        return (self.directory / ref.path).is_file()
-
-    def sweep(self, keeps: Callable[[int, str], bool]) -> None:
-        """Remove every sample for which `keeps`(index of its prompt, file name) is False."""
-        for file in self.directory.glob("*.sample"):
-            if not keeps(int(file.name.split("-")[0]), file.name):
-                file.unlink()
+        """Whether the record of a sample is there, whole."""
+        try:
+            self._map(ref)
+        except DamagedSample:
+            return False
+        return True
 
     def read(self, ref: SampleRef) -> tuple[np.ndarray, int, np.ndarray]:
         """Map one sample.
@@ -131,31 +167,72 @@ class SampleStore:
         routes[: shape[0]] = body[8 * length - 4 * prompt_length :].view("<i2").reshape(shape)
         return routes
 
+    def _append(self, record: bytes) -> str:
+        """Write a record behind the last whole one; returns its place."""
+        with self._lock:
+            if self._file is None:
+                self._open()
+            assert self._file is not None
+            written = 0
+            while written < len(record):  # after a fault the next record overwrites what there is of this one
+                written += os.pwrite(self._file, memoryview(record)[written:], self._end + written)
+            place = f"{WRITTEN.name(self._number)}{AT}{self._end}"
+            self._end += -(-len(record) // 4) * 4
+            return place
+
+    def _open(self) -> None:
+        """Begin a file that nobody has."""
+        self._number = max(self._number, *WRITTEN.find(self.directory), 0)
+        while self._file is None:
+            self._number += 1
+            with contextlib.suppress(FileExistsError):
+                file = self.directory / WRITTEN.name(self._number)
+                self._file = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        self._end = 0
+
     def _map(self, ref: SampleRef) -> tuple[np.ndarray, int, int, tuple[int, int, int]]:
-        """The checked body of a file, the length of its prompt and of all of it, and the shape of its routes."""
-        file = self.directory / ref.path
-        if not file.is_file():
-            raise DamagedSample(f"sample {file} does not exist; the step it belongs to cannot be replayed")
-        size = file.stat().st_size
-        if size < HEADER.size:
-            raise DamagedSample(f"sample {file} has {size} bytes, fewer than its header; remove it")
-        body = np.memmap(file, np.uint8, mode="r", offset=HEADER.size) if size > HEADER.size else np.empty(0, np.uint8)
-        with file.open("rb") as opened:
-            fields = HEADER.unpack(opened.read(HEADER.size))
+        """The checked body of a record, the length of its prompt and of all of it, and the shape of its routes."""
+        name, offset = _place(ref)
+        file = self.directory / name
+        try:
+            size = file.stat().st_size
+        except OSError:
+            raise DamagedSample(f"sample {file} does not exist; the step it belongs to cannot be replayed") from None
+        if size < offset + HEADER.size:
+            raise DamagedSample(f"sample {file} ends at byte {size}, before the header of the record at {offset}")
+        whole = _map_file(file, size)
+        fields = HEADER.unpack(whole[offset : offset + HEADER.size].tobytes())
         magic, version, prompt_length, answer_length, checksum, *shape = fields
         if magic != MAGIC or version != FORMAT_VERSION:
-            raise DamagedSample(f"sample {file} is not a sample of format {FORMAT_VERSION}; remove it")
+            raise DamagedSample(f"sample {file} has no record of format {FORMAT_VERSION} at byte {offset}")
         if (prompt_length, answer_length) != (ref.prompt_length, ref.answer_length):
             raise DamagedSample(
-                f"sample {file} holds {prompt_length} + {answer_length} tokens, its metadata says "
-                f"{ref.prompt_length} + {ref.answer_length}; remove it"
+                f"sample {file} at byte {offset} holds {prompt_length} + {answer_length} tokens, its metadata says "
+                f"{ref.prompt_length} + {ref.answer_length}"
             )
         length = prompt_length + answer_length
         rows, layers, chosen = shape
-        size = 4 * (length + answer_length) + 2 * rows * layers * chosen
-        if len(body) != size or rows > length or _checksum(body, (rows, layers, chosen)) != checksum:
-            raise DamagedSample(f"sample {file} is damaged: its checksum does not fit its {len(body)} bytes; remove it")
+        wanted = 4 * (length + answer_length) + 2 * rows * layers * chosen
+        body = whole[offset + HEADER.size : offset + HEADER.size + wanted]
+        if len(body) != wanted or rows > length or _checksum(body, (rows, layers, chosen)) != checksum:
+            raise DamagedSample(
+                f"sample {file} is damaged: the checksum at byte {offset} does not fit the {len(body)} bytes behind it"
+            )
         return body, prompt_length, length, (rows, layers, chosen)
+
+
+@lru_cache(maxsize=MAPPED_FILES)
+def _map_file(file: Path, size: int) -> np.ndarray:
+    """The first bytes of a file, which only grows; read-only."""
+    return np.memmap(file, np.uint8, mode="r", shape=(size,))
+
+
+def _place(ref: SampleRef) -> tuple[str, int]:
+    """File and offset of a record."""
+    name, _, offset = ref.path.partition(AT)
+    if not name or Path(name).name != name or not (offset or "0").isdecimal():
+        raise DamagedSample(f"{ref.path!r} is no place of a sample")
+    return name, int(offset or 0)
 
 
 def _checksum(body: bytes | np.ndarray, shape: tuple[int, ...]) -> int:

@@ -43,7 +43,12 @@ class RecordedController:
         """The next prompts of the stream with their recorded responses."""
         indices = range(self.position, self.position + self.prompts)
         self.position += self.prompts
-        refs = [record(self.store, prompt, sample) for prompt in indices for sample in range(self.answers)]
+        groups = [
+            (asked(prompt, ()), [record(self.store, prompt, sample) for sample in range(self.answers)])
+            for prompt in indices
+        ]
+        self.store.finish_step(request.step, groups, (), None)
+        refs = [ref for _, members in groups for ref in members]
         tokens = sum(ref.answer_length for ref in refs)
         taken = TokenCount(tokens=tokens, prompts=self.prompts)
         return RolloutBatch(
@@ -98,13 +103,17 @@ class NoServers:
         return []
 
 
+def asked(prompt: int, token_ids: tuple[int, ...]) -> Prompt:
+    """A prompt at its place in the stream."""
+    return Prompt(prompt, Problem(str(prompt), "", {}), token_ids)
+
+
 def record(store: SampleStore, prompt: int, sample: int) -> SampleRef:
-    """One answer that depends on nothing but its place, written if it is not there yet."""
+    """One answer that depends on nothing but its place."""
     generator = np.random.default_rng(zlib.crc32(f"{prompt}/{sample}".encode()))
     length = int(generator.integers(2, 20))
     ids = generator.integers(0, VOCABULARY, PROMPT_LENGTH + length).astype(np.int32)
     logprobs = generator.normal(-4.5, 0.1, length).astype(np.float32)
     reward = float(generator.integers(0, 2))
     answer = Response(prompt, sample, ids[PROMPT_LENGTH:], logprobs, (Segment(0, 0, length),), "stop")
-    asked = Prompt(prompt, Problem(str(prompt), "", {}), tuple(ids[:PROMPT_LENGTH].tolist()))
-    return store.write(asked, answer, reward)
+    return store.write(asked(prompt, tuple(ids[:PROMPT_LENGTH].tolist())), answer, reward)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from gspo_megatron.data.sample_index import read_samples
 from gspo_megatron.run_dir import RunDir
 from tests.parallel.resume_runs import LAYOUTS, RANKS, STEPS, rows_of, whole_run
 from tests.parallel.world import run_world
@@ -85,4 +86,5 @@ def test_the_newest_checkpoints_and_every_export_stay(name: str, directory: Path
     run_dir = directory / f"{name}-interrupted"
     kept = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     assert kept == ["hugging_face_000003", "hugging_face_000006", "step_000007", "step_000008"]
-    assert len(list(RunDir(run_dir).samples.glob("*.sample"))) == STEPS * 8 * 4
+    places = [(one.step, one.ref.prompt_index, one.ref.sample_index) for one in read_samples(RunDir(run_dir).samples)]
+    assert places == [(1 + index // 8, index, sample) for index in range(STEPS * 8) for sample in range(4)]

@@ -62,7 +62,7 @@ def test_evaluation_is_greedy_and_stores_nothing(start_controller, oracles) -> N
     assert found[0] == found[1]
     assert 0 <= found[0].accuracy <= 1 and found[0].mean_reward == found[0].accuracy
     assert [example.question for example in found[0].examples] == [f"question {i}" for i in (-1, -2, -3)]
-    assert list(controller.store.directory.glob("*.sample")) == []
+    assert list(controller.store.directory.glob("written_*")) == []
 
 
 def test_only_the_key_opens_the_controller(start_controller) -> None:

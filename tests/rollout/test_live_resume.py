@@ -8,12 +8,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from gspo_megatron.data.store import HEADER
+from gspo_megatron.data.sample_index import read_samples
+from gspo_megatron.data.store import SampleStore
 from gspo_megatron.data.stream import PromptStream
 from gspo_megatron.data.tokenizers import load_tokenizer
 from gspo_megatron.models import load_resolved
@@ -94,12 +94,12 @@ def test_no_prompt_is_lost_doubled_or_out_of_order(run: tuple[Path, Path]) -> No
     wanted = [prompt.token_ids for prompt in stream.next(state["stream"]["index"])]
     carried = [group["prompt"]["index"] for group in state["groups"]]
     answered = Counter[int]()
-    for path in (run_dir / "samples").glob("*.sample"):
-        index, sample = (int(part) for part in path.name.split("-")[:2])
-        content = path.read_bytes()
-        length = HEADER.unpack_from(content)[2]
-        assert tuple(np.frombuffer(content, "<i4", length, HEADER.size)) == wanted[index], path.name
-        answered[index] |= 1 << sample
+    store = SampleStore(run_dir / "samples")
+    for sample in read_samples(store.directory):
+        ids, start, _ = store.read(sample.ref)
+        index = sample.ref.prompt_index
+        assert tuple(ids[:start].tolist()) == wanted[index], sample
+        answered[index] |= 1 << sample.ref.sample_index
     trained = [index for index, found in answered.items() if index not in carried]
     assert all(answered[index] == (1 << ANSWERS) - 1 for index in trained)
     assert state["accounting"]["taken"]["prompts"] == len(trained) == STEPS * PROMPTS

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo_megatron.controller.controller import RECEIVED_TOKENS
+from gspo_megatron.data.sample_index import read_samples
 from tests.rollout.jobs import (
     ANSWERS,
     CONTROLLER,
@@ -36,13 +37,10 @@ def received(directory: Path) -> int:
 
 
 def answer_lengths(directory: Path) -> dict[tuple[int, int], int]:
-    """Tokens of every stored answer, by prompt and sample; each must be there once."""
-    files = sorted((directory / "run" / "samples").glob("*.sample"))
-    lengths = {}
-    for file in files:
-        prompt, sample = (int(part) for part in file.name.split("-")[:2])
-        lengths[prompt, sample] = int.from_bytes(file.read_bytes()[12:16], "little")
-    assert len(lengths) == len(files), "an answer is stored twice"
+    """Tokens of every answer that was trained on, by prompt and sample; each must be there once."""
+    refs = [sample.ref for sample in read_samples(directory / "run" / "samples")]
+    lengths = {(ref.prompt_index, ref.sample_index): ref.answer_length for ref in refs}
+    assert len(lengths) == len(refs), "an answer is stored twice"
     return lengths
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 from pathlib import Path
 
+from gspo_megatron.data.sample_index import read_samples
 from tests.rollout.jobs import (
     ANSWERS,
     PROMPTS,
@@ -40,9 +41,10 @@ def test_a_killed_server_costs_nothing_and_comes_back(tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == list(range(len(rows)))
     assert all(row["canary_largest"] < 1e-4 for row in rows[1:]), "in every step each server equals the trainer"
     finished = PROMPTS * (len(rows) - 1)
-    names = sorted(path.name.split("-v")[0] for path in (tmp_path / "run" / "samples").glob("*.sample"))
-    wanted = [f"{prompt:08d}-{sample:04d}" for prompt in range(finished) for sample in range(ANSWERS)]
-    assert [name for name in names if name < f"{finished:08d}"] == wanted, "every prompt once, with all its answers"
+    refs = [sample.ref for sample in read_samples(tmp_path / "run" / "samples")]
+    places = sorted((ref.prompt_index, ref.sample_index) for ref in refs if ref.prompt_index < finished)
+    wanted = [(prompt, sample) for prompt in range(finished) for sample in range(ANSWERS)]
+    assert places == wanted, "every prompt once, with all its answers"
     lost = sum(count for name, count in rows[-1].items() if name.startswith("dropped_tokens/"))
     assert rows[-1]["sampled_tokens"] == sum(row["rollout_tokens"] for row in rows[1:]) + lost
     assert_all_ended(tmp_path)

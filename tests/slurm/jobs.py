@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gspo_megatron.data.sample_index import read_samples
 from gspo_megatron.own_directory import RUN, claim_directory
 from tests.places import ROOT
 from tests.slurm.lab.cluster import Lab, LabError, wait_for
@@ -259,7 +260,7 @@ def check_done(job: Job, steps: int, afterwards: str | None = None) -> None:
     words = job.text().splitlines()
     while afterwards and afterwards in words[-1]:
         words.pop()
-    assert words[-1] == f"gspo: DONE; results are in {job.run_dir}"
+    assert words[-1].startswith(f"gspo: DONE; results are in {job.run_dir}; to train further: sbatch ")
     rows = job.rows()
     assert [row["step"] for row in rows] == list(range(steps + 1)), "a step is lost or doubled"
     trained = rows[1:]
@@ -267,8 +268,8 @@ def check_done(job: Job, steps: int, afterwards: str | None = None) -> None:
     assert [row["weight_version"] for row in trained] == [row["step"] - 1 for row in trained]
     assert all(0 <= row["canary_largest"] < 1e-4 for row in trained), "each server was held against the trainer"
     assert any(row["grad_norm"] > 0 for row in trained), "the weights must have changed"
-    indices = sorted(path.name.split("-")[0] for path in (job.run_dir / "samples").glob("*.sample"))
-    assert sorted(set(indices)) == [f"{index:08d}" for index in range(8 * steps)], "each prompt once, in order"
+    indices = {sample.ref.prompt_index for sample in read_samples(job.run_dir / "samples")}
+    assert indices == set(range(8 * steps)), "each prompt once, in order"
 
 
 def written(path: Path, names: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -23,6 +23,8 @@ START_UP_SECONDS = 900
 """Seconds of start-up: loading weights, starting servers, capturing graphs."""
 STATE_BYTES = 14
 """Bytes of a parameter in a checkpoint: bfloat16 weight, float32 main copy and two float32 moments."""
+INDEX_BYTES = 500
+"""Bytes of a sample in the index of its step: reward, lengths, weight versions, its share of the question."""
 
 
 def fits(stages: list[StageMemory], machine: Machine) -> bool:
@@ -106,11 +108,15 @@ def disk_bytes(recipe: Recipe, arch: Architecture, batch: BatchPlan) -> dict[str
     weights = parameters * ITEM_BYTES[recipe.model.dtype]
     exports = steps // checkpoint.export_every if checkpoint.export_every else 0
     # An old state is removed only when the new one is complete.
-    states = min(checkpoint.keep, steps // checkpoint.every if checkpoint.every else 1) + 1
+    states = min(checkpoint.keep, -(-steps // checkpoint.every) if checkpoint.every else 1) + 1
+    kept = min(steps, recipe.rollout.keep_samples or steps)
+    # A step has an index and a file of tokens; a checkpoint begins another one.
+    files = 2 * kept + (kept // checkpoint.every if checkpoint.every else 0) + 1
+    samples = batch.expected_tokens_per_batch * (9 + 2 * routes) + batch.sequences * INDEX_BYTES
     return {
         f"{states} training states": states * parameters * STATE_BYTES,
         f"{exports + 1} exported models": (exports + 1) * weights,
-        "samples": int(recipe.trainer.max_steps * batch.expected_tokens_per_batch * (9 + 2 * routes)),
+        f"samples of {kept} steps in {files} files": int(kept * samples),
     }
 
 

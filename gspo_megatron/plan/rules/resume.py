@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "rollout.kv_cache_gib",
     "rollout.gpu_memory_fraction",
     "rollout.start_timeout",
+    "rollout.keep_samples",
     "weight_update.",
     "checkpoint.",
     "evaluation.",

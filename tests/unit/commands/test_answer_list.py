@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from gspo_megatron.cli import main
 from gspo_megatron.commands.answer_list import AnswerFilter, AnswerReader, read_interval
 from gspo_megatron.config import save_resolved
-from gspo_megatron.data.store import INDEX, SampleStore
+from gspo_megatron.data.sample_index import INDEX
+from gspo_megatron.data.store import SampleStore
 from gspo_megatron.data.tokenizers import SentencePieceTokenizer
 from gspo_megatron.models import load_recipe
 from gspo_megatron.run_dir import RunDir
@@ -28,13 +29,16 @@ TOKENIZER = SentencePieceTokenizer(ROOT / "recipes" / "tokenizers" / "arithmetic
 REASONS: list[StopReason] = ["stop", "length", "stop", "repetition"]
 
 
+def asked(prompt: int) -> Prompt:
+    return Prompt(prompt, Problem(str(prompt), "", {}), tuple(TOKENIZER.encode_prompt(f"Calculate {prompt} + 1.")))
+
+
 def write(store: SampleStore, prompt: int, sample: int, reward: float, reason: StopReason) -> SampleRef:
     """A response of `prompt + 1` digits and its end."""
     ids = TOKENIZER.encode_response("1" * (prompt + 1))
-    asked = Prompt(prompt, Problem(str(prompt), "", {}), tuple(TOKENIZER.encode_prompt(f"Calculate {prompt} + 1.")))
     logprobs = np.zeros(len(ids), np.float32)
     response = Response(prompt, sample, np.array(ids, np.int32), logprobs, (Segment(0, 0, len(ids)),), reason)
-    return store.write(asked, response, reward)
+    return store.write(asked(prompt), response, reward)
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +49,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     store = SampleStore(run.samples)
     for step in (1, 2, 3):
         prompts = (2 * step - 2, 2 * step - 1)
-        refs = [write(store, prompt, s, s / 4, REASONS[s]) for prompt in prompts for s in range(4)]
-        store.record_step(step, refs)
+        groups = [(asked(p), [write(store, p, s, s / 4, REASONS[s]) for s in range(4)]) for p in prompts]
+        store.finish_step(step, groups, (), None)
     return run
 
 
@@ -115,30 +119,25 @@ def copy_of(run: RunDir, directory: Path) -> RunDir:
 def test_a_run_that_is_being_written_or_was_cut(
     run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """At any byte of its index, and with samples that are missing, cut or still under another name."""
+    """With a file of tokens that is missing, one that is cut, and an index that is not written yet."""
     other = copy_of(run, tmp_path / "run")
-    index = other.samples / INDEX
-    whole = index.read_bytes()
-    ends = [place for place, byte in enumerate(whole) if byte == 10]
-    for length in range(0, len(whole) + 1, 97):
-        index.write_bytes(whole[:length])
-        assert len(ask(other, tmp_path)) == 8 * sum(end < length for end in ends)
-    index.write_bytes(whole)
-    first, second = sorted(other.samples.glob("*.sample"))[:2]
-    first.unlink()
-    second.write_bytes(second.read_bytes()[:40])
+    first, second, _ = sorted(other.samples.glob("written_*"))
+    os.truncate(second, second.stat().st_size - 9)
     capsys.readouterr()
-    assert len(ask(other, tmp_path)) == 22
-    assert capsys.readouterr().err == "22 responses; 2 more are no longer on the disk\n"
-    index.unlink()
+    assert len(ask(other, tmp_path)) == 23
+    assert capsys.readouterr().err == "23 responses; 1 more are no longer on the disk\n"
+    first.unlink()
+    assert len(ask(other, tmp_path)) == 15
+    for step in (1, 2, 3):
+        (other.samples / INDEX.name(step)).rename(other.samples / f".{INDEX.name(step)}.77")
     assert ask(other, tmp_path) == []
 
 
 def test_a_step_that_was_run_again_counts_once(run: RunDir, tmp_path: Path) -> None:
     other = copy_of(run, tmp_path / "run")
     store = SampleStore(other.samples)
-    store.record_step(2, [write(store, 9, 0, 1.0, "stop")])
-    assert [line["prompt"] for line in ask(other, tmp_path, "--step", "2")] == [9]
+    store.finish_step(3, [(asked(9), [write(store, 9, 0, 1.0, "stop")])], (), None)
+    assert [line["prompt"] for line in ask(other, tmp_path, "--step", "3")] == [9]
     assert len(ask(other, tmp_path)) == 17
 
 

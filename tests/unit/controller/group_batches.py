@@ -38,8 +38,5 @@ def check_accounting(batch: RolloutBatch, controller: Controller, *servers: Fake
     under_way = any(server.generations for server in controller.servers.all)
     uncounted = sum(server.tokens for server in servers) - reported.sampled_tokens
     assert uncounted >= 0 if under_way else uncounted == 0
-    files = {path.name for path in controller._store.directory.iterdir()}
-    kept = {row.path for row in batch.samples} | {
-        ref.path for group in controller.buffer.groups for ref in group.finished.values()
-    }
-    assert kept <= files
+    waiting = [ref for group in controller.buffer.groups for ref in group.finished.values()]
+    assert all(controller._store.holds(ref) for ref in (*batch.samples, *waiting))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from gspo_megatron.controller.controller import Controller
 from gspo_megatron.controller.generation import Generation, response_seed
 from gspo_megatron.controller.servers import Refused
+from gspo_megatron.data.sample_index import read_samples
 from gspo_megatron.transport.messages import ControllerState, Empty, RolloutBatch, RolloutRequest, Staleness, TokenCount
 from gspo_megatron.types import SampleRef, Segment
 from tests.unit.controller.controllers import controlling, set_scorer
@@ -34,7 +36,8 @@ async def test_what_is_started_beyond_a_synchronous_batch_is_cut(tmp_path: Path)
         assert batch.accounting.dropped["cut"].prompts == 1
         assert batch.accounting.in_flight == TokenCount()
         check_accounting(batch, controller, fake)
-        assert len(list(tmp_path.glob("*.sample"))) == 4 * ANSWERS, "answers that were cut leave no file"
+        assert [sample.ref for sample in read_samples(tmp_path)] == list(batch.samples)
+        assert len(batch.samples) == 4 * ANSWERS, "answers that were cut are in no index"
         assert not fake.paused
         fake.gate = 99
         again = await controller.rollout(RolloutRequest(step=2))
@@ -196,7 +199,7 @@ async def test_a_controller_goes_on_from_its_state(tmp_path: Path) -> None:
     assert 1 in carried and first.accounting.in_flight.tokens > 0
 
     def of_carried(batch: RolloutBatch) -> list[SampleRef]:
-        return [row for row in batch.samples if row.prompt_index in carried]
+        return [replace(row, path="") for row in batch.samples if row.prompt_index in carried]
 
     assert of_carried(found) == of_carried(wanted) != []
     assert found.accounting.taken == wanted.accounting.taken
@@ -218,9 +221,12 @@ async def test_what_an_attempt_takes_with_it_is_counted_and_made_again(tmp_path:
         await controller.rollout(RolloutRequest(step=2))
         before = fake.tokens
     assert finished and len({row.prompt.index for row in state.groups}) == 2
-    # What a group that is dropped after the checkpoint leaves behind; and an answer of other versions.
-    (store / finished[0].path).unlink()
-    (store / "00000007-0001-v5-5.sample").write_bytes(b"")
+    # What a group that is dropped after the checkpoint leaves behind; and the index of a step that is done again.
+    file, offset = finished[0].path.split("@")
+    with (store / file).open("r+b") as opened:
+        opened.seek(int(offset))
+        opened.write(bytes(4))
+    assert {sample.step for sample in read_samples(store)} == {1, 2}
     async with controlling(store, fake, recipe=settings) as restored:
         await restored.restore(state)
         set_version(restored, 1, fake)
@@ -232,9 +238,10 @@ async def test_what_an_attempt_takes_with_it_is_counted_and_made_again(tmp_path:
         assert {row.prompt_index for row in found.samples} >= carried
         for row in found.samples:
             assert restored._store.holds(row)
+        assert [sample.ref for sample in read_samples(store, {2}.__contains__)] == list(found.samples)
         again = ControllerState.from_json((await restored.state(Empty())).to_json())
-    names = [path.name[:13] for path in store.glob("*.sample")]
-    assert len(names) == len(set(names)), "every answer is there once"
+    places = [(sample.ref.prompt_index, sample.ref.sample_index) for sample in read_samples(store)]
+    assert len(places) == len(set(places)), "every answer is there once"
     async with controlling(store, fake, recipe=settings) as third:
         await third.restore(again)
         reported = third.buffer.ledger.report(third.buffer.groups)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +26,8 @@ def make_response(length: int) -> Response:
 def stored(tmp_path: Path) -> tuple[SampleStore, SampleRef, Path]:
     store = SampleStore(tmp_path / "samples")
     ref = store.write(PROMPT, make_response(4), 0.5)
-    return store, ref, store.directory / ref.path
+    assert ref.path == "written_000001.bin@0"
+    return store, ref, store.directory / "written_000001.bin"
 
 
 @pytest.mark.parametrize("length", [0, 1, 1000])
@@ -42,15 +45,69 @@ def test_a_sample_comes_back_as_it_was(tmp_path: Path, length: int) -> None:
         token_ids[0] = 1
 
 
-def test_only_finished_files_carry_a_sample_name(stored: tuple[SampleStore, SampleRef, Path]) -> None:
-    store, _, file = stored
-    assert list(store.directory.iterdir()) == [file]
+def test_records_follow_each_other_in_one_file(stored: tuple[SampleStore, SampleRef, Path]) -> None:
+    store, first, file = stored
+    routes = np.arange(7 * 3, dtype=np.int16).reshape(7, 3, 1)
+    refs = [first, *(store.write(PROMPT, replace(make_response(4), routes=routes), 0.5) for _ in range(3))]
+    places = [int(ref.path.partition("@")[2]) for ref in refs]
+    assert places == sorted(set(places)) and all(place % 4 == 0 for place in places)
+    assert [path.name for path in store.directory.iterdir()] == [file.name]
+    for ref in refs:
+        assert store.read(ref)[0].tolist() == [5, 6, 7, 10, 11, 12, 13]
 
 
-def test_answers_under_other_weights_do_not_overwrite(stored: tuple[SampleStore, SampleRef, Path]) -> None:
+def test_threads_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
+    store = SampleStore(tmp_path)
+    lengths = list(range(1, 200))
+    with ThreadPoolExecutor(8) as pool:
+        refs = list(pool.map(lambda length: store.write(PROMPT, make_response(length), 0.5), lengths))
+    assert [len(store.read(ref)[2]) for ref in refs] == lengths
+    assert len({ref.path for ref in refs}) == len(refs)
+
+
+def test_what_a_killed_process_left_half_written_is_passed_over(stored: tuple[SampleStore, SampleRef, Path]) -> None:
+    store, ref, file = stored
+    content = file.read_bytes()
+    with file.open("ab") as opened:
+        opened.write(content[:37])
+    other = SampleStore(store.directory)  # the next attempt
+    later = other.write(PROMPT, make_response(9), 0.5)
+    assert later.path == "written_000002.bin@0"
+    assert store.read(ref)[0].tolist() == [5, 6, 7, 10, 11, 12, 13] and len(other.read(later)[2]) == 9
+
+
+def test_a_write_that_fails_leaves_no_hole(
+    stored: tuple[SampleStore, SampleRef, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     store, ref, _ = stored
-    later = replace(make_response(4), segments=(Segment(2, 0, 1), Segment(3, 1, 4)))
-    assert store.write(PROMPT, later, 0.5).path != ref.path
+    write = os.pwrite
+
+    def full(file: int, content: bytes, offset: int) -> int:
+        if offset > 100:
+            raise OSError(28, "No space left on device")
+        return write(file, content[:9], offset)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="No space left"):
+        store.write(PROMPT, make_response(90), 0.5)
+    monkeypatch.setattr(os, "pwrite", lambda file, content, offset: write(file, content[:9], offset))
+    later = store.write(PROMPT, make_response(5), 0.5)
+    assert store.read(ref)[0].tolist() == [5, 6, 7, 10, 11, 12, 13] and len(store.read(later)[2]) == 5
+
+
+def test_a_file_of_an_earlier_version_is_read(stored: tuple[SampleStore, SampleRef, Path]) -> None:
+    store, ref, file = stored
+    file.rename(store.directory / "00000012-0003-v2-2.sample")
+    earlier = replace(ref, path="00000012-0003-v2-2.sample")
+    assert store.holds(earlier) and store.read(earlier)[0].tolist() == [5, 6, 7, 10, 11, 12, 13]
+
+
+@pytest.mark.parametrize("path", ["", "../written_000001.bin@0", "written_000001.bin@-4", "a@b", "/etc/passwd@0"])
+def test_a_place_that_is_none_is_refused(stored: tuple[SampleStore, SampleRef, Path], path: str) -> None:
+    store, ref, _ = stored
+    with pytest.raises(DamagedSample):
+        store.read(replace(ref, path=path))
+    assert not store.holds(replace(ref, path=path))
 
 
 def test_every_changed_byte_is_noticed(stored: tuple[SampleStore, SampleRef, Path]) -> None:
@@ -66,7 +123,7 @@ def test_every_changed_byte_is_noticed(stored: tuple[SampleStore, SampleRef, Pat
 @pytest.mark.parametrize("length", [0, 31, 32, 59])
 def test_a_cut_file_is_refused_by_name(stored: tuple[SampleStore, SampleRef, Path], length: int) -> None:
     store, ref, file = stored
-    file.write_bytes(file.read_bytes()[:length])
+    os.truncate(file, length)
     with pytest.raises(DamagedSample, match=file.name):
         store.read(ref)
 
