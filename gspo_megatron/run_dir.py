@@ -37,8 +37,7 @@ class NumberedName:
     def find(self, directory: Path) -> dict[int, Path]:
         """Members in a directory by number, smallest first; empty where there is no such directory."""
         paths = directory.iterdir() if directory.is_dir() else ()
-        found = {number: path for path in paths if (number := self.parse(path.name)) is not None}
-        return dict(sorted(found.items()))
+        return dict(sorted((number, path) for path in paths if (number := self.parse(path.name)) is not None))
 
 
 CHECKPOINT = NumberedName("step", 6)
@@ -84,12 +83,7 @@ def complete_checkpoints(directory: Path) -> list[Path]:
 
 
 def partial_name(step: int, token: str) -> str:
-    """Name of a checkpoint while it is written: `.step_000012.0a1b2c3d.partial`.
-
-    Args:
-        step: of the checkpoint.
-        token: 8 hexadecimal digits of this save.
-    """
+    """Name of a checkpoint while it is written: `.step_000012.0a1b2c3d.partial`; the token is of this save."""
     return f".{CHECKPOINT.name(step)}.{token}.partial"
 
 

@@ -56,7 +56,7 @@ def test_a_finished_run_goes_on_with_more_steps_only(
         assert main([*words, f"trainer.max_steps={steps}"]) == 0
         assert "DONE); to train further: " in (said := capsys.readouterr().out) and f"max_steps={2 * steps}" in said
         assert RunDir(tmp_path).done.is_file()
-    monkeypatch.setattr(train_run, "run_roles", lambda *_: 0)  # in place of the processes of a run
+    monkeypatch.setattr(train_run, "run_roles", lambda *_, **__: 0)  # in place of the processes of a run
     assert main([*words, "trainer.max_steps=8"]) == 0
     assert "a finished run of 4 steps; it goes on after step 4, to step 8" in capsys.readouterr().out
     assert not RunDir(tmp_path).done.is_file()
