@@ -38,7 +38,8 @@ def write_sentencepiece(source: Path, directory: Path) -> dict[str, Any]:
     """
     from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto.FromString(source.read_bytes())
+    messages: Any = sentencepiece_model_pb2
+    proto = messages.ModelProto.FromString(source.read_bytes())
     fast, model = _build(proto), SentencePieceProcessor(model_file=str(source))
     _compare(fast, model, source)
     fast.save(str(directory / "tokenizer.json"))
