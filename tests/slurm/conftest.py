@@ -27,6 +27,13 @@ def workplace(lab: Lab) -> Workplace:
     return Workplace(lab)
 
 
+@pytest.fixture(scope="session")
+def bare(lab: Lab) -> Iterator[Workplace]:
+    """A second cluster: its SLURM counts no GPUs and queues no job again."""
+    with Lab(nodes=2, shared=[Path(sys.prefix), ROOT], gres=False, requeue=False) as cluster:
+        yield Workplace(cluster)
+
+
 @pytest.fixture(autouse=True)
 def _nothing_left_running(request: pytest.FixtureRequest) -> Iterator[None]:
     yield

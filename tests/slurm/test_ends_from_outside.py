@@ -6,12 +6,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.slurm.jobs import CHEAP, END, ROOT, SCRIPT, SMALL, TINY, Job, Workplace, make_run, refused
-from tests.slurm.lab.cluster import Lab, LabError, wait_for
+from tests.slurm.lab.cluster import LabError, wait_for
 
 pytestmark = pytest.mark.timeout(900)
 LAST = 40
@@ -57,9 +56,9 @@ def test_a_preempted_run_comes_to_done_and_counts_no_restart(name: str, preempte
     first = [row["step"] for row in rows if row["attempt"] == "1"]
     second = [row["step"] for row in rows if row["attempt"] == "2"]
     assert first == list(range(1, len(first) + 1)) and second == list(range(second[0], LONG + 1))
-    # Within the grace the step is finished and saved; at once only the steps since the last checkpoint are lost.
-    kept = first[-1] if partition == "patient" else (first[-1] // every * every if every else 0)
-    assert second[0] == kept + 1, (first, second, job.everything())
+    # Within the grace the step is finished and saved; at once at most the steps since the last checkpoint are lost.
+    kept, saved = second[0] - 1, first[-1] // every * every if every else 0
+    assert kept == first[-1] if partition == "patient" else saved <= kept <= first[-1], (first, second)
     if partition == "patient":
         assert f"gspo: attempt 1 stopped as asked; step {kept} is checkpointed" in job.text()
     assert not list(job.run_dir.glob("logs/attempt_*/key"))
@@ -144,7 +143,7 @@ def test_a_run_of_another_user_is_not_taken_over(workplace: Workplace) -> None:
 
 def test_a_shell_of_salloc_runs_on_the_granted_gpus(workplace: Workplace) -> None:
     run_dir = workplace.directory / "salloc"
-    words = ["--nodes=1", "--gpus-per-node=2", "--exclusive", str(ROOT / SCRIPT), TINY, *SMALL, "placement.gpu=h100"]
+    words = ["--nodes=1", "--gpus-per-node=2", str(ROOT / SCRIPT), TINY, *SMALL, "placement.gpu=h100"]
     settings = {"GSPO_SITE": "/dev/null", "GSPO_VENV": sys.prefix, "PYTHONPATH": str(CHEAP)}
     done = workplace.lab.run(
         "salloc", *words, f"run.directory={run_dir}", environment=settings, cwd=ROOT, check=False
@@ -154,14 +153,7 @@ def test_a_shell_of_salloc_runs_on_the_granted_gpus(workplace: Workplace) -> Non
     assert "1 with 2 GPUs each" in said and " --gpus-per-node=2 " in said.partition("resume ")[2], said
 
 
-@pytest.fixture(scope="module")
-def bare() -> Iterator[Workplace]:
-    """A cluster without GPU GRES, where jobs are not queued again."""
-    with Lab(nodes=1, shared=[Path(sys.prefix), ROOT], gres=False, requeue=False) as cluster:
-        yield Workplace(cluster)
-
-
-def test_a_site_without_gpu_gres_and_without_requeue_goes_on_with_afterany(bare: Workplace, lab: Lab) -> None:
+def test_a_site_without_gpu_gres_and_without_requeue_goes_on_with_afterany(bare: Workplace) -> None:
     with pytest.raises(LabError, match="Invalid generic resource"):
         bare.cheap("plain", options=["--nodes=1"])
     options = ["--nodes=1", "--gpus-per-node=0", "--no-requeue"]
@@ -177,5 +169,3 @@ def test_a_site_without_gpu_gres_and_without_requeue_goes_on_with_afterany(bare:
     )
     assert second.finish(END) == "COMPLETED" and (second.run_dir / "DONE").exists(), second.everything()
     assert second.steps() == list(range(1, LAST + 1))
-    gpu = bare.cheap("bare_gpu", "placement.gpu=h100", options=["--nodes=1", "--gpus-per-node=0"])
-    assert "[no-gpus] placement.gpu" in refused(gpu)

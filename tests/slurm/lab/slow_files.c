@@ -1,7 +1,7 @@
 /* A shared file system that is slow, and says ESTALE once: LD_PRELOAD of this before the processes of a job.
  *
  * SLOW_DIR   every open and stat below it takes SLOW_MICROSECONDS
- * STALE_DIR  holds empty files; one of the same name as a file that is opened or looked at is taken away, and the call
+ * STALE_DIR  holds empty files; one of the same name as a file that is read or looked at is taken away, and the call
  *            fails with ESTALE
  */
 #define _GNU_SOURCE
@@ -41,7 +41,7 @@ static int is_stale(const char *path) {
         va_end(more);                                                                                                  \
         if (!real)                                                                                                     \
             real = dlsym(RTLD_NEXT, #NAME);                                                                            \
-        return is_stale(path) ? -1 : real(path, flags, mode);                                                          \
+        return !(flags & O_CREAT) && is_stale(path) ? -1 : real(path, flags, mode);                                                          \
     }
 #define STAT(NAME, KIND)                                                                                               \
     int NAME(const char *restrict path, struct KIND *restrict found) {                                                 \
