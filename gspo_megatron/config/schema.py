@@ -84,7 +84,8 @@ class TrainerSection(Section):
     Source: Megatron-LM, arXiv 2104.04473.
     """
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activation recomputation in the backward pass. `selective` = core attention and experts, `full` = every layer."""
+    """Activation recomputation in the backward pass. `selective` = the experts, or the feed-forward part of a dense
+    model; `full` = every layer."""
     offload_activations: bool = False
     """With recompute=full: keep layer inputs in pinned host memory until their backward pass.
 

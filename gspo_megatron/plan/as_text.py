@@ -15,7 +15,7 @@ from gspo_megatron.plan.estimate.step_time import ComputePlan
 from gspo_megatron.plan.rules import resources
 from gspo_megatron.plan.rules.layout import rank_table, spans
 from gspo_megatron.plan.run_plan import Plan
-from gspo_megatron.plan.units import count, many, seconds, si, size
+from gspo_megatron.plan.units import between, count, many, seconds, si, size
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -188,9 +188,10 @@ def _compute(plan: Plan, work: ComputePlan) -> Iterator[str]:
             f"{work.attention_share_at_limit:.0%} at the limit",
             f"the trainer spends {work.forward_equivalents:.1f} forward passes per token, "
             f"{si(work.flops_per_step, 'FLOP')} per step",
-            f"a step takes about {seconds(work.seconds_per_step)}: {parts}; longest: {work.bottleneck}",
-            f"{work.tokens_per_device_second:,.1f} tokens per GPU-second; {plan.recipe.trainer.max_steps} steps: "
-            f"{work.hours:,.1f} h, {work.device_hours:,.0f} GPU-hours",
+            f"a step takes {between(work.seconds_per_step, work.range, 's')}, of which in the middle {parts}; "
+            f"longest: {work.bottleneck}",
+            f"about {work.tokens_per_device_second:,.1f} tokens per GPU-second; {plan.recipe.trainer.max_steps} steps: "
+            f"{between(work.hours, work.range, 'h')}, {between(work.device_hours, work.range, 'GPU-hours')}",
         ],
     )
 

@@ -11,10 +11,11 @@ from gspo_megatron.cluster.machines import Machine, machine_of
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.parallel import Layout, round_up
-from gspo_megatron.plan.estimate import batch, flops, memory, step_time
+from gspo_megatron.plan.estimate import batch, flops, memory
 from gspo_megatron.plan.estimate.batch import BatchPlan
 from gspo_megatron.plan.estimate.rollout import RolloutPlan, plan_rollout
 from gspo_megatron.plan.estimate.rollout import findings as rollout_findings
+from gspo_megatron.plan.estimate.trainer_time import TrainerTime, trainer_times
 from gspo_megatron.plan.rules import layout, resources
 from gspo_megatron.plan.suggest import apply
 
@@ -148,8 +149,8 @@ def _least_bytes(arch: Architecture, grid: Layout) -> int:
     return 6 * experts // (grid.expert * grid.expert_tensor * grid.pipeline)
 
 
-def _total(recipe: Recipe, arch: Architecture, grid: Layout, cut: BatchPlan, machine: Machine) -> step_time.TrainerTime:
-    scoring, training = step_time.trainer_times(recipe, arch, grid, cut, machine).values()
+def _total(recipe: Recipe, arch: Architecture, grid: Layout, cut: BatchPlan, machine: Machine) -> TrainerTime:
+    scoring, training = trainer_times(recipe, grid, cut, machine).values()
     return scoring + training
 
 

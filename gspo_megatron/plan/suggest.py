@@ -9,9 +9,10 @@ from gspo_megatron.cluster.machines import Machine, machine_of
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.parallel import Layout, round_up
-from gspo_megatron.plan.estimate import batch, step_time
+from gspo_megatron.plan.estimate import batch
 from gspo_megatron.plan.estimate.batch import BatchPlan
 from gspo_megatron.plan.estimate.memory import StageMemory, stage_memory
+from gspo_megatron.plan.estimate.trainer_time import trainer_times
 from gspo_megatron.plan.rules import layout
 from gspo_megatron.plan.rules.resources import fits
 from gspo_megatron.plan.units import size
@@ -38,14 +39,14 @@ def spare_recompute(
 ) -> Iterator[Finding]:
     """Find recomputation that saves memory which is not needed."""
     modes = ("none", "selective", "full")
-    before = step_time.trainer_times(recipe, arch, grid, cut, machine)["training"].seconds
+    before = trainer_times(recipe, grid, cut, machine)["training"].seconds
     for mode in modes[: modes.index(recipe.trainer.recompute)]:
         # Only the layer inputs of full recomputation can be offloaded.
         change = {"trainer.recompute": mode, "trainer.offload_activations": False}
         changed = apply(recipe, change)
         stages = stage_memory(changed, grid, cut, machine)
         if fits(stages, machine):
-            after = step_time.trainer_times(changed, arch, grid, cut, machine)["training"].seconds
+            after = trainer_times(changed, grid, cut, machine)["training"].seconds
             peak = max(stage.peak_bytes for stage in stages)
             message = f"{recipe.trainer.recompute} saves memory that is not needed: {mode} takes about {size(peak)} of "
             message += f"{size(machine.device.memory)} and trains {1 - after / before:.0%} faster"

@@ -27,6 +27,17 @@ def seconds(value: float) -> str:
     return f"{value:,.1f} s" if value < 10 else f"{value:,.0f} s"
 
 
+def between(value: float, factors: tuple[float, float], unit: str) -> str:
+    """Format the range of an estimate with three digits: `684 to 1,070 s`."""
+    low, high = (value * factor for factor in factors)
+    return f"{_three(low)} to {_three(high)} {unit}"
+
+
+def _three(value: float) -> str:
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:.3g}"
+
+
 def many(count: int, noun: str) -> str:
     """Format a count with its noun: `1 rank`, `8 ranks`."""
     return f"{count:,} {noun}{'' if count == 1 else 'es' if noun.endswith('ch') else 's'}"

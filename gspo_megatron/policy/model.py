@@ -53,7 +53,7 @@ def transformer_config(arch: Architecture, trainer: TrainerSection, dtype: torch
         **settings.transformer,
         **_pipeline_settings(trainer),
         **_expert_settings(arch, trainer, dtype, engine),
-        **_recompute_settings(trainer),
+        **_recompute_settings(arch, trainer),
     )
     for name, value in settings.attributes.items():
         setattr(config, name, value)
@@ -98,11 +98,12 @@ def _expert_settings(arch: Architecture, trainer: TrainerSection, dtype: torch.d
     }
 
 
-def _recompute_settings(trainer: TrainerSection) -> dict[str, Any]:
+def _recompute_settings(arch: Architecture, trainer: TrainerSection) -> dict[str, Any]:
     if trainer.recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if trainer.recompute == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe"]}
+        # The attention kernel computes its scores again by itself: to repeat it would cost time and save nothing.
+        return {"recompute_granularity": "selective", "recompute_modules": ["moe" if arch.num_experts else "mlp"]}
     return {}
 
 

@@ -14,18 +14,11 @@ from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.models import architecture_of
 from gspo_megatron.models.hf_table import hf_shapes
-from gspo_megatron.plan.estimate import flops
+from gspo_megatron.plan.estimate import decode, flops
 from gspo_megatron.plan.estimate.batch import PROMPT_SHARE, BatchPlan
+from gspo_megatron.plan.estimate.practice import OURS, Practice
 from gspo_megatron.types import ITEM_BYTES, Finding
 
-BANDWIDTH_SHARE = 0.6
-"""Share of the memory bandwidth during decoding."""
-COMPUTE_SHARE = 0.3
-"""Share of peak FLOP/s during decoding in large batches."""
-STEP_SECONDS = 3e-3
-"""Least time of one decoding step: kernel launches, sampling, the server's loop."""
-EXCHANGE_SECONDS = 15e-6
-"""Time of one all-reduce of a decoding step. Tensor parallelism has two per layer."""
 SERVER_BYTES = 4_000_000_000
 """Bytes of a server per GPU outside weights and KV: context, graphs, NCCL, the largest prefill."""
 CPU_SERVER_BYTES = 1_700_000_000
@@ -53,7 +46,7 @@ class RolloutPlan:
     answers_at_limit: int
     """Responses of the longest length that one server holds at one time."""
     answers_at_mean: int
-    """Responses of mean length, half finished, that one server holds at one time."""
+    """Responses that one server holds at one time, at the length that a token of them sees on average."""
     concurrency: int
     """Responses that one server decodes at a time: limited by memory, by the recipe and by the batch."""
     tokens_per_second: float
@@ -88,31 +81,36 @@ def _kinds(key: str) -> tuple[int, int, int]:
     return copied, grouped, cut
 
 
-def plan_rollout(recipe: Recipe, arch: Architecture, batch: BatchPlan, machine: Machine) -> RolloutPlan:
+def plan_rollout(
+    recipe: Recipe, arch: Architecture, batch: BatchPlan, machine: Machine, practice: Practice = OURS
+) -> RolloutPlan:
     """Estimate memory and speed of the servers."""
     rollout = recipe.rollout
     element = ITEM_BYTES[recipe.model.dtype]
     devices = rollout.tensor_parallel * rollout.pipeline_parallel
     weights = weight_bytes(arch, rollout.tensor_parallel, rollout.pipeline_parallel, element)
     per_token = flops.kv_bytes(arch, element)
-    shards = min(rollout.tensor_parallel, arch.num_key_value_heads) * rollout.decode_context_parallel
-    per_device = -(-per_token // (shards * rollout.pipeline_parallel))
+    per_device = -(-per_token // (decode.kv_shards(recipe, arch) * rollout.pipeline_parallel))
     if machine.is_cpu:
         room = int(rollout.kv_cache_gib * GIB) // devices
     else:
         room = max(0, int(machine.device.memory * rollout.gpu_memory_fraction) - weights - SERVER_BYTES)
     longest = rollout.max_prompt_tokens + rollout.max_answer_tokens
     answer = min(rollout.expected_answer_tokens or rollout.max_answer_tokens / 2, rollout.max_answer_tokens)
-    # In steady state a server holds responses of every age, half finished on average.
-    context = rollout.max_prompt_tokens * PROMPT_SHARE + answer / 2
+    # A token of a response of length l sees half of it on average, and long ones have more tokens: E[l^2] / 2 E[l].
+    spread = min(practice.rates.length_spread, rollout.max_answer_tokens / answer)
+    context = rollout.max_prompt_tokens * PROMPT_SHARE + answer * spread / 2
     held = int(room / (per_device * context))
-    todo = -(-batch.sequences // rollout.servers)
+    wanted = batch.sequences / (1 - practice.rates.dropped_groups if samples_again(recipe) else 1)
+    todo = math.ceil(wanted / rollout.servers)
     concurrency = max(1, min(held, rollout.max_concurrency, todo))
-    step = decode_seconds(recipe, arch, machine, concurrency, context)
+    step = decode.step_seconds(recipe, arch, machine, concurrency, context, practice)
     volume = todo * answer / concurrency * step
     # At the end of a batch only a few responses decode, up to the limit.
     beyond = max(0.0, rollout.max_answer_tokens - answer)
-    tail = beyond * decode_seconds(recipe, arch, machine, max(1, concurrency // 16), rollout.max_answer_tokens * 0.8)
+    few, late = max(1, concurrency // 16), rollout.max_answer_tokens * 0.8
+    tail = beyond * decode.step_seconds(recipe, arch, machine, few, late, practice)
+    prompts = decode.prefill_seconds(recipe, arch, machine, todo, practice)
     return RolloutPlan(
         servers=rollout.servers,
         devices_per_server=devices,
@@ -125,37 +123,14 @@ def plan_rollout(recipe: Recipe, arch: Architecture, batch: BatchPlan, machine: 
         answers_at_mean=held,
         concurrency=concurrency,
         tokens_per_second=concurrency / step,
-        seconds=volume + _prefill_seconds(recipe, arch, machine, todo) + tail,
+        seconds=volume + prompts + tail,
         tail_seconds=tail,
     )
 
 
-def decode_seconds(recipe: Recipe, arch: Architecture, machine: Machine, batch: int, context: float) -> float:
-    """Return the seconds of one decoding step: reading weights and KV, or arithmetic, whichever takes longer."""
-    rollout, device = recipe.rollout, machine.device
-    tensor, stages = rollout.tensor_parallel, rollout.pipeline_parallel
-    element = ITEM_BYTES[recipe.model.dtype]
-    # Each stage works on a share of the batch, which reads only the experts that it selects.
-    met = 1.0
-    if arch.num_experts:
-        met = 1 - (1 - arch.num_experts_per_tok / arch.num_experts) ** max(1, batch // stages)
-    chosen = arch.num_hidden_layers * arch.num_experts_per_tok * flops.expert_parameters(arch)
-    experts = arch.num_hidden_layers * arch.num_experts * flops.expert_parameters(arch)
-    weights = (flops.active_parameters(arch) - chosen + experts * met) * element
-    moved = weights + batch * context * flops.kv_bytes(arch, element) / stages
-    done = batch * (flops.linear_flops(arch) + 2 * flops.quadratic_flops(arch) * context) / stages
-    busy = max(moved / (device.bandwidth * BANDWIDTH_SHARE), done / (device.matmul * COMPUTE_SHARE)) / tensor
-    exchange = 2 * arch.num_hidden_layers * EXCHANGE_SECONDS if tensor > 1 and not machine.is_cpu else 0.0
-    return busy + STEP_SECONDS * stages + exchange
-
-
-def _prefill_seconds(recipe: Recipe, arch: Architecture, machine: Machine, sequences: int) -> float:
-    """Prompts of a server's share, each once when prefixes are cached."""
-    rollout = recipe.rollout
-    prompts = sequences / (recipe.batch.answers if rollout.prefix_caching else 1)
-    length = rollout.max_prompt_tokens * PROMPT_SHARE
-    devices = rollout.tensor_parallel * rollout.pipeline_parallel
-    return prompts * length * flops.forward_flops(arch, length) / (machine.device.matmul * COMPUTE_SHARE * devices)
+def samples_again(recipe: Recipe) -> bool:
+    """Return whether groups without a difference in reward are replaced by further samples."""
+    return recipe.objective.spec(recipe.rollout.max_answer_tokens).group_filter == "dynamic_sampling"
 
 
 def findings(recipe: Recipe, arch: Architecture, machine: Machine, plan: RolloutPlan) -> Iterator[Finding]:

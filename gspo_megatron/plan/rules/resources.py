@@ -30,7 +30,8 @@ INDEX_BYTES = 500
 def fits(stages: list[StageMemory], machine: Machine) -> bool:
     """Return whether training fits, with a margin for the error of the estimated part."""
     fullest = max(stage.static_bytes + TRUSTED * (stage.peak_bytes - stage.static_bytes) for stage in stages)
-    return fullest <= machine.device.memory
+    peak = max(stage.peak_bytes for stage in stages)
+    return fullest <= machine.device.memory and peak <= TIGHT * machine.device.memory
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,72 @@
+"""Seconds of one decoding step of a vLLM server, and of the prompts."""
+
+from __future__ import annotations
+
+from gspo_megatron.cluster.machines import Machine
+from gspo_megatron.config.model_section import Architecture
+from gspo_megatron.config.schema import Recipe
+from gspo_megatron.plan.estimate import flops
+from gspo_megatron.plan.estimate.batch import PROMPT_SHARE
+from gspo_megatron.plan.estimate.practice import OURS, Practice
+from gspo_megatron.types import ITEM_BYTES
+
+SUM_PER_RANK = 2e-6
+"""Seconds of an all-reduce inside a node for each of its ranks: all read from all."""
+
+
+def kv_shards(recipe: Recipe, arch: Architecture) -> int:
+    """Return the GPUs that share the keys and values of a token: more tensor-parallel ranks than heads copy them."""
+    rollout = recipe.rollout
+    return min(rollout.tensor_parallel, arch.num_key_value_heads) * rollout.decode_context_parallel
+
+
+def step_seconds(
+    recipe: Recipe, arch: Architecture, machine: Machine, batch: float, context: float, practice: Practice = OURS
+) -> float:
+    """Return the seconds of one decoding step: reading weights and KV, or arithmetic, whichever takes longer.
+
+    Args:
+        batch: responses that are decoded at a time.
+        context: tokens that one of them sees.
+    """
+    rollout, device, rates = recipe.rollout, machine.device, practice.rates
+    tensor, stages = rollout.tensor_parallel, rollout.pipeline_parallel
+    element = ITEM_BYTES[recipe.model.dtype]
+    # Each stage works on a share of the batch, which reads only the experts that it selects.
+    share = max(1.0, batch / stages)
+    met = 1 - (1 - arch.num_experts_per_tok / arch.num_experts) ** share if arch.num_experts else 1.0
+    chosen = arch.num_hidden_layers * arch.num_experts_per_tok * flops.expert_parameters(arch)
+    experts = arch.num_hidden_layers * arch.num_experts * flops.expert_parameters(arch)
+    embedding = 0 if arch.tie_word_embeddings else arch.vocab_size * arch.hidden_size
+    weights = (flops.active_parameters(arch) - chosen - embedding + experts * met) * element / tensor
+    cache = share * context * flops.kv_bytes(arch, element) / kv_shards(recipe, arch)
+    done = share * (flops.linear_flops(arch) + 2 * flops.quadratic_flops(arch) * context) / tensor
+    read = (weights + cache) / (device.bandwidth * rates.server_share)
+    busy = max(read, done / (device.matmul * rates.server_product_share))
+    exchange = 2 * arch.num_hidden_layers * _sum_seconds(arch, machine, tensor, share, element, practice)
+    return busy + exchange + rates.step_seconds * stages + rates.request_seconds * batch
+
+
+def _sum_seconds(
+    arch: Architecture, machine: Machine, tensor: int, batch: float, element: int, practice: Practice
+) -> float:
+    """Return the seconds of the all-reduce after attention or the experts."""
+    if tensor == 1 or machine.is_cpu:
+        return 0.0
+    states = 2 * batch * arch.hidden_size * element * (tensor - 1) / tensor
+    if tensor > machine.per_node:
+        return practice.rates.far_sum_seconds + states / (machine.device.network * practice.rates.network_share)
+    least = practice.rates.sum_seconds + SUM_PER_RANK * tensor
+    return least + states / (machine.device.node_link * practice.rates.link_share)
+
+
+def prefill_seconds(
+    recipe: Recipe, arch: Architecture, machine: Machine, sequences: int, practice: Practice = OURS
+) -> float:
+    """Return the seconds of the prompts of a server's share, each once when prefixes are cached."""
+    rollout = recipe.rollout
+    prompts = sequences / (recipe.batch.answers if rollout.prefix_caching else 1)
+    length = rollout.max_prompt_tokens * PROMPT_SHARE
+    devices = rollout.tensor_parallel * rollout.pipeline_parallel
+    rate = machine.device.matmul * practice.rates.server_product_share * devices
+    return prompts * length * flops.forward_flops(arch, length) / rate

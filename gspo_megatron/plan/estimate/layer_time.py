@@ -1,0 +1,210 @@
+"""Seconds of one transformer layer, and of the head, for one micro-batch on one rank."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from itertools import pairwise
+
+from gspo_megatron.cluster.machines import Machine
+from gspo_megatron.config.model_section import Architecture
+from gspo_megatron.models.registry import family_of
+from gspo_megatron.parallel import Layout
+from gspo_megatron.plan.estimate import flops
+from gspo_megatron.plan.estimate.practice import Practice
+
+ATTENTION_FORWARD = ((2048, 0.401), (8192, 0.573), (32768, 0.588), (102400, 0.528))
+"""(length, share of peak FLOP/s) of the attention kernel. Source: `tools/results/h100_slice.json`, 2026-11-26."""
+ATTENTION_BACKWARD = ((2048, 0.304), (8192, 0.441), (32768, 0.539), (102400, 0.548))
+"""The same backward, of 2.5 times the operations: the scores are computed again."""
+CPU_SHARE = 0.4
+"""Share of a core's rate in every product; within a factor of two."""
+FLOOR_POWER = 1.5
+"""How an expert's least time and its arithmetic add up. Source: eight grouped products of the H100 slice, within 10 %
+for 128 experts and 20 % for 16."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Seconds by cause."""
+
+    products: float = 0.0
+    """Matrix products outside the experts."""
+    experts: float = 0.0
+    """Matrix products of the experts."""
+    attention: float = 0.0
+    """Attention scores, and the part of the ring of keys and values that they do not hide."""
+    memory: float = 0.0
+    """Operations that read and write memory: norms, activation functions, sorting tokens, logits."""
+    exchange: float = 0.0
+    """Tensor- and expert-parallel communication, sends between stages, layer inputs on their way to the host."""
+    launches: float = 0.0
+    """Time that depends on no size."""
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
+
+    def times(self, factor: float) -> Seconds:
+        """Return a multiple."""
+        return Seconds(*(getattr(self, one.name) * factor for one in fields(self)))
+
+    @property
+    def total(self) -> float:
+        """The sum."""
+        return sum(getattr(self, one.name) for one in fields(self))
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTime:
+    """One layer and one micro-batch, forward; `mixer` is the part that `recompute=selective` repeats."""
+
+    attention: Seconds
+    mixer: Seconds
+    attention_back: Seconds
+    mixer_back: Seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One micro-batch on one rank."""
+
+    tokens: float
+    """Tokens after the context-parallel cut."""
+    length: float
+    """Mean length that a token attends over, twice its mean position: E[l^2] / E[l]."""
+
+
+def layer_time(arch: Architecture, layout: Layout, machine: Machine, slot: Slot, practice: Practice) -> LayerTime:
+    """Estimate one layer of a micro-batch."""
+    share = CPU_SHARE if machine.is_cpu else practice.rates.product_share
+    products = family_of(arch).layer_products(arch)
+    routed = arch.num_experts_per_tok * flops.expert_parameters(arch) if arch.num_experts else 0
+    mlp = 0 if arch.num_experts else 3 * arch.hidden_size * arch.intermediate_size
+    each = 2 * slot.tokens / layout.tensor / (machine.device.matmul * share)
+    launches = 0.0 if machine.is_cpu else practice.rates.layer_seconds / 2
+    ring = _ring_seconds(arch, layout, machine, slot, practice)
+    scores = max(ring, _score_seconds(arch, layout, machine, slot, backward=False))
+    scores_back = max(2 * ring, _score_seconds(arch, layout, machine, slot, backward=True))
+    gather = _tensor_seconds(arch, layout, machine, slot, practice)
+    sent = _dispatch_seconds(arch, layout, machine, slot, practice)
+    spread = 1.0 if practice.balanced or layout.expert == 1 else practice.rates.expert_imbalance
+    experts = _expert_seconds(arch, layout, machine, slot, practice, spread)
+    speed = machine.device.bandwidth * practice.rates.element_share * layout.tensor
+    moved = [0.0 if machine.is_cpu else size * slot.tokens / speed for size in _element_bytes(arch, layout, practice)]
+    dense = (products - routed - mlp) * each
+    return LayerTime(
+        Seconds(dense, 0.0, scores, moved[0], gather, launches),
+        Seconds(mlp * each, experts, 0.0, moved[1] * spread, sent * spread, launches),
+        Seconds(2 * dense, 0.0, scores_back, 2 * moved[0], 1.5 * gather, 2 * launches),
+        Seconds(2 * mlp * each, 2 * experts, 0.0, 2 * moved[1] * spread, sent * spread, 2 * launches),
+    )
+
+
+def head_time(
+    arch: Architecture, layout: Layout, machine: Machine, slot: Slot, practice: Practice
+) -> tuple[Seconds, Seconds]:
+    """Estimate the head of a micro-batch: (forward, forward and backward). The backward pass computes logits again."""
+    share = CPU_SHARE if machine.is_cpu else practice.rates.product_share
+    rows = arch.vocab_size / layout.tensor
+    product = 2 * slot.tokens * rows * arch.hidden_size / (machine.device.matmul * share)
+    passes = 4 * slot.tokens * rows * practice.head_passes / (machine.device.bandwidth * practice.rates.copy_share)
+    return Seconds(products=product, memory=passes), Seconds(products=4 * product, memory=2 * passes)
+
+
+def _score_seconds(arch: Architecture, layout: Layout, machine: Machine, slot: Slot, backward: bool) -> float:
+    work = 2 * arch.num_attention_heads * arch.head_dim * slot.length * slot.tokens / layout.tensor
+    if machine.is_cpu:
+        return (2 if backward else 1) * work / (machine.device.matmul * CPU_SHARE)
+    points = ATTENTION_BACKWARD if backward else ATTENTION_FORWARD
+    return (2.5 if backward else 1) * work / (machine.device.matmul * _at(points, slot.length / layout.context))
+
+
+def _ring_seconds(arch: Architecture, layout: Layout, machine: Machine, slot: Slot, practice: Practice) -> float:
+    """Keys and values on their way round the context-parallel ranks, while scores are computed."""
+    if layout.context == 1:
+        return 0.0
+    groups = max(1.0, arch.num_key_value_heads / layout.tensor)
+    moved = slot.tokens * 2 * groups * arch.head_dim * 2 * (layout.context - 1)
+    return moved / _speed(machine, practice, machine.per_node % (layout.tensor * layout.context) == 0)
+
+
+def _at(points: tuple[tuple[int, float], ...], length: float) -> float:
+    """Interpolate over the logarithm of the length; constant outside, but falling with the length below."""
+    if length <= points[0][0]:
+        return points[0][1] * max(0.25, (length / points[0][0]) ** 0.5)
+    for (low, before), (high, after) in pairwise(points):
+        if length <= high:
+            part = math.log(length / low) / math.log(high / low)
+            return before + (after - before) * part
+    return points[-1][1]
+
+
+def _expert_seconds(
+    arch: Architecture, layout: Layout, machine: Machine, slot: Slot, practice: Practice, spread: float
+) -> float:
+    """The two grouped products of a forward pass. A small expert takes as long as its launch."""
+    if not arch.num_experts:
+        return 0.0
+    local = arch.num_experts / layout.expert
+    rows = spread * slot.tokens / layout.tensor * arch.num_experts_per_tok * layout.expert / arch.num_experts
+    work = 2 * rows * flops.expert_parameters(arch)
+    if machine.is_cpu:
+        return local * work / (machine.device.matmul * CPU_SHARE)
+    rate, floor = machine.device.matmul * practice.rates.product_share, practice.rates.expert_floor
+    parts = (work * 2 / 3 / rate, work / 3 / rate)
+    return local * sum((floor**FLOOR_POWER + part**FLOOR_POWER) ** (1 / FLOOR_POWER) for part in parts)
+
+
+def _element_bytes(arch: Architecture, layout: Layout, practice: Practice) -> tuple[float, float]:
+    """Bytes of a token that (attention and norms, experts or feed-forward) read and write in a forward pass."""
+    heads = (2 * arch.num_attention_heads + 2 * arch.num_key_value_heads) * arch.head_dim
+    # Norm and residual sum read two and write two; norm and rotation of queries and keys read and write each.
+    attention = 2 * (5 * arch.hidden_size + 4 * heads)
+    if not arch.num_experts:
+        return attention, 2 * (5 * arch.hidden_size + 3 * arch.intermediate_size)
+    chosen = arch.num_experts_per_tok
+    # Copies are sorted by rank, and by expert on arrival; back the same way, to be summed. Fused dispatch sorts as it
+    # sends.
+    copies = 6 if practice.dispatch == "all_to_all" and layout.expert > 1 else 3
+    rows = chosen * (copies * arch.hidden_size + 3 * arch.moe_intermediate_size)
+    return attention, 2 * (5 * arch.hidden_size + rows + 4 * arch.num_experts)
+
+
+def _tensor_seconds(arch: Architecture, layout: Layout, machine: Machine, slot: Slot, practice: Practice) -> float:
+    """All-gather before and reduce-scatter after attention (and a dense feed-forward layer). Backward gathers again."""
+    if layout.tensor == 1:
+        return 0.0
+    inside = machine.per_node % layout.tensor == 0
+    speed = _speed(machine, practice, inside)
+    states = slot.tokens * arch.hidden_size * 2 * (layout.tensor - 1) / layout.tensor
+    found = (2 if arch.num_experts else 4) * states / speed
+    if layout.tensor > arch.num_key_value_heads:  # every rank gathers the queries, keys and values of all heads
+        heads = (arch.num_attention_heads + 2 * arch.num_key_value_heads) * arch.head_dim
+        found += slot.tokens * heads * 2 * (layout.tensor - 1) / layout.tensor / speed
+    return found
+
+
+def _dispatch_seconds(arch: Architecture, layout: Layout, machine: Machine, slot: Slot, practice: Practice) -> float:
+    """Tokens to their experts and back. The backward pass sends the same bytes the other way."""
+    ranks = layout.expert * layout.expert_tensor
+    if layout.expert == 1 or not arch.num_experts:
+        return 0.0
+    state, sent = arch.hidden_size * 2, slot.tokens / layout.tensor
+    near = min(ranks, machine.per_node)
+    nodes = max(1, ranks // machine.per_node)
+    chosen = arch.num_experts_per_tok
+    if practice.dispatch == "all_to_all":
+        outside, inside = chosen * (1 - near / ranks), chosen * (near - 1) / ranks
+    else:
+        # One copy to each node that has a chosen expert, and from there one to each rank that has.
+        outside = (nodes - 1) * (1 - (1 - 1 / nodes) ** chosen)
+        inside = (ranks - nodes) * (1 - (1 - 1 / ranks) ** chosen)
+    seconds = 2 * sent * state * (outside / _speed(machine, practice, False) + inside / _speed(machine, practice, True))
+    return seconds * (1 - practice.rates.hidden_share if practice.dispatch == "overlapped" else 1)
+
+
+def _speed(machine: Machine, practice: Practice, inside: bool) -> float:
+    """Bytes/s of a collective inside a node, or between nodes."""
+    if inside:
+        return machine.device.node_link * practice.rates.link_share
+    return machine.device.network * practice.rates.network_share

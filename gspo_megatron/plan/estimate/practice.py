@@ -1,0 +1,38 @@
+"""How a trainer works: this one's ways are the defaults; published runs of others are planned with theirs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from gspo_megatron.plan.estimate.calibration import CALIBRATED, Rates
+
+
+@dataclass(frozen=True, slots=True)
+class Practice:
+    """What the estimates assume of a trainer beyond its recipe."""
+
+    dispatch: Literal["all_to_all", "fused", "overlapped"] = "all_to_all"
+    """How tokens reach their experts: a copy per expert over NCCL; a copy per node and rank (DeepEP, HybridEP); the
+    latter while other micro-batches are computed."""
+    balanced: bool = False
+    """Whether the router is forced to load all experts evenly."""
+    overlaps_reduction: bool = False
+    """Whether gradients are reduced, and parameters gathered, during the passes."""
+    fuses_accumulation: bool = False
+    """Whether products add gradients to the buffer themselves."""
+    virtual: int = 0
+    """Chunks of a stage, where this repository cannot cut the model so; 0 = as the recipe says."""
+    gradient_bytes: int = 4
+    """Bytes of a gradient in its buffer."""
+    head_passes: float = 12
+    """Times that the head reads or writes the float32 logits in a forward pass. Source: kernels of the H100 slice."""
+    whole_logits: bool = False
+    """Whether the head holds the logits of a micro-batch: in bfloat16, in float32, and their gradient."""
+    imbalance: float = 0
+    """Work of the fullest rank in a micro-batch, of the mean; 0 = the calibrated one."""
+    rates: Rates = CALIBRATED
+    """Measured and fitted rates."""
+
+
+OURS = Practice()

@@ -1,0 +1,137 @@
+"""Seconds of the trainer's two passes over a rollout batch: old log-probs, and training."""
+
+from __future__ import annotations
+
+from gspo_megatron.cluster.machines import Machine
+from gspo_megatron.config.schema import Recipe
+from gspo_megatron.parallel import Layout
+from gspo_megatron.plan.estimate.batch import BatchPlan
+from gspo_megatron.plan.estimate.layer_time import LayerTime, Seconds, Slot, head_time, layer_time
+from gspo_megatron.plan.estimate.memory import held_by
+from gspo_megatron.plan.estimate.practice import OURS, Practice
+from gspo_megatron.plan.rules.layout import spans
+from gspo_megatron.types import ITEM_BYTES
+
+OPTIMIZER_BYTES = 30
+"""Bytes that Adam reads and writes for a parameter of its shard: gradient, main copy, two moments, weight."""
+
+
+class TrainerTime:
+    """Seconds of one pass of the trainer over a rollout batch."""
+
+    __slots__ = ("busy", "updating", "waiting")
+
+    def __init__(self, busy: Seconds, waiting: float, updating: float) -> None:
+        self.busy, self.waiting, self.updating = busy, waiting, updating
+
+    @property
+    def seconds(self) -> float:
+        """The sum."""
+        return self.busy.total + self.waiting + self.updating
+
+    def __add__(self, other: TrainerTime) -> TrainerTime:
+        return TrainerTime(self.busy + other.busy, self.waiting + other.waiting, self.updating + other.updating)
+
+    def words(self) -> str:
+        """Format the parts in percent."""
+        busy = self.busy
+        parts = {
+            "products": busy.products + busy.experts,
+            "attention": busy.attention,
+            "memory": busy.memory,
+            "exchanges": busy.exchange,
+            "launches": busy.launches,
+            "updates": self.updating,
+            "waiting": self.waiting,
+        }
+        return ", ".join(f"{name} {part / self.seconds:.0%}" for name, part in parts.items() if part)
+
+
+def trainer_times(
+    recipe: Recipe, layout: Layout, batch: BatchPlan, machine: Machine, practice: Practice = OURS
+) -> dict[str, TrainerTime]:
+    """Estimate the trainer's two passes over a rollout batch: "old log-probs" and "training"."""
+    arch = recipe.arch
+    slots = batch.micro_batches_expected
+    tokens = batch.expected_tokens_per_batch / batch.updates / layout.data / slots
+    spread = min(practice.rates.length_spread, batch.longest_tokens / batch.expected_tokens)
+    slot = Slot(tokens / layout.context, batch.expected_tokens * spread)
+    layer = layer_time(arch, layout, machine, slot, practice)
+    score_head, train_head = head_time(arch, layout, machine, slot, practice)
+    sizes = layout.stage_sizes(arch.num_hidden_layers)
+    score = _slowest(sizes, layer.attention + layer.mixer, score_head)
+    train = _slowest(sizes, _trained(layer, recipe.trainer.recompute), train_head)
+    if recipe.trainer.offload_activations:
+        inputs = slot.tokens / layout.tensor * arch.hidden_size * ITEM_BYTES[recipe.model.dtype] * max(sizes)
+        train += Seconds(exchange=2 * inputs / practice.rates.host_link)
+    sent = _send_seconds(recipe, layout, machine, slot, practice)
+    passes = 2 if recipe.objective.kl != "none" else 1
+    found = {}
+    for part, busy in (("old log-probs", (score + Seconds(exchange=sent)).times(passes)),
+                       ("training", train + Seconds(exchange=2 * sent))):  # fmt: skip
+        # Scoring has no backward pass to wait for: its stages fill once for all updates of a batch.
+        rounds = slots * batch.updates
+        whole = busy.times(rounds)
+        imbalance = practice.imbalance or practice.rates.slot_imbalance
+        waiting = whole.total * (imbalance - 1)
+        virtual = practice.virtual or layout.virtual
+        fills = batch.updates if part == "training" else passes
+        waiting += (layout.pipeline - 1) * busy.total / virtual * fills / (1 if part == "training" else passes)
+        updating = 0.0
+        if part == "training":
+            updating = batch.updates * update_seconds(recipe, layout, machine, practice, busy.total)
+        found[part] = TrainerTime(whole, waiting, updating)
+    return found
+
+
+def _slowest(sizes: list[int], layer: Seconds, head: Seconds) -> Seconds:
+    """Return the time of the slowest stage; the last one has the head."""
+    first, last = layer.times(max(sizes)), layer.times(sizes[-1]) + head
+    return max(first, last, key=lambda stage: stage.total)
+
+
+def _trained(layer: LayerTime, recompute: str) -> Seconds:
+    once = layer.attention + layer.mixer + layer.attention_back + layer.mixer_back
+    if recompute == "full":
+        return once + layer.attention + layer.mixer
+    return once + layer.mixer if recompute == "selective" else once
+
+
+def _send_seconds(recipe: Recipe, layout: Layout, machine: Machine, slot: Slot, practice: Practice) -> float:
+    """Send the states of a micro-batch to the next stage."""
+    if layout.pipeline == 1:
+        return 0.0
+    inside = layout.world <= machine.per_node
+    link = machine.device.node_link if inside else machine.device.network
+    share = practice.rates.link_share if inside else practice.rates.network_share
+    states = slot.tokens / layout.tensor * recipe.arch.hidden_size * ITEM_BYTES[recipe.model.dtype]
+    return (practice.virtual or layout.virtual) * states / (link * share)
+
+
+def update_seconds(
+    recipe: Recipe, layout: Layout, machine: Machine, practice: Practice = OURS, backward: float = 0.0
+) -> float:
+    """Estimate reducing the gradients, the optimizer's step and gathering the parameters, once an update.
+
+    Args:
+        backward: seconds of a micro-batch, behind which an overlapped reduction hides.
+    """
+    held = held_by(recipe.arch, layout, 0)
+    inside = {span.name: span.inside_node for span in spans(layout, machine.per_node)}
+    kinds = (
+        (sum(sum(chunk.dense) for chunk in held), layout.data * layout.context, inside["data"] and inside["context"]),
+        (sum(sum(chunk.expert) for chunk in held), layout.expert_data, inside["expert_data"]),
+    )
+    weight = ITEM_BYTES[recipe.model.dtype]
+    moved = step = 0.0
+    if not practice.fuses_accumulation and not machine.is_cpu:
+        step += practice.rates.tensor_seconds * sum(len(chunk.dense) + len(chunk.expert) for chunk in held)
+    for parameters, copies, near in kinds:
+        link = machine.device.node_link if near else machine.device.network
+        share = practice.rates.link_share if near else practice.rates.network_share
+        moved += parameters * (practice.gradient_bytes + weight) * (copies - 1) / copies / (link * share)
+        shard = parameters / (copies if recipe.trainer.distributed_optimizer else 1)
+        step += shard * OPTIMIZER_BYTES / (machine.device.bandwidth * practice.rates.copy_share)
+        # Zeroing the buffer, and the norm of the gradients.
+        step += parameters * practice.gradient_bytes * 2 / (machine.device.bandwidth * practice.rates.copy_share)
+    return step + (max(0.0, moved - backward) if practice.overlaps_reduction else moved)
