@@ -63,7 +63,7 @@ def _layout(plan: Plan, layout: Layout, with_ranks: bool) -> dict[str, Any]:
         "data": layout.data,
         "expert_data": layout.expert_data,
         "stage_layers": layout.stage_sizes(arch.num_hidden_layers),
-        "groups": [asdict(span) for span in spans(layout, plan.machine.per_node)],
+        "groups": [asdict(span) for span in spans(layout, plan.machine.domain)],
     }
     if with_ranks:
         found["ranks"] = [asdict(at) for at in rank_table(layout)]

@@ -34,9 +34,7 @@ SEGMENTS = (
     ("server", "S", "white"),
 )
 """How the terms of a stage are drawn: a word of the term's name, a letter, a colour."""
-HINT = (
-    "other machines: --nodes N --gpu h100|h200|b200; other layouts: --search; a key: --explain KEY; change: key=value"
-)
+HINT = "other machines: --nodes N --gpu KIND; other layouts: --search; a key: --explain KEY; change: key=value"
 STYLES = {"error": "bold red", "warning": "yellow", "info": "dim"}
 
 
@@ -105,7 +103,7 @@ def _layout(plan: Plan, layout: Layout) -> Iterator[str]:
     chunks = f" in {layout.virtual} chunks each" if layout.virtual > 1 else ""
     outside = [
         f"{span.name} {span.size}"
-        for span in spans(layout, plan.machine.per_node)
+        for span in spans(layout, plan.machine.domain)
         if span.size > 1 and not span.inside_node
     ]
     reach = f"over the network: {', '.join(outside)}" if outside else "every group stays inside a node"

@@ -87,7 +87,10 @@ def add_not_built(plan: Plan) -> Plan:
 def with_placement(recipe: Recipe, nodes: int | None = None, gpu: GpuKind | None = None) -> Recipe:
     """Return a copy of the recipe for other machines."""
     changed: dict[str, Any] = {"nodes": nodes, "gpu": gpu}
-    placement = recipe.placement.model_copy(update={key: value for key, value in changed.items() if value is not None})
+    changed = {key: value for key, value in changed.items() if value is not None}
+    if gpu is not None:
+        changed["device"] = None
+    placement = recipe.placement.model_copy(update=changed)
     return recipe.model_copy(update={"placement": placement})
 
 

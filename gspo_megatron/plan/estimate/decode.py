@@ -54,7 +54,7 @@ def _sum_seconds(
     if tensor == 1 or machine.is_cpu:
         return 0.0
     states = 2 * batch * arch.hidden_size * element * (tensor - 1) / tensor
-    if tensor > machine.per_node:
+    if tensor > machine.domain:
         return practice.rates.far_sum_seconds + states / (machine.device.network * practice.rates.network_share)
     least = practice.rates.sum_seconds + SUM_PER_RANK * tensor
     return least + states / (machine.device.node_link * practice.rates.link_share)

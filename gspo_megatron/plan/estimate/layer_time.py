@@ -125,7 +125,7 @@ def _ring_seconds(arch: Architecture, layout: Layout, machine: Machine, slot: Sl
         return 0.0
     groups = max(1.0, arch.num_key_value_heads / layout.tensor)
     moved = slot.tokens * 2 * groups * arch.head_dim * 2 * (layout.context - 1)
-    return moved / _speed(machine, practice, machine.per_node % (layout.tensor * layout.context) == 0)
+    return moved / _speed(machine, practice, machine.domain % (layout.tensor * layout.context) == 0)
 
 
 def _at(points: tuple[tuple[int, float], ...], length: float) -> float:
@@ -174,7 +174,7 @@ def _tensor_seconds(arch: Architecture, layout: Layout, machine: Machine, slot: 
     """All-gather before and reduce-scatter after attention (and a dense feed-forward layer). Backward gathers again."""
     if layout.tensor == 1:
         return 0.0
-    inside = machine.per_node % layout.tensor == 0
+    inside = machine.domain % layout.tensor == 0
     speed = _speed(machine, practice, inside)
     states = slot.tokens * arch.hidden_size * 2 * (layout.tensor - 1) / layout.tensor
     found = (2 if arch.num_experts else 4) * states / speed
@@ -190,8 +190,8 @@ def _dispatch_seconds(arch: Architecture, layout: Layout, machine: Machine, slot
     if layout.expert == 1 or not arch.num_experts:
         return 0.0
     state, sent = arch.hidden_size * 2, slot.tokens / layout.tensor
-    near = min(ranks, machine.per_node)
-    nodes = max(1, ranks // machine.per_node)
+    near = min(ranks, machine.domain)
+    nodes = max(1, ranks // machine.domain)
     chosen = arch.num_experts_per_tok
     if practice.dispatch == "all_to_all":
         outside, inside = chosen * (1 - near / ranks), chosen * (near - 1) / ranks

@@ -101,7 +101,7 @@ def _send_seconds(recipe: Recipe, layout: Layout, machine: Machine, slot: Slot, 
     """Send the states of a micro-batch to the next stage."""
     if layout.pipeline == 1:
         return 0.0
-    inside = layout.world <= machine.per_node
+    inside = layout.world <= machine.domain
     link = machine.device.node_link if inside else machine.device.network
     share = practice.rates.link_share if inside else practice.rates.network_share
     states = slot.tokens / layout.tensor * recipe.arch.hidden_size * ITEM_BYTES[recipe.model.dtype]
@@ -117,7 +117,7 @@ def update_seconds(
         backward: seconds of a micro-batch, behind which an overlapped reduction hides.
     """
     held = held_by(recipe.arch, layout, 0)
-    inside = {span.name: span.inside_node for span in spans(layout, machine.per_node)}
+    inside = {span.name: span.inside_node for span in spans(layout, machine.domain)}
     kinds = (
         (sum(sum(chunk.dense) for chunk in held), layout.data * layout.context, inside["data"] and inside["context"]),
         (sum(sum(chunk.expert) for chunk in held), layout.expert_data, inside["expert_data"]),

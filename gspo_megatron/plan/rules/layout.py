@@ -191,7 +191,7 @@ def _nodes(layout: Layout, machine: Machine) -> Iterator[Finding]:
     """Find groups that communicate in every layer and cross nodes."""
     if machine.is_cpu:
         return
-    per_node = machine.per_node
+    per_node = machine.domain
     for span in spans(layout, per_node):
         if span.inside_node or span.name not in ("tensor", "expert_tensor", "expert"):
             continue
