@@ -80,7 +80,7 @@ def _run(namespace: argparse.Namespace) -> int:
         return 0
     assert recipe is not None
     if namespace.search:
-        from gspo_megatron.plan.search import print_search
+        from gspo_megatron.plan.search_text import print_search
 
         return print_search(with_placement(recipe, namespace.nodes, namespace.gpu), namespace.json)
     plan = add_not_built(make_plan(recipe, namespace.nodes, namespace.gpu))

@@ -1,10 +1,10 @@
-"""`gspo plan --search`: the layouts that fit a recipe's model, lengths and GPUs, ordered by estimated time."""
+"""`gspo plan --search`: the layouts, server sizes and placements that fit a recipe's model and GPUs, fastest first."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from gspo_megatron.cluster.machines import Machine, machine_of
@@ -12,19 +12,23 @@ from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.parallel import Layout, round_up
 from gspo_megatron.plan.estimate import batch, flops, memory
-from gspo_megatron.plan.estimate.batch import BatchPlan
 from gspo_megatron.plan.estimate.rollout import RolloutPlan, plan_rollout
 from gspo_megatron.plan.estimate.rollout import findings as rollout_findings
+from gspo_megatron.plan.estimate.step_time import plan_compute
 from gspo_megatron.plan.estimate.trainer_time import TrainerTime, trainer_times
 from gspo_megatron.plan.rules import layout, resources
 from gspo_megatron.plan.suggest import apply
 
-SHOWN = 8
-"""Number of layouts and of server sizes that are printed."""
 MOST_STAGES, MOST_CONTEXT = 32, 64
 """Most pipeline stages and context-parallel ranks that are tried."""
 LEAST_TOKENS = 2048
 """Least tokens of a sequence on one context-parallel rank. Below it, communication costs more than the split saves."""
+REFINED = 16
+"""Fastest layouts for which chunks, larger micro-batches, expert tensor parallelism and offload are tried."""
+WIDER = (1, 2, 4)
+"""Micro-batches that are tried, in sequences of the longest length."""
+SPLITS = (4, 3, 2)
+"""Parts of the nodes, one of which, or all but one, is given to servers where sampling and training overlap."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +55,72 @@ class Servers:
     """Memory and speed."""
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What fits one placement."""
+
+    machine: Machine
+    """Its nodes."""
+    layouts: list[Candidate]
+    """Fastest first."""
+    servers: list[Servers]
+    """Fastest first."""
+    seconds: float
+    """A whole step with the first of each, seconds; infinite if nothing fits."""
+
+    @property
+    def change(self) -> dict[str, Any]:
+        """The keys of the fastest whole."""
+        placed = {"placement.rollout_nodes": self.machine.rollout_nodes}
+        return {**placed, **self.layouts[0].change, **(self.servers[0].change if self.servers else {})}
+
+
+def search(recipe: Recipe) -> list[Found]:
+    """Return what fits on each placement of the machines that a recipe names, the fastest step first.
+
+    Servers get nodes of their own only where the recipe lets sampling and training overlap: elsewhere half of the GPUs
+    would wait for the others.
+    """
+    nodes = recipe.placement.nodes
+    parts = {nodes // part for part in SPLITS} | {nodes - nodes // part for part in SPLITS}
+    tried = {recipe.placement.rollout_nodes, 0, *parts} if recipe.rollout.max_staleness else {0}
+    placements = sorted(apart for apart in tried if apart < nodes)
+    found = [_search_placement(apply(recipe, {"placement.rollout_nodes": apart})) for apart in placements]
+    return sorted(found, key=lambda one: one.seconds)
+
+
+def _search_placement(recipe: Recipe) -> Found:
+    machine = machine_of(recipe)
+    if machine.ranks < 1:
+        return Found(machine, [], [], float("inf"))
+    layouts, servers = search_layouts(recipe, machine), search_servers(recipe, machine)
+    seconds = float("inf")
+    if layouts and servers:
+        seconds = whole_step(apply(recipe, {**layouts[0].change, **servers[0].change}), machine)
+    return Found(machine, layouts, servers, seconds)
+
+
+def whole_step(recipe: Recipe, machine: Machine) -> float:
+    """Return the planned seconds of a step."""
+    arch, grid = recipe.arch, layout.layout_of(recipe.trainer, machine.ranks)
+    cut = batch.plan_batch(recipe, grid)
+    stages = memory.stage_memory(recipe, grid, cut, machine)
+    servers = plan_rollout(recipe, arch, cut, machine)
+    return plan_compute(recipe, arch, grid, cut, servers, stages, machine).seconds_per_step
+
+
 def search_layouts(recipe: Recipe, machine: Machine) -> list[Candidate]:
     """Return every layout that can be built and fits, fastest first. Of equal ones the simpler comes first."""
     arch = recipe.arch
-    found = []
-    for change in _layouts(recipe, arch, machine):
-        candidate = _judge(recipe, arch, machine, change)
-        if candidate is not None:
-            found.append(candidate)
-    return sorted(found, key=lambda one: (round(one.seconds, 1), _complexity(one.change), one.peak_bytes))
+    plain = [one for change in _layouts(recipe, arch, machine) if (one := _judge(recipe, arch, machine, change))]
+    plain.sort(key=_order)
+    better = [_refine(recipe, arch, machine, one) for one in plain[:REFINED]]
+    return sorted([*better, *plain[REFINED:]], key=_order)
+
+
+def _order(one: Candidate) -> tuple[float, int, int]:
+    sizes = ("tensor_parallel", "pipeline_parallel", "context_parallel")
+    return round(one.seconds, 1), sum(one.change[f"trainer.{name}"] > 1 for name in sizes), one.peak_bytes
 
 
 def search_servers(recipe: Recipe, machine: Machine) -> list[Servers]:
@@ -67,15 +128,17 @@ def search_servers(recipe: Recipe, machine: Machine) -> list[Servers]:
     arch = recipe.arch
     cut = batch.plan_batch(recipe, layout.layout_of(recipe.trainer.model_copy(update=_PLAIN), 1))
     found = []
-    for tensor in _divisors(machine.per_node, machine.per_node):
-        for pipeline in (1, 2, 4):
-            if machine.rollout_devices % (tensor * pipeline):
-                continue
-            servers = machine.rollout_devices // (tensor * pipeline)
+    for tensor, pipeline in product(_divisors(machine.per_node, machine.per_node), (1, 2, 4)):
+        if machine.rollout_devices % (tensor * pipeline):
+            continue
+        # Ranks beyond the key-value heads hold copies of the KV, or share it by position.
+        shared = {1, max(1, tensor // arch.num_key_value_heads)}
+        for context in sorted(shared):
             change = {
-                "rollout.servers": servers,
+                "rollout.servers": machine.rollout_devices // (tensor * pipeline),
                 "rollout.tensor_parallel": tensor,
                 "rollout.pipeline_parallel": pipeline,
+                "rollout.decode_context_parallel": context,
             }
             changed = apply(recipe, change)
             plan = plan_rollout(changed, arch, cut, machine)
@@ -98,7 +161,7 @@ def _layouts(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[d
         if ends is None:
             continue
         stage = machine.ranks // pipeline
-        for tensor in _divisors(stage, machine.per_node):
+        for tensor in _divisors(stage, min(machine.domain, arch.num_attention_heads)):
             for context in _divisors(stage // tensor, MOST_CONTEXT):
                 if context > 1 and longest / context < LEAST_TOKENS:
                     continue
@@ -112,10 +175,28 @@ def _layouts(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[d
                     "trainer.virtual_pipeline": None,
                     "trainer.expert_tensor_parallel": 1,
                     "trainer.offload_activations": False,
-                    "trainer.micro_batch_tokens": max(recipe.trainer.micro_batch_tokens, round_up(longest, multiple)),
+                    "trainer.micro_batch_tokens": round_up(longest, multiple),
                 }
                 for expert in _divisors(stage, arch.num_experts or 1):
                     yield {**base, "trainer.expert_parallel": expert}
+
+
+def _refine(recipe: Recipe, arch: Architecture, machine: Machine, one: Candidate) -> Candidate:
+    """Return the fastest variation of a layout."""
+    change = one.change
+    stages, tensor = change["trainer.pipeline_parallel"], change["trainer.tensor_parallel"]
+    even = change["trainer.first_stage_layers"] is None
+    depth = arch.num_hidden_layers // stages if even else 1
+    chunks = [None, *(count for count in _divisors(depth, 8) if count > 1)] if stages > 1 else [None]
+    found = [one]
+    for wider, virtual in product(WIDER, chunks):
+        tokens = wider * change["trainer.micro_batch_tokens"]
+        tried = {**change, "trainer.micro_batch_tokens": tokens, "trainer.virtual_pipeline": virtual}
+        variations = [tried, {**tried, "trainer.offload_activations": True}]
+        if tensor > 1 and arch.num_experts and not virtual and wider == 1:
+            variations.append({**tried, "trainer.expert_tensor_parallel": tensor})
+        found += [other for variation in variations if (other := _judge(recipe, arch, machine, variation))]
+    return min(found, key=_order)
 
 
 def _divisors(of: int, most: int) -> list[int]:
@@ -133,11 +214,15 @@ def _judge(recipe: Recipe, arch: Architecture, machine: Machine, change: dict[st
     cut = batch.plan_batch(changed, grid)
     if any(finding.severity != "info" for finding in batch.findings(changed, grid, cut)):
         return None
-    for mode in ("none", "selective", "full"):
+    # Only the layer inputs of full recomputation can be offloaded.
+    modes = ("full",) if change["trainer.offload_activations"] else ("none", "selective", "full")
+    for mode in modes:
         tried = apply(changed, {"trainer.recompute": mode})
         stages = memory.stage_memory(tried, grid, cut, machine)
         if resources.fits(stages, machine):
-            time = _total(tried, arch, grid, cut, machine)
+            if sum(resources.host_bytes(tried, arch, machine, cut, stages).values()) > machine.host_memory:
+                return None
+            time = _total(tried, grid, cut, machine)
             peak = max(stage.peak_bytes for stage in stages)
             return Candidate({**change, "trainer.recompute": mode}, time.seconds, peak, time.words())
     return None
@@ -149,65 +234,6 @@ def _least_bytes(arch: Architecture, grid: Layout) -> int:
     return 6 * experts // (grid.expert * grid.expert_tensor * grid.pipeline)
 
 
-def _total(recipe: Recipe, arch: Architecture, grid: Layout, cut: BatchPlan, machine: Machine) -> TrainerTime:
+def _total(recipe: Recipe, grid: Layout, cut: batch.BatchPlan, machine: Machine) -> TrainerTime:
     scoring, training = trainer_times(recipe, grid, cut, machine).values()
     return scoring + training
-
-
-def _complexity(change: dict[str, Any]) -> int:
-    """Count the parallel dimensions in use. Of layouts with equal time the simpler one is listed first."""
-    sizes = ("tensor_parallel", "pipeline_parallel", "context_parallel")
-    return sum(change[f"trainer.{name}"] > 1 for name in sizes)
-
-
-def search(recipe: Recipe) -> tuple[Machine, list[Candidate], list[Servers]]:
-    """Return layouts and server sizes for the machines that a recipe names. Both are empty if nothing fits."""
-    machine = machine_of(recipe)
-    if machine.ranks < 1:
-        return machine, [], []
-    return machine, search_layouts(recipe, machine), search_servers(recipe, machine)
-
-
-def print_search(recipe: Recipe, as_json: bool) -> int:
-    """Print the result. Returns 0 if a layout and a server size fit, else 2."""
-    machine, layouts, servers = search(recipe)
-    if as_json:
-        shown = {"layouts": [asdict(one) for one in layouts], "servers": [asdict(one) for one in servers]}
-        print(json.dumps(shown, indent=1))
-    else:
-        for line in _lines(machine, layouts, servers):
-            print(line)
-    return 0 if layouts and (servers or machine.is_cpu) else 2
-
-
-def _lines(machine: Machine, layouts: list[Candidate], servers: list[Servers]) -> Iterator[str]:
-    device = machine.device
-    where = f"{machine.ranks} trainer ranks on {machine.nodes} node(s) x {machine.per_node} {device.kind.upper()}"
-    yield f"{len(layouts)} layouts fit {where}; the first {min(SHOWN, len(layouts))}, fastest first:"
-    yield f"{'TP':>3} {'CP':>3} {'PP':>3} {'EP':>4} recompute  {'s/step':>7} {'GB':>6}  why"
-    for one in layouts[:SHOWN]:
-        sizes = [one.change[f"trainer.{name}_parallel"] for name in ("tensor", "context", "pipeline", "expert")]
-        yield (
-            f"{sizes[0]:>3} {sizes[1]:>3} {sizes[2]:>3} {sizes[3]:>4} {one.change['trainer.recompute']:<9}  "
-            f"{one.seconds:>7,.0f} {one.peak_bytes / 1e9:>6.1f}  {one.why}"
-        )
-    if layouts:
-        yield "as overrides: " + _overrides(layouts[0].change)
-    else:
-        yield "none: take more nodes, a GPU with more memory, or shorter responses"
-    yield ""
-    yield f"{len(servers)} ways to divide {machine.rollout_devices} GPUs into servers, fastest batch first:"
-    yield f"{'servers':>7} {'TP':>3} {'PP':>3} {'responses at limit':>21} {'tokens/s':>9} {'s/batch':>8}"
-    for two in servers[:SHOWN]:
-        tensor, pipeline = two.change["rollout.tensor_parallel"], two.change["rollout.pipeline_parallel"]
-        yield (
-            f"{two.plan.servers:>7} {tensor:>3} {pipeline:>3} {two.plan.answers_at_limit:>21} "
-            f"{two.plan.tokens_per_second * two.plan.servers:>9,.0f} {two.plan.seconds:>8,.0f}"
-        )
-    if servers:
-        yield "as overrides: " + _overrides(servers[0].change)
-
-
-def _overrides(change: dict[str, Any]) -> str:
-    # As JSON: a recipe takes `true` and `null`, not `True` and `None`.
-    return " ".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in change.items())

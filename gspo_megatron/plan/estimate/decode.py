@@ -43,7 +43,9 @@ def step_seconds(
     done = share * (flops.linear_flops(arch) + 2 * flops.quadratic_flops(arch) * context) / tensor
     read = (weights + cache) / (device.bandwidth * rates.server_share)
     busy = max(read, done / (device.matmul * rates.server_product_share))
-    exchange = 2 * arch.num_hidden_layers * _sum_seconds(arch, machine, tensor, share, element, practice)
+    # Sums after attention and after the experts; ranks that share the KV also gather queries and scatter outputs.
+    sums = 4 if rollout.decode_context_parallel > 1 else 2
+    exchange = sums * arch.num_hidden_layers * _sum_seconds(arch, machine, tensor, share, element, practice)
     return busy + exchange + rates.step_seconds * stages + rates.request_seconds * batch
 
 

@@ -166,7 +166,7 @@ def _element_bytes(arch: Architecture, layout: Layout, practice: Practice) -> tu
     # Copies are sorted by rank, and by expert on arrival; back the same way, to be summed. Fused dispatch sorts as it
     # sends.
     copies = 6 if practice.dispatch == "all_to_all" and layout.expert > 1 else 3
-    rows = chosen * (copies * arch.hidden_size + 3 * arch.moe_intermediate_size)
+    rows = chosen * (copies * layout.expert_tensor * arch.hidden_size + 3 * arch.moe_intermediate_size)
     return attention, 2 * (5 * arch.hidden_size + rows + 4 * arch.num_experts)
 
 
@@ -187,11 +187,17 @@ def _tensor_seconds(arch: Architecture, layout: Layout, machine: Machine, slot: 
 def _dispatch_seconds(arch: Architecture, layout: Layout, machine: Machine, slot: Slot, practice: Practice) -> float:
     """Tokens to their experts and back. The backward pass sends the same bytes the other way."""
     ranks = layout.expert * layout.expert_tensor
-    if layout.expert == 1 or not arch.num_experts:
+    if ranks == 1 or not arch.num_experts:
         return 0.0
     state, sent = arch.hidden_size * 2, slot.tokens / layout.tensor
-    near = min(ranks, machine.domain)
-    nodes = max(1, ranks // machine.domain)
+    # Ranks that hold slices of the same experts gather the rows of all of them, and scatter the sums.
+    shared = 2 * sent * state * arch.num_experts_per_tok * (layout.expert_tensor - 1)
+    gathered = shared / _speed(machine, practice, machine.domain % layout.expert_tensor == 0)
+    ranks = layout.expert
+    if ranks == 1:
+        return gathered
+    near = min(ranks, max(1, machine.domain // layout.expert_tensor))
+    nodes = max(1, ranks // near)
     chosen = arch.num_experts_per_tok
     if practice.dispatch == "all_to_all":
         outside, inside = chosen * (1 - near / ranks), chosen * (near - 1) / ranks
@@ -200,7 +206,7 @@ def _dispatch_seconds(arch: Architecture, layout: Layout, machine: Machine, slot
         outside = (nodes - 1) * (1 - (1 - 1 / nodes) ** chosen)
         inside = (ranks - nodes) * (1 - (1 - 1 / ranks) ** chosen)
     seconds = 2 * sent * state * (outside / _speed(machine, practice, False) + inside / _speed(machine, practice, True))
-    return seconds * (1 - practice.rates.hidden_share if practice.dispatch == "overlapped" else 1)
+    return gathered + seconds * (1 - practice.rates.hidden_share if practice.dispatch == "overlapped" else 1)
 
 
 def _speed(machine: Machine, practice: Practice, inside: bool) -> float:

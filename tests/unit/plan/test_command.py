@@ -7,7 +7,6 @@ import json
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from gspo_megatron.plan import make_plan
 from gspo_megatron.plan.command import add_arguments, run
 from gspo_megatron.plan.explain import all_keys, explain
 from gspo_megatron.plan.search import search
+from tests.chosen_layouts import CHOSEN
 from tools.make_schema import TARGET, make_schema
 
 A3B, A22B = "recipes/qwen3_30b_a3b_gspo.yaml", "recipes/qwen3_235b_a22b_gspo_100k.yaml"
@@ -60,7 +60,7 @@ def test_json_has_the_promised_parts(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_rank_coordinates_on_request(capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan(A3B, "--json", "--ranks") == 0
+    assert plan(A3B, "trainer.context_parallel=4", "--json", "--ranks") == 0
     ranks = json.loads(capsys.readouterr().out)["layout"]["ranks"]
     assert len(ranks) == 32
     assert ranks[9] == {
@@ -121,25 +121,9 @@ def test_explain_names_the_nearest_key(capsys: pytest.CaptureFixture[str]) -> No
     assert "did you mean trainer.recompute?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("nodes", [8, 16, 32])
-def test_search_finds_layouts_for_235b_at_100k_in_five_seconds(nodes: int) -> None:
-    recipe = load_recipe(Path(A22B), [f"placement.nodes={nodes}"])
-    start = time.process_time()
-    _, layouts, servers = search(recipe)
-    assert time.process_time() - start < 5
-    assert layouts and servers
-    assert layouts[0].seconds <= layouts[-1].seconds
-
-
-def test_search_knows_more_tensor_parallel_ranks_than_key_value_heads() -> None:
-    _, layouts, _ = search(load_recipe(Path(A22B), ["placement.nodes=32"]))
-    assert {one.change["trainer.tensor_parallel"] for one in layouts} >= {4, 8}
-
-
 def test_what_search_proposes_is_planned_without_findings(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = load_recipe(Path(A3B), ["placement.nodes=2", "placement.gpu=h200"])
-    _, layouts, servers = search(recipe)
-    changes = {**layouts[0].change, **servers[0].change}
+    changes = search(recipe)[0].change
     overrides = [f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in changes.items()]
     assert plan(A3B, "--nodes", "2", "--gpu", "h200", *overrides, "--json") == 0
     found = json.loads(capsys.readouterr().out)
@@ -158,25 +142,7 @@ def test_recipes_stay_sparse() -> None:
     assert set(Recipe.model_fields) >= {"placement", "trainer", "rollout"}
 
 
-VARIANTS = (
-    ("qwen3_0p6b_gspo", "placement.gpu=h200"),
-    ("qwen3_30b_a3b_gspo_100k", "placement.gpu=h200 placement.nodes=4 rollout.servers=8"),
-    ("qwen3_235b_a22b_gspo", "placement.gpu=h100 rollout.pipeline_parallel=2 rollout.servers=8"),
-    (
-        "qwen3_235b_a22b_gspo_100k",
-        "placement.nodes=8 rollout.servers=8 trainer.pipeline_parallel=4 trainer.first_stage_layers=23 "
-        "trainer.last_stage_layers=23",
-    ),
-    (
-        "qwen3_235b_a22b_gspo_100k",
-        "placement.nodes=32 rollout.servers=32 trainer.tensor_parallel=4 trainer.expert_parallel=32",
-    ),
-    ("qwen3_235b_a22b_gspo_100k", "placement.gpu=h100 rollout.pipeline_parallel=2 rollout.servers=8"),
-)
-"""Overrides that the recipes' own comments give for other machines."""
-
-
-@pytest.mark.parametrize(("name", "overrides"), VARIANTS)
+@pytest.mark.parametrize(("name", "overrides"), [one for one in CHOSEN if one[1]])
 def test_the_variants_in_the_comments_are_planned_without_findings(name: str, overrides: str) -> None:
     path = Path(f"recipes/{name}.yaml")
     written = " ".join(path.read_text().replace("#", " ").split())
