@@ -54,9 +54,7 @@ def choice(name: str, overrides: str) -> tuple[float, str]:
     plan, found = make_plan(recipe), search(recipe)[0]
     assert plan.compute is not None
     mine = {f"trainer.{key}": value for key, value in recipe.trainer.model_dump().items()}
-    mine |= {
-        f"rollout.{key}": getattr(recipe.rollout, key) for key in ("servers", "tensor_parallel", "pipeline_parallel")
-    }
+    mine |= {f"rollout.{key}": value for key, value in recipe.rollout.model_dump().items()}
     second = {**found.layouts[0].change, **found.servers[0].change}
     if _words(second) == _words(mine) and len(found.layouts) > 1:
         second = {**found.layouts[1].change, **found.servers[0].change}
