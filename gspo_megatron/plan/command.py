@@ -34,6 +34,13 @@ def add_arguments(subparsers: argparse._SubParsersAction[argparse.ArgumentParser
     parser.add_argument("--explain", metavar="KEY", help="describe a recipe key, e.g. trainer.recompute")
     parser.add_argument("--search", action="store_true", help="list the fastest layouts for the model and the GPUs")
 
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="KEY=A,B",
+        help="plan every combination of values, or other recipes, in one table",
+    )
+
     parser.parse_known_args = partial(parse_mixed, parser)  # type: ignore[method-assign]
 
 
@@ -42,12 +49,24 @@ def parse_mixed(
 ) -> tuple[argparse.Namespace, list[str]]:
     """Parse with overrides anywhere: argparse itself accepts none after an option. Instead of `parse_known_args`."""
     # A recipe may lie in a directory with such a sign in its name.
-    overrides = [word for word in arguments if "=" in word and not word.startswith("-") and not os.path.isfile(word)]
-    rest = [word for word in arguments if word not in overrides]
+    compared = _compared(arguments)
+    own = [word for place, word in enumerate(arguments) if place not in compared]
+    overrides = [word for word in own if "=" in word and not word.startswith("-") and not os.path.isfile(word)]
+    rest = [word for place, word in enumerate(arguments) if place in compared or word not in overrides]
     into = namespace if namespace is not None else argparse.Namespace()
     parsed, unknown = argparse.ArgumentParser.parse_known_args(parser, rest, into)
     parsed.overrides = [*parsed.overrides, *overrides]
     return parsed, unknown
+
+
+def _compared(arguments: Sequence[str]) -> range:
+    """The places of the words after `--compare`, up to the next option."""
+    if "--compare" not in arguments:
+        return range(0)
+    start = end = arguments.index("--compare") + 1
+    while end < len(arguments) and not arguments[end].startswith("-"):
+        end += 1
+    return range(start, end)
 
 
 def run(namespace: argparse.Namespace) -> int:
@@ -79,6 +98,12 @@ def _run(namespace: argparse.Namespace) -> int:
         print(explain(namespace.explain, recipe))
         return 0
     assert recipe is not None
+    if namespace.compare:
+        from gspo_megatron.plan.compare import print_comparison
+
+        more = [f"placement.{key}={value}" for key in ("nodes", "gpu") if (value := getattr(namespace, key))]
+        chosen = [*namespace.overrides, *more]
+        return print_comparison(namespace.recipe, chosen, namespace.compare, namespace.search, namespace.json)
     if namespace.search:
         from gspo_megatron.plan.search_text import print_search
 
