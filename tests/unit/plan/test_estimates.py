@@ -21,6 +21,11 @@ from gspo_megatron.plan.rules.resources import host_bytes
 
 A3B, A22B = Path("recipes/qwen3_30b_a3b_gspo.yaml"), Path("recipes/qwen3_235b_a22b_gspo_100k.yaml")
 
+FIRST_ORDER = (
+    "trainer.tensor_parallel=2", "trainer.context_parallel=8", "trainer.expert_parallel=16", "trainer.recompute=full"
+)  # fmt: skip
+"""The layout of the first-order numbers for 235B at 100K."""
+
 
 def architecture(path: Path) -> Architecture:
     found = load_recipe(path).arch
@@ -130,7 +135,7 @@ def test_attention_above_the_key_value_heads_keeps_the_product_of_all_ranks() ->
 
 
 def test_offloaded_layer_inputs_leave_the_device_for_the_host() -> None:
-    overrides = ["placement.rollout_nodes=4", "placement.nodes=20"]
+    overrides = [*FIRST_ORDER, "placement.rollout_nodes=4", "placement.nodes=20"]
     kept, moved = (
         make_plan(load_recipe(A22B, [*overrides, f"trainer.offload_activations={on}"])) for on in ("false", "true")
     )
@@ -172,7 +177,7 @@ def test_server_weights_by_hand() -> None:
 )
 def test_235b_at_100k_is_near_the_first_order_numbers(overrides: str, first: int, last: int) -> None:
     """First-order numbers in GB without a sleeping server: independent arithmetic, not tuned to."""
-    plan = make_plan(load_recipe(A22B, overrides.split()))
+    plan = make_plan(load_recipe(A22B, [*FIRST_ORDER, *overrides.split()]))
     assert plan.memory is not None
     ends = [stage.peak_bytes - stage.estimated["sleeping server"] for stage in (plan.memory[0], plan.memory[-1])]
     assert ends[0] / 1e9 == pytest.approx(first, rel=0.08)
@@ -180,7 +185,7 @@ def test_235b_at_100k_is_near_the_first_order_numbers(overrides: str, first: int
 
 
 def test_batch_algebra_in_words() -> None:
-    plan = make_plan(load_recipe(A3B))
+    plan = make_plan(load_recipe(A3B, ["trainer.context_parallel=4"]))
     assert plan.batch is not None
     text = "\n".join(plan.batch.words())
     for words in (

@@ -42,7 +42,7 @@ def test_planned_rows_are_up_to_date(name: str) -> None:
 def test_no_row_is_both_measured_and_planned() -> None:
     for recipe in Path("recipes").glob("*.yaml"):
         rows = [line for line in README.read_text().splitlines() if line.startswith(f"| `{recipe.stem}` |")]
-        assert len({line.split("|")[2].strip() for line in rows}) <= 1, recipe
+        assert len({line.split("|")[2].strip() for line in rows} & {"planned", "measured"}) <= 1, recipe
 
 
 if __name__ == "__main__":
