@@ -19,7 +19,7 @@ from gspo_megatron.controller.loop_pool import LoopPool
 from gspo_megatron.controller.process_pool import Lost, ProcessPool
 from gspo_megatron.controller.servers import Refused
 from gspo_megatron.rewards.answer_text import THINK_END, opens_thinking
-from gspo_megatron.rewards.judge import longest_wait
+from gspo_megatron.rewards.judge import longest_wait, read_key
 from gspo_megatron.rewards.reward_contract import is_asynchronous
 from gspo_megatron.rewards.reward_input import RewardInput, make_input
 from gspo_megatron.rewards.scorer import Verdict, load_reward, make_scorer
@@ -54,6 +54,8 @@ def make_scoring_pool(recipe: Recipe, workers: int) -> Pool:
     make, own = functools.partial(make_scorer, recipe), load_reward(recipe.reward)
     if own is not None and is_asynchronous(own):
         judge = recipe.reward.judge
+        if judge is not None:
+            read_key(judge)  # said here, and not by a process that cannot start
         # What waits for a judge is not late before the judge is.
         more = {} if judge is None else {"at_once": judge.at_once, "patience": longest_wait(judge)}
         return LoopPool(make, SCORING_SECONDS, "scorer", **more)  # pyright: ignore[reportArgumentType]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gspo_megatron.config.judge_section import JudgeSection
+from gspo_megatron.config.refusal import refuse
 from gspo_megatron.config.secret_text import hide_secrets
 from gspo_megatron.http_clients import direct_session
 from gspo_megatron.rewards.answer_text import strip_thinking
@@ -39,6 +40,19 @@ def longest_wait(section: JudgeSection) -> float:
     """Seconds after which one question has an answer or has failed."""
     pauses = sum(1.5 * min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE) for attempt in range(section.attempts - 1))
     return section.attempts * (section.request_seconds + LONGEST_PAUSE) + pauses
+
+
+def read_key(section: JudgeSection) -> str:
+    """Return the key of a judge, empty where none is sent. Raises RecipeError for a variable that is not set."""
+    name = section.key_variable
+    key = os.environ.get(name, "").strip() if name else ""
+    if name and not key:
+        raise refuse(
+            "judge-key-missing", "reward.judge.key_variable",
+            f"the environment variable {name} is not set where responses are scored",
+            f"export {name}=... before the run is started",
+        )  # fmt: skip
+    return key
 
 
 class JudgeFailed(RuntimeError):
@@ -83,14 +97,11 @@ class Judge:
             section: address, model and limits.
 
         Raises:
-            ValueError: the variable of the key is not set.
+            RecipeError: the variable of the key is not set.
         """
         self._section = section
         self._headers = {"Content-Type": "application/json"}
-        if section.key_variable is not None:
-            key = os.environ.get(section.key_variable, "").strip()
-            if not key:
-                raise ValueError(f"reward.judge.key_variable={section.key_variable} is not set; export it")
+        if key := read_key(section):
             self._headers["Authorization"] = f"Bearer {key}"
         self._free = asyncio.Semaphore(section.at_once)
         self._owed = Usage()

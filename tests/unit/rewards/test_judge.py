@@ -275,6 +275,12 @@ def test_the_example_scores_and_what_failed_is_paid_by_the_next(pauses: list[flo
     assert "What is 1 + 1?" in sent and "It is 2." in sent
 
 
+def test_a_key_that_is_not_set_ends_the_controller_before_a_response(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEST_JUDGE_KEY", " ")
+    with pytest.raises(RecipeError, match="the environment variable TEST_JUDGE_KEY is not set where responses are"):
+        make_scoring_pool(recipe("http://h/v1", key_variable="TEST_JUDGE_KEY"), 2)
+
+
 def test_the_pool_of_a_judge_holds_as_many_responses_and_waits_for_it() -> None:
     pool = make_scoring_pool(recipe("http://h/v1", at_once=3, request_seconds=900, attempts=2), 2)
     assert isinstance(pool, LoopPool) and (pool._at_once, pool._wall > 1800) == (3, True)
