@@ -24,7 +24,9 @@ _SCIENTIFIC = re.compile(r"(?<![\w\\.])((?:\d+(?:\.\d*)?|\.\d+))[eE]([+-]?\d+)(?
 _MIXED = re.compile(r"(?<![\w.])(\d+)[ ]+(\d+)/(\d+)(?![\w.])")
 _COMMAND = re.compile(r"\\(?:begin|end)\s*\{\w*\}|\\(?:text|textrm|mathrm|mbox|operatorname)\s*\{[^{}]*\}|\\[a-zA-Z]+")
 _OPERATOR = re.compile(r"\\(?!(?:text|textrm|mathrm|mbox|quad|qquad)(?![a-zA-Z]))[a-zA-Z]")
-_AND = re.compile(r"\s*\\(?:text|textrm|mathrm|mbox)\s*\{\s*,?\s*(?:and|or)\s*\}\s*|,?\s+(?:and|or)\s+")
+_AND = re.compile(
+    r"\s*\\(?:text|textrm|mathrm|mbox)\s*\{\s*,?\s*(?:and|or)\s*\}\s*|\s*\\(?:lor|land)(?![a-zA-Z])\s*|,?\s+(?:and|or)\s+"
+)
 _UNREAD = {
     r"\\varnothing(?![a-zA-Z])": r"\\emptyset",
     r"\\lg(?![a-zA-Z])": r"\\log_{10}",
@@ -38,11 +40,17 @@ _DATE = re.compile(r"\d{4}-\d\d-\d\d")
 
 
 def load() -> None:
-    """Import math-verify before the first response is scored."""
-    import math_verify  # noqa: F401
+    """Import math-verify, and all that it imports, before the first response is scored."""
+    from math_verify import parse, verify
 
     # It logs the whole response whenever it fails to parse one.
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    # The grammar is read with the first expression: seconds of processor time that are no response's.
+    verify(
+        parse("\\boxed{\\frac{1}{2}}", parsing_timeout=0),
+        parse("\\boxed{0.5}", parsing_timeout=0),
+        timeout_seconds=None,
+    )
 
 
 def score(gold: str, answer: str) -> float:
