@@ -13,7 +13,7 @@ from gspo_megatron.cluster.slurm_commands import expand_hosts, read_field
 
 KEPT = re.compile(
     r"SLURM_(CONF|JOBID|JOB_.*|HET_.*|CLUSTER_NAME|WORKING_CLUSTER|RESTART_COUNT|SUBMIT_.*|ARRAY_.*|CPUS_ON_NODE|"
-    r"GPUS_ON_NODE|TOPOLOGY_.*|NODEID|PROCID|LOCALID|GTIDS|TASK_PID|DEBUG|PMIX.*|EXPERIMENTAL.*)"
+    r"GPUS_ON_NODE|TOPOLOGY_.*|NODEID|PROCID|LOCALID|GTIDS|TASK_PID|TMPDIR|DEBUG|PMIX.*|EXPERIMENTAL.*)"
 )
 """Variables of SLURM that say which job this is. The others are options that srun, squeue and scontrol would take."""
 OPTION = re.compile(r"(SLURM|SRUN|SQUEUE|SCONTROL)_")

@@ -129,7 +129,7 @@ INPUTS = re.findall(
 FACTS = {
     "SLURM_CONF": "/a", "SLURM_JOB_ID": "7", "SLURM_JOBID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_RESTART_COUNT": "1",
     "SLURM_JOB_END_TIME": "9", "SLURM_ARRAY_JOB_ID": "6", "SLURMD_NODENAME": "n1", "PATH": "/bin", "NCCL_DEBUG": "INFO",
-    "CUDA_VISIBLE_DEVICES": "0,1",
+    "CUDA_VISIBLE_DEVICES": "0,1", "SLURM_TMPDIR": "/scratch/7",
 }  # fmt: skip
 
 
