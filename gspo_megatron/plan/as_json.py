@@ -14,6 +14,9 @@ from gspo_megatron.plan.rules import resources
 from gspo_megatron.plan.rules.layout import rank_table, spans
 from gspo_megatron.plan.run_plan import Plan
 
+VERSION = 2
+"""Of the object's keys; README.md says what they hold. 2: `compute` has ranges, times with all parts of a step."""
+
 
 def to_json(plan: Plan, with_ranks: bool = False) -> dict[str, Any]:
     """Convert the whole plan. Parts that a refused recipe does not have are null.
@@ -23,6 +26,7 @@ def to_json(plan: Plan, with_ranks: bool = False) -> dict[str, Any]:
     """
     arch = plan.recipe.arch
     return {
+        "version": VERSION,
         "recipe": plan.recipe.run.name,
         "machine": _machine(plan.machine),
         "model": {
@@ -39,6 +43,7 @@ def to_json(plan: Plan, with_ranks: bool = False) -> dict[str, Any]:
         "memory": None if plan.memory is None or plan.batch is None else _memory(plan, plan.memory, plan.batch),
         "compute": None if plan.compute is None else asdict(plan.compute),
         "rollout": None if plan.rollout is None else asdict(plan.rollout),
+        "shares_of_a_step": plan.shares,
         "findings": [asdict(finding) for finding in plan.findings],
     }
 

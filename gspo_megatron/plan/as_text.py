@@ -35,6 +35,8 @@ SEGMENTS = (
 )
 """How the terms of a stage are drawn: a word of the term's name, a letter, a colour."""
 HINT = "other machines: --nodes N --gpu KIND; other layouts: --search; a key: --explain KEY; change: key=value"
+WORTH_SAYING = 0.1
+"""Share of a step that an info is about, from which the verdict says so."""
 STYLES = {"error": "bold red", "warning": "yellow", "info": "dim"}
 
 
@@ -54,7 +56,11 @@ def print_plan(plan: Plan, with_ranks: bool = False) -> None:
     errors = sum(finding.severity == "error" for finding in plan.findings)
     warnings = sum(finding.severity == "warning" for finding in plan.findings)
     verdict = f"refused: {many(errors, 'error')}" if errors else "would run" if warnings else "fine"
-    console.print(f"{verdict}, {many(warnings, 'warning')}", style="bold red" if errors else "bold", markup=False)
+    said = [f"; {code} is about {share:.0%} of a step" for code, share in plan.shares.items() if share >= WORTH_SAYING]
+    better = "".join(said)
+    console.print(
+        f"{verdict}, {many(warnings, 'warning')}{better}", style="bold red" if errors else "bold", markup=False
+    )
     console.print(HINT, style="dim", markup=False)
 
 

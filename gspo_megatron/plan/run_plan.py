@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gspo_megatron.cluster import machines
@@ -59,6 +59,8 @@ class Plan:
     """Memory and speed of the vLLM servers."""
     compute: ComputePlan | None = None
     """FLOPs and time."""
+    shares: dict[str, float] = field(default_factory=dict)
+    """Code of an info -> share of a step that it is about, where that is known."""
 
     @property
     def refused(self) -> bool:
@@ -148,8 +150,12 @@ def _resources(
     for finding in resources.findings(recipe, arch, where, cut, stages, servers, work):
         found.append(finding if finding.fix else replace(finding, fix=suggest.cheapest_change(recipe, where)))
     found += durations.findings(recipe, arch, where, grid, servers, work)
-    found += suggest.spare_recompute(recipe, arch, where, grid, cut)
-    return {"memory": stages, "rollout": servers, "compute": work}
+    spare = suggest.spare_recompute(recipe, where, grid, cut)
+    found += [spare[0]] if spare else []
+    shares = {"memory-to-spare": spare[1] if spare else 0.0, "experts-cross-nodes": work.exchange_seconds}
+    raised = {finding.code for finding in found}
+    shares = {code: seconds / work.seconds_per_step for code, seconds in shares.items() if code in raised}
+    return {"memory": stages, "rollout": servers, "compute": work, "shares": shares}
 
 
 def _settle(found: list[Finding], recipe: Recipe) -> Iterator[Finding]:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from gspo_megatron.cluster.machines import Machine, machine_of
-from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.parallel import Layout, round_up
 from gspo_megatron.plan.estimate import batch
@@ -34,10 +33,8 @@ def cheapest_change(recipe: Recipe, machine: Machine) -> str:
     return "no single change fits: take more nodes with more of PP, CP and EP (gspo plan --search lists layouts)"
 
 
-def spare_recompute(
-    recipe: Recipe, arch: Architecture, machine: Machine, grid: Layout, cut: BatchPlan
-) -> Iterator[Finding]:
-    """Find recomputation that saves memory which is not needed."""
+def spare_recompute(recipe: Recipe, machine: Machine, grid: Layout, cut: BatchPlan) -> tuple[Finding, float] | None:
+    """Find recomputation that saves memory which is not needed, and the seconds of a step that it takes."""
     modes = ("none", "selective", "full")
     before = trainer_times(recipe, grid, cut, machine)["training"].seconds
     for mode in modes[: modes.index(recipe.trainer.recompute)]:
@@ -52,8 +49,8 @@ def spare_recompute(
             message += f"{size(machine.device.memory)} and trains {1 - after / before:.0%} faster"
             fix = f"try trainer.recompute={mode}"
             fix += " trainer.offload_activations=false" if recipe.trainer.offload_activations else ""
-            yield Finding("memory-to-spare", "info", "trainer.recompute", message, fix)
-            return
+            return Finding("memory-to-spare", "info", "trainer.recompute", message, fix), before - after
+    return None
 
 
 def _stages(recipe: Recipe, machine: Machine) -> list[StageMemory] | None:

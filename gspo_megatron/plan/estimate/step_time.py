@@ -37,6 +37,8 @@ class ComputePlan:
     """Time of one step by part, seconds."""
     seconds_per_step: float
     """Sum of the parts, less the overlap of rollout and training."""
+    exchange_seconds: float
+    """Part of the trainer's seconds in which ranks exchange tokens, states and the layers' inputs."""
     bottleneck: str
     """Name of the longest part."""
     tokens_per_device_second: float
@@ -88,6 +90,7 @@ def plan_compute(
         flops_per_step=work * tokens,
         seconds=seconds,
         seconds_per_step=total,
+        exchange_seconds=sum(time.busy.exchange for time in times.values()),
         bottleneck=max(seconds, key=lambda name: seconds[name]),
         tokens_per_device_second=tokens / total / max(1, machine.devices),
         device_hours=total * steps * machine.devices / 3600,

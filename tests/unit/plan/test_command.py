@@ -59,6 +59,39 @@ def test_json_has_the_promised_parts(capsys: pytest.CaptureFixture[str]) -> None
     assert {"code", "severity", "key", "message", "fix"} == set(found["findings"][0])
 
 
+def test_an_info_about_a_tenth_of_a_step_is_said_in_the_verdict(capsys: pytest.CaptureFixture[str]) -> None:
+    slow = ["placement.gpu=h200", "batch.updates=1", "trainer.expert_parallel=16"]
+    assert plan(A3B, *slow, "--json") == 0
+    shares = json.loads(capsys.readouterr().out)["shares_of_a_step"]
+    assert shares["experts-cross-nodes"] >= 0.1
+    assert plan(A3B, *slow) == 0
+    verdict = capsys.readouterr().out.splitlines()[-2]
+    assert f"experts-cross-nodes is about {shares['experts-cross-nodes']:.0%} of a step" in verdict, verdict
+
+
+def test_variants_stand_in_one_table(capsys: pytest.CaptureFixture[str]) -> None:
+    lists = "objective.correction=[tis],[]"
+    assert plan(A3B, "--compare", "nodes=2,4", lists, "--json", "rollout.max_staleness=0") == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["variant"] for row in rows] == [
+        f"placement.nodes={nodes} objective.correction={correction}"
+        for nodes in (2, 4)
+        for correction in ("[tis]", "[]")
+    ]
+    assert [bool(row["refused"]) for row in rows] == [True, True, False, False]
+    assert rows[0]["refused"].endswith("set rollout.servers=8") and rows[0]["seconds_per_step"] is None
+    alone = make_plan(load_recipe(Path(A3B), ["placement.nodes=4"])).compute
+    assert alone is not None and rows[3]["seconds_per_step"] == alone.seconds_per_step
+
+
+def test_recipes_stand_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(A3B, "--compare", A22B, "recipes/none.yaml") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:4]] == [Path(A3B).stem, Path(A22B).stem, "none"]
+    assert "refused" in lines[3] and lines[4].startswith("fastest: ")
+    assert plan(A3B, "--compare", "nodes=" + ",".join(map(str, range(1, 70)))) == 2
+
+
 def test_rank_coordinates_on_request(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan(A3B, "trainer.context_parallel=4", "--json", "--ranks") == 0
     ranks = json.loads(capsys.readouterr().out)["layout"]["ranks"]
