@@ -6,6 +6,7 @@ python -m gspo_megatron.controller.main --run-dir DIR --host HOST --port PORT --
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import os
 import resource
@@ -28,9 +29,12 @@ from gspo_megatron.controller.server_client import ServerClient
 from gspo_megatron.controller.servers import ServerSet
 from gspo_megatron.data.store import SampleStore
 from gspo_megatron.models import load_resolved
+from gspo_megatron.rewards.gold_check import GOLDS_OF, gold_findings
 from gspo_megatron.run_dir import RunDir
 from gspo_megatron.transport.auth import read_key
 from gspo_megatron.transport.identity import identity_of
+
+log = logging.getLogger(__name__)
 
 MAX_SCORING_PROCESSES = 8
 
@@ -46,6 +50,7 @@ def build(recipe: Recipe, run_dir: Path, host: str, urls: list[str], key: str, l
     vocab = recipe.arch.vocab_size
     # Before the connections: a broken prompt file or reward ends the controller with its sentence as the last line.
     stream = PromptStream(recipe, tokenizer)
+    check_golds(recipe)
     processes = min(MAX_SCORING_PROCESSES, os.cpu_count() or 1)
     scoring = make_scoring_pool(recipe, processes)
     servers = [ServerClient(url, key, vocab, context, with_reserve(rollout.max_concurrency)) for url in urls]
@@ -63,6 +68,21 @@ def build(recipe: Recipe, run_dir: Path, host: str, urls: list[str], key: str, l
         environment=make_environment_pool(recipe, tokenizer, processes),
         loaded=loaded,
     )
+
+
+def check_golds(recipe: Recipe) -> None:
+    """Say which gold answers no response can match. Raises RecipeError where that is all of them."""
+    from gspo_megatron.data.problems import open_problems
+
+    if recipe.reward.name != GOLDS_OF:
+        return
+    source = open_problems(recipe.data, needs_answer=not recipe.reward.is_own)
+    drawn = (source.draw("training", recipe.run.seed, position) for position in range(source.span))
+    found = gold_findings(recipe, itertools.chain(source.held_out, (problem for problem in drawn if problem)))
+    for finding in found:
+        log.warning("%s", finding)
+    if errors := [finding for finding in found if finding.severity == "error"]:
+        raise RecipeError(errors)
 
 
 def main() -> None:

@@ -11,6 +11,8 @@ from gspo_megatron.rewards.answer_text import find_box
 from gspo_megatron.rewards.time_limit import OutOfTime
 from gspo_megatron.types import Finding, Problem
 
+GOLDS_OF = "math_verify"
+"""The reward that reads gold answers."""
 FAILING = "golds-that-fail"
 """Code of the warning."""
 MOST = 20_000
@@ -27,7 +29,7 @@ def gold_findings(recipe: Recipe, problems: Iterable[Problem]) -> list[Finding]:
         recipe: only `reward.name=math_verify` has golds that are read.
         problems: training and held-out ones.
     """
-    if recipe.reward.name != "math_verify":
+    if recipe.reward.name != GOLDS_OF:
         return []
     golds = list(itertools.islice((problem.answer for problem in problems if problem.answer is not None), MOST))
     failing = [gold for gold in golds if not _scores_itself(gold)]
