@@ -108,7 +108,8 @@ def check(recipe: Recipe, ranks: int | None = None) -> list[Finding]:
 def check_evaluation(recipe: Recipe) -> list[Finding]:
     """Return the findings of a recipe that is evaluated on this machine: those that need no trainer."""
     found = [*held_out.findings(recipe), *model_files.findings(recipe, recipe.arch, runs_here=True)]
-    return sorted([*found, *own_reward.findings(recipe)], key=lambda finding: SEVERITIES.index(finding.severity))
+    found += own_reward.findings(recipe, runs_here=True)
+    return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
 
 
 def _plan(recipe: Recipe, where: Machine, runs_here: bool) -> Plan:
