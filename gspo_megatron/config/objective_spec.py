@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import model_validator
 
-from gspo_megatron.config.axes import Axes
+from gspo_megatron.config.axes import TRUST_RULES, Axes
 from gspo_megatron.config.objective_text import one_sentence
 from gspo_megatron.config.plugins import load_object
 from gspo_megatron.config.presets import PRESETS
@@ -49,6 +49,17 @@ class ObjectiveSpec(Axes):
     def per_sequence(self) -> bool:
         """Whether the ratio is one number per sequence."""
         return self.ratio_level != "token"
+
+    @property
+    def requires_every_sequence(self) -> str:
+        """Why a sequence with advantage 0 may have a gradient or an effect; empty = it has none."""
+        if self.kl != "none":
+            return f"kl={self.kl} compares every sequence with the reference policy"
+        if self.trust not in TRUST_RULES:
+            return "a trust rule of your own may give a gradient where the advantage is 0"
+        if self.replay == "sampler":
+            return "replay=sampler measures the router on every sequence"
+        return ""
 
     def describe(self, sequences: int | None = None, updates: int | None = None) -> str:
         """Describe the objective in one sentence.

@@ -94,6 +94,10 @@ class TrainerSection(Section):
     """
     aux_loss_coefficient: float = Field(default=0.0, ge=0)
     """Coefficient of the router's load-balancing loss; 0 in reinforcement learning."""
+    skip_zero_gradients: bool = True
+    """Leave out passes whose gradient is 0: sequences with advantage 0, and the scoring of the first mini-batch, whose
+    training forward pass gives the same log-probs. They count in every denominator; loss and gradient do not change.
+    Off where the objective requires every sequence (`gspo plan` says so). Source: chosen here."""
     micro_batch_tokens: int = Field(default=16384, gt=0)
     """Most tokens of one packed micro-batch on one data-parallel rank, summed over its CP ranks.
 
@@ -277,6 +281,18 @@ class Recipe(Section):
     def total_updates(self) -> int:
         """Optimizer steps of the whole run."""
         return self.trainer.max_steps * self.batch.updates
+
+    @property
+    def requires_every_sequence(self) -> str:
+        """Why no training pass may be left out although its gradient is 0; empty = it may."""
+        if self.trainer.aux_loss_coefficient:
+            return "the router's balancing loss has a gradient for every token"
+        return self.objective.spec(self.rollout.max_answer_tokens).requires_every_sequence
+
+    @property
+    def skips_zero_gradients(self) -> bool:
+        """Whether passes whose gradient is 0 are left out."""
+        return self.trainer.skip_zero_gradients and not self.requires_every_sequence
 
     @property
     def arch(self) -> Architecture:

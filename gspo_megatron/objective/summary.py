@@ -24,29 +24,43 @@ from gspo_megatron.types import are_equal
 
 PER_MINIBATCH = ("clip_fraction_sequences", "clip_left_sequences", "clip_right_sequences", "clip_fraction_tokens",
                  "clip_left_tokens", "clip_right_tokens", "log_s_abs_max", "log_s_p50")  # fmt: skip
+LEFT_OUT = "left_out_"
+"""Begins the names of the sums that count what is in no pass because its gradient is 0: `tokens`, `sequences`."""
 _QUANTILES = {"p01": 0.01, "p50": 0.50, "p99": 0.99}
 
 
 def finalize_metrics(sums: Sums) -> dict[str, float]:
-    """Logged metrics of what the sums were taken over."""
+    """Logged metrics of what the sums were taken over, and of the sequences that were left out of the passes."""
     value = {name: float(entry) for name, entry in sums.items() if entry.dim() == 0}
-    tokens, sequences = max(value["tokens"], 1.0), max(value["sequences"], 1.0)
+    left_out = {unit: value.get(f"{LEFT_OUT}{unit}", 0.0) for unit in ("tokens", "sequences")}
+    every = {unit: max(value[unit] + count, 1.0) for unit, count in left_out.items()}
     logged = {
         "loss": value["loss"],
-        "trained_tokens": value["tokens"],
-        "trained_sequences": value["sequences"],
+        "trained_tokens": value["tokens"] + left_out["tokens"],
+        "trained_sequences": value["sequences"] + left_out["sequences"],
+        "scored_sequences": value["sequences"] / every["sequences"],
         "nonfinite_tokens": value["nonfinite_tokens"],
-        "zero_coefficient_tokens": value["zero_tokens"] / tokens,
-        "zero_coefficient_sequences": value["zero_sequences"] / sequences,
-        "zero_advantage_sequences": value["zero_advantage_sequences"] / sequences,
+        "zero_coefficient_tokens": (value["zero_tokens"] + left_out["tokens"]) / every["tokens"],
+        "zero_coefficient_sequences": (value["zero_sequences"] + left_out["sequences"]) / every["sequences"],
+        "zero_advantage_sequences": (value["zero_advantage_sequences"] + left_out["sequences"]) / every["sequences"],
+    }
+    for unit, count in every.items():
+        logged[f"clip_left_{unit}"] = value[f"clip_low_{unit}"] / count
+        logged[f"clip_right_{unit}"] = value[f"clip_high_{unit}"] / count
+        logged[f"clip_fraction_{unit}"] = logged[f"clip_left_{unit}"] + logged[f"clip_right_{unit}"]
+    return logged | _of_scored(value, sums)
+
+
+def _of_scored(value: Mapping[str, float], sums: Sums) -> dict[str, float]:
+    """Metrics of log-probs: means over the sequences that have some. None when every sequence was left out."""
+    if value["sequences"] == 0 < value.get(f"{LEFT_OUT}sequences", 0.0):
+        return {}
+    tokens, sequences = max(value["tokens"], 1.0), max(value["sequences"], 1.0)
+    logged = {
         "policy_k1": value["policy_k1"] / tokens,
         "policy_k3": value["policy_k3"] / tokens,
         "entropy": value["negative_logprobs"] / tokens,
     }
-    for unit, count in (("tokens", tokens), ("sequences", sequences)):
-        logged[f"clip_left_{unit}"] = value[f"clip_low_{unit}"] / count
-        logged[f"clip_right_{unit}"] = value[f"clip_high_{unit}"] / count
-        logged[f"clip_fraction_{unit}"] = logged[f"clip_left_{unit}"] + logged[f"clip_right_{unit}"]
     logged |= _log_s(value, sums["log_s_histogram"].tolist(), sequences)
     if "mismatch_k" in value:
         logged |= _mismatch(value, tokens, sequences)

@@ -49,15 +49,22 @@ class RouterInstruments:
         if self.policy.at.tensor == self.policy.at.pipeline == 0:
             self._bytes[1] += sum(len(batch.token_ids) for batch in batches)
 
-    def add_update(self, batches: Sequence[MicroBatch], routes: Sequence[Routes]) -> None:
-        """Take from the training pass that just ended how far its choices are from the old weights'."""
+    def add_update(self, batches: Sequence[MicroBatch], routes: Sequence[Routes | None]) -> None:
+        """Take from the training pass that just ended how far its choices are from the old weights'.
+
+        Args:
+            batches: what was trained on.
+            routes: of the old weights; None where they were not recorded. The first micro-batch has some.
+        """
         if not self.num_experts:
             return
-        rows = sum(int(counted.sum()) for counted in self.policy.routing.counted_rows(batches))
+        compared = [batch for batch, entry in zip(batches, routes, strict=True) if entry is not None]
+        rows = sum(int(counted.sum()) for counted in self.policy.routing.counted_rows(compared))
+        first = next(entry for entry in routes if entry is not None)
         changes = self._zeros(2, self.num_layers)
         for number, layer in enumerate(self.policy.routing.layers):
             changes[0, layer] = self.policy.routing.changes()[number]
-            changes[1, layer] = rows * routes[0].chosen[number].shape[1]
+            changes[1, layer] = rows * first.chosen[number].shape[1]
         self._changes.append(changes)
 
     def add_disagreement(self, batches: Sequence[MicroBatch]) -> None:

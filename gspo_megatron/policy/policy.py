@@ -169,8 +169,9 @@ class Policy:
         batches: Sequence[MicroBatch],
         loss: LossFunction,
         lr: float,
-        routes: Sequence[Routes] | None = None,
+        routes: Sequence[Routes | None] | None = None,
         replays: bool = False,
+        records: bool = False,
     ) -> tuple[list[dict[str, Tensor]], float, bool]:
         """One optimizer step.
 
@@ -180,6 +181,7 @@ class Policy:
             lr: learning rate of this step.
             routes: recorded routes of each micro-batch; choices that differ from them are counted.
             replays: whether the routers choose the recorded experts again.
+            records: keep the choice of experts: `routing.recorded`.
 
         Returns:
             Metric sums of each micro-batch (last stage only), global gradient norm before clipping, whether the step
@@ -188,7 +190,7 @@ class Policy:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        with self.routing.run(batches, trains=True, routes=routes, replays=replays):
+        with self.routing.run(batches, trains=True, routes=routes, replays=replays, records=records):
             sums = self._run(batches, loss, forward_only=False)
         for group in self.optimizer.param_groups:
             group["lr"] = lr

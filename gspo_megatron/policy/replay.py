@@ -68,7 +68,7 @@ class RouterSeam:
 
     def rest(self) -> None:
         """Between two runs of the schedule."""
-        self.routes: Sequence[Tensor] | None = None
+        self.routes: Sequence[Tensor | None] | None = None
         self.replays = False
         self.counted: list[Tensor] | None = None
         self.recorded: dict[int, Tensor] | None = None
@@ -83,8 +83,8 @@ class RouterSeam:
         index = self._recomputed() if self.index is None else self.index
         chosen = torch.topk(scores.detach(), k=topk, dim=1, sorted=True).indices
         began = time.perf_counter()
-        if self.routes is not None:
-            target = self._target(index, len(scores), topk)
+        target = None if self.routes is None else self._target(index, len(scores), topk)
+        if target is not None:
             if not recomputes:
                 self._count_changes(index, chosen, target)
             if self.replays:
@@ -99,9 +99,11 @@ class RouterSeam:
             raise RuntimeError(f"the router of layer {self.layer} was asked outside of every forward pass")
         return self.again.popleft()
 
-    def _target(self, index: int, rows: int, topk: int) -> Tensor:
+    def _target(self, index: int, rows: int, topk: int) -> Tensor | None:
         assert self.routes is not None
         stored = self.routes[index]
+        if stored is None:
+            return None
         if stored.shape != (rows, topk):
             raise ValueError(
                 f"routes {list(stored.shape)} of micro-batch {index} do not fit the router of layer {self.layer}, "
@@ -151,7 +153,7 @@ class Routing:
         batches: Sequence[MicroBatch],
         *,
         trains: bool,
-        routes: Sequence[Routes] | None = None,
+        routes: Sequence[Routes | None] | None = None,
         replays: bool = False,
         records: bool = False,
         margins: list[Tensor] | None = None,
@@ -161,7 +163,8 @@ class Routing:
         Args:
             batches: the micro-batches of the run.
             trains: whether backward passes follow, in which routers may be asked again.
-            routes: recorded routes, one a micro-batch; choices of trained tokens that differ are counted.
+            routes: recorded routes, one a micro-batch; choices of trained tokens that differ are counted. None where a
+                micro-batch has none.
             replays: choose them again.
             records: keep the choices; `recorded` gives them.
             margins: takes, for every call, the smallest gap between a chosen and a rejected score.
@@ -170,7 +173,7 @@ class Routing:
         counted = self.counted_rows(batches)
         for number, seam in enumerate(self.seams):
             seam.rest()
-            seam.routes = None if routes is None else [entry.chosen[number] for entry in routes]
+            seam.routes = None if routes is None else [entry and entry.chosen[number] for entry in routes]
             seam.replays, seam.counted, seam.margins = replays, counted, margins
             seam.recorded = {} if records else None
         yield

@@ -34,10 +34,11 @@ class ScoredMicroBatch:
     """[S] its sequences in order; empty in a micro-batch that only fills a slot."""
     batch: MicroBatch
     """What the forward pass reads."""
-    routes: Routes
-    """Experts that the old policy chose; empty for a dense model."""
+    routes: Routes | None
+    """Experts that the old policy chose; empty for a dense model. None = the training pass records them."""
     old: Scored | None
-    """Log-probs under the old policy: the weights at the start of the rollout batch. None off the last stage."""
+    """Log-probs under the old policy: the weights at the start of the rollout batch. None off the last stage, and where
+    the training pass is the first under these weights: then its own log-probs are the old ones."""
     reference: Scored | None
     """Log-probs under the reference policy. None off the last stage, and without a divergence from it."""
 
@@ -64,6 +65,8 @@ class MiniBatch[Part: ScoredMicroBatch]:
     """This rank's, as many as every other rank's."""
     totals: BatchTotals
     """Denominators over all ranks."""
+    left_out: BatchTotals
+    """The part of `totals` that is in no micro-batch of any rank, because its gradient is 0."""
 
 
 class Batcher:
@@ -115,8 +118,15 @@ class Batcher:
         return [probe for _, probe in scored[: self.recipe.weight_update.canary_prompts]]
 
     def _pack(self, lengths: Sequence[int]) -> list[list[int]]:
-        """[micro-batch] -> members of each micro-batch of this data-parallel rank, as indices into `lengths`."""
+        """[micro-batch] -> members of each micro-batch of this data-parallel rank, as indices into `lengths`.
+
+        Without a sequence there is one empty micro-batch: every schedule runs at least one.
+        """
         layout, multiple = self.policy.layout, self.policy.layout.pad_multiple
+        # The interleaved schedule takes micro-batches in groups of PP.
+        group = layout.pipeline if layout.virtual > 1 else 1
+        if not lengths:
+            return [[] for _ in range(group)]
         padded = [round_up(length, multiple) for length in lengths]
         slots = pack(
             padded,
@@ -124,8 +134,7 @@ class Batcher:
             num_ranks=layout.data,
             max_tokens=self.recipe.trainer.micro_batch_tokens,
             ranks_per_expert_group=max(1, layout.expert * layout.expert_tensor // (layout.tensor * layout.context)),
-            # The interleaved schedule takes micro-batches in groups of PP.
-            slot_multiple=layout.pipeline if layout.virtual > 1 else 1,
+            slot_multiple=group,
             bubble_slots=(layout.pipeline - 1) / layout.virtual,
         )
         return [slot[self.policy.at.data] for slot in slots]

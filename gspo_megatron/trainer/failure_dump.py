@@ -85,7 +85,6 @@ def write_dump(
 
 def _tensors(micro: TrainingMicroBatch, now: Tensor) -> dict[str, Tensor]:
     batch = micro.batch
-    assert micro.old is not None, "only the last stage is kept, which scored the old policy"
     found = {
         "targets": batch.targets,
         "loss_mask": batch.loss_mask,
@@ -93,7 +92,7 @@ def _tensors(micro: TrainingMicroBatch, now: Tensor) -> dict[str, Tensor]:
         "rollout_logprobs": batch.rollout_logprobs,
         "cu_seqlens": batch.cu_seqlens,
         "indices": batch.indices,
-        "old_logprobs": micro.old.logprobs,
+        "old_logprobs": now if micro.old is None else micro.old.logprobs,
         "logprobs": now,
     }
     if micro.reference is not None:

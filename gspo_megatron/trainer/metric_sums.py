@@ -10,6 +10,8 @@ from torch import Tensor
 
 from gspo_megatron.objective import BatchTotals, LossInputs, ObjectiveSpec, Sums, policy_loss
 from gspo_megatron.objective.metrics import MAXIMUM
+from gspo_megatron.objective.summary import LEFT_OUT
+from gspo_megatron.policy.policy import Policy
 
 TOKEN_ENTROPY = "token_entropy"
 """Sum over trained tokens of the entropy of the next-token distribution."""
@@ -33,8 +35,19 @@ def zero_sums(spec: ObjectiveSpec, device: torch.device) -> dict[str, Tensor]:
         totals=BatchTotals(0, 0),
         token_advantages=False,
     )
-    sums = {**policy_loss(spec, inputs).metrics, TOKEN_ENTROPY: torch.zeros((), dtype=torch.float64)}
+    sums = {**policy_loss(spec, inputs).metrics, TOKEN_ENTROPY: nothing.sum()}
+    sums |= {f"{LEFT_OUT}{unit}": nothing.sum() for unit in ("sequences", "tokens")}
     return {name: torch.zeros_like(value, device=device) for name, value in sums.items()}
+
+
+def count_left_out(left_out: BatchTotals, policy: Policy) -> dict[str, Tensor]:
+    """What is in no micro-batch, as sums: every rank knows all of it, and the first one of the last stage counts it."""
+    counts = policy.at.data == policy.at.context == policy.at.tensor == 0
+    found = {"sequences": left_out.sequences, "tokens": left_out.tokens}
+    return {
+        f"{LEFT_OUT}{unit}": torch.tensor(float(count if counts else 0), dtype=torch.float64, device=policy.device)
+        for unit, count in found.items()
+    }
 
 
 def reduce_sums(minibatches: Sequence[Sums | None], zero: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:

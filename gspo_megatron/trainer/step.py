@@ -21,11 +21,9 @@ from gspo_megatron.objective import (
     Sums,
     add_sums,
     finalize_step,
-    group_advantages,
     group_metrics,
     is_trained,
     runtime_warnings,
-    shape_rewards,
 )
 from gspo_megatron.policy.instruments import RouterInstruments
 from gspo_megatron.policy.microbatch import MicroBatch
@@ -38,7 +36,8 @@ from gspo_megatron.run_log import RunLog
 from gspo_megatron.trainer import failure_dump
 from gspo_megatron.trainer.batches import Batcher, MiniBatch, ScoredMicroBatch, TrainingMicroBatch, charge_divergence
 from gspo_megatron.trainer.failure_dump import TrainedUpdate, write_dump
-from gspo_megatron.trainer.metric_sums import TOKEN_ENTROPY, reduce_sums, zero_sums
+from gspo_megatron.trainer.metric_sums import TOKEN_ENTROPY, count_left_out, reduce_sums, zero_sums
+from gspo_megatron.trainer.response_advantages import advantages_of, groups_of, rewards_of, shaped_rewards
 from gspo_megatron.trainer.training_loss import make_loss
 from gspo_megatron.transport.controller_client import ControllerClient
 from gspo_megatron.transport.messages import EvaluationRequest, RolloutRequest
@@ -148,21 +147,43 @@ class Trainer:
             kept = select(trained)
             self.log.add({f"dropped/{reason}": count for reason, count in kept.dropped.items()})
             parts = split(kept.refs, self.recipe.batch.updates)
-            placed = [self.batcher.place_refs(part) for part in parts]
+            silent = self._without_gradient(refs)
+            placed = [self.batcher.place_refs([ref for ref in part if ref not in silent]) for part in parts]
         minibatches = []
-        for part, (members, batches) in zip(parts, placed, strict=True):
+        for number, (part, (members, batches)) in enumerate(zip(parts, placed, strict=True)):
             with self.log.time("old_logprobs"):
-                # Scored on the very micro-batches that are trained on, so that the first ratio is exactly 1.
-                old = self.policy.score(batches, records=True, routes=self._reported(batches))
-                # Where the sampler reported no choice for a token, the router's own choice is replayed.
-                routes = self.policy.routing.recorded(len(batches))
-                if self.spec.replay == "sampler":
-                    self.routers.add_disagreement(batches)
-                self.routers.add_load(batches, routes)
-            totals = BatchTotals(len(part), sum(ref.trained_length for ref in part))
-            columns = zip(members, batches, routes, self._each(old, batches), self._reference(batches), strict=True)
-            minibatches.append(MiniBatch([ScoredMicroBatch(*values) for values in columns], totals))
+                old, routes = self._score_old(batches, is_first=number == 0)
+            totals, left_out = _count(part), _count([ref for ref in part if ref in silent])
+            columns = zip(members, batches, routes, old, self._reference(batches), strict=True)
+            minibatches.append(MiniBatch([ScoredMicroBatch(*values) for values in columns], totals, left_out))
         return minibatches
+
+    def _without_gradient(self, refs: Sequence[SampleRef]) -> frozenset[SampleRef]:
+        """Responses with advantage 0, where they may be left out of the passes."""
+        if not self.recipe.skips_zero_gradients:
+            return frozenset()
+        advantages = advantages_of(self.spec, refs, shaped_rewards(self.recipe, self.spec, refs))
+        return frozenset(ref for ref, advantage in advantages.items() if advantage == 0)
+
+    def _score_old(
+        self, batches: Sequence[MicroBatch], is_first: bool
+    ) -> tuple[list[Scored | None], list[Routes | None]]:
+        """Log-probs and routes of each micro-batch under the old policy.
+
+        The first mini-batch is trained on before any update, so its training pass gives the same. One micro-batch of it
+        is scored nevertheless: it proves that the two passes agree.
+        """
+        scored = batches[:1] if is_first and self.recipe.skips_zero_gradients else batches
+        # Scored on the very micro-batches that are trained on, so that the first ratio is exactly 1.
+        old = self.policy.score(scored, records=True, routes=self._reported(scored))
+        # Where the sampler reported no choice for a token, the router's own choice is replayed.
+        routes = self.policy.routing.recorded(len(scored))
+        if self.spec.replay == "sampler":
+            self.routers.add_disagreement(scored)
+        if len(scored) == len(batches):
+            self.routers.add_load(batches, routes)
+        later = [None] * (len(batches) - len(scored))
+        return [*self._each(old, scored), *later], [*routes, *later]
 
     def _reported(self, batches: Sequence[MicroBatch]) -> list[Routes] | None:
         """The sampler's routes, where they are to be replayed."""
@@ -190,25 +211,18 @@ class Trainer:
         self, refs: Sequence[SampleRef], minibatches: Sequence[MiniBatch[ScoredMicroBatch]]
     ) -> list[MiniBatch[TrainingMicroBatch]]:
         """Give every sequence its group advantage; whole groups count, whatever was left out of training."""
-        spec, rewards = self.spec, torch.tensor([ref.reward for ref in refs], dtype=torch.float64)
-        groups = torch.tensor([ref.prompt_index for ref in refs])
-        bounds = self.recipe.reward.bounds
-        self.log.add(group_metrics(rewards, groups, bounds))
-        lengths = torch.tensor([ref.answer_length for ref in refs])
-        truncated = torch.tensor([ref.stop_reason == "length" for ref in refs])
-        longest = self.recipe.rollout.max_answer_tokens
-        limits = torch.tensor([longest if ref.limit is None else ref.limit for ref in refs])
-        shaped = shape_rewards(spec, rewards, lengths, truncated, limits, bounds[0])
+        spec = self.spec
+        self.log.add(group_metrics(rewards_of(refs), groups_of(refs), self.recipe.reward.bounds))
+        shaped = shaped_rewards(self.recipe, spec, refs)
         if spec.kl != "none" and spec.kl_in == "reward":
             charged = charge_divergence(spec, minibatches, self.policy.sum_over_context)
             charges = torch.tensor([charged.get((r.prompt_index, r.sample_index), 0.0) for r in refs]).double()
             shaped = shaped - charges
             self.log.add({"reference_charge": float(charges.mean())})
-        values = group_advantages(shaped, groups, spec.advantage, spec.advantage_ddof, spec.advantage_eps)
-        advantages = dict(zip(refs, values.float().tolist(), strict=True))
+        advantages = advantages_of(spec, refs, shaped)
         return [
-            MiniBatch([micro.with_advantages(advantages) for micro in minibatch.micro_batches], minibatch.totals)
-            for minibatch in minibatches
+            MiniBatch([micro.with_advantages(advantages) for micro in one.micro_batches], one.totals, one.left_out)
+            for one in minibatches
         ]
 
     def update(self, minibatch: MiniBatch[TrainingMicroBatch]) -> Sums | None:
@@ -223,6 +237,7 @@ class Trainer:
         self._trained_on.append(TrainedUpdate(self.updates, minibatch, logprobs))
         batches = [micro.batch for micro in minibatch.micro_batches]
         routes = [micro.routes for micro in minibatch.micro_batches]
+        records = None in routes
         with self.log.time("train"):
             sums, norm, taken = self.policy.train(
                 batches,
@@ -230,7 +245,10 @@ class Trainer:
                 lr,
                 routes=routes,
                 replays=self.spec.replay != "off",
+                records=records,
             )
+        if records:
+            self.routers.add_load(batches, self.policy.routing.recorded(len(batches)))
         self.routers.add_update(batches, routes)
         self.probe_routers()
         self.log.add({"grad_norm": norm, "learning_rate": lr})
@@ -245,7 +263,9 @@ class Trainer:
                 "from an older checkpoint"
             )
         # The tensor-parallel ranks of a stage compute the same loss: the first one counts.
-        return add_sums(sums) if sums and self.policy.at.tensor == 0 else None
+        if not sums or self.policy.at.tensor:
+            return None
+        return {**add_sums(sums), **count_left_out(minibatch.left_out, self.policy)}
 
     def probe_routers(self) -> None:
         """Route a fixed batch under the present weights: what changed since the last call is the update's doing."""
@@ -285,3 +305,7 @@ class Trainer:
             report = self.on_first_rank(lambda it: it.evaluate(request, on_progress=lambda p: bar.update(p.done)))
         self.log.evaluation(step, report.model_dump())
         return report.accuracy
+
+
+def _count(refs: Sequence[SampleRef]) -> BatchTotals:
+    return BatchTotals(len(refs), sum(ref.trained_length for ref in refs))

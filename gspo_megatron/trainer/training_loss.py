@@ -31,9 +31,10 @@ def make_loss(
 
     def loss(batch: MicroBatch, scored: Scored, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         micro = minibatch.micro_batches[index]
-        assert micro.old is not None, "the loss is computed on the last stage, which scored the old policy"
-        logprobs.append(scored.logprobs.detach())
-        old = micro.old.logprobs
+        now = scored.logprobs.detach()
+        logprobs.append(now)
+        # Before the first update these are the log-probs of the old policy.
+        old = now if micro.old is None else micro.old.logprobs
         finite = torch.isfinite(scored.logprobs) & torch.isfinite(old) | ~batch.loss_mask
         inputs = LossInputs(
             logprobs=torch.where(finite, scored.logprobs, 0.0),

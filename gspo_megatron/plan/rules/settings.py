@@ -30,6 +30,7 @@ def findings(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[F
     yield from _context(recipe, arch)
     yield from _sampler(recipe)
     yield from _router(recipe, arch)
+    yield from _every_sequence(recipe)
     yield from _staleness(recipe, spec)
     yield from long_tail.findings(recipe)
     yield from _replay(recipe, spec, arch, machine)
@@ -117,6 +118,16 @@ def _router(recipe: Recipe, arch: Architecture) -> Iterator[Finding]:
         "raised the gradient norm 3 to 10 times and lowered accuracy",
         "set it to 0; the load of the experts is logged without it",
     )  # fmt: skip
+
+
+def _every_sequence(recipe: Recipe) -> Iterator[Finding]:
+    reason = recipe.requires_every_sequence
+    if recipe.trainer.skip_zero_gradients and reason:
+        yield Finding(
+            "zero-gradients-kept", "info", "trainer.skip_zero_gradients",
+            f"has no effect: {reason}, so sequences with advantage 0 are scored and trained on like the others",
+            "nothing to do",
+        )  # fmt: skip
 
 
 def _staleness(recipe: Recipe, spec: ObjectiveSpec) -> Iterator[Finding]:

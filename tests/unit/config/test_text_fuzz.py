@@ -40,9 +40,9 @@ rollout: {max_answer_tokens: 8, max_prompt_tokens: 8, thinking: {budget: 4}}
 environment: {name: calculator}
 cold_start: {demonstrations: column_addition, steps: 1, batch_size: 1, lr: 1e-3}
 """
-# Their texts name something that must exist, or lie in a section that is left out.
+# Their texts name something that must exist, lie in a section that is left out, or exclude a key that is set.
 NAMES = (
-    "objective.preset", "objective.trust", "model.path", "reward.judge.url", "reward.judge.model",
+    "objective.preset", "objective.trust", "model.path", "cold_start.path", "reward.judge.url", "reward.judge.model",
     "reward.judge.key_variable",
 )  # fmt: skip
 

@@ -1,0 +1,43 @@
+"""Advantages of a rollout batch, from what every rank knows: rewards, lengths and groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gspo_megatron.config.schema import Recipe
+from gspo_megatron.objective import ObjectiveSpec, group_advantages, shape_rewards
+from gspo_megatron.types import SampleRef
+
+
+def rewards_of(refs: Sequence[SampleRef]) -> Tensor:
+    """[N] float64 rewards."""
+    return torch.tensor([ref.reward for ref in refs], dtype=torch.float64)
+
+
+def groups_of(refs: Sequence[SampleRef]) -> Tensor:
+    """[N] the group of each response."""
+    return torch.tensor([ref.prompt_index for ref in refs])
+
+
+def shaped_rewards(recipe: Recipe, spec: ObjectiveSpec, refs: Sequence[SampleRef]) -> Tensor:
+    """[N] float64 rewards after the length rule."""
+    lengths = torch.tensor([ref.answer_length for ref in refs])
+    truncated = torch.tensor([ref.stop_reason == "length" for ref in refs])
+    longest = recipe.rollout.max_answer_tokens
+    limits = torch.tensor([longest if ref.limit is None else ref.limit for ref in refs])
+    return shape_rewards(spec, rewards_of(refs), lengths, truncated, limits, recipe.reward.bounds[0])
+
+
+def advantages_of(spec: ObjectiveSpec, refs: Sequence[SampleRef], shaped: Tensor) -> dict[SampleRef, float]:
+    """The advantage of every response; whole groups count, whatever was left out of training.
+
+    Args:
+        spec: the objective.
+        refs: [N] the responses.
+        shaped: [N] their rewards, after every rule.
+    """
+    values = group_advantages(shaped, groups_of(refs), spec.advantage, spec.advantage_ddof, spec.advantage_eps)
+    return dict(zip(refs, values.float().tolist(), strict=True))
