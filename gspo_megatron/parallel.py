@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gspo_megatron.config.schema import TrainerSection
+from gspo_megatron.config.trainer_section import TrainerSection
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from gspo_megatron.config.model_section import Architecture
-from gspo_megatron.config.schema import Recipe, TrainerSection
+from gspo_megatron.config.schema import Recipe
+from gspo_megatron.config.trainer_section import TrainerSection
 from gspo_megatron.models.registry import family_of
 from gspo_megatron.policy.offload import offload_inputs
 from gspo_megatron.policy.rotary import PackedModel

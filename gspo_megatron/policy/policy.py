@@ -180,8 +180,7 @@ class Policy:
             loss: returns this rank's share; the shares of all ranks and micro-batches add up to the loss.
             lr: learning rate of this step.
             routes: recorded routes of each micro-batch; choices that differ from them are counted.
-            replays: whether the routers choose the recorded experts again.
-            records: keep the choice of experts: `routing.recorded`.
+            replays, records: whether the routers choose the recorded experts again; as in `score`.
 
         Returns:
             Metric sums of each micro-batch (last stage only), global gradient norm before clipping, whether the step

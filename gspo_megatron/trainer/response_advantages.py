@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gspo_megatron.config.schema import Recipe
-from gspo_megatron.objective import ObjectiveSpec, group_advantages, shape_rewards
+from gspo_megatron.objective import BatchTotals, ObjectiveSpec, group_advantages, group_metrics, shape_rewards
 from gspo_megatron.types import SampleRef
 
 
@@ -20,6 +20,11 @@ def rewards_of(refs: Sequence[SampleRef]) -> Tensor:
 def groups_of(refs: Sequence[SampleRef]) -> Tensor:
     """[N] the group of each response."""
     return torch.tensor([ref.prompt_index for ref in refs])
+
+
+def reward_metrics(recipe: Recipe, refs: Sequence[SampleRef]) -> dict[str, float]:
+    """Logged metrics of the rewards and their groups."""
+    return group_metrics(rewards_of(refs), groups_of(refs), recipe.reward.bounds)
 
 
 def shaped_rewards(recipe: Recipe, spec: ObjectiveSpec, refs: Sequence[SampleRef]) -> Tensor:
@@ -41,3 +46,16 @@ def advantages_of(spec: ObjectiveSpec, refs: Sequence[SampleRef], shaped: Tensor
     """
     values = group_advantages(shaped, groups_of(refs), spec.advantage, spec.advantage_ddof, spec.advantage_eps)
     return dict(zip(refs, values.float().tolist(), strict=True))
+
+
+def responses_without_gradient(recipe: Recipe, spec: ObjectiveSpec, refs: Sequence[SampleRef]) -> frozenset[SampleRef]:
+    """Responses with advantage 0, where they may be left out of the passes; otherwise none."""
+    if not recipe.skips_zero_gradients:
+        return frozenset()
+    advantages = advantages_of(spec, refs, shaped_rewards(recipe, spec, refs))
+    return frozenset(ref for ref, advantage in advantages.items() if advantage == 0)
+
+
+def count(refs: Sequence[SampleRef]) -> BatchTotals:
+    """How many sequences and trained tokens these are."""
+    return BatchTotals(len(refs), sum(ref.trained_length for ref in refs))

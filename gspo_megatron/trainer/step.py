@@ -17,11 +17,9 @@ from gspo_megatron.data.model_directory import write_tokenizer
 from gspo_megatron.data.samples import select, split
 from gspo_megatron.data.store import SampleStore
 from gspo_megatron.objective import (
-    BatchTotals,
     Sums,
     add_sums,
     finalize_step,
-    group_metrics,
     is_trained,
     runtime_warnings,
 )
@@ -33,11 +31,10 @@ from gspo_megatron.policy.reference import ReferenceWeights
 from gspo_megatron.policy.replay import Routes
 from gspo_megatron.run_dir import RunDir
 from gspo_megatron.run_log import RunLog
-from gspo_megatron.trainer import failure_dump
+from gspo_megatron.trainer import failure_dump, response_advantages
 from gspo_megatron.trainer.batches import Batcher, MiniBatch, ScoredMicroBatch, TrainingMicroBatch, charge_divergence
 from gspo_megatron.trainer.failure_dump import TrainedUpdate, write_dump
 from gspo_megatron.trainer.metric_sums import TOKEN_ENTROPY, count_left_out, reduce_sums, zero_sums
-from gspo_megatron.trainer.response_advantages import advantages_of, groups_of, rewards_of, shaped_rewards
 from gspo_megatron.trainer.training_loss import make_loss
 from gspo_megatron.transport.controller_client import ControllerClient
 from gspo_megatron.transport.messages import EvaluationRequest, RolloutRequest
@@ -147,23 +144,17 @@ class Trainer:
             kept = select(trained)
             self.log.add({f"dropped/{reason}": count for reason, count in kept.dropped.items()})
             parts = split(kept.refs, self.recipe.batch.updates)
-            silent = self._without_gradient(refs)
+            silent = response_advantages.responses_without_gradient(self.recipe, self.spec, refs)
             placed = [self.batcher.place_refs([ref for ref in part if ref not in silent]) for part in parts]
         minibatches = []
         for number, (part, (members, batches)) in enumerate(zip(parts, placed, strict=True)):
             with self.log.time("old_logprobs"):
                 old, routes = self._score_old(batches, is_first=number == 0)
-            totals, left_out = _count(part), _count([ref for ref in part if ref in silent])
+            totals = response_advantages.count(part)
+            left_out = response_advantages.count([ref for ref in part if ref in silent])
             columns = zip(members, batches, routes, old, self._reference(batches), strict=True)
             minibatches.append(MiniBatch([ScoredMicroBatch(*values) for values in columns], totals, left_out))
         return minibatches
-
-    def _without_gradient(self, refs: Sequence[SampleRef]) -> frozenset[SampleRef]:
-        """Responses with advantage 0, where they may be left out of the passes."""
-        if not self.recipe.skips_zero_gradients:
-            return frozenset()
-        advantages = advantages_of(self.spec, refs, shaped_rewards(self.recipe, self.spec, refs))
-        return frozenset(ref for ref, advantage in advantages.items() if advantage == 0)
 
     def _score_old(
         self, batches: Sequence[MicroBatch], is_first: bool
@@ -212,14 +203,14 @@ class Trainer:
     ) -> list[MiniBatch[TrainingMicroBatch]]:
         """Give every sequence its group advantage; whole groups count, whatever was left out of training."""
         spec = self.spec
-        self.log.add(group_metrics(rewards_of(refs), groups_of(refs), self.recipe.reward.bounds))
-        shaped = shaped_rewards(self.recipe, spec, refs)
+        self.log.add(response_advantages.reward_metrics(self.recipe, refs))
+        shaped = response_advantages.shaped_rewards(self.recipe, spec, refs)
         if spec.kl != "none" and spec.kl_in == "reward":
             charged = charge_divergence(spec, minibatches, self.policy.sum_over_context)
             charges = torch.tensor([charged.get((r.prompt_index, r.sample_index), 0.0) for r in refs]).double()
             shaped = shaped - charges
             self.log.add({"reference_charge": float(charges.mean())})
-        advantages = advantages_of(spec, refs, shaped)
+        advantages = response_advantages.advantages_of(spec, refs, shaped)
         return [
             MiniBatch([micro.with_advantages(advantages) for micro in one.micro_batches], one.totals, one.left_out)
             for one in minibatches
@@ -305,7 +296,3 @@ class Trainer:
             report = self.on_first_rank(lambda it: it.evaluate(request, on_progress=lambda p: bar.update(p.done)))
         self.log.evaluation(step, report.model_dump())
         return report.accuracy
-
-
-def _count(refs: Sequence[SampleRef]) -> BatchTotals:
-    return BatchTotals(len(refs), sum(ref.trained_length for ref in refs))

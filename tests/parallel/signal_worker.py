@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from tests.parallel.recorded import record
 from tests.parallel.replay_worker import gradient_of
 
 PROMPTS, ANSWERS = 8, 4
-REWARDS: dict[str, list[list[float]]] = {
+REWARDS: dict[str, Sequence[Sequence[float]]] = {
     "mixed": [[1, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 0], [0, 0.5, 1, 0.5], [0, 0, 0, 0], [0, 1, 1, 1]] + 2 * [[0] * 4],
     "first mini-batch silent": [[1] * 4] * 4 + [[0, 1, 1, 0]] * 4,
     "second mini-batch silent": [[0, 1, 0, 0]] * 4 + [[1] * 4] * 4,
@@ -90,7 +91,7 @@ def step_optimizer(policy: Policy, kept: list[dict[str, torch.Tensor]]) -> None:
     policy.optimizer.step = keep_and_step
 
 
-def references(trainer: Trainer, rewards: list[list[float]]) -> list[SampleRef]:
+def references(trainer: Trainer, rewards: Sequence[Sequence[float]]) -> list[SampleRef]:
     """The recorded responses with the rewards of the case, on every rank."""
     refs: list[Any] = [None]
     if dist.get_rank() == 0:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from gspo_megatron.cluster.machines import Machine
 from gspo_megatron.config.model_section import Architecture
-from gspo_megatron.config.schema import TrainerSection
+from gspo_megatron.config.trainer_section import TrainerSection
 from gspo_megatron.parallel import Coordinates, Layout, layout_of
 from gspo_megatron.types import Finding
 
