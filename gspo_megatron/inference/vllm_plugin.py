@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 from gspo_megatron.cluster.child_processes import die_with_parent
@@ -10,6 +11,16 @@ from gspo_megatron.cluster.watchdog import answer_for_stacks
 BACKEND = "gspo"
 SERVER_VARIABLE = "GSPO_ROLLOUT_SERVER"
 """Set by `gspo_megatron.inference.server` to its index; its children inherit it."""
+RELOAD_LOGGER = "vllm.model_executor.model_loader.reload.layerwise"
+
+
+def is_of_weights(record: logging.LogRecord) -> bool:
+    """A log filter: false for "RotaryEmbedding: Failed to load weights".
+
+    vllm 0.32 says so at every update, of a table that it computes and no checkpoint holds.
+    """
+    layer = str(record.args[0]) if isinstance(record.args, tuple) and record.args else ""
+    return not (record.msg == "%s: Failed to load weights" and layer.endswith("RotaryEmbedding"))
 
 
 def register() -> None:
@@ -22,6 +33,7 @@ def register() -> None:
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     if SERVER_VARIABLE in os.environ:
+        logging.getLogger(RELOAD_LOGGER).addFilter(is_of_weights)
         die_with_parent()
         answer_for_stacks()
     if BACKEND not in WeightTransferEngineFactory._registry:

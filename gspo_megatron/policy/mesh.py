@@ -38,5 +38,6 @@ def build_groups(layout: Layout) -> None:
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
-        create_gloo_process_groups=torch.cuda.is_available(),
+        # Only megatron's own checkpoint of its distributed optimizer would use one beside each of NCCL.
+        create_gloo_process_groups=False,
     )

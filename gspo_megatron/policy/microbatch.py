@@ -52,6 +52,9 @@ def place(batch: PackedBatch, layout: Layout, at: Coordinates, device: torch.dev
         cu_seqlens_kv_padded=on_device,
         max_seqlen_q=rope_length,
         max_seqlen_kv=rope_length,
+        # The padding of a sequence is a part of it. Left open, Transformer Engine guesses from which tensors are the
+        # same object.
+        pad_between_seqs=False,
         positions=positions_of(cu_seqlens, keep).to(device),
         buckets=plan_buckets(cu_seqlens, at.context, layout.context, device),
     )

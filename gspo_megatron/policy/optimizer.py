@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -51,7 +50,7 @@ def make_optimizer(
         use_distributed_optimizer=distributes,
     )
     overrides = get_standard_config_overrides(config)
-    optimizer = get_megatron_optimizer(config, list(chunks), overrides, torch.cuda.is_available())
+    optimizer = get_megatron_optimizer(config, list(chunks), overrides, use_gloo_process_groups=False)
     for group in optimizer.param_groups:
         # Norm weights are not decayed; Megatron leaves the product to its own scheduler.
         group["weight_decay"] = settings.weight_decay * group["wd_mult"]
