@@ -81,8 +81,8 @@ class Row:
     """World size."""
     layout: str
     """`TP2 PP2 first1 last3`; words without a number say how it computes: `recompute` = all layers again, `selective` =
-    attention and experts again, `offload` = layer inputs in memory of the host, `spread` = optimizer states spread over
-    the replicas."""
+    the experts again (of a dense model the feed-forward part), `offload` = layer inputs in memory of the host,
+    `spread` = optimizer states spread over the replicas."""
     model: str = "moe"
     """A key of MODELS."""
     in_test: bool = False

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from gspo_megatron.cluster.machines import Machine
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.parallel import layout_of
 from gspo_megatron.plan.estimate import flops
 from gspo_megatron.plan.estimate.batch import BatchPlan
-from gspo_megatron.plan.estimate.memory import PROCESS_BYTES, StageMemory
+from gspo_megatron.plan.estimate.memory import ADAM_BYTES, PROCESS_BYTES, StageMemory, held_by
 from gspo_megatron.plan.estimate.rollout import CPU_SERVER_BYTES, RolloutPlan
 from gspo_megatron.plan.estimate.step_time import ComputePlan
 from gspo_megatron.types import ITEM_BYTES, Finding
@@ -80,21 +81,39 @@ def host_bytes(
         return {}
     ranks = min(machine.per_node, machine.ranks)
     # A copy from which a thread writes; the buffer is kept for the next checkpoint.
-    found = {"copy for checkpoints": ranks * max(_sum(stage, "optimizer") for stage in stages)}
+    found = {"copy for checkpoints": ranks * max(pinned_bytes(_sum(stage, "optimizer")) for stage in stages)}
     if recipe.objective.kl != "none":
-        found["reference weights"] = ranks * max(_sum(stage, "weights") for stage in stages)
+        chunks = held_by(arch, layout_of(recipe.trainer, machine.ranks), 0)
+        sizes = [size * ITEM_BYTES[recipe.model.dtype] for chunk in chunks for size in (*chunk.dense, *chunk.expert)]
+        found["reference weights"] = ranks * sum(map(pinned_bytes, sizes))
     if recipe.trainer.offload_activations:
         found["offloaded activations"] = ranks * max(stage.offloaded for stage in stages)
     if machine.colocated:
         # Weights and states move to the host while the servers are awake; gradients are freed.
-        kept = max(sum(size for name, size in s.exact.items() if "gradients" not in name) for s in stages)
-        found["offloaded trainer states"] = kept * ranks
+        found["offloaded trainer states"] = ranks * max(_offloaded(recipe, stage) for stage in stages)
     sample = batch.expected_tokens * (4 + 4 + 1)
     routes = flops.route_bytes(arch) * batch.expected_tokens if recipe.objective.replay != "off" else 0
     found["samples of a batch"] = int(batch.sequences * sample)
     if routes:
         found["routes of a batch"] = int(batch.sequences * routes)
     return found
+
+
+def pinned_bytes(size: int) -> int:
+    """Return what torch takes for one block of pinned memory: the next power of two."""
+    return 1 << (size - 1).bit_length() if size > 0 else 0
+
+
+def _offloaded(recipe: Recipe, stage: StageMemory) -> int:
+    """Return the pinned bytes of a rank's weights and states: a block a buffer, and one for each kind of state."""
+    kinds = (ADAM_BYTES + (0 if recipe.model.dtype == "float32" else 4)) // 4
+    total = 0
+    for name, size in stage.exact.items():
+        if "weights" in name:
+            total += pinned_bytes(size)
+        elif "optimizer" in name:
+            total += kinds * pinned_bytes(size // kinds)
+    return total
 
 
 def _sum(stage: StageMemory, kind: str) -> int:

@@ -57,7 +57,12 @@ def test_without_a_number_of_nodes_it_draws_what_sbatch_would_start() -> None:
 
 
 def test_the_235b_on_h100_as_its_recipe_says_has_servers_of_two_nodes() -> None:
-    overrides = ("placement.gpu=h100", "rollout.pipeline_parallel=2", "rollout.servers=8")
+    overrides = (
+        "placement.gpu=h100",
+        "rollout.pipeline_parallel=2",
+        "rollout.servers=8",
+        "trainer.recompute=selective",
+    )
     said = run("--dry-run", "--nodes=16", "recipes/qwen3_235b_a22b_gspo.yaml", *overrides)
     assert said.returncode == 0, said.stderr
     assert (

@@ -17,7 +17,7 @@ from gspo_megatron.plan.estimate.batch import plan_batch
 from gspo_megatron.plan.estimate.memory import Held, exact_bytes, held_by
 from gspo_megatron.plan.estimate.rollout import weight_bytes
 from gspo_megatron.plan.rules.layout import layout_of
-from gspo_megatron.plan.rules.resources import host_bytes
+from gspo_megatron.plan.rules.resources import host_bytes, pinned_bytes
 
 A3B, A22B = Path("recipes/qwen3_30b_a3b_gspo.yaml"), Path("recipes/qwen3_235b_a22b_gspo_100k.yaml")
 
@@ -151,6 +151,18 @@ def test_offloaded_layer_inputs_leave_the_device_for_the_host() -> None:
     assert host["offloaded activations"] == 8 * first.offloaded
     assert moved.compute is not None and kept.compute is not None
     assert moved.compute.seconds["training"] > kept.compute.seconds["training"]
+
+
+def test_pinned_memory_comes_in_powers_of_two() -> None:
+    assert [pinned_bytes(size) for size in (0, 1, 3, 1024, 1025, 5 << 30)] == [0, 1, 4, 1024, 2048, 8 << 30]
+    plan = make_plan(load_recipe(A3B))
+    assert plan.memory is not None and plan.batch is not None
+    exact = plan.memory[0].exact
+    host = host_bytes(plan.recipe, plan.recipe.arch, plan.machine, plan.batch, plan.memory)
+    assert host["copy for checkpoints"] == 8 * pinned_bytes(exact["dense optimizer"] + exact["expert optimizer"])
+    kinds = [pinned_bytes(exact[f"{part} optimizer"] // 3) for part in ("dense", "expert")]
+    weights = [pinned_bytes(exact[f"{part} weights"]) for part in ("dense", "expert")]
+    assert host["offloaded trainer states"] == 8 * (3 * sum(kinds) + sum(weights))
 
 
 def test_server_weights_by_hand() -> None:
