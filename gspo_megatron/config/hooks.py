@@ -63,6 +63,15 @@ HOOKS: dict[str, Hook] = {
             parameters=("problem", "response"),
         ),
         Hook(
+            name="agent",
+            key="agent.program",
+            signature="async run(problem, client) -> score, dict of named parts, or None",
+            default="none: a response is one turn",
+            example="recipes/agents/calculator.py:run",
+            contract="gspo_megatron.environments.agent_contract:check_agent",
+            parameters=("problem", "client"),
+        ),
+        Hook(
             name="objective",
             key="objective.preset",
             signature="ObjectiveSpec(name=..., AXIS=...)",

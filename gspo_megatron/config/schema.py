@@ -10,6 +10,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
+from gspo_megatron.config.agent_section import AgentSection, check_conversation
 from gspo_megatron.config.base import Section
 from gspo_megatron.config.long_responses import EnvironmentSection, LengthStage, RepetitionHalt, ThinkingBudget
 from gspo_megatron.config.metrics_section import MetricsSection
@@ -207,6 +208,7 @@ class Recipe(Section):
     data: DataSection
     reward: RewardSection = RewardSection()
     environment: EnvironmentSection | None = None
+    agent: AgentSection | None = None
     cold_start: ColdStartSection | None = None
     batch: BatchSection = BatchSection()
     objective: ObjectiveSection = ObjectiveSection()
@@ -220,6 +222,11 @@ class Recipe(Section):
     acknowledge: dict[str, str] = Field(default_factory=dict)
     """Warnings that this recipe accepts: code -> reason."""
     _arch: Architecture | None = PrivateAttr(None)
+
+    @model_validator(mode="after")
+    def an_agent_has_the_conversation(self) -> Recipe:
+        check_conversation(self.agent, self.environment is not None, self.tokenizer.kind)
+        return self
 
     @property
     def total_updates(self) -> int:

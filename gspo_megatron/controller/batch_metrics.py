@@ -49,7 +49,7 @@ def measure_responses(recipe: Recipe, samples: Sequence[SampleRef], step: int) -
         found["thinking_closed"] = spans.count("closing") / count
     if recipe.environment is not None:
         found["tool_calls"] = spans.count("observation") / count
-    if rollout.thinking is not None or recipe.environment is not None:
+    if rollout.thinking is not None or recipe.environment is not None or recipe.agent is not None:
         found["masked_tokens"] = 1 - sum(ref.trained_length for ref in samples) / max(tokens, 1)
     return found
 

@@ -13,6 +13,8 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.controller.agent_endpoint import AgentEndpoint
+from gspo_megatron.controller.agent_scheduler import Agents, AgentScheduler
 from gspo_megatron.controller.answers_file import AnswersFile, report_evaluation
 from gspo_megatron.controller.batch_metrics import Progress, count_unscored, measure_responses, measure_staleness
 from gspo_megatron.controller.environment_pool import EnvironmentPool
@@ -75,6 +77,7 @@ class Controller:
         thinking: Thinking | None = None,
         environment: EnvironmentPool | None = None,
         loaded: bool = False,
+        agents: Agents | None = None,
     ) -> None:
         """
         Args:
@@ -90,6 +93,7 @@ class Controller:
             thinking: limit of the thinking within a response.
             environment: the environment that replies between turns.
             loaded: the servers have loaded weights themselves, and no update comes.
+            agents: make the responses.
         """
         self.recipe = recipe
         self.servers = servers
@@ -104,7 +108,7 @@ class Controller:
         self._store = store
         self._sleeps, self._loaded = sleeps, loaded
         self._environment = environment
-        self.scheduler = MultiTurnScheduler(servers, lambda: self.updater.version, thinking, environment, note_fault)
+        self.scheduler, self._endpoint = self._schedule(thinking, agents)
         self.buffer = GroupBuffer(
             recipe,
             self.scheduler,
@@ -122,6 +126,8 @@ class Controller:
         if self._environment is not None:
             self._environment.processes.start()
         try:
+            if self._endpoint is not None:
+                await self._endpoint.start()
             await asyncio.gather(
                 self.servers.wait_healthy(self.recipe.rollout.start_timeout), self.updater.open_store()
             )
@@ -138,6 +144,9 @@ class Controller:
     async def close(self) -> None:
         """End what this controller started: generations in flight, connections and scoring processes."""
         await self.buffer.close()
+        await self.scheduler.close()
+        if self._endpoint is not None:
+            await self._endpoint.close()
         await self.servers.close()
         self.scoring.pool.close()
         if self._environment is not None:
@@ -177,7 +186,7 @@ class Controller:
             samples=tuple(samples),
             seconds=seconds,
             tokens=tokens,
-            measures=measure_responses(self.recipe, samples, request.step),
+            measures=measure_responses(self.recipe, samples, request.step) | self.scheduler.measure(),
             staleness=measure_staleness(samples, version),
             accounting=self.buffer.ledger.report(self.buffer.groups),
             unscored=count_unscored(samples),
@@ -210,7 +219,7 @@ class Controller:
     async def state(self, request: Empty) -> ControllerState:
         """What a checkpoint must hold of the controller; a store of its own takes tokens of unfinished generations."""
         async with self.buffer.admitting:
-            groups, responses = describe_groups(self.buffer.groups)
+            groups, responses = describe_groups(self.buffer.groups, self._endpoint is not None)
             accounting = self.buffer.ledger.report(self.buffer.groups)
             stream = StreamState.model_validate(self._prompts.state())
         # A power failure after the checkpoint must not take what it refers to.
@@ -230,6 +239,16 @@ class Controller:
         forget_lost_members(groups, self._store)
         self.buffer.restore(groups, state.accounting)
         return Empty()
+
+    def _schedule(
+        self, thinking: Thinking | None, agents: Agents | None
+    ) -> tuple[MultiTurnScheduler, AgentEndpoint | None]:
+        """What brings responses to their end; with an agent also the endpoint that it talks to."""
+        version, environment = lambda: self.updater.version, self._environment
+        if agents is None:
+            return MultiTurnScheduler(self.servers, version, thinking, environment, note_fault), None
+        scheduler = AgentScheduler(self.servers, version, thinking, self.recipe, agents)
+        return scheduler, AgentEndpoint(scheduler)
 
     def _need_weights(self) -> int:
         if self.updater.version is None:

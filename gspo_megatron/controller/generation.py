@@ -54,6 +54,8 @@ class Generation:
     """Version of the weights when the first request was sent."""
     lost: int = 0
     """Tokens that were sampled and could not be kept."""
+    abandoned: int = 0
+    """Tokens that were sampled on a way that an agent left."""
     received: Callable[[int], None] = lambda tokens: None
     """Called with the number of tokens whenever some are received."""
     masked: list[Masked] = field(default_factory=list)
@@ -64,6 +66,8 @@ class Generation:
     """Longest that this response may get, of the step that started it; None = the sampling's own limit."""
     fault: str = ""
     """Kind of the fault that cut it: `environment`; empty = none."""
+    outcome: Any = None
+    """What an agent returned for it, or a `Lost`; None = the reward scores it."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -119,6 +123,14 @@ class Generation:
         del self.token_ids[length:]
         del self.logprobs[length:]
         self._cut_segments(length)
+
+    def abandon(self, length: int) -> None:
+        """Forget the tokens from `length` on, which are not part of the response any more."""
+        sampled, lost = self.sampled, self.lost
+        self.masked[:] = [span for span in self.masked if span.end <= length]
+        self.cut(length)
+        self.lost = lost
+        self.abandoned += sampled - self.sampled
 
     def response(self, stop_reason: StopReason) -> Response:
         """As the sample store takes it."""

@@ -156,7 +156,7 @@ class GroupBuffer:
                 await asyncio.gather(*tasks, return_exceptions=True)
                 dated.remove(group)
                 self.groups.remove(group)
-                self.ledger.drop(group, "too-stale")
+                self._drop(group, "too-stale")
 
     def _check_versions(self, group: Group) -> None:
         """The bound, held against what the servers themselves say of every token."""
@@ -175,7 +175,7 @@ class GroupBuffer:
         if not self._staleness:
             await self._stop()
             for group in self.groups:
-                self.ledger.drop(group, "cut")
+                self._drop(group, "cut")
             self.groups.clear()
         elif self._overlaps:
             await self._admit()
@@ -236,7 +236,7 @@ class GroupBuffer:
             self._filtered = 0
             return
         self.groups.remove(group)
-        self.ledger.drop(group, "equal-rewards")
+        self._drop(group, "equal-rewards")
         self._filtered += 1
         if self._filtered > MAX_FILTERED * self._size:
             raise Refused(
@@ -245,3 +245,9 @@ class GroupBuffer:
                 "difficulty of the problems"
             )
         await self._admit()
+
+    def _drop(self, group: Group, reason: str) -> None:
+        """Count a group that is not trained on, and end the agents that work on it."""
+        for generation in group.generations:
+            self._scheduler.forget(generation)
+        self.ledger.drop(group, reason)

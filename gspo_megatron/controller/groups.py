@@ -83,9 +83,11 @@ class TokenLedger:
         self.lose(group)
 
     def lose(self, group: Group) -> None:
-        """Count the tokens that were lost with a server."""
+        """Count the tokens that were lost with a server, or on a way that an agent left."""
         if lost := sum(generation.lost for generation in group.generations):
             self.dropped.setdefault("server-lost", Counter()).update(tokens=lost)
+        if abandoned := sum(generation.abandoned for generation in group.generations):
+            self.dropped.setdefault("agent-branch", Counter()).update(tokens=abandoned)
 
     def restore(self, accounting: Accounting) -> None:
         """Continue from a report; tokens that were in flight count through their groups."""
@@ -104,7 +106,7 @@ class TokenLedger:
 
     def report(self, in_flight: Sequence[Group]) -> Accounting:
         """All rows, with the groups that are in flight now."""
-        waiting = sum(group.tokens + sum(generation.lost for generation in group.generations) for group in in_flight)
+        waiting = sum(group.tokens + sum(one.lost + one.abandoned for one in group.generations) for group in in_flight)
         dropped = {reason: TokenCount(**counts) for reason, counts in self.dropped.items()}
         return Accounting(
             sampled_tokens=self.taken["tokens"] + sum(count.tokens for count in dropped.values()) + waiting,

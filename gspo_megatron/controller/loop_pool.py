@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
+import math
 import multiprocessing
 import threading
 import time
@@ -18,10 +20,18 @@ from gspo_megatron.rewards.time_limit import BACKSTOP, limit_time
 
 AT_ONCE = 64
 """Jobs that the process works on, unless said otherwise; the others wait, and their time does not count."""
+BEAT_SECONDS = 1.0
+"""How often the process says that its event loop runs."""
+BEAT = 0
+"""Number of a message that only says so."""
 
 
 def _serve(
-    limit: float, wall: float, make: Callable[[], Callable[..., Awaitable[Any]]], connection: Connection, parent: int
+    limit: float,
+    wall: float,
+    make: Callable[[], Callable[..., Awaitable[Any]]],
+    connection: Connection,
+    parent: int,
 ) -> None:
     """The process: numbered jobs in, numbered results out, in any order."""
     function = enter_process(make, parent)
@@ -32,10 +42,10 @@ def _serve(
 async def _serve_jobs(
     limit: float, wall: float, function: Callable[..., Awaitable[Any]], connection: Connection
 ) -> None:
-    loop, ended, tasks = asyncio.get_running_loop(), asyncio.Event(), set[asyncio.Task[None]]()
+    loop, ended, tasks = asyncio.get_running_loop(), asyncio.Event(), dict[int, asyncio.Task[None]]()
 
     async def run(number: int, job: tuple[Any, ...]) -> None:
-        clock = asyncio.timeout(wall)
+        clock = asyncio.timeout(None if math.isinf(wall) else wall)
         try:
             async with clock:
                 reply = await function(*job)
@@ -47,18 +57,25 @@ async def _serve_jobs(
     def read() -> None:
         try:
             while connection.poll():
-                task = loop.create_task(run(*connection.recv()))
-                tasks.add(task)
-                task.add_done_callback(tasks.discard)
+                number, job = connection.recv()
+                if job is not None:
+                    tasks[number] = loop.create_task(run(number, job))
+                    tasks[number].add_done_callback(lambda _, number=number: tasks.pop(number))
+                elif number in tasks:
+                    tasks[number].cancel()
         except EOFError:
             loop.remove_reader(connection.fileno())
             ended.set()
 
     loop.add_reader(connection.fileno(), read)
     # What computes without an await for too long is interrupted, and only that job.
+    said = loop.time()
     with limit_time(limit) as restart:
         while not ended.is_set():
             restart()
+            if loop.time() - said > BEAT_SECONDS:
+                said = loop.time()
+                connection.send((BEAT, None))
             await asyncio.sleep(min(LOOK_SECONDS, limit / 4))
 
 
@@ -79,13 +96,16 @@ class LoopPool:
             limit: seconds of processor time that a job may take at a stretch; BACKSTOP times that it may take in all.
             what: the function in one word, for sentences about it.
             at_once: jobs that the process works on.
-            patience: seconds more that a job may take in all, because it waits for others.
+            patience: seconds more that a job may take in all, because it waits for others; endless = `cancel` ends it.
         """
-        self._wall, self._what, self._at_once = BACKSTOP * limit + patience, what, at_once
-        self._worker = Worker(make, what, functools.partial(_serve, limit, self._wall))
+        self._limit, self._what, self._at_once = limit, what, at_once
+        self._worker = Worker(make, what, functools.partial(_serve, limit, BACKSTOP * limit + patience))
         self._jobs: deque[tuple[Future[Any], tuple[Any, ...]]] = deque()
-        self._running: dict[int, tuple[Future[Any], float]] = {}
-        """By number: the result, and when the job was sent."""
+        self._cancelled: deque[Future[Any]] = deque()
+        self._running: dict[int, Future[Any]] = {}
+        """Results by number."""
+        self._heard = time.monotonic()
+        """When the process last sent something."""
         self._sent = 0
         self._closed = False
         self._bell, self._ring = multiprocessing.Pipe(duplex=False)
@@ -103,6 +123,12 @@ class LoopPool:
         self.start()
         self._ring.send_bytes(b"1")
         return future
+
+    def cancel(self, future: Future[Any]) -> None:
+        """End a job that `ask` began; what it raises then is its result."""
+        if not future.cancel():
+            self._cancelled.append(future)
+            self._ring.send_bytes(b"1")
 
     def close(self) -> None:
         """End the process."""
@@ -132,33 +158,40 @@ class LoopPool:
                 fault = self._worker.start()
 
     def _send(self) -> None:
-        while self._jobs and len(self._running) < self._at_once:
-            future, job = self._jobs.popleft()
-            if future.set_running_or_notify_cancel():
-                self._sent += 1
-                self._running[self._sent] = future, time.monotonic()
-                try:
+        # Where it died, the end of its pipe is found next.
+        with contextlib.suppress(OSError):
+            while self._cancelled:
+                future = self._cancelled.popleft()
+                for number in [number for number, one in self._running.items() if one is future]:
+                    self._worker.connection.send((number, None))
+            while self._jobs and len(self._running) < self._at_once:
+                future, job = self._jobs.popleft()
+                if future.set_running_or_notify_cancel():
+                    self._sent += 1
+                    self._running[self._sent] = future
                     self._worker.connection.send((self._sent, job))
-                except OSError:
-                    return  # it died: the end of its pipe is found next
 
     def _receive(self) -> str:
         """Take what has come; the kind of fault for which the process must be started again, or an empty text."""
         try:
             while self._worker.connection.poll():
                 number, reply = self._worker.connection.recv()
-                self._running.pop(number)[0].set_result(reply)
+                self._heard = time.monotonic()
+                if number != BEAT:
+                    self._running.pop(number).set_result(reply)
         except (EOFError, OSError):
             return "died"
-        oldest = min((sent for _, sent in self._running.values()), default=time.monotonic())
+        if not self._running:
+            self._heard = time.monotonic()
         # Beyond the time that the process allows itself: it is held up where no signal is seen.
-        return "out-of-time" if time.monotonic() - oldest > 2 * self._wall else ""
+        return "out-of-time" if time.monotonic() - self._heard > 2 * BACKSTOP * self._limit else ""
 
     def _lose_running(self, kind: str) -> None:
         self._worker.stop()
-        for future, _ in self._running.values():
+        for future in self._running.values():
             future.set_result(Lost(kind, f"its {self._what}'s process died" if kind == "died" else "took too long"))
         self._running.clear()
+        self._heard = time.monotonic()
 
     def _lose_waiting(self, fault: str) -> None:
         while fault and self._jobs:

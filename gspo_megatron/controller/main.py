@@ -11,14 +11,18 @@ import logging
 import os
 import resource
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from aiohttp import web
 
 from gspo_megatron.cluster.child_processes import die_with_parent
 from gspo_megatron.cluster.machines import machine_of, takes_turns
 from gspo_megatron.cluster.watchdog import follow
+from gspo_megatron.config.hooks import load_hook
 from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.controller.agent_pool import AgentPool
+from gspo_megatron.controller.agent_scheduler import Agents
 from gspo_megatron.controller.api import Service
 from gspo_megatron.controller.controller import Controller
 from gspo_megatron.controller.environment_pool import make_environment_pool
@@ -33,6 +37,10 @@ from gspo_megatron.rewards.gold_check import GOLDS_OF, gold_findings
 from gspo_megatron.run_dir import RunDir
 from gspo_megatron.transport.auth import read_key
 from gspo_megatron.transport.identity import identity_of
+
+if TYPE_CHECKING:
+    from gspo_megatron.controller.agent_session import AgentTokenizer
+    from gspo_megatron.data.tokenizers import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +75,7 @@ def build(recipe: Recipe, run_dir: Path, host: str, urls: list[str], key: str, l
         thinking=make_thinking(rollout.thinking, tokenizer),
         environment=make_environment_pool(recipe, tokenizer, processes),
         loaded=loaded,
+        agents=make_agents(recipe, tokenizer, processes),
     )
 
 
@@ -83,6 +92,15 @@ def check_golds(recipe: Recipe) -> None:
         log.warning("%s", finding)
     if errors := [finding for finding in found if finding.severity == "error"]:
         raise RecipeError(errors)
+
+
+def make_agents(recipe: Recipe, tokenizer: Tokenizer, workers: int) -> Agents | None:
+    """The agent of a recipe, if it has one. Raises RecipeError for a program that is none."""
+    if recipe.agent is None:
+        return None
+    load_hook("agent", recipe.agent.program)
+    # The schema lets an agent have no other.
+    return Agents(AgentPool(recipe.agent, workers), cast("AgentTokenizer", tokenizer))
 
 
 def main() -> None:

@@ -91,7 +91,7 @@ class MultiTurnScheduler(Scheduler):
 
     async def complete(self, generation: Generation, sampling: Sampling, kind: int = TRAINING) -> StopReason:
         """As `Scheduler.complete`, through all turns; one with a call too many, or without a reply, is cut."""
-        limit = sampling.max_tokens if generation.limit is None else generation.limit
+        limit = min(sampling.max_tokens, sampling.max_tokens if generation.limit is None else generation.limit)
         stretch = replace(
             sampling, stop_ids=(*sampling.stop_ids, *(self._environment.call_ids if self._environment else ()))
         )

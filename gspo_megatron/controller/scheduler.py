@@ -145,6 +145,16 @@ class Scheduler:
         self._queued.clear()
         await asyncio.gather(*(self._interrupt(server) for server in self._servers.live))
 
+    def forget(self, generation: Generation) -> None:
+        """Give up a response that is not sampled at the moment."""
+
+    def measure(self) -> dict[str, float]:
+        """Metrics since the last call."""
+        return {}
+
+    async def close(self) -> None:
+        """End what runs beside the servers."""
+
     async def _interrupt(self, server: ServerClient) -> None:
         if not self._held[server]:
             return

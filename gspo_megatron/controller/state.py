@@ -13,11 +13,20 @@ from gspo_megatron.transport.messages import GenerationState, GroupState
 from gspo_megatron.types import Prompt, Response, SampleRef
 
 
-def describe_groups(groups: Sequence[Group]) -> tuple[list[GroupState], list[tuple[Prompt, Response]]]:
-    """Metadata of groups, and the unfinished responses that `store_generations` writes; both are copies."""
+def describe_groups(
+    groups: Sequence[Group], has_agent: bool = False
+) -> tuple[list[GroupState], list[tuple[Prompt, Response]]]:
+    """Metadata of groups, and the unfinished responses that `store_generations` writes; both are copies.
+
+    Args:
+        groups: in flight.
+        has_agent: an agent makes the responses. It cannot be stored: unfinished ones begin anew.
+    """
     states, responses = [], []
     for group in groups:
-        unfinished = [generation for generation in group.generations if generation.sample_index not in group.finished]
+        unfinished = [
+            _as_checkpoint(one, has_agent) for one in group.generations if one.sample_index not in group.finished
+        ]
         responses += [(group.prompt, generation.response("abort")) for generation in unfinished]
         states.append(
             GroupState(
@@ -30,6 +39,12 @@ def describe_groups(groups: Sequence[Group]) -> tuple[list[GroupState], list[tup
             )
         )
     return states, responses
+
+
+def _as_checkpoint(generation: Generation, has_agent: bool) -> Generation:
+    if not has_agent:
+        return generation
+    return Generation(generation.prompt, generation.sample_index, limit=generation.limit)
 
 
 def _describe_generation(generation: Generation) -> GenerationState:
