@@ -63,6 +63,16 @@ HOOKS: dict[str, Hook] = {
             parameters=("problem", "response"),
         ),
         Hook(
+            name="environment",
+            key="environment.name",
+            signature="class with reset(line) -> state and step(state, turn) -> Reply",
+            default="none: a response is one turn",
+            example="recipes/environments/guess_number.py:GuessNumber",
+            contract="gspo_megatron.environments.own_environment:check_form",
+            trial="gspo_megatron.environments.own_environment:try_episodes",
+            members=("reset", "step"),
+        ),
+        Hook(
             name="agent",
             key="agent.program",
             signature="async run(problem, client) -> score, dict of named parts, or None",

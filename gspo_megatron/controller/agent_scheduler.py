@@ -66,7 +66,7 @@ class AgentScheduler(MultiTurnScheduler):
             recipe: its `agent` is set.
             agents: of the run.
         """
-        super().__init__(servers, version, thinking, None, lambda generation, why: None)
+        super().__init__(servers, version, thinking, None)
         assert recipe.agent is not None
         self._section, self.programs, self._tokenizer = recipe.agent, agents.programs, agents.tokenizer
         self._limits = EpisodeLimits(recipe.rollout.max_prompt_tokens, recipe.agent.max_turns)

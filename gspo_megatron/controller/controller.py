@@ -21,7 +21,7 @@ from gspo_megatron.controller.environment_pool import EnvironmentPool
 from gspo_megatron.controller.generation import Generation, Sampling
 from gspo_megatron.controller.group_buffer import GroupBuffer
 from gspo_megatron.controller.groups import TokenCounter
-from gspo_megatron.controller.multi_turn import MultiTurnScheduler, Thinking, note_fault
+from gspo_megatron.controller.multi_turn import MultiTurnScheduler, Thinking
 from gspo_megatron.controller.scheduler import URGENT
 from gspo_megatron.controller.scoring import Pool, Scored, Scoring, TextDecoder
 from gspo_megatron.controller.servers import Refused, ServerSet
@@ -246,7 +246,7 @@ class Controller:
         """What brings responses to their end; with an agent also the endpoint that it talks to."""
         version, environment = lambda: self.updater.version, self._environment
         if agents is None:
-            return MultiTurnScheduler(self.servers, version, thinking, environment, note_fault), None
+            return MultiTurnScheduler(self.servers, version, thinking, environment), None
         scheduler = AgentScheduler(self.servers, version, thinking, self.recipe, agents)
         return scheduler, AgentEndpoint(scheduler)
 

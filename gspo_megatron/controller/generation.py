@@ -64,10 +64,8 @@ class Generation:
     """The environment's, behind the last observation; JSON-able."""
     limit: int | None = None
     """Longest that this response may get, of the step that started it; None = the sampling's own limit."""
-    fault: str = ""
-    """Kind of the fault that cut it: `environment`; empty = none."""
     outcome: Any = None
-    """What an agent returned for it, or a `Lost`; None = the reward scores it."""
+    """The score that its agent or its environment gave, or a `Lost` where that failed; None = the reward scores it."""
 
     def __len__(self) -> int:
         return len(self.token_ids)

@@ -6,7 +6,6 @@ decided from the generation alone, so that it continues the same wherever it was
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -14,12 +13,11 @@ from gspo_megatron.config.loading import refuse
 from gspo_megatron.config.long_responses import ThinkingBudget
 from gspo_megatron.controller.environment_pool import EnvironmentPool
 from gspo_megatron.controller.generation import Generation, Sampling
+from gspo_megatron.controller.process_pool import Lost
 from gspo_megatron.controller.scheduler import TRAINING, Scheduler
 from gspo_megatron.controller.servers import ServerSet
 from gspo_megatron.data.tokenizers import Tokenizer
 from gspo_megatron.types import StopReason
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +59,6 @@ def make_thinking(section: ThinkingBudget | None, tokenizer: Tokenizer) -> Think
     return Thinking(section.budget, end[0], tuple(closing))
 
 
-def note_fault(generation: Generation, why: str) -> None:
-    """Note that a response was cut because its environment failed."""
-    generation.fault = "environment"
-    log.warning("prompt %d, sample %d is cut: %s", generation.prompt.index, generation.sample_index, why)
-
-
 class MultiTurnScheduler(Scheduler):
     """A scheduler of responses with several turns."""
 
@@ -76,18 +68,16 @@ class MultiTurnScheduler(Scheduler):
         version: Callable[[], int | None],
         thinking: Thinking | None,
         environment: EnvironmentPool | None,
-        on_fault: Callable[[Generation, str], None],
     ) -> None:
         """
         Args:
             servers: as `Scheduler`.
             version: as `Scheduler`.
             thinking: how long a turn may think; None = to its end.
-            environment: answers calls; None = a response has one turn.
-            on_fault: called with the reason when the environment gives no reply.
+            environment: replies to turns; None = a response has one turn.
         """
         super().__init__(servers, version)
-        self._thinking, self._environment, self._on_fault = thinking, environment, on_fault
+        self._thinking, self._environment = thinking, environment
 
     async def complete(self, generation: Generation, sampling: Sampling, kind: int = TRAINING) -> StopReason:
         """As `Scheduler.complete`, through all turns; one with a call too many, or without a reply, is cut."""
@@ -96,36 +86,37 @@ class MultiTurnScheduler(Scheduler):
             sampling, stop_ids=(*sampling.stop_ids, *(self._environment.call_ids if self._environment else ()))
         )
         with self.staying(generation.prompt.index):
-            while generation.last_sampled not in sampling.stop_ids:
+            while True:
+                if self._environment is not None and self._environment.replies_to(generation, sampling.stop_ids):
+                    if (reason := await self._observe(self._environment, generation, limit)) is not None:
+                        return reason
+                    continue
+                if generation.last_sampled in sampling.stop_ids:
+                    return "stop"
                 if len(generation) >= limit:
                     return "length"
-                if self._environment is not None and generation.last_sampled in self._environment.call_ids:
-                    if generation.calls == self._environment.max_calls or not await self._observe(
-                        self._environment, generation, limit
-                    ):
-                        return "length"
-                    continue
                 left = self._thinking.left(generation) if self._thinking is not None else None
                 if self._thinking is not None and left == 0:
                     generation.put_in(self._thinking.closing[: limit - len(generation)], "closing")
                     continue
                 until = limit if left is None else min(limit, len(generation) + left)
                 reason = await super().complete(generation, replace(stretch, max_tokens=until), kind)
-                called = (
-                    self._environment is not None
-                    and reason == "stop"
-                    and generation.last_sampled in self._environment.call_ids
-                )
-                if not called and not (reason == "length" and until < limit):
+                asked = self._environment is not None and self._environment.replies_to(generation, sampling.stop_ids)
+                if not (reason == "stop" and asked) and not (reason == "length" and until < limit):
                     return reason
-        return "stop"
 
-    async def _observe(self, environment: EnvironmentPool, generation: Generation, limit: int) -> bool:
-        """Append the environment's reply to the last turn, up to the limit; False if there is none."""
+    async def _observe(self, environment: EnvironmentPool, generation: Generation, limit: int) -> StopReason | None:
+        """Append the environment's reply to the last turn, up to the limit; why the response ends, if it does."""
+        # A call that fills the response has no use for its reply; a turn that is judged by the environment has.
+        if generation.calls == environment.max_calls or (len(generation) >= limit and not environment.replies_always):
+            return "length"
         reply = await environment.step(generation)
-        if isinstance(reply, str):
-            self._on_fault(generation, reply)
-            return False
+        if isinstance(reply, Lost):
+            generation.outcome = reply
+            return "length"
+        generation.outcome = reply.reward
+        if reply.done:
+            return "stop"  # the state stays: a checkpoint taken before the score asks once more
         generation.state = reply.state
         generation.put_in(reply.token_ids[: limit - len(generation)], "observation")
-        return True
+        return None

@@ -48,7 +48,7 @@ class Calculator:
     def step(self, state: Any, action: Sequence[int]) -> Turn:
         """Evaluate the expression in the turn's call and format it with `environment.reply`."""
         section = self._section
-        text = self._tokenizer.decode(action).removesuffix(section.call_end)
+        text = self._tokenizer.decode(action).removesuffix(section.call_end or "")
         _, start, call = text.rpartition(section.call_start) if section.call_start else ("", " ", text)
         return Turn(tuple(self._reply(calculate(call) if start else ERROR)), state + 1)
 

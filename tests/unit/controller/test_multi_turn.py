@@ -16,9 +16,9 @@ from gspo_megatron.config.schema import Recipe
 from gspo_megatron.controller.controller import Controller
 from gspo_megatron.controller.environment_pool import EnvironmentPool
 from gspo_megatron.controller.generation import Generation, Sampling
-from gspo_megatron.controller.multi_turn import MultiTurnScheduler, Thinking, note_fault
+from gspo_megatron.controller.multi_turn import MultiTurnScheduler, Thinking
 from gspo_megatron.controller.process_pool import Lost, ProcessPool
-from gspo_megatron.controller.servers import ServerSet
+from gspo_megatron.controller.servers import Refused, ServerSet
 from gspo_megatron.data.samples import build_samples
 from gspo_megatron.environments import Turn
 from gspo_megatron.models import parse_recipe
@@ -39,7 +39,8 @@ class Partner(ProcessPool):
     def __init__(self) -> None:
         super().__init__(lambda: print, 1, 1.0, "environment")
         self.heard: list[tuple[Any, list[int]]] = []
-        self.fault = ""
+        self.fault, self.faults = "", 2
+        self.turn = lambda state, action: Turn(self.says(action), (state or 0) + 1)
         self.says: Callable[[Sequence[int]], tuple[int, ...]] = lambda action: (30 + action[-2],) * 2
 
     def start(self) -> None:
@@ -49,20 +50,22 @@ class Partner(ProcessPool):
         _, state, action = job
         self.heard.append((state, list(action)))
         future: Future[Any] = Future()
-        turn = Turn(self.says(action), (state or 0) + 1)
-        future.set_result(Lost("out-of-time", self.fault) if self.fault else turn)
+        turn = self.turn(state, action)
+        fails = self.fault and self.faults
+        self.faults -= bool(fails)
+        future.set_result(Lost("out-of-time", self.fault) if fails else turn)
         return future
 
 
 @asynccontextmanager
 async def talking(
     directory: Path, fake: FakeServer, partner: Partner | None = None, thinking: Thinking | None = None,
-    settings: Recipe | None = None,
+    settings: Recipe | None = None, always: bool = False,
 ) -> AsyncIterator[Controller]:  # fmt: skip
     async with controlling(directory, fake, recipe=settings or one_prompt(), overlaps=True) as controller:
-        environment = EnvironmentPool((CALL,), 2, partner) if partner is not None else None
+        environment = EnvironmentPool((CALL,), 2, partner, always) if partner is not None else None
         controller.scheduler = MultiTurnScheduler(
-            controller.servers, lambda: controller.updater.version, thinking, environment, note_fault
+            controller.servers, lambda: controller.updater.version, thinking, environment
         )
         controller.buffer._scheduler = controller.scheduler
         yield controller
@@ -124,10 +127,34 @@ async def test_what_cuts_a_conversation(
     async with talking(tmp_path, fake, partner, settings=one_prompt(CALCULATOR)) as controller:
         batch = await controller.rollout(RolloutRequest(step=1))
         check_accounting(batch, controller, fake)
-    for row in batch.samples:
+    assert batch.unscored == ({"environment-out-of-time": 2} if fault else {})
+    for row in batch.samples[: 2 if fault else 3]:
         spans = [(span.start, span.end) for span in row.masked]
         assert (row.stop_reason, row.answer_length, spans) == ("length", length, masked)
-    assert batch.unscored == ({"environment": 3} if fault else {})
+
+
+async def test_an_environment_that_fails_for_a_whole_batch_ends_the_run(tmp_path: Path) -> None:
+    fake, partner = FakeServer(), Partner()
+    fake.ids, partner.fault, partner.faults = follow([[5, CALL]]), "its environment's process died", 9
+    async with talking(tmp_path, fake, partner, settings=one_prompt(CALCULATOR)) as controller:
+        with pytest.raises(Refused, match=r"environment\.name=calculator gave no score to 3 responses in a row"):
+            await controller.rollout(RolloutRequest(step=1))
+
+
+async def test_an_environment_of_one_s_own_ends_and_scores_the_episode(tmp_path: Path) -> None:
+    """It replies to stop tokens too; the sum of its rewards is the score, and one cut at the limit is asked as well."""
+    fake, partner = FakeServer(), Partner()
+    fake.ids = follow([[5, STOP], [6, STOP]])
+    partner.turn = lambda state, action: Turn(
+        (9,), (state or 0) + 1, done=action[0] == 6, reward={"a": 0.25 * action[0]}
+    )
+    async with talking(tmp_path, fake, partner, settings=one_prompt(CALCULATOR), always=True) as controller:
+        batch = await controller.rollout(RolloutRequest(step=1))
+        ids = [controller._store.read(row)[0].tolist() for row in batch.samples]
+        check_accounting(batch, controller, fake)
+    assert ids == [[1, 5, STOP, 9, 6, STOP]] * 3 and {row.stop_reason for row in batch.samples} == {"stop"}
+    assert {row.reward for row in batch.samples} == {1.0} and batch.samples[0].parts == (("a", 1.5),)
+    assert [state for state, _ in partner.heard if state is not None] == [1] * 3
 
 
 async def test_a_conversation_goes_on_where_a_checkpoint_caught_it(tmp_path: Path) -> None:
@@ -172,7 +199,7 @@ async def test_an_answer_that_had_ended_when_a_checkpoint_caught_it_is_not_sampl
     ids: list[int], reason: str
 ) -> None:
     """It was still being scored: a request for 0 tokens would cost the server, and nothing may follow a stop token."""
-    turns = MultiTurnScheduler(ServerSet([]), lambda: 1, None, None, lambda *_: None)
+    turns = MultiTurnScheduler(ServerSet([]), lambda: 1, None, None)
     generation = Generation(make_prompt(0), 0)
     generation.extend(ids, [0.0] * len(ids), 1)
     assert await turns.complete(generation, Sampling(1.0, 3, (STOP,), 0)) == reason

@@ -35,6 +35,10 @@ class Letters:
         return "".join(map(chr, ids))
 
 
+def no_messages(messages: object, last_id: int) -> list[int]:
+    raise AssertionError("the calculator writes no messages")
+
+
 @pytest.mark.parametrize(
     ("expression", "value"),
     [
@@ -118,13 +122,13 @@ def test_the_program_confines_itself_before_it_reads() -> None:
 
 
 def test_a_step_is_ids_in_and_ids_out() -> None:
-    step, codec = make_step(SECTION, Letters()), Letters()
+    step, codec = make_step(SECTION, Letters(), no_messages), Letters()
     turn = step(PROBLEM, None, codec.encode_text("so <1+1>"))
     assert codec.decode(turn.token_ids) == "[2]" and turn.state == 1
     again = step(PROBLEM, turn.state, codec.encode_text("<1> or <2*21>"))
     assert codec.decode(again.token_ids) == "[42]" and again.state == 2, "the last call of a turn counts"
     assert codec.decode(step(PROBLEM, 2, codec.encode_text("2*21>")).token_ids) == "[error]", "there was no call"
-    whole = make_step(SECTION.model_copy(update={"call_start": ""}), codec)
+    whole = make_step(SECTION.model_copy(update={"call_start": ""}), codec, no_messages)
     assert codec.decode(whole(PROBLEM, None, codec.encode_text("2*21>")).token_ids) == "[42]"
 
 
