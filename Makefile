@@ -5,6 +5,8 @@ PYTHON ?= python3
 RECIPE ?= recipes/tiny_moe.yaml
 # More arguments: `make train ARGS="trainer.max_steps=3"`, `make test ARGS="-k objective"`.
 ARGS ?=
+# Seeds of `make train-agent`.
+SEEDS ?= 0 1 2
 
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest
@@ -15,7 +17,7 @@ OWN_TARGET := tests/gpu tests/slurm
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint test-slurm parity long-context test-faults test-faults-policy fuzz plan-table test-gpu test-gpu-rollout requirements clean
+.PHONY: help setup train train-agent test lint test-slurm parity long-context test-faults test-faults-policy fuzz plan-table test-gpu test-gpu-rollout requirements clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +27,12 @@ setup: ## make .venv with the pinned packages (CUDA stack where there is a GPU; 
 
 train: setup ## run the main job, recipes/tiny_moe.yaml (RECIPE= and ARGS= change it)
 	GSPO_VENV=.venv launch/local.sh $(RECIPE) $(ARGS)
+
+train-agent: setup ## train on an agent with a tool, through the OpenAI-compatible endpoint, seeds 0 to 2 (SEEDS= chooses)
+	for seed in $(SEEDS); do \
+	  GSPO_VENV=.venv launch/local.sh recipes/tiny_agent.yaml run.seed=$$seed run.directory=runs/tiny_agent/seed$$seed $(ARGS) || exit; \
+	done
+	$(BIN)/python tools/record_result.py tools/results/train_agent.json $(SEEDS:%=runs/tiny_agent/seed%)
 
 test: lint ## lint, then every test that requires neither a GPU nor SLURM
 	$(PYTEST) $(addprefix --ignore=,$(OWN_TARGET)) $(ARGS)

@@ -10,6 +10,7 @@ import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gspo_megatron.config.hook_samples import Samples
 from gspo_megatron.config.hooks import load_hook
 from gspo_megatron.environments.environment import MessageEncoder, ModelTurn, Reply, TokenCodec, Turn
 from gspo_megatron.environments.tool_calls import read_turn
@@ -105,8 +106,6 @@ def check_form(found: Any) -> list[str]:
         method = getattr(found, name, None)
         if not callable(method):
             faults.append(f"has no method {name}; define reset(line) and step(state, turn)")
-        elif inspect.iscoroutinefunction(method):
-            faults.append(f"{name} is asynchronous; define it without `async`, or write an agent (agent.program)")
         else:
             try:
                 inspect.signature(method).bind(found, *arguments)
@@ -121,9 +120,15 @@ def check_form(found: Any) -> list[str]:
     return ["has reset(line) and step(state, turn)"]
 
 
-def try_episodes(found: Any) -> list[str]:
-    """Play sample turns, each from the state that the one before left. Raises ValueError with one fault a line."""
-    line, ends, rewarded = copy.deepcopy(LINE), 0, 0
+def try_episodes(found: Any, samples: Samples | None = None) -> list[str]:
+    """Play sample turns, each from the state that the one before left. Raises ValueError with one fault.
+
+    Args:
+        found: the class.
+        samples: of whose problems the first is played; None = a sample line.
+    """
+    given = samples.draw(1)[0].line if samples else LINE
+    line, ends, rewarded = copy.deepcopy(given), 0, 0
     what = "reset"
     try:
         environment = found()
@@ -137,13 +142,13 @@ def try_episodes(found: Any) -> list[str]:
             ends, rewarded = ends + reply.done, rewarded + (reply.reward is not None)
             state = start if reply.done else reply.state
     except KeyError as error:
-        if what == "reset" and error.args and error.args[0] not in LINE:
+        if not samples and what == "reset" and error.args and error.args[0] not in LINE:
             return [f"reads line[{error.args[0]!r}], which the sample line lacks: no turn was tried"]
         raise ValueError(f"{what} raised KeyError: {error}; reply to any text") from None
     except ValueError as fault:
         raise ValueError(f"{what}: {fault}") from None
     except (Exception, SystemExit) as error:
         raise ValueError(f"{what} raised {type(error).__name__}: {error}; reply to any text") from None
-    if line != LINE:
+    if line != given:
         raise ValueError("changed the line of the problem, which all responses to it share; copy it first")
     return [f"replied to {len(TURNS)} sample turns; {ends} of them ended the episode, {rewarded} had a reward"]

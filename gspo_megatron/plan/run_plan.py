@@ -24,6 +24,7 @@ from gspo_megatron.plan.rules import (
     layout,
     metric_sinks,
     model_files,
+    own_programs,
     own_reward,
     resources,
     resume,
@@ -117,6 +118,7 @@ def _plan(recipe: Recipe, where: Machine, runs_here: bool) -> Plan:
     found = [*machines.findings(recipe, where), *settings.findings(recipe, arch, where)]
     found += model_files.findings(recipe, arch, runs_here)
     found += [*metric_sinks.findings(recipe, runs_here), *own_reward.findings(recipe, runs_here)]
+    found += own_programs.findings(recipe)
     found += [*run_directory.findings(recipe), *resume.findings(recipe)]
     spec = recipe.objective.spec(recipe.rollout.max_answer_tokens)
     sequences = recipe.batch.prompts * recipe.batch.answers // recipe.batch.updates

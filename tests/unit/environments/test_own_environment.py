@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from gspo_megatron.config.hooks import HOOKS, check_contract
 from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.long_responses import EnvironmentSection
 from gspo_megatron.environments import Reply, make_step, read_call_ids
@@ -78,7 +79,6 @@ WRONG = {
     "arguments": ("class env:\n def __init__(self, x): 0\n def reset(self, line): 0\n def step(self, s, t): 0",
                   "cannot be made without arguments"),
     "parameters": ("class env:\n def reset(self): 0\n def step(self, s, t): 0", "reset cannot be called as"),
-    "async": ("class env:\n def reset(self, line): 0\n async def step(self, s, t): 0", "step is asynchronous"),
     "no reply": ("class env:\n def reset(self, line): 0\n def step(self, s, t): return 'ok'", "returned a str; return"),
     "state": ("class env:\n def reset(self, line): return {1, 2}\n def step(self, s, t): 0",
               "reset: the state is not JSON-serialisable"),
@@ -103,6 +103,13 @@ def test_a_wrong_environment_is_a_sentence(name: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         check_form(space["env"])
         try_episodes(space["env"])
+
+
+def test_nothing_awaits_a_step() -> None:
+    async def step(self: object, state: object, turn: object) -> None: ...
+
+    with pytest.raises(ValueError, match="step is `async def`, and nothing awaits it in a hook environment"):
+        check_contract(HOOKS["environment"], type("Env", (), {"reset": lambda self, line: 0, "step": step}))
 
 
 def test_gspo_check_runs_the_contract(tmp_path: Path) -> None:
