@@ -98,8 +98,9 @@ class LoopPool:
             at_once: jobs that the process works on.
             patience: seconds more that a job may take in all, because it waits for others; endless = `cancel` ends it.
         """
-        self._limit, self._what, self._at_once = limit, what, at_once
-        self._worker = Worker(make, what, functools.partial(_serve, limit, BACKSTOP * limit + patience))
+        self._limit, self._wall = limit, BACKSTOP * limit + patience
+        self._what, self._at_once = what, at_once
+        self._worker = Worker(make, what, functools.partial(_serve, limit, self._wall))
         self._jobs: deque[tuple[Future[Any], tuple[Any, ...]]] = deque()
         self._cancelled: deque[Future[Any]] = deque()
         self._running: dict[int, Future[Any]] = {}

@@ -1,7 +1,7 @@
 """Episodes of the library `verifiers` as an agent.
 
-`verifiers` 0.4 requires openai below 3, so it cannot be installed beside the pins: it runs in an environment of its own,
-as a client of the endpoint. VERIFIERS_PYTHON names the Python of that environment (`uv venv`, `uv pip install verifiers`).
+`verifiers` 0.4 requires openai below 3, so it cannot be installed beside the pins. It runs in its own environment, as a
+client of the endpoint; VERIFIERS_PYTHON names that environment's Python (`uv venv`, `uv pip install verifiers`).
 A line of data names `taskset` and `task`; `verifiers_program.py TASKSET` writes such lines.
 """
 

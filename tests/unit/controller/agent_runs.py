@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 from openai import AsyncOpenAI
 
 from gspo_megatron.config.schema import Recipe
@@ -96,7 +96,7 @@ def scheduler_of(controller: Controller) -> AgentScheduler:
 
 def openai_for(client: ClientSettings) -> AsyncOpenAI:
     """OpenAI's client, without the site's proxies and without its own retries."""
-    transport = httpx.AsyncClient(trust_env=False)
+    transport = httpx2.AsyncClient(trust_env=False)
     return AsyncOpenAI(base_url=client.base_url, api_key=client.api_key, http_client=transport, max_retries=0)
 
 
