@@ -50,12 +50,25 @@ def summarize(run: RunDir) -> dict[str, Any]:
         "held_out_accuracy": [evaluated[0]["eval/accuracy"], evaluated[-1]["eval/accuracy"]],
         "sampled_reward": [trained[0]["reward_mean"], trained[-1]["reward_mean"]],
         "canary_largest": max(row["canary_largest"] for row in trained),
+        **({} if recipe.agent is None else summarize_agent(trained)),
         "seconds": round(sum(row.get("seconds/step", 0.0) for row in rows), 1),
         "date": datetime.now(UTC).date().isoformat(),
         "commit": subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
         ).stdout.strip(),
         "hardware": f"{platform.machine()}, no GPU",
+    }
+
+
+def summarize_agent(trained: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the endpoint counted over all steps, and how far trainer and sampler are apart on what it recorded."""
+    return {
+        "tokens_retokenized": sum(row["tokens_retokenized"] for row in trained),
+        "agent_branches": sum(row["agent_branches"] for row in trained),
+        "agent_rerendered_turns": sum(row["agent_rerendered_turns"] for row in trained),
+        "unscored": sum(row["unscored"] for row in trained),
+        "agent_turns": [round(trained[0]["agent_turns"], 3), round(trained[-1]["agent_turns"], 3)],
+        "mismatch_abs_max": max(row["mismatch_abs_max"] for row in trained),
     }
 
 

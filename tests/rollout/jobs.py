@@ -29,10 +29,12 @@ DEAD_PROXY = dict.fromkeys(("http_proxy", "HTTP_PROXY", "ALL_PROXY"), "http://12
 """Nothing of a run may go through a proxy of the site: this one refuses every connection."""
 
 
-def start(directory: Path, *more: str, module: str = "gspo_megatron.cli") -> subprocess.Popen[str]:
-    """The main job with the recipe keys of `SMALL` and `more`; `directory`/run is its run directory."""
+def start(
+    directory: Path, *more: str, module: str = "gspo_megatron.cli", recipe: str = "recipes/tiny_moe.yaml"
+) -> subprocess.Popen[str]:
+    """The job of a recipe with the recipe keys of `SMALL` and `more`; `directory`/run is its run directory."""
     overrides = [*SMALL, *more, f"run.directory={directory / 'run'}", f"cold_start.cache={directory / 'cold_start'}"]
-    command = [sys.executable, "-m", module, "train", "recipes/tiny_moe.yaml", *overrides]
+    command = [sys.executable, "-m", module, "train", recipe, *overrides]
     environment = {**os.environ, **DEAD_PROXY}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
