@@ -142,13 +142,19 @@ class LoopPool:
         self._bell.close()
         self._ring.close()
 
-    def _run(self) -> None:
+    def _start(self) -> str:
+        """Start the process; why that failed, or an empty text."""
         fault = self._worker.start()
+        self._heard = time.monotonic()
+        return fault
+
+    def _run(self) -> None:
+        fault = self._start()
         while not self._closed:
             if not fault:
                 self._send()
             elif self._jobs:
-                fault = self._worker.start()
+                fault = self._start()
                 self._lose_waiting(fault)
                 continue
             ready = wait([self._bell] if fault else [self._bell, self._worker.connection], LOOK_SECONDS)
@@ -156,7 +162,7 @@ class LoopPool:
                 self._bell.recv_bytes()
             if not fault and (kind := self._receive()):
                 self._lose_running(kind)
-                fault = self._worker.start()
+                fault = self._start()
 
     def _send(self) -> None:
         # Where it died, the end of its pipe is found next.
