@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import multiprocessing
 import os
 import signal
@@ -14,6 +15,7 @@ import pytest
 
 from gspo_megatron.controller.loop_pool import AT_ONCE, LoopPool
 from gspo_megatron.controller.process_pool import Lost
+from tests.waiting import wait_until
 
 
 class Meeting:
@@ -100,3 +102,28 @@ def test_a_pool_is_closed_with_jobs_in_it(start: Callable[..., LoopPool]) -> Non
     pool = start(limit=60.0)
     assert pool.ask("a").result(60) == "a"
     pool.ask("hang")
+
+
+def test_a_process_that_is_started_late_is_not_late_with_its_first_job(
+    start: Callable[..., LoopPool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first start fails, as on a busy machine; the time until the first job is not the job's."""
+    pool = start(limit=10.0)
+    real, failures = pool._worker.start, iter(["too busy"])
+    monkeypatch.setattr(pool._worker, "start", lambda: next(failures, "") or real())
+    pool._heard -= 1e6
+    assert pool.ask("a").result(120) == "a"
+
+
+def test_a_job_without_a_limit_by_the_clock_is_ended_by_cancel() -> None:
+    pool = LoopPool(Meeting, 10.0, "agent", at_once=3, patience=math.inf)
+    try:
+        hanging, waiting = [pool.ask("hang") for _ in range(3)], pool.ask("a")
+        wait_until(lambda: all(job.running() for job in hanging), "three jobs at once")
+        assert not waiting.done()
+        pool.cancel(hanging[0])
+        assert show(hanging[0].result(120)) == "raised: CancelledError:" and waiting.result(120) == "a"
+        last = pool.ask("never sent")
+        assert last.cancel() or last.result(120) == "never sent"
+    finally:
+        pool.close()
