@@ -123,8 +123,8 @@ def test_overrides_of_text_keep_the_text(data: st.DataObject, text: str) -> None
             recipe = load(path, [f"{key}={text}"])
         except RecipeError:
             # Only a path and a name have texts that they cannot be.
-            is_path = key.endswith(("path", "directory", "cache", "name"))
-            other_home = text.startswith("~") or key.endswith("name")
+            is_path = key.endswith(("path", "directory", "cache", "name", "program"))
+            other_home = text.startswith("~") or key.endswith(("name", "program"))
             assert is_path and (not text or other_home or re.search("[\n\t\u2028\u2029]", text)), ascii(text)
             return
     found = value_of(recipe, key)
