@@ -124,7 +124,8 @@ def test_overrides_of_text_keep_the_text(data: st.DataObject, text: str) -> None
         except RecipeError:
             # Only a path and a name have texts that they cannot be.
             is_path = key.endswith(("path", "directory", "cache", "name", "program"))
-            other_home = text.startswith("~") or key.endswith(("name", "program"))
+            # The small recipe has demonstrations of a writer, beside which there is no file of them.
+            other_home = text.startswith("~") or key.endswith(("name", "program")) or key == "cold_start.path"
             assert is_path and (not text or other_home or re.search("[\n\t\u2028\u2029]", text)), ascii(text)
             return
     found = value_of(recipe, key)
