@@ -128,9 +128,7 @@ async def _run(scenario: Scenario, recipe: Recipe, pool_class: type[GroupBuffer]
     scheduler = Scheduler(ServerSet(servers), current)  # type: ignore[arg-type]
     sampling = Sampling(1.0, scenario.lengths.limit, (0,), 0)
     chosen = parse_recipe(values)
-    pool = pool_class(
-        chosen, scheduler, draw, score, lambda ref: None, sampling, current, scenario.overlaps, Unwritten()
-    )
+    pool = pool_class(chosen, scheduler, draw, score, sampling, current, scenario.overlaps, Unwritten())
     loop = asyncio.get_running_loop()
     marks, lags, started, before = [], [], 0.0, pool.ledger.report(())
     for step in range(scenario.steps):
