@@ -58,7 +58,7 @@ class FaultTally:
         self._alike = self._alike + 1 if reason == self._reason else 1
         self._reason = reason
         if self._alike >= self._batch:
-            fix = f"run `gspo check {name}`" if is_reference(name) else "see the controller's log"
+            fix = f"run `gspo check {name} RECIPE`" if is_reference(name) else "see the controller's log"
             raise Refused(
                 f"{key}={name} gave no score to {self._alike} responses in a row, a whole batch: {lost.why}; "
                 f"correct it ({fix}), then start the run again"
