@@ -90,7 +90,8 @@ def test_a_file_may_import_its_neighbours_and_replaces_no_library(tmp_path: Path
     ("reference", "sentence"),
     [
         ("colorsys:score", r"colorsys \(/.*colorsys.py\) holds no score; it comes before .*write colorsys.py:score"),
-        ("mine:score", r"module mine of mine cannot be found; write mine.py:NAME"),
+        # No other test may have a file of this name: the directories of files stay on the path of modules.
+        ("only_here:score", r"module only_here of only_here cannot be found; write only_here.py:NAME"),
         ("nowhere.mine:score", r"module nowhere of nowhere.mine cannot be found; put it on the Python path"),
         (".mine:score", r"cannot be imported \(TypeError"),
         ("mine.py", "names no object"),
@@ -102,7 +103,7 @@ def test_a_reference_to_a_module_is_explained(
     reference: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("colorsys", "mine"):
+    for name in ("colorsys", "only_here"):
         (tmp_path / f"{name}.py").write_text("score = 1")
     with pytest.raises(ValueError, match=sentence):
         load_object(reference)
