@@ -15,6 +15,7 @@ from gspo_megatron.commands import (
     evaluation_run,
     failure_debug,
     hook_check,
+    prompt_report,
     run_report,
     train_run,
 )
@@ -30,6 +31,7 @@ COMMANDS: dict[str, ModuleType] = {
     "convert": conversion,
     "debug": failure_debug,
     "check": hook_check,
+    "data": prompt_report,
 }
 """Subcommand -> module with `add_arguments(subparsers)` and `run(arguments) -> exit code`."""
 

@@ -61,6 +61,10 @@ class Problem:
     """Which collection it comes from: `aime`; empty = its file does not say."""
     pass_rate: float | None = None
     """Share of answers of some model that were right; None = its file does not say."""
+    messages: tuple[dict[str, Any], ...] = ()
+    """The conversation that the response continues; `question` is its last turn. Empty = `question` is all of it."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """What the chat template is given as tools, by the JSON schema of OpenAI's interface."""
 
 
 @dataclass(frozen=True, slots=True)

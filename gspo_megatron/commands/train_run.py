@@ -24,7 +24,9 @@ from gspo_megatron.models import load_recipe, load_resolved
 from gspo_megatron.own_directory import HUGGING_FACE, RUN, claim_directory, refuse_foreign, refuse_unwritable
 from gspo_megatron.plan import check
 from gspo_megatron.plan.rules.not_built import not_built
+from gspo_megatron.plan.run_plan import read_contents
 from gspo_megatron.run_dir import EXPORT, RunDir
+from gspo_megatron.types import Finding
 
 KEY = "run.directory"
 """Where a run writes."""
@@ -45,16 +47,15 @@ def train(path: Path, overrides: Sequence[str]) -> int:
     recipe = load_recipe(path, overrides)
     gpus = count_gpus()
     ranks = recipe.trainer.ranks or gpus or 2
-    findings = [*check(recipe, ranks), *not_built(recipe)]
-    for finding in findings:
-        print(finding, file=sys.stderr)
-    if any(finding.severity == "error" for finding in findings):
+    if is_refused([*check(recipe, ranks), *not_built(recipe)]):
         return REFUSED
     if stays_finished(recipe):
         assert recipe.run.directory is not None
         further = extend_command(path, overrides, recipe.run.directory, recipe.trainer.max_steps)
         print(f"{recipe.run.directory} holds a finished run (DONE); to train further: {further}")
         return OK
+    if is_refused(read_contents(recipe, runs_here=True)):
+        return REFUSED
     run_dir = prepare_run(recipe)
     print(
         f"{recipe.run.name}: {ranks} trainer ranks, {recipe.rollout.servers} rollout server(s), "
@@ -93,6 +94,13 @@ def stays_finished(recipe: Recipe) -> bool:
     with refuse_unwritable(run.path, KEY):
         run.done.unlink()
     return False
+
+
+def is_refused(findings: Sequence[Finding]) -> bool:
+    """Print findings; whether one of them is an error."""
+    for finding in findings:
+        print(finding, file=sys.stderr)
+    return any(finding.severity == "error" for finding in findings)
 
 
 def claim_run(run_dir: Path) -> None:

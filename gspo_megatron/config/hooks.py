@@ -83,6 +83,26 @@ HOOKS: dict[str, Hook] = {
             parameters=("problem", "client"),
         ),
         Hook(
+            name="source",
+            key="data.source",
+            signature="problems(split, seed, start, **options) -> iterator of objects with prompt and answer",
+            default="file",
+            example="recipes/sources/sums.py:problems",
+            contract="gspo_megatron.data.own_source:check_source",
+            trial="gspo_megatron.data.own_source:try_source",
+            parameters=("split", "seed", "start"),
+        ),
+        Hook(
+            name="rendering",
+            key="tokenizer.rendering",
+            signature="render(line, chat) -> text, token ids or messages",
+            default="the chat template",
+            example="recipes/renderings/one_example.py:render",
+            contract="gspo_megatron.data.prompt_writer:check_rendering",
+            trial="gspo_megatron.data.prompt_writer:try_rendering",
+            parameters=("line", "chat"),
+        ),
+        Hook(
             name="objective",
             key="objective.preset",
             signature="ObjectiveSpec(name=..., AXIS=...)",
@@ -132,7 +152,7 @@ def check_choice(name: str, choices: Sequence[str]) -> str:
     if name.endswith(".py"):
         raise ValueError(f"{name} names no object in the file; write {name}:NAME")
     close = difflib.get_close_matches(name, choices, n=1)
-    known = f"use one of {', '.join(choices)}, file.py:NAME or package.module:NAME"
+    known = f"use {f'one of {", ".join(choices)}, ' if choices else ''}file.py:NAME or package.module:NAME"
     raise ValueError(f"{name} is not known; {f'did you mean {close[0]}?' if close else known}")
 
 

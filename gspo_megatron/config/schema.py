@@ -176,8 +176,8 @@ class EvaluationSection(Section):
 
     every: int = Field(default=10, ge=0)
     """Steps between evaluations; 0 = only at the start and at the end. Source: chosen here."""
-    problems: int = Field(default=256, ge=0)
-    """Held-out problems per evaluation; 0 = never evaluate. Source: chosen here: a standard error of 3 points."""
+    problems: int | None = Field(default=None, ge=0)
+    """Held-out problems per evaluation; null = all that fit into the prompt limit, 0 = never evaluate."""
     answers: int = Field(default=1, gt=0)
     """Responses per problem, averaged; 32 gives the avg@32 of the GSPO paper."""
     temperature: Temperature = Field(default=0.0, ge=0)
@@ -244,6 +244,12 @@ class Recipe(Section):
     def skips_zero_gradients(self) -> bool:
         """Whether passes whose gradient is 0 are left out."""
         return self.trainer.skip_zero_gradients and not self.requires_every_sequence
+
+    @property
+    def planned_evaluation(self) -> int:
+        """Held-out problems of one evaluation; 0 = never evaluated. An estimate where `data.held_out_path` decides."""
+        count, data = self.evaluation.problems, self.data
+        return count if count is not None else max(data.held_out, int(data.held_out_path is not None))
 
     @property
     def arch(self) -> Architecture:

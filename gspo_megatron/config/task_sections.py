@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,10 @@ BUILT_IN_REWARDS = ("math_verify", "reasoning_gym")
 """Values of `reward.name` beside a user's own."""
 
 
+SOURCES = ("file", "reasoning_gym")
+"""Values of `data.source` beside a user's own."""
+
+
 class TokenizerSection(Section):
     """`tokenizer`: conversion between text and token ids."""
 
@@ -29,23 +34,46 @@ class TokenizerSection(Section):
     enable_thinking: bool | None = None
     """`enable_thinking` argument of the chat template of hybrid Qwen3 models; null = not passed. Hugging Face only."""
 
+    rendering: ObjectReference | None = None
+    """Your own rendering of prompts by `file.py:NAME` or `package.module:NAME`; null = the chat template."""
+
+    @field_validator("rendering")
+    @classmethod
+    def rendering_is_an_object(cls, name: str | None) -> str | None:
+        return name if name is None else check_choice(name, ())
+
+    @model_validator(mode="after")
+    def only_a_template_has_settings(self) -> TokenizerSection:
+        for name in ("system_prompt", "enable_thinking"):
+            if self.kind == "sentencepiece" and getattr(self, name) is not None:
+                raise ValueError(f"{name} is for a chat template, and kind=sentencepiece has none; remove {name}")
+        return self
+
 
 class DataSection(Section):
     """`data`: the source of training and held-out problems."""
 
-    source: Literal["reasoning_gym", "jsonl"] = "jsonl"
-    """`reasoning_gym` = generated problems; `jsonl` = the file `path`, one object with `prompt` and `answer` per line.
+    source: ObjectReference = "file"
+    """`file` = the file `path`; `reasoning_gym` = generated problems; or your own by `file.py:NAME` or
+    `package.module:NAME`. `jsonl` is an earlier name of `file`.
 
     Source: the usual format of prompt sets.
     """
     path: RecipePath | None = None
-    """JSONL file of training problems."""
+    """Training problems: JSONL, a JSON list, Parquet, or a directory that `datasets` saved. Its content decides."""
     held_out_path: RecipePath | None = None
-    """JSONL file of held-out problems; null = `held_out` questions of `path`, chosen by the hash of their text."""
+    """Held-out problems, as `path`; null = `held_out` questions of `path`, chosen by the hash of their text."""
+    prompt_key: str = "prompt"
+    """Key of the prompt: a text, or a list of messages. Dots lead into objects. `messages` is read too where a line has
+    no `prompt`. Source: chosen here."""
+    answer_key: str = "answer"
+    """Key of the gold answer, a text or a number: `reward_model.ground_truth`. Source: chosen here."""
+    tools_key: str = "tools"
+    """Key of the tools that the chat template is given. Source: OpenAI's interface."""
     task: str | None = None
     """Name of a reasoning-gym task: `basic_arithmetic`."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Options of the reasoning-gym task, passed unchanged."""
+    """Options of the reasoning-gym task, or of your own source; passed unchanged."""
     held_out: int = Field(default=256, ge=0)
     """Problems reserved for evaluation. The split is by question text, so none of them is trained on.
 
@@ -61,10 +89,22 @@ class DataSection(Section):
     """Number of problems per `source` in each block of consecutive prompts; the block length is the sum of the numbers.
     Empty = no mixing."""
 
+    @field_validator("source")
+    @classmethod
+    def source_is_known(cls, name: str) -> str:
+        return "file" if name == "jsonl" else check_choice(name, SOURCES)
+
+    @property
+    def held_out_is_training(self) -> bool:
+        """Whether the held-out file is the training file, under this name or another."""
+        if self.path is None or self.held_out_path is None:
+            return False
+        return os.path.realpath(self.path) == os.path.realpath(self.held_out_path)
+
     @model_validator(mode="after")
     def only_a_file_has_rates_and_sources(self) -> DataSection:
-        if self.source != "jsonl" and (self.pass_rate is not None or self.mixture):
-            raise ValueError("pass_rate and mixture choose among the lines of a file; set source=jsonl or remove them")
+        if self.source != "file" and (self.pass_rate is not None or self.mixture):
+            raise ValueError("pass_rate and mixture choose among the lines of a file; set source=file or remove them")
         if self.pass_rate is not None and not 0 <= self.pass_rate[0] <= self.pass_rate[1] <= 1:
             raise ValueError(f"pass_rate={list(self.pass_rate)} is no interval within 0 to 1; give the low end first")
         if self.mixture and (min(self.mixture.values()) < 0 or not any(self.mixture.values())):
@@ -73,8 +113,12 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def source_has_what_it_reads(self) -> DataSection:
-        if self.source == "jsonl" and self.path is None:
-            raise ValueError("source=jsonl without path; set data.path to a file with one object per line")
+        if self.source == "file" and self.path is None:
+            raise ValueError("source=file without path; set data.path to a file with one object per line")
+        if is_reference(self.source) and (self.path is not None or self.held_out_path is not None):
+            raise ValueError(
+                "path and held_out_path are for source=file; give your own source its files by data.options"
+            )
         if self.source == "reasoning_gym" and self.task is None:
             raise ValueError("source=reasoning_gym without task; set data.task, e.g. basic_arithmetic")
         return self

@@ -9,10 +9,11 @@ from typing import Literal
 import aiohttp
 
 from gspo_megatron.controller import vllm_format
-from gspo_megatron.controller.vllm_format import FormatError
+from gspo_megatron.controller.vllm_format import FormatError, RefusedRequest, is_refusal
 from gspo_megatron.http_clients import direct_session
 from gspo_megatron.transport.auth import key_header
 from gspo_megatron.transport.messages import ServerIdentity
+from gspo_megatron.transport.server_paths import GENERATE
 from gspo_megatron.transport.update_messages import JoinRequest, WorkerLayout, WorkerReport
 from gspo_megatron.transport.wire_message import MessageError, WireMessage
 
@@ -47,7 +48,7 @@ class ServerAdmin:
         await self._session.close()
 
     async def call(self, method: str, path: str, body: bytes | None = None, timeout: float | None = None) -> bytes:
-        """Send one request; the body of the response. Raises ServerError for any status but 200."""
+        """Send one request; the body of the response. Raises as `_need_success` for any status but 200."""
         try:
             limit = aiohttp.ClientTimeout(total=timeout, sock_connect=10)
             async with self._session.request(
@@ -61,10 +62,17 @@ class ServerAdmin:
             raise ServerError(f"server {self.url} is gone: {type(error).__name__} on {path}") from None
 
     async def _need_success(self, response: aiohttp.ClientResponse, path: str) -> None:
-        """Raise ServerError with the server's own words for any status but 200."""
-        if response.status != 200:
-            reason = " ".join((await response.text()).split())[:400]
-            raise ServerError(f"server {self.url} answered {path} with {response.status}: {reason}")
+        """Raise an error with the server's own words for any status but 200.
+
+        Raises:
+            RefusedRequest: it will not answer this prompt, and no other server would.
+            ServerError: otherwise.
+        """
+        if response.status == 200:
+            return
+        reason = " ".join((await response.text()).split())[:400]
+        sentence = f"server {self.url} answered {path} with {response.status}: {reason}"
+        raise (RefusedRequest if path == GENERATE and is_refusal(response.status) else ServerError)(sentence)
 
     async def is_healthy(self) -> bool:
         """Whether the server answers its health check."""

@@ -38,8 +38,13 @@ class ServerClient(ServerAdmin):
         """Answers that it is sampling."""
         self._readers: set[asyncio.Task[object]] = set()
 
-    def check(self, token_ids: Sequence[int], max_tokens: int) -> None:
+    def check(self, token_ids: Sequence[int], max_tokens: int, stop_ids: Sequence[int] = ()) -> None:
         """Refuse what the server must not see. Raises ValueError."""
+        for stop in stop_ids:
+            if not 0 <= stop < self.vocab_size:
+                raise ValueError(
+                    f"stop id {stop} lies outside the model's vocabulary of {self.vocab_size}; use its own tokenizer"
+                )
         if not token_ids:
             raise ValueError("an empty prompt cannot be answered; drop it")
         if not 0 <= min(token_ids) <= max(token_ids) < self.vocab_size:
@@ -65,10 +70,10 @@ class ServerClient(ServerAdmin):
 
         Raises:
             ServerError: the server died. Tokens received during an unfinished update are removed.
-            ValueError: the server must not see this prompt.
+            ValueError: the server must not see this prompt, or refuses it.
         """
         start, left = len(generation), sampling.max_tokens - len(generation)
-        self.check(generation.request_ids, left)
+        self.check(generation.request_ids, left, sampling.stop_ids)
         label = version()
         assert label is not None, "nothing may be sampled while the weights change"
         body = vllm_format.write_generation(generation, sampling, left)
@@ -118,7 +123,8 @@ class ServerClient(ServerAdmin):
                         yield chunk
         # A dying engine ends its streams in any of these ways, an error message instead of a chunk included.
         except (aiohttp.ClientError, FormatError) as error:
-            raise ServerError(f"server {self.url} is gone: {type(error).__name__} on {GENERATE}") from None
+            reason = str(error) if isinstance(error, FormatError) else type(error).__name__
+            raise ServerError(f"server {self.url} is gone: {reason} on {GENERATE}") from None
         except asyncio.CancelledError:
             if self.fault:
                 raise ServerError(self.fault) from None

@@ -20,8 +20,16 @@ DATA, DONE = b"data: ", b"data: [DONE]"
 GENERATED_TOKENS = re.compile(rb"^vllm:generation_tokens_total\{[^}]*\} ([0-9.e+]+)", re.MULTILINE)
 
 
+BUSY = (408, 425, 429)
+"""Statuses of a server that might take the same request at another time."""
+
+
 class FormatError(ValueError):
-    """A body that is not in vLLM's format."""
+    """A body that is not in vLLM's format, or in which vLLM reports that it failed."""
+
+
+class RefusedRequest(ValueError):
+    """A request that the server refuses, whoever of them is asked; with its own words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +78,10 @@ def read_chunk(line: bytes) -> GenerationChunk | None:
     if not line.startswith(DATA) or line.startswith(DONE):
         return None
     try:
-        choice = json.loads(line[len(DATA) :])["choices"][0]
+        body = json.loads(line[len(DATA) :])
+        if "error" in body:
+            raise read_error(body)
+        choice = body["choices"][0]
         entries = choice["logprobs"]["content"] if choice["logprobs"] else ()
         return GenerationChunk(
             tuple(choice["token_ids"] or ()),
@@ -80,8 +91,23 @@ def read_chunk(line: bytes) -> GenerationChunk | None:
                 Segment(int(span["version"]), span["start"], span["end"]) for span in choice["weight_versions"] or ()
             ),
         )
+    except (FormatError, RefusedRequest):
+        raise
     except (ValueError, LookupError, TypeError) as error:
         raise FormatError(f"{type(error).__name__}: {error}") from None
+
+
+def is_refusal(status: object) -> bool:
+    """Whether an HTTP status says that the request is at fault, and not the server."""
+    return isinstance(status, int) and 400 <= status < 500 and status not in BUSY
+
+
+def read_error(body: dict[str, Any]) -> FormatError | RefusedRequest:
+    """Read the error that vLLM puts in place of a chunk, where the status has been sent already."""
+    error = body["error"]
+    code, words = (error.get("code"), error.get("message")) if isinstance(error, dict) else (None, error)
+    sentence = " ".join(str(words).split())[:400]
+    return RefusedRequest(sentence) if is_refusal(code) else FormatError(sentence)
 
 
 def write_scoring(token_ids: Sequence[int]) -> bytes:

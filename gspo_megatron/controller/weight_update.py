@@ -236,7 +236,10 @@ class WeightUpdater:
         differences: list[float] = []
         bound = self._settings.canary_bound
         for number, probe in enumerate(probes):
-            scores = await server.score(probe.token_ids)
+            try:
+                scores = await server.score(probe.token_ids)
+            except ValueError as error:
+                raise Refused(f"probe {number}: {error}") from None
             if len(scores) != len(probe.logprobs):
                 raise Refused(
                     f"probe {number} has {len(scores) + 1} tokens and {len(probe.logprobs)} log-probs; send one fewer"

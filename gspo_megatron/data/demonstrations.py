@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -95,11 +95,23 @@ def demonstrate(problem: Problem, section: ColdStartSection) -> str | list[dict[
     return find_writer(section.demonstrations)(problem, is_worked(problem, section.worked_fraction))
 
 
-def build_demonstrations(problems: Iterable[Problem], section: ColdStartSection, tokenizer: Tokenizer) -> list[Sample]:
-    """Make fine-tuning samples. The model's turns and their stop ids are trained, prompts and replies are not."""
+def build_demonstrations(
+    problems: Iterable[Problem],
+    section: ColdStartSection,
+    tokenizer: Tokenizer,
+    write: Callable[[Problem], Sequence[int]] | None = None,
+) -> list[Sample]:
+    """Make fine-tuning samples. The model's turns and their stop ids are trained, prompts and replies are not.
+
+    Args:
+        problems: what to demonstrate.
+        section: `cold_start` of the recipe.
+        tokenizer: of the recipe.
+        write: gives the ids of a prompt; None = by the tokenizer, from the question alone.
+    """
     rows = []
     for index, problem in enumerate(problems):
-        prompt = tokenizer.encode_prompt(problem.question)
+        prompt = write(problem) if write else tokenizer.encode_prompt(problem.question)
         written = demonstrate(problem, section)
         if isinstance(written, str):
             answer = tokenizer.encode_response(written)

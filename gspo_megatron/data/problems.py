@@ -1,20 +1,25 @@
-"""Problem sources: reasoning-gym tasks and JSONL files, each with a held-out set split by question text."""
+"""Problem sources: reasoning-gym tasks, files and a user's own, each with a held-out set split by question text."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import random
 import warnings
-from collections.abc import Iterable
-from pathlib import Path
+from collections import Counter
 from typing import Any, Protocol
 
+from gspo_megatron.config.hooks import is_reference
 from gspo_megatron.config.loading import refuse
 from gspo_megatron.config.task_sections import DataSection
-from gspo_megatron.data.json_lines import broken_line, read_objects
+from gspo_megatron.data.conversation_lines import problem_id
 from gspo_megatron.data.mixture import Mixture, keep_within
+from gspo_megatron.data.own_source import OwnProblems
+from gspo_megatron.data.problem_lines import hash_problems, read_problems, without_held_out
 from gspo_megatron.types import Problem
+
+log = logging.getLogger(__name__)
 
 MOST_REFUSALS = 10_000
 """Consecutive repeated questions after which a source counts as exhausted."""
@@ -44,6 +49,11 @@ class ProblemSource(Protocol):
         """Number of consecutive positions that contain a usable problem if the source has one."""
         ...
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of problems by what became of them, for people: `held out`, `to train on`."""
+        ...
+
 
 def open_problems(section: DataSection, needs_answer: bool = True) -> ProblemSource:
     """Open the source that a recipe names.
@@ -52,25 +62,12 @@ def open_problems(section: DataSection, needs_answer: bool = True) -> ProblemSou
         section: `data` of the recipe.
         needs_answer: whether a line without `answer` is refused. A reward of one's own reads what it likes.
     """
-    if section.source == "jsonl":
-        assert section.path is not None
-        return JsonlProblems(section, needs_answer)
+    if section.source == "file":
+        return FileProblems(section, needs_answer)
+    if is_reference(section.source):
+        return OwnProblems(section, needs_answer)
     assert section.task is not None
     return GymProblems(section.task, section.options, section.held_out)
-
-
-def problem_id(question: str) -> str:
-    """Return the stable id of a question: 16 hex digits of its SHA-256."""
-    return hashlib.sha256(question.encode()).hexdigest()[:16]
-
-
-def hash_problems(problems: Iterable[Problem]) -> str:
-    """Hash of problems in their order, with all that their lines say."""
-    digest = hashlib.sha256()
-    for problem in problems:
-        content = (problem.question, problem.answer, problem.source, problem.pass_rate, problem.line)
-        digest.update(json.dumps(content, sort_keys=True, default=str).encode() + b"\n")
-    return digest.hexdigest()
 
 
 class GymProblems:
@@ -102,6 +99,7 @@ class GymProblems:
         self.held_out = tuple(found.values())
         # What it generates later depends on nothing else.
         self.fingerprint = f"{task}/{json.dumps(options, sort_keys=True, default=str)}/{hash_problems(self.held_out)}"
+        self.counts = {"held out": len(found)}
         self._held_out_ids = frozenset(found)
 
     def draw(self, stage: str, seed: int, position: int) -> Problem | None:
@@ -137,27 +135,35 @@ def _hashed_seed(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) >> 1
 
 
-class JsonlProblems:
-    """A file of problems, shuffled again for every pass. Equal questions count once."""
+class FileProblems:
+    """A file of problems, shuffled again for every pass. Equal prompts count once."""
 
     def __init__(self, section: DataSection, needs_answer: bool = True) -> None:
         path, apart = section.path, section.held_out_path
         assert path is not None
-        found = read_jsonl(path, needs_answer=needs_answer)
+        counts = Counter[str](lines=0, repeated=0)
+        found = read_problems(section, needs_answer, counts=counts)
         if apart is not None:
-            kept_out = read_jsonl(apart, "data.held_out_path", needs_answer)
+            kept_out = read_problems(section, needs_answer, "data.held_out_path")
         else:
             # Ordered by hash: the split depends neither on the order of the lines nor on the seed.
             kept_out = dict(sorted(found.items())[: section.held_out])
         self.held_out = tuple(kept_out.values())
-        training = [problem for name, problem in sorted(found.items()) if name not in kept_out]
+        training = without_held_out([problem for _, problem in sorted(found.items())], kept_out.values())
+        asked = len(found) - len(training) - (len(kept_out) if apart is None else 0)
+        self.counts = {**counts, "held out": len(kept_out), "others that ask a held-out question": asked}
+        if asked:
+            log.info("%d problems of %s ask a held-out question and are left out", asked, path)
         if not training:
             key = "data.held_out" if apart is None else "data.held_out_path"
             raise refuse(
                 "no-training-problems", key, f"all {len(found)} questions of {path} are held out", "hold out fewer"
             )
         if section.pass_rate is not None:
+            self.counts["outside data.pass_rate"] = len(training)
             training = keep_within(training, section.pass_rate)
+            self.counts["outside data.pass_rate"] -= len(training)
+        self.counts["to train on"] = len(training)
         self.fingerprint = hash_problems((*self.held_out, *training))
         self._mixture = Mixture(section.mixture, training) if section.mixture else None
         self._training: dict[str, list[Problem]] = {}
@@ -188,54 +194,3 @@ class JsonlProblems:
             random.Random(name).shuffle(order)
             self._orders[source] = name, order  # only the current pass: a run makes many
         return self._orders[source][1]
-
-
-def read_jsonl(path: Path, key: str = "data.path", needs_answer: bool = True) -> dict[str, Problem]:
-    """Read the problems of a file by id, in the order of its lines. Equal prompts count once: the first line stays.
-
-    Args:
-        path: of the file.
-        key: recipe key that names it.
-        needs_answer: whether a line without `answer` is refused.
-
-    Raises:
-        RecipeError: a missing or empty file, or a line that is no problem, with file, line and fault.
-    """
-    found: dict[str, Problem] = {}
-    for where, line in read_objects(path, key):
-        problem = make_problem(line, where, key, needs_answer)
-        first = found.setdefault(problem.id, problem)
-        if first.answer != problem.answer:
-            fault = f"repeats a prompt with another answer: {first.answer!r} and {problem.answer!r}"
-            raise broken_line(key, where, fault, "keep one of them")
-    if not found:
-        raise refuse(
-            "prompt-file-empty", key, f"{path} holds no problem", "write one object with `prompt` and `answer` per line"
-        )
-    return found
-
-
-def make_problem(line: dict[str, Any], where: str, key: str, needs_answer: bool) -> Problem:
-    """Make the problem of a line. Raises RecipeError."""
-    for name in ("prompt", "answer") if needs_answer else ("prompt",):
-        if name not in line:
-            raise broken_line(key, where, f"has no `{name}`", f"add `{name}`; it has {', '.join(line) or 'nothing'}")
-    prompt, answer = line["prompt"], _answer_text(line.get("answer"))
-    if answer is None and needs_answer:
-        raise broken_line(key, where, f"has `answer`={line['answer']!r}", "write a text that is not empty")
-    if not (isinstance(prompt, str) and prompt.strip()):
-        raise broken_line(key, where, f"has `prompt`={prompt!r}", "write a text that is not empty")
-    source, rate = line.get("source", ""), line.get("pass_rate")
-    if not isinstance(source, str):
-        raise broken_line(key, where, f"has `source`={source!r}", "write the collection's name")
-    if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1):
-        raise broken_line(key, where, f"has `pass_rate`={rate!r}", "write a share from 0 to 1")
-    return Problem(problem_id(prompt), prompt, line, answer, source, None if rate is None else float(rate))
-
-
-def _answer_text(value: object) -> str | None:
-    """The gold answer: a text that is not empty, or the text of a number; None = there is none."""
-    if isinstance(value, str):
-        return value if value.strip() else None
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return str(value) if is_number else None

@@ -6,11 +6,14 @@ import hashlib
 import json
 import logging
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 from gspo_megatron.config.loading import refuse
 from gspo_megatron.config.schema import Recipe
-from gspo_megatron.data.problems import open_problems, problem_id
+from gspo_megatron.data.conversation_lines import question_key
+from gspo_megatron.data.problems import open_problems
+from gspo_megatron.data.prompt_writer import PromptWriter
 from gspo_megatron.data.tokenizers import Tokenizer
 from gspo_megatron.types import Problem, Prompt
 
@@ -20,6 +23,20 @@ TOO_LONG = "prompt-too-long"
 HELD_OUT = "held-out-question"
 BY_CONTENT = "content-"
 """Begins a fingerprint of the problems themselves; earlier versions took the recipe's text."""
+UNREADABLE = "prompt-unreadable"
+"""The template or the vocabulary refuses it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What a stretch of the training stream is made of."""
+
+    lengths: tuple[int, ...]
+    """Tokens of each usable prompt, in the order of the stream."""
+    left_out: dict[str, int]
+    """Number of problems that are left out, by reason."""
+    first: dict[str, str]
+    """Reason -> the fault of the first problem that it left out, in words."""
 
 
 class PromptStream:
@@ -27,8 +44,8 @@ class PromptStream:
 
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer) -> None:
         self._source = open_problems(recipe.data, needs_answer=not recipe.reward.is_own)
-        self._held_out_ids = frozenset(problem.id for problem in self._source.held_out)
-        self._tokenizer = tokenizer
+        self._held_out_keys = frozenset(question_key(one.question, one.messages) for one in self._source.held_out)
+        self._writer = PromptWriter(recipe.tokenizer, tokenizer)
         self._seed = recipe.run.seed
         self._longest = recipe.rollout.max_prompt_tokens
         content = {
@@ -53,32 +70,62 @@ class PromptStream:
             self._index += 1
         return prompts
 
-    def held_out(self, count: int) -> list[Prompt]:
+    def held_out(self, count: int | None) -> list[Prompt]:
         """Return the first prompts of the held-out set, the same at every call and for every seed.
 
         Their indices count down from -1, so that their responses are never mistaken for responses to training prompts.
 
+        Args:
+            count: number of prompts; None = all that are usable.
+
         Raises:
-            RecipeError: fewer held-out prompts fit into the prompt limit.
+            RecipeError: fewer held-out prompts are usable, or none is.
         """
-        fitting = []
+        fitting, left_out = [], Counter[str]()
         for problem in self._source.held_out:
-            ids = self._encode(problem)
-            if ids is not None:
-                fitting.append(Prompt(index=-1 - len(fitting), problem=problem, token_ids=ids))
             if len(fitting) == count:
-                return fitting
+                break
+            ids, reason, _ = self.encode(problem)
+            left_out[reason] += 1
+            if not reason:
+                fitting.append(Prompt(index=-1 - len(fitting), problem=problem, token_ids=ids))
+        if fitting and len(fitting) >= (count or 0):
+            return fitting
+        wanted = "all that fit are" if count is None else f"{count} problems are"
+        held_out = len(self._source.held_out)
         raise refuse(
             "held-out-too-few",
             "evaluation.problems",
-            f"{count} problems are set, but of {len(self._source.held_out)} held-out ones {len(fitting)} fit into "
-            f"{self._longest} prompt tokens",
-            "set it lower, or hold out more (data.held_out)",
+            f"{wanted} set, but of {held_out} held-out ones {len(fitting)} are usable (limit {self._longest} tokens"
+            f"{_in_words(left_out)})",
+            "set it lower, hold out more (data.held_out), or raise rollout.max_prompt_tokens",
         )
 
     def holds_out(self, question: str) -> bool:
-        """Return whether a question is one of the held-out ones."""
-        return problem_id(question) in self._held_out_ids
+        """Return whether a question is one of the held-out ones, in whichever spelling."""
+        return question_key(question) in self._held_out_keys
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of problems by what became of them, for people."""
+        return self._source.counts
+
+    def survey(self, positions: int | None = None) -> Survey:
+        """Look at the first positions of the training stream. The stream's position does not change.
+
+        Args:
+            positions: how many; None = one whole pass over a file.
+        """
+        lengths, left_out, first = [], Counter[str](), dict[str, str]()
+        for position in range(self._source.span if positions is None else min(positions, self._source.span)):
+            problem = self._source.draw("train", self._seed, position)
+            ids, reason, sentence = ((), HELD_OUT, "") if problem is None else self.encode(problem)
+            if not reason:
+                lengths.append(len(ids))
+                continue
+            left_out[reason] += 1
+            first.setdefault(reason, sentence)
+        return Survey(tuple(lengths), dict(left_out), first)
 
     def training_problems(self, count: int, stage: str) -> list[Problem]:
         """Return the first problems of another stage's stream, for fine-tuning. The stream's position does not change.
@@ -123,30 +170,43 @@ class PromptStream:
 
     def _draw(self, stage: str, position: int, skipped: Counter[str]) -> tuple[Problem, tuple[int, ...], int]:
         """Return the first usable problem at or after a position, its ids, and the position after it."""
+        last: dict[str, str] = {}
         for refused in range(self._source.span):
             problem = self._source.draw(stage, self._seed, position + refused)
             if problem is None:
                 skipped[HELD_OUT] += 1
                 continue
-            ids = self._encode(problem)
-            if ids is not None:
+            ids, reason, sentence = self.encode(problem)
+            if not reason:
                 return problem, ids, position + refused + 1
-            skipped[TOO_LONG] += 1
-            if skipped[TOO_LONG] == 1:
-                log.warning(
-                    "%s: problem %s is left out, as is every prompt of more than %d tokens",
-                    TOO_LONG,
-                    problem.id,
-                    self._longest,
-                )
+            skipped[reason] += 1
+            if skipped[reason] == 1:
+                log.warning("%s: problem %s is left out, as is every such prompt: %s", reason, problem.id, sentence)
+            last[reason] = sentence
+        # The key is that of the reason which left out the most.
+        worst = max((TOO_LONG, UNREADABLE), key=lambda reason: skipped[reason])
         raise refuse(
             "no-usable-prompt",
-            "rollout.max_prompt_tokens",
-            f"none of {self._source.span} problems in a row is usable (limit {self._longest} tokens): {dict(skipped)}",
-            "raise the limit, or hold out fewer questions",
+            "rollout.max_prompt_tokens" if worst == TOO_LONG else "tokenizer.path",
+            f"none of {self._source.span} problems in a row is usable (limit {self._longest} tokens"
+            f"{_in_words(skipped)}); the last one {last.get(worst, 'is held out')}",
+            "raise the limit, or hold out fewer questions" if worst == TOO_LONG else "correct the template or the data",
         )
 
-    def _encode(self, problem: Problem) -> tuple[int, ...] | None:
-        """Return the ids of the prompt, or None if there are more than the limit."""
-        ids = tuple(self._tokenizer.encode_prompt(problem.question))
-        return ids if len(ids) <= self._longest else None
+    def write(self, problem: Problem) -> list[int]:
+        """Return the ids of a prompt, whatever its length. Raises ValueError for one that cannot be written."""
+        return self._writer.encode(problem)
+
+    def encode(self, problem: Problem) -> tuple[tuple[int, ...], str, str]:
+        """Return the ids of a prompt; or why it is left out, by its reason and in words."""
+        try:
+            ids = tuple(self.write(problem))
+        except ValueError as error:
+            return (), UNREADABLE, str(error)
+        if len(ids) > self._longest:
+            return (), TOO_LONG, f"has {len(ids)} tokens"
+        return ids, "", ""
+
+
+def _in_words(reasons: Counter[str]) -> str:
+    return "".join(f", {count} {reason}" for reason, count in sorted(reasons.items()) if reason and count)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -10,6 +9,10 @@ from typing import Any, Protocol
 
 from gspo_megatron.config.loading import refuse
 from gspo_megatron.config.task_sections import TokenizerSection
+from gspo_megatron.data.stop_ids import read_stop_ids
+
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+"""Any of them makes a Hugging Face directory that of a tokenizer."""
 
 
 class Tokenizer(Protocol):
@@ -29,6 +32,10 @@ class Tokenizer(Protocol):
         """Return the ids of the question in its template, up to the start of the response."""
         ...
 
+    def encode_messages(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]) -> list[int]:
+        """Return the ids of a conversation, up to the start of the response. Raises ValueError."""
+        ...
+
     def encode_response(self, text: str) -> list[int]:
         """Return the ids of a whole response, stop id appended."""
         ...
@@ -41,6 +48,10 @@ class Tokenizer(Protocol):
         """Return the text of sampled ids without stop ids. Any id is accepted, also one of a model's unused rows."""
         ...
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Return the text of each id of a prompt, for people; the name of a token that is a part of a character."""
+        ...
+
 
 class SentencePieceTokenizer:
     """A SentencePiece model with the pieces `<q>` and `<a>`: `<q>` question `<a>` response `</s>`."""
@@ -48,15 +59,27 @@ class SentencePieceTokenizer:
     def __init__(self, path: Path) -> None:
         from sentencepiece import SentencePieceProcessor
 
-        self._model = SentencePieceProcessor(model_file=str(path))
+        try:
+            self._model = SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            fix = "name a SentencePiece .model file"
+            raise refuse("tokenizer-broken", "tokenizer.path", f"{path} cannot be loaded ({reason})", fix) from None
         self._path = path
         self.vocab_size: int = self._model.get_piece_size()
+        if self._model.eos_id() < 0:
+            fix = "train it with an eos piece (tools/train_tokenizer.py)"
+            raise refuse("stop-id-missing", "tokenizer.path", f"{path} has no eos piece: no response would stop", fix)
         self.stop_ids: tuple[int, ...] = (self._model.eos_id(),)
         self._question, self._answer = (self._piece(piece) for piece in ("<q>", "<a>"))
 
     def encode_prompt(self, question: str) -> list[int]:
         """Return the ids of `<q>` question `<a>`. Raises ValueError on a character that the vocabulary lacks."""
         return [self._question, *self.encode_text(question), self._answer]
+
+    def encode_messages(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]) -> list[int]:
+        """Raise ValueError: these models know a question and its response."""
+        raise ValueError("is a conversation, and a sentencepiece tokenizer has no chat template to write it")
 
     def encode_response(self, text: str) -> list[int]:
         """Return the ids of the text and `</s>`. Raises ValueError on a character that the vocabulary lacks."""
@@ -78,6 +101,10 @@ class SentencePieceTokenizer:
             )
         return ids
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Return each piece, its blanks as blanks."""
+        return [self._model.id_to_piece(one).replace("\u2581", " ") for one in ids]
+
     def _piece(self, piece: str) -> int:
         found = self._model.piece_to_id(piece)
         if found == self._model.unk_id():
@@ -93,41 +120,102 @@ class SentencePieceTokenizer:
 class HuggingFaceTokenizer:
     """A Hugging Face tokenizer directory. Prompts are written by its chat template."""
 
-    def __init__(self, path: Path, system_prompt: str | None = None, enable_thinking: bool | None = None) -> None:
-        from transformers import AutoTokenizer
+    def __init__(
+        self,
+        path: Path,
+        system_prompt: str | None = None,
+        enable_thinking: bool | None = None,
+        needs_template: bool = True,
+    ) -> None:
+        """Load a directory.
 
-        self._model: Any = AutoTokenizer.from_pretrained(path)
-        if not self._model.chat_template:
+        Args:
+            path: of the tokenizer.
+            system_prompt: content of a first message that conversations without a system message get.
+            enable_thinking: given to the template; None = not given.
+            needs_template: whether a directory without a chat template is refused.
+
+        Raises:
+            RecipeError: it cannot be used.
+        """
+        self._model = _load_directory(path)
+        if needs_template and not self._model.chat_template:
             raise refuse(
                 "chat-template-missing",
                 "tokenizer.path",
                 f"{path} has no chat template",
-                "add chat_template.jinja to the directory",
+                "add chat_template.jinja to the directory, or set tokenizer.rendering",
             )
         self._system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
         self._options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-        self.vocab_size: int = len(self._model)
-        self.stop_ids: tuple[int, ...] = _stop_ids(path, self._model)
+        known = self._model.get_vocab().values()
+        self.vocab_size: int = max(known, default=-1) + 1
+        self.stop_ids: tuple[int, ...] = read_stop_ids(path, self._model.eos_token_id, known)
 
     def encode_prompt(self, question: str) -> list[int]:
-        """Return the ids of the chat template: the question as the user's turn, then the start of the assistant's."""
-        messages = [*self._system, {"role": "user", "content": question}]
-        ids = self._model.apply_chat_template(
-            messages, tokenize=True, add_generation_prompt=True, return_dict=False, **self._options
-        )
-        return [int(i) for i in ids]
+        """Return the ids of the chat template: the question as the user's turn, then the start of the assistant's.
+
+        Raises:
+            ValueError: the template refuses it; with the template's own words.
+        """
+        return self.encode_messages([{"role": "user", "content": question}], ())
+
+    def encode_messages(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]) -> list[int]:
+        """Return the ids of a conversation. Its own system message comes before `tokenizer.system_prompt`.
+
+        Raises:
+            ValueError: the template refuses it; with the template's own words.
+        """
+        system = [] if messages and messages[0]["role"] == "system" else self._system
+        return self.encode_text(self.render([*system, *messages], tools or None, generation_prompt=True))
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, generation_prompt: bool
     ) -> str:
-        """Return the text of the chat template for messages. Raises what the template raises."""
-        return self._model.apply_chat_template(
-            [*messages],
-            tools=tools,
-            tokenize=False,
-            add_generation_prompt=generation_prompt,
-            **self._options,
-        )
+        """Return the text of the chat template for messages. Raises as `encode_prompt`."""
+        return self._write(messages, tools=tools, add_generation_prompt=generation_prompt, **self._options)
+
+    def _write(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        options = {"add_generation_prompt": True, **options}
+        if not self._model.chat_template:
+            raise ValueError("the tokenizer has no chat template; add chat_template.jinja to its directory")
+        try:
+            text = self._model.apply_chat_template([*messages], tokenize=False, **options)
+        # A template is a program of its author's: it may raise anything, by design or by mistake.
+        except Exception as error:
+            roles = ", ".join(message["role"] for message in messages)
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"the chat template refuses messages of {roles}: {reason}") from None
+        if not isinstance(text, str):
+            raise ValueError(f"the chat template gives a {type(text).__name__} and no text")
+        return text
+
+    def unused_settings(self) -> list[str]:
+        """Return the keys of `tokenizer` that are set and not read by the template. Raises as `encode_prompt`."""
+        question = [{"role": "user", "content": "1 + 1?"}]
+        unused = []
+        for message in self._system:
+            other = {**message, "content": f"{message['content']} (other)"}
+            if self._write([message, *question]) == self._write([other, *question]):
+                unused.append("system_prompt")
+        if self._options:
+            with_it, without = (self._write([*self._system, *question], enable_thinking=on) for on in (True, False))
+            unused += ["enable_thinking"] if with_it == without else []
+        return unused
+
+    def turn_end(self) -> tuple[int, str] | None:
+        """Return the id and name of the token that ends an assistant's turn in the template; None = no single token."""
+        answer = "an answer"
+        messages = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": answer}]
+        try:
+            text = self.render([*self._system, *messages], None, generation_prompt=False)
+        except ValueError:
+            return None  # a template of one turn
+        _, found, rest = text.rpartition(answer)
+        ids = self.encode_text(rest.strip()) if found and rest.strip() else []
+        names = self._model.convert_ids_to_tokens(ids[:1])
+        # A token of its own, and not the first piece of a text: `<|im_end|>`, not `\n`.
+        return (ids[0], names[0]) if ids and ids[0] in self._model.added_tokens_decoder else None
 
     def encode_response(self, text: str) -> list[int]:
         """Return the ids of the text and the stop id."""
@@ -142,6 +230,29 @@ class HuggingFaceTokenizer:
         kept = [int(i) for i in ids if i not in self.stop_ids]
         runs = groupby(kept, key=lambda i: 0 <= i < self.vocab_size)
         return "".join(self._model.decode(list(run)) if known else "\ufffd" * len(list(run)) for known, run in runs)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Return the text of each id, or the token's name where its bytes are no whole characters."""
+        texts = [self._model.decode([one]) for one in ids]
+        names = self._model.convert_ids_to_tokens(list(ids))
+        return [name if not text or "\ufffd" in text else text for text, name in zip(texts, names, strict=True)]
+
+
+def _load_directory(path: Path) -> Any:
+    """Load a directory as transformers does, from its files alone. Raises RecipeError with the library's words."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    # A broken file shows as an exception of whichever library met it first.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise refuse(
+            "tokenizer-broken",
+            "tokenizer.path",
+            f"{path} cannot be loaded ({reason})",
+            "save the tokenizer by save_pretrained, or name another directory",
+        ) from None
 
 
 def load_tokenizer(section: TokenizerSection, model_path: Path | None) -> Tokenizer:
@@ -165,26 +276,15 @@ def load_tokenizer(section: TokenizerSection, model_path: Path | None) -> Tokeni
                 "tokenizer-missing", "tokenizer.path", f"{path} is not a file", "name a SentencePiece .model file"
             )
         return SentencePieceTokenizer(path)
-    if not (path / "tokenizer_config.json").is_file():
+    lacking = [] if (path / "tokenizer_config.json").is_file() else ["tokenizer_config.json"]
+    if not any((path / name).is_file() for name in VOCABULARY_FILES):
+        # transformers makes an empty tokenizer of such a directory, without a word.
+        lacking.append(f"vocabulary ({', '.join(VOCABULARY_FILES)})")
+    if lacking:
         raise refuse(
             "tokenizer-missing",
             "tokenizer.path",
-            f"{path} has no tokenizer_config.json",
-            "name a Hugging Face model directory",
+            f"{path} has no {' and no '.join(lacking)}",
+            "name a Hugging Face model directory with its tokenizer",
         )
-    return HuggingFaceTokenizer(path, section.system_prompt, section.enable_thinking)
-
-
-def _stop_ids(path: Path, model: Any) -> tuple[int, ...]:
-    """Return the published stop ids. `generation_config.json` comes first: chat models often list several ids there."""
-    file = Path(path) / "generation_config.json"
-    named = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
-    found = named if isinstance(named, list) else [named if named is not None else model.eos_token_id]
-    if found == [None]:
-        raise refuse(
-            "stop-id-missing",
-            "tokenizer.path",
-            f"{path} names no eos token",
-            "set eos_token_id in its generation_config.json",
-        )
-    return tuple(found)
+    return HuggingFaceTokenizer(path, section.system_prompt, section.enable_thinking, section.rendering is None)

@@ -19,6 +19,7 @@ from gspo_megatron.plan.estimate.memory import StageMemory
 from gspo_megatron.plan.estimate.rollout import RolloutPlan
 from gspo_megatron.plan.estimate.step_time import ComputePlan
 from gspo_megatron.plan.rules import (
+    data_files,
     durations,
     held_out,
     layout,
@@ -87,6 +88,22 @@ def add_not_built(plan: Plan) -> Plan:
     return replace(plan, findings=(*plan.findings, *ahead))
 
 
+def add_contents(plan: Plan) -> Plan:
+    """Add what the files of problems and tokenizer hold, as far as they are here."""
+    found = [*plan.findings, *read_contents(plan.recipe, runs_here=False)]
+    return replace(plan, findings=tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))))
+
+
+def read_contents(recipe: Recipe, runs_here: bool) -> list[Finding]:
+    """Return the findings about what the files of problems and tokenizer hold.
+
+    Args:
+        runs_here: whether the run starts from this machine.
+    """
+    found = data_files.read_findings(recipe, runs_here)
+    return [_acknowledge(finding, recipe.acknowledge) for finding in dict.fromkeys(found)]
+
+
 def with_placement(recipe: Recipe, nodes: int | None = None, gpu: GpuKind | None = None) -> Recipe:
     """Return a copy of the recipe for other machines."""
     changed: dict[str, Any] = {"nodes": nodes, "gpu": gpu}
@@ -116,7 +133,7 @@ def check_evaluation(recipe: Recipe) -> list[Finding]:
 def _plan(recipe: Recipe, where: Machine, runs_here: bool) -> Plan:
     arch = recipe.arch
     found = [*machines.findings(recipe, where), *settings.findings(recipe, arch, where)]
-    found += model_files.findings(recipe, arch, runs_here)
+    found += [*model_files.findings(recipe, arch, runs_here), *data_files.findings(recipe, runs_here)]
     found += [*metric_sinks.findings(recipe, runs_here), *own_reward.findings(recipe, runs_here)]
     found += own_programs.findings(recipe)
     found += [*run_directory.findings(recipe), *resume.findings(recipe)]
@@ -164,7 +181,7 @@ def _resources(
 def _settle(found: list[Finding], recipe: Recipe) -> Iterator[Finding]:
     """Order the findings, turn acknowledged warnings into infos, and warn about acknowledgements without a warning."""
     settled = [_acknowledge(finding, recipe.acknowledge) for finding in dict.fromkeys(found)]
-    raised = {finding.code for finding in found}
+    raised = {finding.code for finding in found} | data_files.CONTENT_WARNINGS
     for code, reason in recipe.acknowledge.items():
         if code not in raised:
             message = f"no warning with this code is raised; the reason given was: {reason}"

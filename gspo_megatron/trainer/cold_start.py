@@ -107,7 +107,8 @@ def fine_tune(trainer: Trainer, section: ColdStartSection) -> None:
         for warning in warnings:
             trainer.log.warn(warning)
     else:
-        samples = build_demonstrations(stream.training_problems(count, "cold_start"), section, tokenizer)
+        problems = stream.training_problems(count, "cold_start")
+        samples = build_demonstrations(problems, section, tokenizer, stream.write)
     trainer.policy.start_optimizer(OptimizerSettings(section.lr, section.betas, 1e-8, 0.0, section.clip_grad))
     with trainer.log.time("cold_start"), trainer.log.progress("cold start", section.steps) as bar:
         for step in range(section.steps):

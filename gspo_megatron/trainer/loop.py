@@ -47,7 +47,7 @@ def train(trainer: Trainer) -> bool:
                 with log.time("export"):
                     trainer.export(run.export(step))
             trainer.sync()
-            if recipe.evaluation.problems and due(step, recipe.evaluation.every, last):
+            if recipe.planned_evaluation and due(step, recipe.evaluation.every, last):
                 trainer.evaluate(step)
         writer.check()
         stop = stop_request.is_raised(trainer, writer.seconds) and step < last

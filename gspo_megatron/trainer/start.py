@@ -66,6 +66,6 @@ def start(trainer: Trainer, checkpoints: Path) -> int:
     # Before the sync: after it the weights may be on the host.
     trainer.probe_routers()
     trainer.sync()
-    if newest is None and trainer.recipe.evaluation.problems:
+    if newest is None and trainer.recipe.planned_evaluation:
         check_band(trainer, trainer.evaluate(step=0))
     return done

@@ -289,7 +289,7 @@ class Trainer:
     def evaluate(self, step: int) -> float:
         """Held-out accuracy under the weights of the servers."""
         section = self.recipe.evaluation
-        with self.log.time("evaluate"), self.log.progress("evaluate", section.problems) as bar:
+        with self.log.time("evaluate"), self.log.progress("evaluate", self.recipe.planned_evaluation) as bar:
             request = EvaluationRequest(
                 problems=section.problems, answers=section.answers, temperature=section.temperature
             )

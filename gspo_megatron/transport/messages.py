@@ -149,8 +149,8 @@ class RolloutBatch(WireMessage):
 class EvaluationRequest(WireMessage):
     """Body of `POST /evaluate`."""
 
-    problems: PositiveInt
-    """Held-out problems."""
+    problems: PositiveInt | None
+    """Held-out problems; None = all that fit into the prompt limit."""
     answers: PositiveInt
     """Responses to each."""
     temperature: Annotated[NonNegativeFloat, AllowInfNan(False)]

@@ -33,7 +33,7 @@ from gspo_megatron.config.secret_text import SECRET
 from gspo_megatron.models import load_recipe, load_resolved
 from gspo_megatron.own_directory import refuse_unwritable
 from gspo_megatron.plan.rules.not_built import not_built
-from gspo_megatron.plan.run_plan import make_plan
+from gspo_megatron.plan.run_plan import make_plan, read_contents
 from gspo_megatron.run_dir import ATTEMPT, AttemptDir, RunDir
 from gspo_megatron.types import Finding
 from launch.lib.preflight import find_sick, judge, warnings
@@ -116,7 +116,9 @@ def say_findings(recipe: Recipe, drawing: bool) -> None:
         planned = [finding for finding in planned if finding.severity == "error"]
         unbuilt = [replace(finding, severity="warning") for finding in unbuilt]
     refuse_errors([*planned, *unbuilt])
-    for finding in (*planned, *unbuilt):
+    contents = read_contents(recipe, runs_here=not drawing)
+    refuse_errors(contents)
+    for finding in (*planned, *unbuilt, *([] if drawing else contents)):
         print(finding, file=sys.stderr)
 
 

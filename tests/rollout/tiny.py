@@ -121,8 +121,8 @@ class CountingPrompts:
         self.index += count
         return [_prompt(index) for index in range(self.index - count, self.index)]
 
-    def held_out(self, count: int) -> list[Prompt]:
-        return [_prompt(-1 - index) for index in range(count)]
+    def held_out(self, count: int | None) -> list[Prompt]:
+        return [_prompt(-1 - index) for index in range(5 if count is None else count)]
 
     def state(self) -> dict[str, Any]:
         return {"index": self.index, "position": self.index, "skipped": {}, "fingerprint": "counting"}

@@ -75,7 +75,7 @@ def plan_compute(
         seconds["rewards and turns"] = practice.rates.batch_seconds
         seconds["rewards and turns"] += practice.rates.turn_seconds if machine.colocated else 0.0
     if recipe.evaluation.every:
-        size = recipe.evaluation.problems * recipe.evaluation.answers / batch.sequences
+        size = recipe.planned_evaluation * recipe.evaluation.answers / batch.sequences
         seconds["evaluation"] = rollout.seconds * size / recipe.evaluation.every
     total = sum(seconds.values())
     if recipe.rollout.max_staleness and not machine.colocated:

@@ -76,7 +76,7 @@ def _steps(recipe: Recipe) -> Iterator[Finding]:
             "shorten it to a tenth of the run, or raise trainer.max_steps",
         )  # fmt: skip
     evaluation = recipe.evaluation
-    if 0 < steps < evaluation.every and evaluation.problems:
+    if 0 < steps < evaluation.every and recipe.planned_evaluation:
         yield Finding(
             "no-evaluation-in-between", "info", "evaluation.every",
             f"{evaluation.every} is above trainer.max_steps={steps}: only the start and the end are evaluated",

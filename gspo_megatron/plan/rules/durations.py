@@ -82,8 +82,8 @@ def _evaluation(recipe: Recipe, compute: ComputePlan) -> Iterator[Finding]:
         evaluation = recipe.evaluation
         yield Finding(
             "evaluation-dominates", "warning", "evaluation.every",
-            f"{evaluation.problems} problems x {evaluation.answers} responses every {evaluation.every} step(s) take "
-            f"{seconds / compute.seconds_per_step:.0%} of the run",
+            f"{recipe.planned_evaluation} problems x {evaluation.answers} responses every {evaluation.every} step(s) "
+            f"take {seconds / compute.seconds_per_step:.0%} of the run",
             "evaluate less often, or fewer problems or responses",
         )  # fmt: skip
 

@@ -177,8 +177,8 @@ class Prompts:
         self.index += count
         return [make_prompt(index, (1,) * (1 + index % 5)) for index in range(self.index - count, self.index)]
 
-    def held_out(self, count: int) -> list[Prompt]:
-        return [make_prompt(-1 - index) for index in range(count)]
+    def held_out(self, count: int | None) -> list[Prompt]:
+        return [make_prompt(-1 - index) for index in range(5 if count is None else count)]
 
     def state(self) -> dict[str, Any]:
         return StreamState(index=self.index, position=0, skipped={}, fingerprint="").model_dump()

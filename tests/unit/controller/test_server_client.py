@@ -8,9 +8,11 @@ import json
 import pytest
 
 from gspo_megatron.controller.generation import Generation, Sampling, response_seed
+from gspo_megatron.controller.scheduler import Scheduler
 from gspo_megatron.controller.server_admin import ServerError
 from gspo_megatron.controller.server_client import ServerClient
-from gspo_megatron.controller.vllm_format import FormatError, GenerationChunk, read_chunk
+from gspo_megatron.controller.servers import Refused, ServerSet
+from gspo_megatron.controller.vllm_format import FormatError, GenerationChunk, RefusedRequest, read_chunk
 from gspo_megatron.types import Segment, StopReason
 from tests.unit.controller.fakes import CONTEXT, KEY, VOCAB, FakeServer, make_prompt, serving
 
@@ -62,7 +64,52 @@ def test_a_chunk_of_vllms_stream_becomes_typed_values() -> None:
     assert read_chunk(line) == GenerationChunk((7,), (-0.25,), "stop", (Segment(3, 0, 224), Segment(4, 224, 1000)))
     assert read_chunk(b"data: [DONE]") is None and read_chunk(b"\n") is None
     with pytest.raises(FormatError, match="KeyError: 'choices'"):
-        read_chunk(b'data: {"error": "the engine is dead"}')
+        read_chunk(b"data: {}")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        ({"message": "stop_token_ids are out of vocabulary", "code": 400}, RefusedRequest),
+        ({"message": "unprocessable", "code": 422}, RefusedRequest),
+        ({"message": "try again", "code": 429}, FormatError),
+        ({"message": "EngineDeadError", "code": 500}, FormatError),
+        ("the engine is dead", FormatError),
+        ({}, FormatError),
+    ],
+)
+def test_an_error_in_place_of_a_chunk_keeps_its_words(error: object, kind: type[ValueError]) -> None:
+    with pytest.raises(ValueError) as caught:
+        read_chunk(b"data: " + json.dumps({"error": error}).encode())
+    assert type(caught.value) is kind
+    words = error.get("message", "None") if isinstance(error, dict) else error
+    assert str(words) in str(caught.value)
+
+
+@pytest.mark.parametrize("status", [400, 404, 413, 422])
+async def test_a_refused_request_is_no_dead_server(status: int) -> None:
+    """Its sentence ends the rollout; the server serves on."""
+    fake = FakeServer()
+    async with serving(fake) as [client]:
+        servers = ServerSet([client], None)
+        scheduler = Scheduler(servers, version)
+        fake.fail["/inference/v1/generate"] = status
+        with pytest.raises(Refused, match=f"prompt 7: server .* with {status}: .*was made to fail"):
+            await scheduler.complete(Generation(make_prompt(7), 0), SAMPLED)
+        with pytest.raises(RefusedRequest, match=f"with {status}"):
+            await client.score((1, 2))
+        assert servers.live == [client]
+        fake.fail.clear()
+        assert await scheduler.complete(Generation(make_prompt(7), 0), SAMPLED) == "length"
+
+
+async def test_a_stop_id_without_a_row_is_not_sent() -> None:
+    fake = FakeServer()
+    async with serving(fake) as [client]:
+        for wrong in (-1, VOCAB, 999_999):
+            with pytest.raises(ValueError, match=f"stop id {wrong} lies outside"):
+                await generate(client, make_prompt(0), sampling=Sampling(1.0, 4, (0, wrong), 0))
+    assert fake.calls == []
 
 
 @pytest.mark.parametrize(

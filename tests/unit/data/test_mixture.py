@@ -11,7 +11,7 @@ import pytest
 
 from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.task_sections import DataSection
-from gspo_megatron.data.problems import JsonlProblems
+from gspo_megatron.data.problems import FileProblems
 from gspo_megatron.data.stream import PromptStream
 from gspo_megatron.data.tokenizers import load_tokenizer
 from gspo_megatron.models import load_recipe
@@ -33,11 +33,11 @@ def path(tmp_path: Path) -> Path:
     return file
 
 
-def open_file(path: Path, **more: Any) -> JsonlProblems:
-    return JsonlProblems(DataSection(path=path, held_out=0, **more))
+def open_file(path: Path, **more: Any) -> FileProblems:
+    return FileProblems(DataSection(path=path, held_out=0, **more))
 
 
-def drawn(source: JsonlProblems, count: int, seed: int = 0) -> list[Any]:
+def drawn(source: FileProblems, count: int, seed: int = 0) -> list[Any]:
     return [source.draw("train", seed, position) for position in range(count)]
 
 
@@ -79,8 +79,8 @@ def test_a_mixed_stream_resumes_exactly(path: Path) -> None:
 def test_the_window_keeps_what_can_be_learned_and_leaves_the_held_out_alone(path: Path) -> None:
     source = open_file(path, pass_rate=(0.125, 0.875))
     assert {problem.pass_rate for problem in drawn(source, 200)} == {rate / 8 for rate in range(1, 8)}
-    held_out = JsonlProblems(DataSection(path=path, held_out=12, pass_rate=(0.1, 0.9))).held_out
-    assert held_out == JsonlProblems(DataSection(path=path, held_out=12)).held_out
+    held_out = FileProblems(DataSection(path=path, held_out=12, pass_rate=(0.1, 0.9))).held_out
+    assert held_out == FileProblems(DataSection(path=path, held_out=12)).held_out
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ import pytest
 
 from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.task_sections import DataSection
-from gspo_megatron.data.problems import JsonlProblems, ProblemSource, open_problems, read_jsonl
+from gspo_megatron.data.problem_lines import read_problems
+from gspo_megatron.data.problems import FileProblems, ProblemSource, open_problems
+from gspo_megatron.types import Problem
 
 ADDITION = {
     "operators": ["+"],
@@ -34,8 +36,12 @@ def write_problems(path: Path, count: int) -> Path:
     return write_lines(path, [json.dumps({"prompt": f"{i} + 1", "answer": i + 1}) for i in range(count)])
 
 
-def open_file(path: Path, held_out: int, **more: Any) -> JsonlProblems:
-    return JsonlProblems(DataSection(path=path, held_out=held_out, **more))
+def open_file(path: Path, held_out: int, **more: Any) -> FileProblems:
+    return FileProblems(DataSection(path=path, held_out=held_out, **more))
+
+
+def read_file(path: Path, needs_answer: bool = True, **more: Any) -> dict[str, Problem]:
+    return read_problems(DataSection(path=path, **more), needs_answer)
 
 
 GOOD = '{"prompt": "1 + 1", "answer": "2"}'
@@ -57,7 +63,7 @@ GOOD = '{"prompt": "1 + 1", "answer": "2"}'
 def test_a_broken_line_is_named(tmp_path: Path, line: str, said: str) -> None:
     path = write_lines(tmp_path / "p.jsonl", [GOOD, "", line])
     with pytest.raises(RecipeError) as caught:
-        read_jsonl(path)
+        read_file(path)
     assert str(path) in str(caught.value)
     assert said in str(caught.value)
 
@@ -66,19 +72,19 @@ def test_a_line_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_bytes(GOOD.encode() + b"\n\xff\xfe\n")
     with pytest.raises(RecipeError, match="line 2 is not UTF-8"):
-        read_jsonl(path)
+        read_file(path)
 
 
 def test_missing_and_empty_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"nowhere.jsonl cannot be read \(No such file"):
-        read_jsonl(tmp_path / "nowhere.jsonl")
+        read_file(tmp_path / "nowhere.jsonl")
     with pytest.raises(RecipeError, match="prompt-file-empty"):
-        read_jsonl(write_lines(tmp_path / "empty.jsonl", ["", ""]))
+        read_file(write_lines(tmp_path / "empty.jsonl", ["", ""]))
 
 
 def test_unicode_line_separators_do_not_break_lines(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "p.jsonl", [json.dumps({"prompt": "a\u2028b", "answer": "c"}, ensure_ascii=False)])
-    assert [problem.question for problem in read_jsonl(path).values()] == ["a\u2028b"]
+    assert [problem.question for problem in read_file(path).values()] == ["a\u2028b"]
 
 
 def draw_id(source: ProblemSource, index: int) -> str:
@@ -165,7 +171,7 @@ def test_gym_that_has_too_few_questions_is_refused() -> None:
 
 def test_a_problem_carries_its_whole_line(tmp_path: Path) -> None:
     text = '{"prompt": "p", "answer": 0.00001, "Tests": ["a", {"n": 1}], "ratio": 1e22}'
-    (problem,) = read_jsonl(write_lines(tmp_path / "p.jsonl", [text])).values()
+    (problem,) = read_file(write_lines(tmp_path / "p.jsonl", [text])).values()
     assert problem.answer == "0.00001"
     assert problem.line == json.loads(text) and str(problem.line["ratio"]) == "1e22"
     assert (
@@ -175,14 +181,14 @@ def test_a_problem_carries_its_whole_line(tmp_path: Path) -> None:
 
 def test_only_a_reward_of_one_s_own_goes_without_answers(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "p.jsonl", ['{"prompt": "p", "tests": [1]}'])
-    (problem,) = read_jsonl(path, needs_answer=False).values()
+    (problem,) = read_file(path, needs_answer=False).values()
     assert problem.answer is None and problem.line["tests"] == [1]
     with pytest.raises(RecipeError, match="has no `answer`"):
-        read_jsonl(path)
+        read_file(path)
 
 
 @pytest.mark.parametrize("number", ["1e400", "-1e999", "NaN", "Infinity", "9" * 5000])
 def test_a_number_that_is_none_is_refused_with_its_line(tmp_path: Path, number: str) -> None:
     path = write_lines(tmp_path / "p.jsonl", [GOOD, f'{{"prompt": "p", "answer": {number}}}'])
     with pytest.raises(RecipeError, match="line 2 holds a number that cannot be read"):
-        read_jsonl(path)
+        read_file(path)

@@ -14,6 +14,7 @@ from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.task_sections import TokenizerSection
 from gspo_megatron.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
 from tests.places import ROOT
+from tests.tokenizer_directory import save_tokenizer
 
 SHIPPED = ROOT / "recipes/tokenizers/arithmetic.model"
 TOKENIZER = SentencePieceTokenizer(SHIPPED)
@@ -72,27 +73,10 @@ def test_load_names_what_is_missing(tmp_path: Path) -> None:
         load_tokenizer(TokenizerSection(), None)
 
 
-TEMPLATE = (
-    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]"
-    "{% if enable_thinking is defined and not enable_thinking %}<nothink>{% endif %}{% endif %}"
-)
-
-
 @pytest.fixture
 def hugging_face_directory(tmp_path: Path) -> Path:
-    """A byte-level tokenizer with 256 + 2 ids, a chat template, and two stop ids in generation_config.json."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    model = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<end>", pad_token="<pad>", chat_template=TEMPLATE)
-    made.save_pretrained(tmp_path)
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [256, 257]}))
-    return tmp_path
+    """A byte-level tokenizer with a chat template, and two stop ids in generation_config.json."""
+    return save_tokenizer(tmp_path, stop_ids=[256, 257])
 
 
 def test_hugging_face_prompt_and_answer(hugging_face_directory: Path) -> None:
@@ -117,4 +101,55 @@ def test_hugging_face_decodes_rows_without_a_token(hugging_face_directory: Path)
 
 def test_hugging_face_without_generation_config_stops_at_the_tokenizers_eos(hugging_face_directory: Path) -> None:
     (hugging_face_directory / "generation_config.json").unlink()
-    assert len(HuggingFaceTokenizer(hugging_face_directory).stop_ids) == 1
+    assert HuggingFaceTokenizer(hugging_face_directory).stop_ids == (256,)
+
+
+@pytest.mark.parametrize(
+    ("named", "found"),
+    [(None, (256,)), (256, (256,)), (257, (256, 257)), ([257, 3], (256, 257, 3)), ([257, 256, 257], (256, 257))],
+)
+def test_the_tokenizers_eos_and_the_published_ones_stop(tmp_path: Path, named: object, found: tuple[int, ...]) -> None:
+    """A tuned model often keeps the base model's generation_config.json."""
+    directory = save_tokenizer(tmp_path)
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+    assert HuggingFaceTokenizer(directory).stop_ids == found
+
+
+@pytest.mark.parametrize("named", [[], "256", ["256"], -1, [256, -1], 258, 999_999, 1.0, True, [None], [[256]], {}])
+def test_a_stop_id_that_is_none_is_refused(tmp_path: Path, named: object) -> None:
+    directory = save_tokenizer(tmp_path, stop_ids=named)
+    with pytest.raises(RecipeError, match=r"stop-id-wrong\] tokenizer.path: .*generation_config.json: eos_token_id="):
+        HuggingFaceTokenizer(directory)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\xff", "[" * 5000])
+def test_a_generation_config_that_cannot_be_read_is_refused(tmp_path: Path, text: str) -> None:
+    directory = save_tokenizer(tmp_path)
+    (directory / "generation_config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(RecipeError, match=r"stop-id-wrong"):
+        HuggingFaceTokenizer(directory)
+
+
+def test_a_directory_without_any_stop_id_is_refused(tmp_path: Path) -> None:
+    directory = save_tokenizer(tmp_path)
+    file = directory / "tokenizer_config.json"
+    values = json.loads(file.read_text())
+    del values["eos_token"]
+    file.write_text(json.dumps(values))
+    with pytest.raises(RecipeError, match="stop-id-missing"):
+        HuggingFaceTokenizer(directory)
+
+
+TURNS = {
+    "{% for m in messages %}<pad>{{ m.role }}\n{{ m.content }}<pad>\n{% endfor %}": 257,
+    "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<end>{% endif %}{% endfor %}": 256,
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}": None,
+    "{% for m in messages %}{{ m.content }}</turn>{% endfor %}": None,
+    "{% if messages|length > 1 %}{{ raise_exception('one turn') }}{% endif %}{{ messages[0].content }}": None,
+}
+
+
+@pytest.mark.parametrize("template", TURNS)
+def test_the_token_that_ends_a_turn_is_read_off_the_template(tmp_path: Path, template: str) -> None:
+    end = HuggingFaceTokenizer(save_tokenizer(tmp_path, template)).turn_end()
+    assert (end and end[0]) == TURNS[template]

@@ -76,7 +76,9 @@ def test_what_the_loop_cannot_run_is_refused_in_a_job_and_said_in_a_drawing(
     drawing: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lacking = Finding("not-built", "error", "objective.kl", "k3 is asked for, but not yet", "set objective.kl=none")
-    recipe = load_recipe(ROOT / RECIPE, ["rollout.servers=2"])
+    # Its files are here.
+    recipe = load_recipe(ROOT / "recipes/tiny_moe.yaml")
+    monkeypatch.setattr(plan, "read_contents", lambda recipe, runs_here: [])
     plan.say_findings(recipe, drawing=drawing)
     assert "not-built" not in capsys.readouterr().err
     monkeypatch.setattr(plan, "not_built", lambda recipe: [lacking])

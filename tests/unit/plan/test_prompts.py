@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from gspo_megatron.data.problems import read_jsonl
+from gspo_megatron.config.task_sections import DataSection
+from gspo_megatron.data.problem_lines import read_problems
 from tools.prepare_prompts import INSTRUCTIONS, WRAPPINGS, BadFile, convert
 
 BEFORE, AFTER = WRAPPINGS[0]
@@ -56,8 +57,8 @@ def test_the_script_writes_what_a_recipe_reads(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "2 problems of 2 rows" in done.stdout
-    assert [problem.answer for problem in read_jsonl(target).values()] == ["204", "25"]
-    assert {problem.source for problem in read_jsonl(target).values()} == {"aime"}
+    assert [problem.answer for problem in read_problems(DataSection(path=target)).values()] == ["204", "25"]
+    assert {problem.source for problem in read_problems(DataSection(path=target)).values()} == {"aime"}
     done = subprocess.run(
         [sys.executable, "tools/prepare_prompts.py", str(tmp_path / "none"), str(target)],
         capture_output=True,

@@ -1,0 +1,171 @@
+"""What can be known of problems, tokenizer and prompts before a process of a run starts.
+
+python -m gspo_megatron.data.prompt_check [--runs-here] < recipe as JSON > findings as JSON
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+
+from gspo_megatron.config.loading import RecipeError
+from gspo_megatron.config.schema import Recipe
+from gspo_megatron.data.demonstrations import build_demonstrations
+from gspo_megatron.data.own_demonstrations import encode_demonstrations, longest_demonstration
+from gspo_megatron.data.problems import open_problems
+from gspo_megatron.data.stream import HELD_OUT, PromptStream
+from gspo_megatron.data.tokenizers import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from gspo_megatron.types import Finding
+
+DEMONSTRATIONS = 100
+"""Lines of `cold_start.path` that are looked at."""
+POSITIONS = 1000
+"""Positions of the training stream that are looked at; the whole stream only where none of them is usable."""
+
+
+def check_prompts(recipe: Recipe, runs_here: bool) -> list[Finding]:
+    """Read the problems and the tokenizer as the run will, as far as they are on this machine.
+
+    Args:
+        recipe: names them.
+        runs_here: whether the run starts from this machine; else generated problems are not made.
+    """
+    found: list[Finding] = []
+    tokenizer, data = None, recipe.data
+    directory = recipe.tokenizer.path or recipe.model.path
+    if directory is not None and os.path.exists(directory):
+        with _collecting(found):
+            tokenizer = load_tokenizer(recipe.tokenizer, recipe.model.path)
+            found += tokenizer_findings(recipe, tokenizer)
+    if any(finding.severity == "error" for finding in found):
+        tokenizer = None  # what it makes of the prompts would only repeat it
+    paths = [path for path in (data.path, data.held_out_path) if path is not None]
+    # Generated problems take longer than a plan may; a user's own may need what is where the run starts.
+    is_here = all(map(os.path.exists, paths)) if data.source == "file" else runs_here
+    if not is_here or data.held_out_is_training:
+        return found
+    with _collecting(found):
+        if tokenizer is None:
+            open_problems(data, needs_answer=not recipe.reward.is_own)
+        else:
+            found += _prompt_findings(recipe, PromptStream(recipe, tokenizer), tokenizer)
+    return found
+
+
+@contextmanager
+def _collecting(found: list[Finding]) -> Iterator[None]:
+    try:
+        yield
+    except RecipeError as error:
+        found += error.findings
+
+
+def tokenizer_findings(recipe: Recipe, tokenizer: Tokenizer) -> Iterator[Finding]:
+    """Hold the tokenizer against the model, and its template against the settings."""
+    rows, path = recipe.arch.vocab_size, recipe.tokenizer.path or recipe.model.path
+    if tokenizer.vocab_size > rows:
+        yield Finding(
+            "vocabulary-too-small", "error", "tokenizer.path",
+            f"{path} has {tokenizer.vocab_size} ids, and the model vocab_size={rows} rows: it would never see the last",
+            "name the model's own tokenizer, or a model with a row for each id",
+        )  # fmt: skip
+    if not isinstance(tokenizer, HuggingFaceTokenizer) or recipe.tokenizer.rendering is not None:
+        return
+    try:
+        unused = tokenizer.unused_settings()
+        tokenizer.encode_prompt("1 + 1?")
+    except ValueError as error:
+        fix = "correct the template, or " + ("set tokenizer.system_prompt" if "role" in str(error) else "the settings")
+        yield Finding("chat-template-fails", "error", "tokenizer.path", f"{path}: {error}", fix)
+        return
+    end = tokenizer.turn_end()
+    if end is not None and end[0] not in tokenizer.stop_ids:
+        yield Finding(
+            "turn-end-not-a-stop", "warning", "tokenizer.path",
+            f"the chat template of {path} ends a turn with {end[1]} (id {end[0]}), which is none of the ids that end a "
+            f"response: {', '.join(map(str, tokenizer.stop_ids))}; a response may go on into a next turn",
+            "add it to eos_token_id in generation_config.json",
+        )  # fmt: skip
+    for name in unused:
+        yield Finding(
+            "template-setting-unused", "error", f"tokenizer.{name}",
+            f"is set, but the chat template of {path} gives the same text whatever it is",
+            "remove it, or name a tokenizer whose template reads it",
+        )  # fmt: skip
+
+
+def _prompt_findings(recipe: Recipe, stream: PromptStream, tokenizer: Tokenizer) -> Iterator[Finding]:
+    """Walk the beginning of the stream, the held-out set and the demonstrations."""
+    survey = stream.survey(POSITIONS)
+    if not survey.lengths:
+        stream.next(1)
+    lost = {reason: count for reason, count in survey.left_out.items() if reason != HELD_OUT}
+    if sum(lost.values()) > len(survey.lengths) > 0:
+        reason = max(lost, key=lambda name: lost[name])
+        yield Finding(
+            "prompts-left-out", "warning", "data",
+            f"{sum(lost.values())} of the first {sum(lost.values()) + len(survey.lengths)} prompts are left out; the "
+            f"first for {reason}: it {survey.first[reason]}",
+            "`gspo data RECIPE` counts them; raise rollout.max_prompt_tokens or correct the data",
+        )  # fmt: skip
+    with_reason: list[Finding] = []
+    if recipe.planned_evaluation:
+        with _collecting(with_reason):
+            stream.held_out(recipe.evaluation.problems)
+    if recipe.cold_start is not None:
+        with _collecting(with_reason):
+            with_reason += _demonstration_findings(recipe, stream, tokenizer)
+    yield from with_reason
+
+
+def _demonstration_findings(recipe: Recipe, stream: PromptStream, tokenizer: Tokenizer) -> Sequence[Finding]:
+    """Write the first demonstrations of a cold start."""
+    section = recipe.cold_start
+    assert section is not None
+    if section.path is not None:
+        if not os.path.exists(section.path):
+            return []
+        encoded = encode_demonstrations(recipe, tokenizer, stream.holds_out, most=DEMONSTRATIONS)
+        return [one for one in encoded.findings(longest_demonstration(recipe)) if one.severity == "error"]
+    try:
+        build_demonstrations(stream.training_problems(1, "cold_start"), section, tokenizer, stream.write)
+    except RecipeError:
+        raise
+    except ValueError as error:
+        fix = "name a tokenizer with these characters, or another writer"
+        return [Finding("demonstration-does-not-fit", "error", "cold_start.demonstrations", str(error), fix)]
+    return []
+
+
+def main() -> None:
+    """Check the recipe on standard input and print the findings as the last line."""
+    from gspo_megatron.models.resolution import parse_recipe
+
+    output, sys.stdout = sys.stdout, sys.stderr  # a library or a user's file may print
+    recipe = parse_recipe(json.load(sys.stdin))
+    if recipe.tokenizer.kind == "huggingface":
+        import_without_torch()
+    found = check_prompts(recipe, "--runs-here" in sys.argv[1:])
+    print(json.dumps([asdict(finding) for finding in found]), file=output, flush=True)
+
+
+def import_without_torch() -> None:
+    """Import what reads a tokenizer. transformers imports torch for its models, which takes four times as long.
+
+    Not in a process that uses a model of transformers later: the library then believes that there is no torch.
+    """
+    if "torch" in sys.modules:
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        from transformers import AutoTokenizer  # noqa: F401
+    finally:
+        del sys.modules["torch"]
+
+
+if __name__ == "__main__":
+    main()
