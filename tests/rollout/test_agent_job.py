@@ -12,8 +12,9 @@ from tests.rollout.jobs import assert_all_ended, finish, rows_of, start
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("agent_job")
-    # A third of the demonstrations of a few steps calls the tool, so that some episodes have two turns.
-    more = ("cold_start.steps=40", "cold_start.batch_size=32", "batch.updates=4", "trainer.max_steps=2")
+    # Long enough to learn how a call is written, so that some episodes have two turns.
+    more = ("cold_start.steps=150", "cold_start.batch_size=64", "model.architecture.initializer_range=0.02",
+            "trainer.max_steps=2")  # fmt: skip
     job = start(directory, *more, recipe="recipes/tiny_agent.yaml")
     said = finish(job)
     assert job.returncode == 0, said[-3000:]

@@ -1,4 +1,4 @@
-"""The result file of the main job lies in the band that its recipe promises."""
+"""The result files of the main job and of the agent hold what their recipes promise."""
 
 from __future__ import annotations
 
@@ -25,3 +25,14 @@ def test_the_recipe_writes_the_band_down() -> None:
     found = re.search(r"held-out greedy accuracy \S+ -> (0\.\d+)-(0\.\d+)", text)
     assert found is not None
     assert (float(found[1]), float(found[2])) == BAND
+
+
+def test_the_agent_learns_its_tool_in_every_seed() -> None:
+    """`make train-agent`: held-out accuracy rises by 0.2 at least, and no sampled token was tokenized again."""
+    results = json.loads((ROOT / "tools" / "results" / "train_agent.json").read_text())
+    assert sorted(results) == ["seed 0", "seed 1", "seed 2"]
+    for result in results.values():
+        before, after = result["held_out_accuracy"]
+        assert after - before >= 0.2 and result["steps"] >= 30
+        assert result["tokens_retokenized"] == 0 and result["unscored"] == 0
+        assert result["mismatch_abs_max"] < 1e-4
