@@ -6,12 +6,14 @@ or the share of one rank, is in memory.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from gspo_megatron.config import Recipe, save_resolved
@@ -60,11 +62,15 @@ def to_hugging_face(checkpoint: Path, recipe: Recipe, out: Path) -> str:
         Why there is no tokenizer, or an empty text.
     """
     arch = recipe.arch
-    saved = SavedPolicy(checkpoint, arch, Layout(**json.loads(CheckpointDir(checkpoint).state.read_text())["layout"]))
+    with _refuse_damaged(checkpoint):
+        layout = Layout(**json.loads(CheckpointDir(checkpoint).state.read_text())["layout"])
+        saved = SavedPolicy(checkpoint, arch, layout)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, shape in hf_shapes(arch).items():
-            yield name, saved.read(VALUE, _whole(name, shape)).to(getattr(torch, recipe.model.dtype))
+            with _refuse_damaged(checkpoint):
+                whole = saved.read(VALUE, _whole(name, shape))
+            yield name, whole.to(getattr(torch, recipe.model.dtype))
 
     faults: list[str] = []
 
@@ -77,6 +83,16 @@ def to_hugging_face(checkpoint: Path, recipe: Recipe, out: Path) -> str:
 
     save_hf(tensors(), arch.to_hugging_face(recipe.model.dtype), out, "OUT", complete)
     return "; ".join(faults)
+
+
+@contextlib.contextmanager
+def _refuse_damaged(checkpoint: Path) -> Iterator[None]:
+    """Turn what a broken file raises into one sentence. Raises ValueError."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, LookupError, SafetensorError) as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{checkpoint} is damaged ({what}); convert another checkpoint of the run") from None
 
 
 def to_layout(source: Path, recipe: Recipe, layout: Layout, out: Path) -> None:

@@ -87,3 +87,23 @@ def test_nothing_of_somebody_is_replaced(source: Path, tmp_path: Path, capsys: p
     assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years of work"
     assert (back / "README.md").read_text() == "mine" and not (cut / "hf").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "cut", "model", "thesis"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("state.json", b""), ("state.json", b"{}"), ("state.json", b'{"layout": {"ranks": 1}}'),
+     ("rank_00000.safetensors", b""), ("rank_00000.safetensors", b"\xff" * 64), ("rank_00000.safetensors", None)],
+)  # fmt: skip
+def test_a_damaged_checkpoint_is_a_sentence(
+    source: Path, tmp_path: Path, name: str, content: bytes | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut = tmp_path / "cut"
+    assert main(["convert", str(source), str(cut), RECIPE, "trainer.ranks=1"]) == 0
+    (cut / name).unlink()
+    if content is not None:
+        (cut / name).write_bytes(content)
+    capsys.readouterr()
+    assert main(["convert", str(cut), str(tmp_path / "back")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"{cut} is damaged (") and said.count("\n") == 1
+    assert not (tmp_path / "back").exists()
