@@ -6,7 +6,6 @@ python -m gspo_megatron.controller.main --run-dir DIR --host HOST --port PORT --
 from __future__ import annotations
 
 import argparse
-import itertools
 import logging
 import os
 import resource
@@ -33,7 +32,7 @@ from gspo_megatron.controller.server_client import ServerClient
 from gspo_megatron.controller.servers import ServerSet
 from gspo_megatron.data.store import SampleStore
 from gspo_megatron.models import load_resolved
-from gspo_megatron.rewards.gold_check import GOLDS_OF, gold_findings
+from gspo_megatron.rewards.gold_check import gold_findings
 from gspo_megatron.run_dir import RunDir
 from gspo_megatron.transport.auth import read_key
 from gspo_megatron.transport.identity import identity_of
@@ -81,13 +80,9 @@ def build(recipe: Recipe, run_dir: Path, host: str, urls: list[str], key: str, l
 
 def check_golds(recipe: Recipe) -> None:
     """Say which gold answers no response can match. Raises RecipeError where that is all of them."""
-    from gspo_megatron.data.problems import open_problems
+    from gspo_megatron.data.problems import every_problem
 
-    if recipe.reward.name != GOLDS_OF:
-        return
-    source = open_problems(recipe.data, needs_answer=not recipe.reward.is_own)
-    drawn = (source.draw("training", recipe.run.seed, position) for position in range(source.span))
-    found = gold_findings(recipe, itertools.chain(source.held_out, (problem for problem in drawn if problem)))
+    found = gold_findings(recipe, every_problem(recipe))
     for finding in found:
         log.warning("%s", finding)
     if errors := [finding for finding in found if finding.severity == "error"]:

@@ -8,10 +8,12 @@ import logging
 import random
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from gspo_megatron.config.hooks import is_reference
 from gspo_megatron.config.loading import refuse
+from gspo_megatron.config.schema import Recipe
 from gspo_megatron.config.task_sections import DataSection
 from gspo_megatron.data.conversation_lines import problem_id
 from gspo_megatron.data.mixture import Mixture, keep_within
@@ -68,6 +70,15 @@ def open_problems(section: DataSection, needs_answer: bool = True) -> ProblemSou
         return OwnProblems(section, needs_answer)
     assert section.task is not None
     return GymProblems(section.task, section.options, section.held_out)
+
+
+def every_problem(recipe: Recipe) -> Iterator[Problem]:
+    """Yield the held-out problems of a recipe, then those of one pass over the training ones. Raises RecipeError."""
+    source = open_problems(recipe.data, needs_answer=not recipe.reward.is_own)
+    yield from source.held_out
+    for position in range(source.span):
+        if problem := source.draw("training", recipe.run.seed, position):
+            yield problem
 
 
 class GymProblems:

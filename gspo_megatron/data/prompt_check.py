@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from dataclasses import asdict
 
 from gspo_megatron.config.loading import RecipeError
+from gspo_megatron.config.plugins import load_object
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.data.demonstrations import build_demonstrations
 from gspo_megatron.data.own_demonstrations import encode_demonstrations, longest_demonstration
-from gspo_megatron.data.problems import open_problems
+from gspo_megatron.data.problems import every_problem, open_problems
 from gspo_megatron.data.stream import HELD_OUT, PromptStream
 from gspo_megatron.data.tokenizers import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from gspo_megatron.types import Finding
@@ -53,6 +54,8 @@ def check_prompts(recipe: Recipe, runs_here: bool) -> list[Finding]:
             open_problems(data, needs_answer=not recipe.reward.is_own)
         else:
             found += _prompt_findings(recipe, PromptStream(recipe, tokenizer), tokenizer)
+        # Rewards lie beside this part.
+        found += load_object("gspo_megatron.rewards.gold_check:gold_findings")(recipe, every_problem(recipe))
     return found
 
 

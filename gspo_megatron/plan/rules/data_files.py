@@ -19,7 +19,7 @@ from gspo_megatron.config.schema import Recipe
 from gspo_megatron.types import Finding
 
 READER = "gspo_megatron.data.prompt_check"
-CONTENT_WARNINGS = frozenset({"prompts-left-out", "turn-end-not-a-stop"})
+CONTENT_WARNINGS = frozenset({"prompts-left-out", "turn-end-not-a-stop", "golds-that-fail"})
 """Codes of the warnings of `read_findings`: a recipe may acknowledge them, and only reading shows whether it has to."""
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gspo_megatron.cli import main
 from gspo_megatron.models import load_recipe
 from gspo_megatron.rewards.gold_check import gold_findings
 from gspo_megatron.types import Problem
@@ -71,3 +74,14 @@ def test_no_gold_stops_the_check_and_one_that_passes_scores_1(recipe: Any) -> No
         if gold.strip():
             found = [finding for finding in gold_findings(recipe, problems([gold])) if finding.severity == "error"]
             assert not found or not is_balanced(gold) or not gold.strip(" .,:$"), (seed, gold, found[0].message)
+
+
+def test_the_plan_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": gold, "answer": gold}) + "\n" for gold in ("5", "}", "Paris", "0.1")))
+    changed = ["data.source=file", "data.task=null", "data.options={}", f"data.path={data}", "data.held_out=1"]
+    changed += ["reward.name=math_verify", "cold_start=null", "evaluation.problems=1"]
+    assert main(["plan", str(ROOT / "recipes/tiny_moe.yaml"), *changed]) == 0
+    said = capsys.readouterr().out
+    assert "warning [golds-that-fail] data: 1 of 4 gold answers get 0 when a response gives exactly them: '}'" in said
+    assert "info [golds-are-words] data: 1 of 4" in said
