@@ -57,7 +57,7 @@ def one_line(text: str) -> str:
 
 
 class Bar:
-    """The progress of one phase; `update` takes how much is done in total."""
+    """The progress of one phase; `update` takes how much is done in total, and of how much if that is known by now."""
 
     def __init__(self, name: str, total: int, log: RunLog) -> None:
         self._name, self._total, self._log = name, total, log
@@ -65,8 +65,9 @@ class Bar:
         self._done = 0
         self._task = log.bars.add_task(name, total=total, rate="") if log.live else None
 
-    def update(self, done: int) -> None:
+    def update(self, done: int, total: int | None = None) -> None:
         """Show that `done` of the total are finished."""
+        self._total = total or self._total
         if done != self._done:
             self._done = done
             self._log.pulse.beat()
@@ -75,7 +76,7 @@ class Bar:
         now = time.monotonic()
         rate = done / max(now - self._start, 1e-6)
         if self._task is not None:
-            self._log.bars.update(self._task, completed=done, rate=f"{rate:.1f}/s")
+            self._log.bars.update(self._task, completed=done, total=self._total, rate=f"{rate:.1f}/s")
         elif now - self._printed > PLAIN_INTERVAL and done:
             self._printed = now
             left = (self._total - done) / rate

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gspo_megatron.cluster.attempts import find_checkpoint
 from gspo_megatron.config.loading import read_tree, refuse
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.models import load_resolved, parse_recipe
-from gspo_megatron.run_dir import CheckpointDir, RunDir, complete_checkpoints
+from gspo_megatron.run_dir import CheckpointDir, RunDir
 
 TOKENIZER_FILE = "tokenizer_config.json"
 """Its presence says that a model directory holds a tokenizer."""
@@ -25,6 +26,8 @@ class EvaluatedWeights:
     path: Path
     """A Hugging Face directory or a checkpoint."""
     is_checkpoint: bool
+    passed_over: tuple[str, ...] = ()
+    """Sentences about newer checkpoints that cannot be read."""
 
 
 def find_weights(path: Path) -> EvaluatedWeights:
@@ -39,13 +42,15 @@ def find_weights(path: Path) -> EvaluatedWeights:
     if run.recipe.is_file():
         if run.done.is_file() and (run.final / "config.json").is_file():
             return EvaluatedWeights(run.final, is_checkpoint=False)
-        found = complete_checkpoints(run.checkpoints)
-        if not found:
+        found, faults = find_checkpoint(run.checkpoints)
+        passed_over = tuple(f"{checkpoint.name} is passed over: {fault}" for checkpoint, fault in faults.items())
+        if found is None:
             raise refuse(
-                "eval-no-weights", "MODEL", f"{path} is a run directory without a complete checkpoint",
+                "eval-no-weights", "MODEL",
+                "; ".join((f"{path} is a run directory without a checkpoint that can be read", *passed_over)),
                 "wait for the first one (checkpoint.every), or name a model directory",
             )  # fmt: skip
-        return EvaluatedWeights(found[-1], is_checkpoint=True)
+        return EvaluatedWeights(found, True, passed_over)
     if not (path / "config.json").is_file():
         raise refuse(
             "eval-no-weights", "MODEL", f"{path} holds no config.json, state.json or recipe.resolved.yaml",
@@ -67,6 +72,7 @@ def read_evaluation_recipe(path: Path, overrides: Sequence[str], weights: Evalua
         if any(key == f"model.{name}" or key.startswith(f"model.{name}.") for name in OF_THE_WEIGHTS):
             raise refuse("eval-model-key", key, f"the weights of {weights.path} decide it", "remove this override")
     tree = read_tree(path, overrides)
+    tree.pop("cold_start", None)  # it makes weights, and these are there
     model, tokenizer = tree.get("model") or {}, tree.get("tokenizer") or {}
     # Anything else is no section, and the schema says so.
     if isinstance(model, dict) and isinstance(tokenizer, dict):

@@ -15,6 +15,7 @@ from gspo_megatron.cluster.exit_codes import REFUSED
 from gspo_megatron.cluster.local_backend import plan_evaluation, run_roles
 from gspo_megatron.commands.evaluated_weights import EvaluatedWeights, find_weights, read_evaluation_recipe
 from gspo_megatron.commands.recipe_arguments import add_recipe, read_path
+from gspo_megatron.commands.train_run import is_refused
 from gspo_megatron.config import Recipe, save_resolved
 from gspo_megatron.config.loading import RecipeError, refuse
 from gspo_megatron.config.recipe_paths import absolute_path, short_path
@@ -22,6 +23,7 @@ from gspo_megatron.models import weight_files
 from gspo_megatron.own_directory import EVALUATION, claim_directory, refuse_unwritable
 from gspo_megatron.plan import check_evaluation
 from gspo_megatron.plan.command import parse_mixed
+from gspo_megatron.plan.run_plan import read_contents
 from gspo_megatron.run_dir import RunDir
 
 OUT = "--out"
@@ -53,11 +55,10 @@ def evaluate(path: Path, recipe_path: Path, overrides: Sequence[str], out: Path 
         out: missing or empty, or of an evaluation that was cut; None = under `runs/`.
     """
     weights = find_weights(path)
+    for sentence in weights.passed_over:
+        print(sentence, file=sys.stderr)
     recipe = read_evaluation_recipe(recipe_path, overrides, weights)
-    findings = check_evaluation(recipe)
-    for finding in findings:
-        print(finding, file=sys.stderr)
-    if any(finding.severity == "error" for finding in findings):
+    if is_refused(check_evaluation(recipe)) or is_refused(read_contents(recipe, runs_here=True)):
         return REFUSED
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     run = RunDir(absolute_path(out or f"runs/{recipe.run.name}-eval-{stamp}"))

@@ -7,7 +7,7 @@ for the chat template where it has any. System, user and tool messages are conte
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -17,11 +17,11 @@ import numpy as np
 
 from gspo_megatron.config.loading import RecipeError, refuse
 from gspo_megatron.config.schema import Recipe
-from gspo_megatron.data.conversation import encode_opening
 from gspo_megatron.data.demonstrations import encode_messages
 from gspo_megatron.data.json_lines import broken_line, read_objects
+from gspo_megatron.data.prompt_writer import PromptWriter
 from gspo_megatron.data.tokenizers import HuggingFaceTokenizer, Tokenizer
-from gspo_megatron.types import Finding, Sample, SampleRef
+from gspo_megatron.types import Finding, Problem, Sample, SampleRef
 
 KEY = "cold_start.path"
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -38,6 +38,8 @@ class Demonstration:
     """In OpenAI's format; the last is the assistant's."""
     tools: list[Any] | None
     """For the chat template."""
+    fields: dict[str, Any]
+    """The line."""
 
     @property
     def questions(self) -> list[str]:
@@ -110,7 +112,7 @@ def make_demonstration(line: dict[str, Any], where: str) -> Demonstration:
     if ("assistant", "assistant") in pairwise(roles):
         fault = "has two turns of the assistant in a row, which no template separates"
         raise broken_line(KEY, where, fault, "join them, or write what came between")
-    return Demonstration(where, messages, tools)
+    return Demonstration(where, messages, tools, line)
 
 
 def _message_fault(message: object) -> str | None:
@@ -145,6 +147,7 @@ def encode_demonstrations(
     """
     assert recipe.cold_start is not None and recipe.cold_start.path is not None
     found, longest = EncodedDemonstrations(), longest_demonstration(recipe)
+    writer = PromptWriter(recipe.tokenizer, tokenizer)
     for number, line in enumerate(read_demonstrations(recipe.cold_start.path)):
         if most is not None and number >= most and found.samples:
             break
@@ -152,7 +155,7 @@ def encode_demonstrations(
             found.held_out.append(line.where)
             continue
         try:
-            prompt, answer, trained = _encode(line, tokenizer, recipe.tokenizer.system_prompt)
+            prompt, answer, trained = _encode(line, tokenizer, writer)
         except ValueError as error:
             fix = "correct the line, or name another tokenizer"
             found.faults.append(Finding("demonstration-does-not-fit", "error", KEY, f"{line.where}: {error}", fix))
@@ -200,23 +203,26 @@ def draw_demonstrations(
     return drawn[:count], findings
 
 
-def _encode(
-    line: Demonstration, tokenizer: Tokenizer, system_prompt: str | None
-) -> tuple[list[int], list[int], list[bool]]:
+def _encode(line: Demonstration, tokenizer: Tokenizer, writer: PromptWriter) -> tuple[list[int], list[int], list[bool]]:
     """Ids of what comes before the first turn of the assistant, ids of the rest, and which of those are trained.
 
+    The first are written as the prompt of a problem with these messages is.
+
     Raises:
-        ValueError: the tokenizer or its template cannot write it.
+        ValueError: the tokenizer, its template or a user's rendering cannot write it.
     """
     roles = [message["role"] for message in line.messages]
     first = roles.index("assistant")
-    if not isinstance(tokenizer, HuggingFaceTokenizer):
-        if roles != ["user", "assistant"] or line.tools or line.messages[1].get("tool_calls"):
-            raise ValueError("tokenizer.kind=sentencepiece writes one question and one answer, and nothing else")
-        question, answer = (message["content"] for message in line.messages)
-        response = tokenizer.encode_response(answer)
-        return tokenizer.encode_prompt(question), response, [True] * len(response)
-    opening: Sequence[dict[str, Any]] = line.messages[:first]
-    if system_prompt is not None and roles[0] not in ("system", "developer"):
-        opening = [{"role": "system", "content": system_prompt}, *opening]
-    return encode_opening(tokenizer, opening, line.tools), *encode_messages(tokenizer, line.messages[first:])
+    opening, rest = line.messages[:first], line.messages[first:]
+    is_plain = roles[:first] == ["user"] and not line.tools
+    if not isinstance(tokenizer, HuggingFaceTokenizer) and not (is_plain and len(rest) == 1 and rest[0]["content"]):
+        raise ValueError("tokenizer.kind=sentencepiece writes one question and one answer, and nothing else")
+    asked = Problem(
+        "", opening[-1]["content"], line.fields,
+        messages=() if is_plain else tuple(opening), tools=tuple(line.tools or ()),
+    )  # fmt: skip
+    prompt = writer.encode(asked)
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return prompt, *encode_messages(tokenizer, rest)
+    answer = tokenizer.encode_response(rest[0]["content"])
+    return prompt, answer, [True] * len(answer)

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.plugins import load_object
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.config.task_sections import ColdStartSection
 from gspo_megatron.data.demonstrations import build_demonstrations
 from gspo_megatron.data.own_demonstrations import encode_demonstrations, longest_demonstration
 from gspo_megatron.data.problems import every_problem, open_problems
@@ -23,7 +24,7 @@ from gspo_megatron.data.tokenizers import HuggingFaceTokenizer, Tokenizer, load_
 from gspo_megatron.types import Finding
 
 DEMONSTRATIONS = 100
-"""Lines of `cold_start.path` that are looked at."""
+"""Lines of `cold_start.path` that a plan looks at."""
 POSITIONS = 1000
 """Positions of the training stream that are looked at; the whole stream only where none of them is usable."""
 
@@ -53,7 +54,7 @@ def check_prompts(recipe: Recipe, runs_here: bool) -> list[Finding]:
         if tokenizer is None:
             open_problems(data, needs_answer=not recipe.reward.is_own)
         else:
-            found += _prompt_findings(recipe, PromptStream(recipe, tokenizer), tokenizer)
+            found += _prompt_findings(recipe, PromptStream(recipe, tokenizer), tokenizer, runs_here)
         # Rewards lie beside this part.
         found += load_object("gspo_megatron.rewards.gold_check:gold_findings")(recipe, every_problem(recipe))
     return found
@@ -101,7 +102,7 @@ def tokenizer_findings(recipe: Recipe, tokenizer: Tokenizer) -> Iterator[Finding
         )  # fmt: skip
 
 
-def _prompt_findings(recipe: Recipe, stream: PromptStream, tokenizer: Tokenizer) -> Iterator[Finding]:
+def _prompt_findings(recipe: Recipe, stream: PromptStream, tokenizer: Tokenizer, runs_here: bool) -> Iterator[Finding]:
     """Walk the beginning of the stream, the held-out set and the demonstrations."""
     survey = stream.survey(POSITIONS)
     if not survey.lengths:
@@ -121,19 +122,20 @@ def _prompt_findings(recipe: Recipe, stream: PromptStream, tokenizer: Tokenizer)
             stream.held_out(recipe.evaluation.problems)
     if recipe.cold_start is not None:
         with _collecting(with_reason):
-            with_reason += _demonstration_findings(recipe, stream, tokenizer)
+            with_reason += _demonstration_findings(recipe, recipe.cold_start, stream, tokenizer, runs_here)
     yield from with_reason
 
 
-def _demonstration_findings(recipe: Recipe, stream: PromptStream, tokenizer: Tokenizer) -> Sequence[Finding]:
-    """Write the first demonstrations of a cold start."""
-    section = recipe.cold_start
-    assert section is not None
+def _demonstration_findings(
+    recipe: Recipe, section: ColdStartSection, stream: PromptStream, tokenizer: Tokenizer, runs_here: bool
+) -> Sequence[Finding]:
+    """Write the demonstrations of a cold start: all of a file that a run reads, the first ones for a plan."""
     if section.path is not None:
         if not os.path.exists(section.path):
             return []
-        encoded = encode_demonstrations(recipe, tokenizer, stream.holds_out, most=DEMONSTRATIONS)
-        return [one for one in encoded.findings(longest_demonstration(recipe)) if one.severity == "error"]
+        most = None if runs_here else DEMONSTRATIONS
+        encoded = encode_demonstrations(recipe, tokenizer, stream.holds_out, most)
+        return encoded.findings(longest_demonstration(recipe))
     try:
         build_demonstrations(stream.training_problems(1, "cold_start"), section, tokenizer, stream.write)
     except RecipeError:

@@ -58,8 +58,8 @@ def sample(recipe: Recipe, controller: ControllerClient, log: RunLog) -> None:
     with log.bars if log.live else nullcontext():
         with log.progress("servers", recipe.rollout.servers) as bar:
             controller.wait_ready(recipe.rollout.start_timeout, lambda status: bar.update(status.ready_servers))
-        with log.progress("evaluate", section.problems * section.answers) as bar:
-            controller.evaluate(request, on_progress=lambda progress: bar.update(progress.done))
+        with log.progress("evaluate", recipe.planned_evaluation * section.answers) as bar:
+            controller.evaluate(request, on_progress=lambda progress: bar.update(progress.done, progress.total))
 
 
 def describe(recipe: Recipe, run: RunDir, answers: Answers, results: list[Estimate]) -> dict[str, object]:

@@ -126,7 +126,8 @@ def check(recipe: Recipe, ranks: int | None = None) -> list[Finding]:
 def check_evaluation(recipe: Recipe) -> list[Finding]:
     """Return the findings of a recipe that is evaluated on this machine: those that need no trainer."""
     found = [*held_out.findings(recipe), *model_files.findings(recipe, recipe.arch, runs_here=True)]
-    found += [*own_reward.findings(recipe, runs_here=True), *own_programs.findings(recipe)]
+    found += [*data_files.findings(recipe, runs_here=True), *own_reward.findings(recipe, runs_here=True)]
+    found += own_programs.findings(recipe)
     return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
 
 

@@ -293,6 +293,6 @@ class Trainer:
             request = EvaluationRequest(
                 problems=section.problems, answers=section.answers, temperature=section.temperature
             )
-            report = self.on_first_rank(lambda it: it.evaluate(request, on_progress=lambda p: bar.update(p.done)))
+            report = self.on_first_rank(lambda it: it.evaluate(request, lambda p: bar.update(p.done, p.total)))
         self.log.evaluation(step, report.model_dump())
         return report.accuracy

@@ -19,7 +19,12 @@ from gspo_megatron.config.schema import Recipe
 from gspo_megatron.types import Finding
 
 READER = "gspo_megatron.data.prompt_check"
-CONTENT_WARNINGS = frozenset({"prompts-left-out", "turn-end-not-a-stop", "golds-that-fail"})
+CONTENT_WARNINGS = frozenset(
+    {
+        "prompts-left-out", "turn-end-not-a-stop", "golds-that-fail", "demonstrations-too-long",
+        "demonstrations-held-out",
+    }
+)  # fmt: skip
 """Codes of the warnings of `read_findings`: a recipe may acknowledge them, and only reading shows whether it has to."""
 
 
@@ -44,6 +49,7 @@ def findings(recipe: Recipe, runs_here: bool) -> Iterator[Finding]:
         ("data.path", data.path, "its problems are"),
         ("data.held_out_path", data.held_out_path, "its problems are"),
         ("tokenizer.path", tokenizer.path, "prompts are"),
+        ("cold_start.path", recipe.cold_start.path if recipe.cold_start else None, "its demonstrations are"),
     ):
         if path is not None and not os.path.exists(path):
             yield _absent(key, path, what, runs_here)

@@ -21,6 +21,9 @@ START = [JSONL, "data.options={}", "reward.name=math_verify", "evaluation.proble
 GOOD = [{"prompt": f"{i} + 1", "answer": str(i + 1)} for i in range(40)]
 
 
+OWN = "cold_start={steps: 9, batch_size: 4, lr: 0.1, path: DIR/"
+
+
 def write(file: Path, lines: list[object]) -> None:
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -32,6 +35,8 @@ def fill(directory: Path) -> None:
     write(directory / "long.jsonl", [{"prompt": "1" * 50 + str(i), "answer": "1"} for i in range(40)])
     write(directory / "cyrillic.jsonl", [{"prompt": f"\u0447\u0442\u043e {i}", "answer": "1"} for i in range(40)])
     write(directory / "products.jsonl", [{"prompt": f"{i} * 2", "answer": "1"} for i in range(40)])
+    turns = [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "1" * 60}]
+    write(directory / "own_long.jsonl", [{"messages": turns}] * 2)
     (directory / "empty.jsonl").write_text("\n\n")
     (directory / "broken.model").write_text("version https://git-lfs")
     if not (directory / "linked.jsonl").is_symlink():
@@ -56,8 +61,11 @@ REFUSED = {
     "unused setting": (["tokenizer.system_prompt=Be brief."], "system_prompt is for a chat template, and kind=sent"),
     "demonstrations": (["cold_start={demonstrations: column_addition, steps: 9, batch_size: 4, lr: 0.1}",
                         "data.path=DIR/products.jsonl"], "cold_start.demonstrations: demonstrations are sums"),
+    "missing own demonstrations": ([OWN + "none.jsonl}"], "cold_start.path: DIR/none.jsonl does not exist here"),
+    "own demonstrations": ([OWN + "fields.jsonl}"], "cold_start.path: DIR/fields.jsonl line 1 has no list `messages`"),
+    "long own demonstrations": ([OWN + "own_long.jsonl}"], "cold_start.path: all 2 demonstrations have more than 60"),
 }  # fmt: skip
-ELSEWHERE = {"missing data", "missing held-out data", "missing tokenizer"}
+ELSEWHERE = {"missing own demonstrations", "missing data", "missing held-out data", "missing tokenizer"}
 """What a plan cannot know: the files may be on the machine where the run starts."""
 
 

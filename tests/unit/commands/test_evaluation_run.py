@@ -12,6 +12,7 @@ import torch
 
 from gspo_megatron.cli import main
 from gspo_megatron.cluster import local_backend
+from gspo_megatron.cluster.attempts import STATE_KEYS
 from gspo_megatron.cluster.local_backend import plan_evaluation
 from gspo_megatron.commands import evaluation_run
 from gspo_megatron.commands.evaluated_weights import find_weights, read_evaluation_recipe
@@ -59,7 +60,8 @@ def checkpoint(run: RunDir, step: int, *overrides: str) -> CheckpointDir:
     made = run.checkpoint(step)
     made.path.mkdir(parents=True)
     save_resolved(load_recipe(TINY, overrides), made.recipe)
-    made.state.write_text("{}")
+    state = dict.fromkeys(STATE_KEYS, 0) | {"step": step, "files": {made.recipe.name: made.recipe.stat().st_size}}
+    made.state.write_text(json.dumps(state))
     made.marker.touch()
     return made
 
@@ -67,13 +69,17 @@ def checkpoint(run: RunDir, step: int, *overrides: str) -> CheckpointDir:
 def test_a_run_directory_names_its_newest_weights(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     save_resolved(load_recipe(TINY), run.recipe)
-    with pytest.raises(RecipeError, match="is a run directory without a complete checkpoint"):
+    with pytest.raises(RecipeError, match="is a run directory without a checkpoint that can be read"):
         find_weights(tmp_path)
     for step in (2, 10):
         checkpoint(run, step)
     (run.checkpoint(12).path).mkdir()  # never finished
     (run.checkpoints / "step_000011_best").mkdir()
     assert find_weights(tmp_path).path == run.checkpoint(10).path
+    damaged = checkpoint(run, 13)
+    damaged.state.write_text("")
+    assert find_weights(tmp_path).path == run.checkpoint(10).path
+    assert "step_000013 is passed over: state.json is damaged" in find_weights(tmp_path).passed_over[0]
     run.final.mkdir()
     (run.final / "config.json").touch()
     assert find_weights(tmp_path).path == run.checkpoint(10).path, "final/ is written before the run is done"
@@ -164,6 +170,8 @@ def test_servers_and_controller_know_that_no_update_comes(model: Path, tmp_path:
         (["DIR/nothing", "TINY"], "holds no config.json, state.json or recipe.resolved.yaml"),
         (["MODEL", "TINY", "model.path=x"], "model.path: the weights of"),
         (["MODEL", "TINY", "model.architecture.num_experts=8"], "remove this override"),
+        (["MODEL", "TINY", "evaluation.problems=600"], "600 problems are set, but data.held_out=512 are held out"),
+        (["MODEL", "TINY", "tokenizer.path=DIR/x"], "tokenizer.path: DIR/x does not exist here"),
         (["MODEL", "TINY", "evaluation.problems=0"], "evaluation.problems: 0 problems are nothing to evaluate"),
         (
             ["MODEL", "TINY", "--out", "FULL"],

@@ -91,6 +91,16 @@ def test_the_opening_is_the_prompt_that_the_model_is_asked_with(tmp_path: Path) 
     assert "Own." in whole and "Add." not in whole
 
 
+def test_a_rendering_of_one_s_own_writes_the_opening(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "def render(line, chat):\n    return line['before'] + chat.messages[-1]['content'] + '<tool_call>'\n"
+    )
+    overrides = (f"tokenizer.rendering={tmp_path}/own.py:render",)
+    recipe = recipe_of(tmp_path, {**turns(QUESTION, ANSWER), "before": "Now: "}, overrides=overrides)
+    ((whole, trained),) = encoded(recipe)
+    assert whole == "Now: Calculate 1 + 2.<tool_call>3/" and trained == "3/"
+
+
 def test_a_template_that_begins_turns_in_two_ways_is_refused(tmp_path: Path) -> None:
     """As some that open the thinking themselves: the question before the turn must not be trained on."""
     source, directory = ROOT / "recipes" / "tokenizers" / "agent", tmp_path / "tokenizer"
