@@ -23,7 +23,7 @@ def connect_nccl(store: PrefixStore, device: torch.device, rank: int, world: int
     options = ProcessGroupNCCL.Options()
     options._timeout = timeout
     # Read when a group is made. Without it the group has a watchdog, which ends the process when a transfer fails or
-    # takes too long, whichever error handling is asked for (torch 2.13, `Watchdog::runLoop`, `HeartbeatMonitor`).
+    # takes too long, whichever error handling is asked for (`Watchdog::runLoop`, `HeartbeatMonitor`).
     before = os.environ.get(NO_WATCHDOG)
     os.environ[NO_WATCHDOG] = "1"
     try:
