@@ -276,15 +276,15 @@ def load_tokenizer(section: TokenizerSection, model_path: Path | None) -> Tokeni
                 "tokenizer-missing", "tokenizer.path", f"{path} is not a file", "name a SentencePiece .model file"
             )
         return SentencePieceTokenizer(path)
-    lacking = [] if (path / "tokenizer_config.json").is_file() else ["tokenizer_config.json"]
-    if not any((path / name).is_file() for name in VOCABULARY_FILES):
+    lacking = "" if (path / "tokenizer_config.json").is_file() else "tokenizer_config.json"
+    if not lacking and not any((path / name).is_file() for name in VOCABULARY_FILES):
         # transformers makes an empty tokenizer of such a directory, without a word.
-        lacking.append(f"vocabulary ({', '.join(VOCABULARY_FILES)})")
+        lacking = f"vocabulary ({', '.join(VOCABULARY_FILES)})"
     if lacking:
         raise refuse(
             "tokenizer-missing",
             "tokenizer.path",
-            f"{path} has no {' and no '.join(lacking)}",
+            f"{path} has no {lacking}",
             "name a Hugging Face model directory with its tokenizer",
         )
     return HuggingFaceTokenizer(path, section.system_prompt, section.enable_thinking, section.rendering is None)

@@ -11,7 +11,7 @@ from gspo_megatron.types import Finding
 def findings(recipe: Recipe) -> Iterator[Finding]:
     """Why there is nothing to evaluate, or nothing to gain from it."""
     section = recipe.evaluation
-    if section.problems == 0:
+    if recipe.planned_evaluation == 0:
         yield Finding(
             "eval-no-problems", "error", "evaluation.problems", "0 problems are nothing to evaluate",
             "set evaluation.problems to how many of the held-out ones count",
