@@ -56,6 +56,8 @@ def start(trainer: Trainer, checkpoints: Path) -> int:
         Steps done.
     """
     newest = find_latest(checkpoints, trainer.log.say)
+    if newest is None:
+        trainer.log.rewind(-1)  # rows of an attempt that ended before its first checkpoint
     if newest is None or trainer.spec.kl != "none":
         prepare_weights(trainer)
     trainer.keep_reference()
