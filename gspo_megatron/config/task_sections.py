@@ -42,13 +42,6 @@ class TokenizerSection(Section):
     def rendering_is_an_object(cls, name: str | None) -> str | None:
         return name if name is None else check_choice(name, ())
 
-    @model_validator(mode="after")
-    def only_a_template_has_settings(self) -> TokenizerSection:
-        for name in ("system_prompt", "enable_thinking"):
-            if self.kind == "sentencepiece" and getattr(self, name) is not None:
-                raise ValueError(f"{name} is for a chat template, and kind=sentencepiece has none; remove {name}")
-        return self
-
 
 class DataSection(Section):
     """`data`: the source of training and held-out problems."""

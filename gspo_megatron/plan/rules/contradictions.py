@@ -21,10 +21,20 @@ EXPECTED_SHARE = 0.02
 
 def findings(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[Finding]:
     """Check what requires neither a layout nor an estimate."""
+    yield from _template(recipe)
     yield from _batch(recipe, arch)
     yield from _lengths(recipe)
     yield from _steps(recipe)
     yield from _directories(recipe, machine)
+
+
+def _template(recipe: Recipe) -> Iterator[Finding]:
+    for name in ("system_prompt", "enable_thinking"):
+        if recipe.tokenizer.kind == "sentencepiece" and getattr(recipe.tokenizer, name) is not None:
+            yield Finding(
+                "no-chat-template", "error", f"tokenizer.{name}",
+                f"{name} is for a chat template, and kind=sentencepiece has none", f"remove {name}",
+            )  # fmt: skip
 
 
 def _batch(recipe: Recipe, arch: Architecture) -> Iterator[Finding]:

@@ -43,7 +43,7 @@ cold_start: {demonstrations: column_addition, steps: 1, batch_size: 1, lr: 1e-3}
 # Their texts name something that must exist, lie in a section that is left out, or exclude a key that is set.
 NAMES = (
     "objective.preset", "objective.trust", "model.path", "cold_start.path", "reward.judge.url", "reward.judge.model",
-    "reward.judge.key_variable", "tokenizer.rendering",
+    "reward.judge.key_variable", "tokenizer.rendering", "data.source",
 )  # fmt: skip
 
 pieces = st.sampled_from((
@@ -144,8 +144,7 @@ def test_the_resolved_recipe_reads_back_equal(
     marker: str, prompt: str, tree: dict[str, Any], reasons: dict[str, str]
 ) -> None:
     values = load(TINY).model_dump(mode="json")
-    values["reward"]["answer_marker"] = marker
-    values["tokenizer"] |= {"kind": "huggingface", "system_prompt": prompt}
+    values["reward"]["answer_marker"], values["tokenizer"]["system_prompt"] = marker, prompt
     values["data"]["options"], values["acknowledge"] = tree, reasons
     values["run"]["directory"] = f"/a/{prompt}".translate(dict.fromkeys(map(ord, "\n\t\u2028\u2029"), "_"))
     recipe = parse(values)
