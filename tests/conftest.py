@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 from collections.abc import Generator
 
 import pytest
 
 REQUIRE_GPU = "GSPO_REQUIRE_GPU"
 """Set to 1, a test of a GPU that is skipped fails: on a machine where all should run, none is left out unseen."""
+
+
+def pytest_configure() -> None:
+    # A shell starts background commands with Ctrl-C ignored, and every process that a test starts would inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -79,7 +79,7 @@ def url(exported: Path) -> Iterator[str]:
 
 def test_transformers_and_vllm_chat_alike(exported: Path, url: str) -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(exported)
-    model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
     chat = [{"role": "user", "content": QUESTION}]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     prompt = inputs["input_ids"][0].tolist()
@@ -102,7 +102,7 @@ def test_both_stop_at_the_stop_id(exported: Path, url: str) -> None:
     request = {"model": "mine", "messages": chat, "temperature": 0.0, "max_tokens": 12, "logit_bias": {str(stop): 100}}
     (choice,) = httpx.post(f"{url}/v1/chat/completions", json=request, timeout=HANG).json()["choices"]
     assert choice["finish_reason"] == "stop" and choice["message"]["content"] == ""
-    model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
     ids = torch.tensor([load_tokenizer(RECIPE.tokenizer, None).encode_prompt(QUESTION)])
     said = model.generate(ids, do_sample=False, max_new_tokens=12, sequence_bias=[[[stop], 100.0]])
     assert said[0].tolist() == [*ids[0].tolist(), stop]
