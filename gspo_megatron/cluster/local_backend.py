@@ -111,7 +111,9 @@ def _own_devices(task: Task, visible: Sequence[Gpu]) -> dict[str, str]:
         raise refuse("too-few-gpus", "rollout.servers", message, fix) from None
 
 
-def run_roles(roles: Sequence[Role], log_dir: Path, leader: str = TRAINER, resume: str = "", extend: str = "") -> int:
+def run_roles(
+    roles: Sequence[Role], log_dir: Path, *, leader: str = TRAINER, resume: str = "", extend: str = ""
+) -> int:
     """Start the roles, wait for the trainer ranks, or for what leads instead, end everything.
 
     Args:

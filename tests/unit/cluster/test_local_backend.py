@@ -174,10 +174,14 @@ from pathlib import Path
 from gspo_megatron.cluster.local_backend import Role, run_roles
 command = (sys.executable, "-c", {code!r})
 roles = [Role("trainer-0", command), Role("controller", command)]
-sys.exit(run_roles(roles, Path({str(tmp_path / "run" / "logs" / "attempt_1")!r}), "gspo train it"))
+sys.exit(run_roles(roles, Path({str(tmp_path / "run" / "logs" / "attempt_1")!r}), resume="gspo train it"))
 """
     process = subprocess.Popen(python(script), stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: len([entry for entry in tmp_path.iterdir() if entry.name.isdigit()]) == 2, "both roles")
+
+    def lives() -> None:
+        assert process.poll() is None, process.communicate()[1]
+
+    wait_until(lambda: len([entry for entry in tmp_path.iterdir() if entry.name.isdigit()]) == 2, "both roles", lives)
     process.send_signal(number)
     _, said = process.communicate(timeout=HANG)
     assert process.returncode == exit_code
@@ -195,7 +199,7 @@ def test_every_end_says_what_to_type(tmp_path: Path, capfd: pytest.CaptureFixtur
     for code, said in ((0, "DONE; to train further: EXTEND"), (85, "step 12 is checkpointed; to go on: RESUME"),
                        (1, "step 12 is checkpointed; to go on: RESUME")):  # fmt: skip
         role = Role("trainer-0", python(f"import sys; print('reason'); sys.exit({code})"))
-        assert run_roles([role], tmp_path / "logs" / f"attempt_{code}", "RESUME", "EXTEND") == code
+        assert run_roles([role], tmp_path / "logs" / f"attempt_{code}", resume="RESUME", extend="EXTEND") == code
         assert f"gspo: {said}" in capfd.readouterr().err
 
 
