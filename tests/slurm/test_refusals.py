@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.jobs import END, ROOT, SMALL, Workplace, refused, written
+from tests.slurm.jobs import END, ROOT, SMALL, Workplace, make_run, refused, written
 from tests.slurm.lab.cluster import wait_for
 
 pytestmark = pytest.mark.timeout(900)
@@ -71,9 +71,7 @@ def test_a_file_of_the_recipe_that_one_node_lacks(workplace: Workplace) -> None:
 
 
 def test_a_finished_run_is_not_run_again(workplace: Workplace) -> None:
-    run_dir = workplace.directory / "finished"
-    run_dir.mkdir()
-    (run_dir / "DONE").touch()
+    (make_run(workplace.directory / "finished") / "DONE").touch()
     job = workplace.submit("finished", *SMALL, options=["--nodes=1"])
     assert job.finish(END) == "COMPLETED" and "holds a finished run (DONE)" in job.text()
 

@@ -20,6 +20,7 @@ from gspo_megatron.cluster.child_processes import die_with_parent
 from gspo_megatron.cluster.exit_codes import OK, STOPPED
 from gspo_megatron.cluster.stop_signals import StopSignals
 from gspo_megatron.run_dir import RunDir
+from tests.checkpoints import write_checkpoint
 
 STEP_SECONDS = 0.2
 SEEN = ("RANK", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES", "SLURMD_NODENAME", "SLURM_MPI_TYPE", "PATH", "GSPO_ATTEMPT")
@@ -55,8 +56,7 @@ def main() -> int:
             file.write(json.dumps({"step": step, "attempt": os.environ["GSPO_ATTEMPT"]}) + "\n")
         if step == last or stop.raised or (every and step % every == 0):
             refuse_if_replaced(run.path)
-            run.checkpoint(step).path.mkdir(parents=True)
-            run.checkpoint(step).marker.touch()
+            write_checkpoint(run.checkpoint(step).path)
         if stop.raised and step < last:
             print(f"stopped after step {step} as asked", flush=True)
             return STOPPED

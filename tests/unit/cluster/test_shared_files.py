@@ -11,6 +11,7 @@ import pytest
 from gspo_megatron.cluster import shared_files
 from gspo_megatron.cluster.attempts import newest_checkpoint, read_attempt, read_bad_nodes
 from gspo_megatron.cluster.shared_files import read_shared, replace_text, retry_stale
+from tests.checkpoints import write_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -43,8 +44,7 @@ def test_stale_is_asked_again_a_few_times_and_other_errors_never() -> None:
 
 def test_readers_of_a_run_directory_ask_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace_text(tmp_path / "attempt", "2 7\n")
-    (tmp_path / "checkpoints" / "step_000003").mkdir(parents=True)
-    (tmp_path / "checkpoints" / "step_000003" / "COMPLETE").touch()
+    write_checkpoint(tmp_path / "checkpoints" / "step_000003")
     for name in ("read_text", "iterdir", "is_file"):
         real, once = getattr(Path, name), Once(1)
 
