@@ -58,10 +58,11 @@ def _build(proto: Any) -> Any:
     trained, spec = proto.trainer_spec, proto.normalizer_spec
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
     numbers = {piece: number for number, (piece, _) in enumerate(pieces)}
-    if trained.model_type == trained.UNIGRAM:
+    kind = trained.model_type
+    if kind == trained.UNIGRAM:
         fast = Tokenizer(models.Unigram(pieces, trained.unk_id, trained.byte_fallback))
     else:
-        merges = [] if trained.model_type == trained.CHAR else _merges(numbers, dict(pieces))
+        merges = [] if kind == trained.CHAR else _merges(numbers, dict(pieces))
         fast = Tokenizer(models.BPE(
             numbers, merges, unk_token=trained.unk_piece, fuse_unk=True, byte_fallback=trained.byte_fallback
         ))  # fmt: skip

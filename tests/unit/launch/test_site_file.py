@@ -22,7 +22,9 @@ def load(tmp_path: Path, text: str, **environment: str) -> subprocess.CompletedP
     site.write_text(text, newline="")
     (tmp_path / "next.sh").write_text(NEXT)
     settings = {"PATH": "/usr/bin:/bin", "GSPO_SITE": str(site), **environment}
-    command = ["bash", str(ROOT / "launch/lib/site.sh"), str(ROOT), str(tmp_path / "next.sh"), "one", "two words"]
+    # A signal that the caller ignores, as under nohup, is a trap of every shell.
+    script = ["bash", str(ROOT / "launch/lib/site.sh"), str(ROOT), str(tmp_path / "next.sh"), "one", "two words"]
+    command = ["env", "--default-signal", *script]
     return subprocess.run(command, env=settings, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
