@@ -56,7 +56,7 @@ def test_every_command_keeps_the_rule(tmp_path: Path, command: str, capsys: pyte
     said = capsys.readouterr()
     assert "error [resume-other-recipe] optimizer.lr: 1e-05 here, 0.0001 in" in said.err + said.out
     with pytest.raises(ValueError, match="resume-other-recipe"):
-        overrides = [f"run.directory={tmp_path}", "optimizer.lr=1e-5"]
+        overrides = ["placement.gpu=cpu", f"run.directory={tmp_path}", "optimizer.lr=1e-5"]
         say_findings(load_for_job(TINY, overrides, "7", ["n1"], 0, ROOT), drawing=False)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
