@@ -14,7 +14,7 @@ LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 CODE_BLOCK = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 GUIDE = re.compile(r"^## Add an? .*?(?=^## |\Z)", re.DOTALL | re.MULTILINE)
 WORD = re.compile(r"[\w./-]+")
-THEIRS = {"file.py", "my.py", "my_reward.py", "site.sh"}
+THEIRS = {"file.py", "my.py", "my_reward.py", "my_rendering.py", "site.sh"}
 """Names that a text gives to files of the reader."""
 FOLDERS = ("gspo_megatron", "launch", "recipes", "requirements", "tests", "tools")
 
