@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.jobs import END, ROOT, SMALL, Workplace, make_run, refused, written
+from tests.slurm.jobs import END, ROOT, SMALL, Workplace, refused, written
 from tests.slurm.lab.cluster import wait_for
 
 pytestmark = pytest.mark.timeout(900)
@@ -71,9 +71,11 @@ def test_a_file_of_the_recipe_that_one_node_lacks(workplace: Workplace) -> None:
 
 
 def test_a_finished_run_is_not_run_again(workplace: Workplace) -> None:
-    (make_run(workplace.directory / "finished") / "DONE").touch()
-    job = workplace.submit("finished", *SMALL, options=["--nodes=1"])
-    assert job.finish(END) == "COMPLETED" and "holds a finished run (DONE)" in job.text()
+    jobs = [workplace.cheap("finished", "trainer.max_steps=1", options=["--nodes=1"])]
+    assert jobs[0].finish(END) == "COMPLETED"
+    jobs.append(workplace.cheap("finished", "trainer.max_steps=1", options=["--nodes=1"]))
+    assert jobs[1].finish(END) == "COMPLETED" and "holds a finished run (DONE)" in jobs[1].text()
+    assert jobs[1].steps() == [1]
 
 
 def test_it_finds_itself_from_another_directory(workplace: Workplace) -> None:

@@ -1,12 +1,8 @@
-"""A server or a controller of a test: it lives until somebody ends it. As `torch` it ends what tests the network."""
+"""A server or a controller of a test: it lives until somebody ends it."""
 
 from __future__ import annotations
 
 import signal
-import sys
-
-if sys.argv[0].endswith("check_network.py"):
-    sys.exit()
 
 
 def main() -> None:

@@ -17,7 +17,9 @@ ROLES = {
     "gspo_megatron.trainer.loop": "cheap_trainer.py",
     "gspo_megatron.controller.main": "cheap_server.py",
     "gspo_megatron.inference.server": "cheap_server.py",
-    "torch": "cheap_server.py",
+    "torch": "cheap_torch.py",
+    "transformer_engine": "cheap_server.py",
+    "transformer_engine.pytorch": "cheap_server.py",
 }
 
 
