@@ -29,7 +29,10 @@ class Finder(MetaPathFinder):
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         """The file in this folder, for the names of the table."""
         file = ROLES.get(fullname)
-        return importlib.util.spec_from_file_location(fullname, HERE / file) if file else None
+        inside = [] if any(name.startswith(f"{fullname}.") for name in ROLES) else None  # of a package
+        if file is None:
+            return None
+        return importlib.util.spec_from_file_location(fullname, HERE / file, submodule_search_locations=inside)
 
 
 sys.meta_path.insert(0, Finder())
