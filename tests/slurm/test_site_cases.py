@@ -65,6 +65,12 @@ def sees(**expected: str) -> Callable[[Job], None]:
     return check
 
 
+def sees_every_gpu(job: Job) -> None:
+    """Finished, and both ranks saw all GPUs of the job: SLURM bound no task to one."""
+    comes_to_done(job)
+    assert {facts["CUDA_VISIBLE_DEVICES"] for facts in job.seen()} <= {None, EIGHT}, job.seen()
+
+
 def goes_elsewhere(job: Job) -> None:
     """Its first node has a GPU with memory errors, its second one not."""
     comes_to_done(job)
@@ -132,11 +138,11 @@ CASES = {
         is_refused("[no-gpus]"), ["--gpus-per-node=0"], ("placement.gpu=null", STEPS), bare=True
     ),
     "a GPU for each task": Case(
-        sees(CUDA_VISIBLE_DEVICES=EIGHT), ["--ntasks-per-node=8", "--gpus-per-task=1"], GPU_RUN,
+        sees_every_gpu, ["--ntasks-per-node=8", "--gpus-per-task=1"], GPU_RUN,
         gpus=True,
     ),
     "a GPU bound to each task": Case(
-        sees(CUDA_VISIBLE_DEVICES=EIGHT), [], GPU_RUN, {"SLURM_GPU_BIND": "single:1"}, gpus=True
+        sees_every_gpu, [], GPU_RUN, {"SLURM_GPU_BIND": "single:1"}, gpus=True
     ),
     "a GPU with memory errors": Case(
         goes_elsewhere, [], GPU_RUN, gpus=True, prepare=lambda place: (place / "sick").mkdir()
