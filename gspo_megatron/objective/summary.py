@@ -52,9 +52,7 @@ def finalize_metrics(sums: Sums) -> dict[str, float]:
 
 
 def _of_scored(value: Mapping[str, float], sums: Sums) -> dict[str, float]:
-    """Metrics of log-probs: means over the sequences that have some. None when every sequence was left out."""
-    if value["sequences"] == 0 < value.get(f"{LEFT_OUT}sequences", 0.0):
-        return {}
+    """Metrics of log-probs: means over the sequences that have some."""
     tokens, sequences = max(value["tokens"], 1.0), max(value["sequences"], 1.0)
     logged = {
         "policy_k1": value["policy_k1"] / tokens,

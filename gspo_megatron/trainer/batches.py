@@ -118,15 +118,8 @@ class Batcher:
         return [probe for _, probe in scored[: self.recipe.weight_update.canary_prompts]]
 
     def _pack(self, lengths: Sequence[int]) -> list[list[int]]:
-        """[micro-batch] -> members of each micro-batch of this data-parallel rank, as indices into `lengths`.
-
-        Without a sequence there is one empty micro-batch: every schedule runs at least one.
-        """
+        """[micro-batch] -> members of each micro-batch of this data-parallel rank, as indices into `lengths`."""
         layout, multiple = self.policy.layout, self.policy.layout.pad_multiple
-        # The interleaved schedule takes micro-batches in groups of PP.
-        group = layout.pipeline if layout.virtual > 1 else 1
-        if not lengths:
-            return [[] for _ in range(group)]
         padded = [round_up(length, multiple) for length in lengths]
         slots = pack(
             padded,
@@ -134,7 +127,8 @@ class Batcher:
             num_ranks=layout.data,
             max_tokens=self.recipe.trainer.micro_batch_tokens,
             ranks_per_expert_group=max(1, layout.expert * layout.expert_tensor // (layout.tensor * layout.context)),
-            slot_multiple=group,
+            # The interleaved schedule takes micro-batches in groups of PP.
+            slot_multiple=layout.pipeline if layout.virtual > 1 else 1,
             bubble_slots=(layout.pipeline - 1) / layout.virtual,
         )
         return [slot[self.policy.at.data] for slot in slots]

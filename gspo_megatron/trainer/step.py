@@ -144,7 +144,7 @@ class Trainer:
             kept = select(trained)
             self.log.add({f"dropped/{reason}": count for reason, count in kept.dropped.items()})
             parts = split(kept.refs, self.recipe.batch.updates)
-            silent = response_advantages.responses_without_gradient(self.recipe, self.spec, refs)
+            silent = response_advantages.responses_left_out(self.recipe, self.spec, refs, parts)
             placed = [self.batcher.place_refs([ref for ref in part if ref not in silent]) for part in parts]
         minibatches = []
         for number, (part, (members, batches)) in enumerate(zip(parts, placed, strict=True)):

@@ -87,8 +87,8 @@ def test_counts_are_those_of_the_plain_path(name: str, results: Path) -> None:
     bound = 1e-12 if CASES[name]["double"] else 1e-6
     assert {key: ours[key] for key in counted} == pytest.approx({key: plain[key] for key in counted}, abs=bound)
     assert plain["scored_sequences"] == 1
-    assert ours["scored_sequences"] == pytest.approx(1 - ours["zero_advantage_sequences"], abs=bound)
-    assert ("entropy" in ours) == ("all silent" not in name), "no sequence has log-probs, so there is no mean of them"
+    assert 1 - ours["zero_advantage_sequences"] - bound <= ours["scored_sequences"] < 1
+    assert ours.keys() == plain.keys() and ours["scored_sequences"] > 0, "a sampled share has log-probs"
 
 
 @pytest.mark.parametrize("name", CASES)
