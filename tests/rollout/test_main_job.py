@@ -98,5 +98,6 @@ def test_ctrl_c_ends_the_job(tmp_path: Path) -> None:
     job.send_signal(signal.SIGINT)
     said = finish(job)
     assert job.returncode == 130
-    assert "SIGINT" in said.strip().splitlines()[-1]
+    ended, to_go_on = said.strip().splitlines()[-2:]
+    assert ended == "gspo: ended by SIGINT" and "to go on: " in to_go_on
     assert_all_ended(tmp_path)
