@@ -72,7 +72,7 @@ def test_what_was_restored_is_saved_again_bit_for_bit(run: tuple[Path, Path]) ->
     counts["sampled_tokens"] -= counts["dropped"].pop("attempt-lost", {"tokens": 0})["tokens"]
     # An attempt writes a file of its own: the same bytes under another name.
     files = [
-        {entry.pop("path").partition("@")[0] for entry in state["controller"]["entrys"]} for state in (before, after)
+        {entry.pop("path").partition("@")[0] for entry in state["controller"]["drafts"]} for state in (before, after)
     ]
     store = run_dir / before["controller"]["store"]
     (held,), (found,) = ([(store / name).read_bytes() for name in names] for names in files)
