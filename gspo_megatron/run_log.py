@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from gspo_megatron.cluster.watchdog import Pulse
 from gspo_megatron.run_dir import RunDir
 from gspo_megatron.sinks.sink_threads import Sinks
-from gspo_megatron.types import Finding
+from gspo_megatron.types import Finding, printable
 
 PLAIN_INTERVAL = 15.0
 """Seconds between two progress lines where the output is no terminal."""
@@ -52,7 +52,7 @@ def read_rows(run_dir: Path) -> list[dict[str, Any]]:
 
 def one_line(text: str) -> str:
     """A text for one line of a terminal: blanks and line ends as one blank, its end cut off where it is long."""
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+    text = printable(" ".join(text.split()))
     return text if len(text) <= LONGEST_EXAMPLE else f"{text[:LONGEST_EXAMPLE]} ..."
 
 

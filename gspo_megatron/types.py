@@ -24,6 +24,13 @@ def are_equal(rewards: Sequence[float]) -> bool:
     return min(rewards) == max(rewards)
 
 
+def printable(text: str, keep: str = "") -> str:
+    """A text of somebody else's for a terminal: what is not printable as its escape, but for the characters to keep."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One statement of `gspo plan`, of a loader or of a running job about a recipe."""
@@ -42,7 +49,7 @@ class Finding:
     def __str__(self) -> str:
         line = f"{self.severity} [{self.code}] {self.key}: {self.message}; {self.fix}"
         # Findings quote files and keys of a user's: whatever they hold, a finding is one printable line.
-        return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+        return printable(line)
 
 
 @dataclass(frozen=True, slots=True)

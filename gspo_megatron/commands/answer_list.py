@@ -19,7 +19,7 @@ from gspo_megatron.cluster.exit_codes import OK, REFUSED
 from gspo_megatron.commands.recipe_arguments import read_path
 from gspo_megatron.models import load_resolved
 from gspo_megatron.run_dir import RunDir
-from gspo_megatron.types import StopReason
+from gspo_megatron.types import StopReason, printable
 
 if TYPE_CHECKING:  # numpy
     from gspo_megatron.data.sample_index import StoredSample
@@ -162,7 +162,7 @@ def describe(answer: dict[str, Any]) -> str:
 
 def _indented(text: str) -> Iterator[str]:
     for line in text.split("\n"):
-        yield "  " + "".join(c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in line)
+        yield f"  {printable(line, keep='\t')}"
 
 
 class AnswerReader:

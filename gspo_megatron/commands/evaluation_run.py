@@ -33,7 +33,6 @@ def add_arguments(subparsers: argparse._SubParsersAction[argparse.ArgumentParser
     """Add the `eval` command to the parser."""
     parser = subparsers.add_parser("eval", help="score the held-out problems of a recipe with any weights")
     kinds = "a Hugging Face directory, a checkpoint, or a run directory (its newest weights)"
-    kinds = "a Hugging Face directory, a checkpoint, or a run directory (its newest weights)"
     parser.add_argument("weights", metavar="MODEL", type=read_path, help=kinds)
     add_recipe(parser)
     parser.add_argument(OUT, type=read_path, metavar="DIR", help="new directory for answers and results")

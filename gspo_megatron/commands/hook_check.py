@@ -41,10 +41,11 @@ def run(chosen: argparse.Namespace) -> int:
 
 
 def _draw(recipe: Recipe, count: int) -> list[Problem]:
+    from gspo_megatron.data.own_source import TRAIN
     from gspo_megatron.data.problems import open_problems
 
     source = open_problems(recipe.data, needs_answer=not recipe.reward.is_own)
-    drawn = (source.draw("training", recipe.run.seed, position) for position in range(source.span))
+    drawn = (source.draw(TRAIN, recipe.run.seed, position) for position in range(source.span))
     return list(itertools.islice((problem for problem in drawn if problem), count))
 
 

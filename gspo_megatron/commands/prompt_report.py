@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gspo_megatron.cluster.exit_codes import OK, REFUSED
 from gspo_megatron.commands.recipe_arguments import add_recipe
+from gspo_megatron.commands.train_run import is_refused
 from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.data.prompt_check import import_without_torch, tokenizer_findings
@@ -18,7 +18,7 @@ from gspo_megatron.data.stream import PromptStream, Survey
 from gspo_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from gspo_megatron.models import load_recipe
 from gspo_megatron.plan.rules import data_files
-from gspo_megatron.types import Finding, Prompt
+from gspo_megatron.types import Prompt, printable
 
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
 GENERATED = 2000
@@ -43,12 +43,12 @@ def run(chosen: argparse.Namespace) -> int:
 def report_prompts(path: Path, overrides: Sequence[str]) -> int:
     """Print counts, lengths, what is left out and why, and three prompts token by token."""
     recipe = load_recipe(path, overrides)
-    if _is_refused(list(data_files.findings(recipe, runs_here=True))):
+    if is_refused(list(data_files.findings(recipe, runs_here=True))):
         return REFUSED
     if recipe.tokenizer.kind == "huggingface":
         import_without_torch()
     tokenizer = load_tokenizer(recipe.tokenizer, recipe.model.path)
-    is_refused = _is_refused(list(tokenizer_findings(recipe, tokenizer)))
+    refused = is_refused(list(tokenizer_findings(recipe, tokenizer)))
     stream = PromptStream(recipe, tokenizer)
     survey = stream.survey(None if recipe.data.source == "file" else GENERATED)
     print("\n".join(describe(recipe, stream, survey)))
@@ -58,14 +58,8 @@ def report_prompts(path: Path, overrides: Sequence[str]) -> int:
         for number, prompt in enumerate(stream.next(SHOWN), start=1):
             print("\n".join(show_prompt(prompt, number, tokenizer)))
     except RecipeError as error:
-        is_refused = _is_refused(list(error.findings)) or is_refused
-    return REFUSED if is_refused else OK
-
-
-def _is_refused(findings: Sequence[Finding]) -> bool:
-    for finding in findings:
-        print(finding, file=sys.stderr)
-    return any(finding.severity == "error" for finding in findings)
+        refused = is_refused(list(error.findings)) or refused
+    return REFUSED if refused else OK
 
 
 def describe(recipe: Recipe, stream: PromptStream, survey: Survey) -> Iterator[str]:
@@ -96,7 +90,7 @@ def _name(part: float) -> str:
 def show_prompt(prompt: Prompt, number: int, tokenizer: Tokenizer) -> Iterator[str]:
     """A prompt with each token in brackets, its line feeds as \\n; then its gold answer."""
     ids = prompt.token_ids
-    pieces = [f"[{_printable(piece)}]" for piece in tokenizer.pieces(ids)]
+    pieces = [f"[{printable(piece)}]" for piece in tokenizer.pieces(ids)]
     if len(pieces) > LONGEST_SHOWN:
         half = LONGEST_SHOWN // 2
         pieces = [*pieces[:half], f" ... {len(pieces) - 2 * half} tokens ... ", *pieces[-half:]]
@@ -108,7 +102,3 @@ def show_prompt(prompt: Prompt, number: int, tokenizer: Tokenizer) -> Iterator[s
             line = ""
         line += piece
     yield from (f"  {part}" for part in textwrap.wrap(line, 4 * WIDTH, drop_whitespace=False))
-
-
-def _printable(piece: str) -> str:
-    return piece if piece.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in piece)

@@ -113,7 +113,7 @@ def _as_sentence(place: str, file: str = "") -> Iterator[None]:
     except SystemExit as error:
         fault = f"{place} cannot be imported: it ends Python (SystemExit: {error})"
         raise ValueError(f"{fault}; put what runs as a script under if __name__ == '__main__'") from None
-    # A name like `.a` is a TypeError.
+    # The module is the user's own and may raise anything; a name like `.a` is a TypeError.
     except Exception as error:
         fault = describe_fault(error, file)
         raise ValueError(f"{place} cannot be imported ({fault}); correct it, then import it alone") from error

@@ -10,13 +10,13 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from typing import Any
 
+from gspo_megatron.cluster.free_ports import LOOPBACK
 from gspo_megatron.config.agent_section import AgentSection
 from gspo_megatron.config.hooks import load_hook
 from gspo_megatron.controller.loop_pool import LoopPool
 from gspo_megatron.environments.agent_contract import ClientSettings
 from gspo_megatron.transport.auth import KEY_VARIABLE
 
-LOOPBACK = "127.0.0.1"
 STRETCH_SECONDS = 10.0
 """Processor time that an agent may take between two awaits."""
 

@@ -6,13 +6,13 @@ is left aside with a warning and what is refused stand in three tables.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gspo_megatron.data.conversation_lines import with_argument_object
 from gspo_megatron.environments.tool_calls import TurnText
 from gspo_megatron.types import StopReason
 
@@ -179,10 +179,8 @@ def same_message(sent: Mapping[str, Any], recorded: Mapping[str, Any]) -> bool:
 def _calls(message: Mapping[str, Any]) -> list[tuple[str, Any]]:
     made = []
     for call in message.get("tool_calls", ()):
-        arguments = call["function"]["arguments"]
-        with contextlib.suppress(ValueError):
-            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-        made.append((call["function"]["name"], arguments))
+        function = with_argument_object(call)["function"]
+        made.append((function["name"], function["arguments"]))
     return made
 
 

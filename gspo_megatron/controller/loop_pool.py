@@ -49,6 +49,7 @@ async def _serve_jobs(
         try:
             async with clock:
                 reply = await function(*job)
+        # It runs over text that a model made up: whatever it raises, SystemExit included, is a fact about that answer.
         except BaseException as error:
             late = isinstance(error, TimeoutError) and clock.expired()
             reply = Lost("out-of-time", f"took more than {wall:g} s") if late else describe_error(error)

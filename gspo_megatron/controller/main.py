@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, cast
 from aiohttp import web
 
 from gspo_megatron.cluster.child_processes import die_with_parent
+from gspo_megatron.cluster.hosts import LOADED
 from gspo_megatron.cluster.machines import machine_of, takes_turns
 from gspo_megatron.cluster.watchdog import follow
 from gspo_megatron.config.hooks import load_hook
@@ -106,7 +107,7 @@ def main() -> None:
     parser.add_argument("--host", required=True, help="this controller's address as trainer and servers reach it")
     parser.add_argument("--port", type=int, required=True, help="port to listen on")
     parser.add_argument("--servers", required=True, help="addresses of the vLLM servers, comma-separated")
-    parser.add_argument("--loaded", action="store_true", help="the servers have loaded weights; no update will come")
+    parser.add_argument(LOADED, action="store_true", help="the servers have loaded weights; no update will come")
     arguments = parser.parse_args()
     # Every answer in flight holds a connection; the usual soft limit is 1024.
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)

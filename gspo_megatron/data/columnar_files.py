@@ -94,7 +94,7 @@ def _number(file: Path, batches: Iterable[Any], key: str) -> Iterator[tuple[str,
                 (row,) = batch.slice(place, 1).to_pylist()
             except (ValueError, OverflowError, RecursionError) as error:  # e.g. bytes of a text that are not UTF-8
                 raise broken_line(key, where, f"cannot be read ({error})", "correct the row") from None
-            yield where, {name: without_gaps(value) for name, value in row.items() if value is not None}
+            yield where, without_gaps(row)
 
 
 def without_gaps(value: Any) -> Any:

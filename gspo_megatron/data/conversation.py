@@ -6,10 +6,10 @@ of the new messages alone is appended: it is taken from a conversation whose las
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
+
+from gspo_megatron.data.conversation_lines import with_argument_object
 
 Message = Mapping[str, Any]
 """One message as OpenAI's chat interface has it: `role`, `content`, and `tool_calls` or `tool_call_id`."""
@@ -89,17 +89,7 @@ def _with_arguments(message: Message) -> dict[str, Any]:
     """A message whose calls hold their arguments as an object, as templates expect them; clients send JSON text."""
     made = dict(message)
     if made.get("tool_calls"):
-        made["tool_calls"] = [_read_call(call) for call in made["tool_calls"]]
+        made["tool_calls"] = [with_argument_object(call) for call in made["tool_calls"]]
     if made.get("content") is None:
         made["content"] = ""
     return made
-
-
-def _read_call(call: Mapping[str, Any]) -> dict[str, Any]:
-    function = dict(call["function"])
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        # What is no JSON the template writes as it is.
-        with contextlib.suppress(ValueError):
-            function["arguments"] = json.loads(arguments)
-    return {**call, "function": function}

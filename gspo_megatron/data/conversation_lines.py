@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 ASKING = ("user", "tool")
@@ -55,12 +55,16 @@ def _read_message(message: Any, number: int) -> dict[str, Any]:
 
 
 def _read_call(call: Any, number: int) -> dict[str, Any]:
-    """A call with its arguments as an object, as templates expect them; clients write JSON text."""
+    """A call as a template takes it; clients write JSON text."""
     if not (isinstance(call, dict) and isinstance(call.get("function"), dict)):
         raise ValueError(f"messages of which number {number} has tool_calls without `function`; write it")
+    return with_argument_object(call)
+
+
+def with_argument_object(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a call with its arguments as an object, as templates expect them; what is no JSON stays a text."""
     function = dict(call["function"])
     if isinstance(function.get("arguments"), str):
-        # What is no JSON the template writes as it is.
         with contextlib.suppress(ValueError, RecursionError):
             function["arguments"] = json.loads(function["arguments"])
     return {**call, "function": function}

@@ -12,6 +12,7 @@ from typing import Any
 
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.data.sentencepiece_files import write_sentencepiece
+from gspo_megatron.data.stop_ids import GENERATION_CONFIG
 from gspo_megatron.data.tokenizers import load_tokenizer
 
 TOKENIZER_FILES = (
@@ -22,7 +23,6 @@ TOKENIZER_FILES = (
 """Files of a Hugging Face tokenizer, whatever its class; beside them `*.tiktoken`, and modules that it brings along."""
 FOLDERS = ("additional_chat_templates",)
 PATTERNS = ("*.tiktoken", "tokenization_*.py")
-GENERATION = "generation_config.json"
 SENTENCEPIECE = "sentencepiece.model"
 """Name of a SentencePiece model in a run directory."""
 
@@ -41,13 +41,13 @@ def keep_tokenizer(recipe: Recipe, directory: Path) -> None:
     # transformers takes the class of a tokenizer that does not name it from there.
     if (path / "config.json").is_file():
         shutil.copyfile(path / "config.json", directory / "config.json")
-    settings = [_read(place / GENERATION) for place in dict.fromkeys((path, model)) if place is not None]
+    settings = [_read(place / GENERATION_CONFIG) for place in dict.fromkeys((path, model)) if place is not None]
     stops = [stop for values in settings for stop in _stops(values)]
     merged = {key: value for values in settings for key, value in values.items()}
     if stops:
         merged["eos_token_id"] = list(dict.fromkeys(stops))
     if merged:
-        (directory / GENERATION).write_text(json.dumps(merged, indent=1))
+        (directory / GENERATION_CONFIG).write_text(json.dumps(merged, indent=1))
 
 
 def write_tokenizer(recipe: Recipe, kept: Path, directory: Path) -> None:
@@ -74,8 +74,8 @@ def write_tokenizer(recipe: Recipe, kept: Path, directory: Path) -> None:
         assert place is not None
         copy_tokenizer(place, directory)
         written = {}
-    settings = {**_read(place / GENERATION), **written, "eos_token_id": list(tokenizer.stop_ids)}
-    (directory / GENERATION).write_text(json.dumps(settings, indent=1))
+    settings = {**_read(place / GENERATION_CONFIG), **written, "eos_token_id": list(tokenizer.stop_ids)}
+    (directory / GENERATION_CONFIG).write_text(json.dumps(settings, indent=1))
 
 
 def copy_tokenizer(source: Path, directory: Path) -> None:

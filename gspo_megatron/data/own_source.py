@@ -11,6 +11,7 @@ from typing import Any
 
 from gspo_megatron.config.hooks import load_hook
 from gspo_megatron.config.loading import RecipeError, refuse
+from gspo_megatron.config.plugins import describe_fault
 from gspo_megatron.config.task_sections import DataSection
 from gspo_megatron.data.conversation_lines import question_key
 from gspo_megatron.data.json_lines import HALF_PAIR, broken_line
@@ -18,7 +19,7 @@ from gspo_megatron.data.problem_lines import hash_problems, make_problem
 from gspo_megatron.types import Problem
 
 KEY = "data.source"
-HELD_OUT = "held_out"
+TRAIN, HELD_OUT = "train", "held_out"
 """Split of the held-out problems; the others are the stages of a run, `train` and `cold_start`."""
 SPAN = 10_000
 """Consecutive positions without a usable problem after which a source counts as exhausted."""
@@ -96,8 +97,8 @@ class OwnProblems:
             raise
         # The code is the user's own and may raise anything.
         except Exception as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            message = f"{self._section.source} raised {reason} at position {place} of {stage}"
+            fault = describe_fault(error)
+            message = f"{self._section.source} raised {fault} at position {place} of {stage}"
             raise refuse("source-raised", KEY, message, f"see `gspo check {self._section.source}`") from None
 
 
@@ -124,7 +125,7 @@ def check_source(found: Any) -> list[str]:
     if inspect.iscoroutinefunction(found) or inspect.isasyncgenfunction(found):
         raise ValueError("is `async`; yield from a plain function")
     try:
-        inspect.signature(found).bind("train", 0, 0)
+        inspect.signature(found).bind(TRAIN, 0, 0)
     except TypeError as error:
         if "options" in str(error) or "missing" in str(error):
             # The recipe's options may fill in the rest.
@@ -147,9 +148,9 @@ def try_source(found: Any, samples: object = None) -> list[str]:
     """
     section = DataSection(path=Path("-"), held_out=0)
     checked = []
-    for split in ("train", HELD_OUT):
+    for split in (TRAIN, HELD_OUT):
         lines = _take(found, split, 0, TRIED)
-        if not lines and split == "train":
+        if not lines and split == TRAIN:
             raise ValueError("yields no line of the split 'train'; yield at least one")
         try:
             for place, line in enumerate(lines):
@@ -172,4 +173,4 @@ def _take(found: Any, split: str, start: int, count: int) -> list[Any]:
         return list(islice(found(split, 0, start), count))
     # The code is the user's own and may raise anything.
     except Exception as error:
-        raise ValueError(f"raised {type(error).__name__}: {error} for ({split!r}, 0, {start})") from None
+        raise ValueError(f"raised {describe_fault(error)} for ({split!r}, 0, {start})") from None

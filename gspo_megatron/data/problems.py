@@ -17,7 +17,7 @@ from gspo_megatron.config.schema import Recipe
 from gspo_megatron.config.task_sections import DataSection
 from gspo_megatron.data.conversation_lines import problem_id
 from gspo_megatron.data.mixture import Mixture, keep_within
-from gspo_megatron.data.own_source import OwnProblems
+from gspo_megatron.data.own_source import TRAIN, OwnProblems
 from gspo_megatron.data.problem_lines import hash_problems, read_problems, without_held_out
 from gspo_megatron.types import Problem
 
@@ -77,7 +77,7 @@ def every_problem(recipe: Recipe) -> Iterator[Problem]:
     source = open_problems(recipe.data, needs_answer=not recipe.reward.is_own)
     yield from source.held_out
     for position in range(source.span):
-        if problem := source.draw("training", recipe.run.seed, position):
+        if problem := source.draw(TRAIN, recipe.run.seed, position):
             yield problem
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gspo_megatron.config.hooks import load_hook
+from gspo_megatron.config.plugins import describe_fault
 from gspo_megatron.config.task_sections import TokenizerSection
 from gspo_megatron.data.tokenizers import HuggingFaceTokenizer, Tokenizer
 from gspo_megatron.types import Problem
@@ -63,7 +64,7 @@ def encode_own(render: Any, line: dict[str, Any], chat: Chat) -> list[int]:
         made = render(line, chat)
     # The code is the user's own and may raise anything.
     except Exception as error:
-        raise ValueError(f"the rendering raised {type(error).__name__}: {' '.join(str(error).split())}") from None
+        raise ValueError(f"the rendering raised {describe_fault(error)}") from None
     if isinstance(made, str):
         if made.encode("utf-8", "replace") != made.encode("utf-8", "surrogatepass"):
             raise ValueError("the rendering returned half of a surrogate pair; return characters")

@@ -10,7 +10,7 @@ from typing import Any
 from gspo_megatron.config.loading import RecipeError, refuse
 from gspo_megatron.config.refusal import quote
 
-FILE = "generation_config.json"
+GENERATION_CONFIG = "generation_config.json"
 
 
 def read_stop_ids(directory: Path, eos: int | None, known: Iterable[int]) -> tuple[int, ...]:
@@ -27,12 +27,13 @@ def read_stop_ids(directory: Path, eos: int | None, known: Iterable[int]) -> tup
     Raises:
         RecipeError: the file names something that is no id of the vocabulary, or neither names an id.
     """
-    named, ids = _read_named(directory / FILE), set(known)
+    named, ids = _read_named(directory / GENERATION_CONFIG), set(known)
     for value in named:
         # bool is a number to Python, and no id.
         if not isinstance(value, int) or isinstance(value, bool) or value not in ids:
             raise _refuse_file(
-                directory / FILE, f"eos_token_id={quote(value)} is no id of the tokenizer, which has {len(ids)}"
+                directory / GENERATION_CONFIG,
+                f"eos_token_id={quote(value)} is no id of the tokenizer, which has {len(ids)}",
             )
     own: list[Any] = [] if eos is None else [eos]
     found: tuple[int, ...] = tuple(dict.fromkeys(own + named))
@@ -40,8 +41,9 @@ def read_stop_ids(directory: Path, eos: int | None, known: Iterable[int]) -> tup
         raise refuse(
             "stop-id-missing",
             "tokenizer.path",
-            f"{directory} names no eos token, neither in the tokenizer nor in {FILE}: no response would stop",
-            f"set eos_token in tokenizer_config.json, or eos_token_id in {FILE}",
+            f"{directory} names no eos token, neither in the tokenizer nor in {GENERATION_CONFIG}: no "
+            "response would stop",
+            f"set eos_token in tokenizer_config.json, or eos_token_id in {GENERATION_CONFIG}",
         )
     return found
 

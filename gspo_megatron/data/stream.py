@@ -12,6 +12,7 @@ from typing import Any
 from gspo_megatron.config.loading import refuse
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.data.conversation_lines import question_key
+from gspo_megatron.data.own_source import TRAIN
 from gspo_megatron.data.problems import open_problems
 from gspo_megatron.data.prompt_writer import PromptWriter
 from gspo_megatron.data.tokenizers import Tokenizer
@@ -65,7 +66,7 @@ class PromptStream:
         """Return the next prompts of the training stream. Indices continue from the last call."""
         prompts = []
         for _ in range(count):
-            problem, ids, self._position = self._draw("train", self._position, self.skipped)
+            problem, ids, self._position = self._draw(TRAIN, self._position, self.skipped)
             prompts.append(Prompt(index=self._index, problem=problem, token_ids=ids))
             self._index += 1
         return prompts
@@ -118,7 +119,7 @@ class PromptStream:
         """
         lengths, left_out, first = [], Counter[str](), dict[str, str]()
         for position in range(self._source.span if positions is None else min(positions, self._source.span)):
-            problem = self._source.draw("train", self._seed, position)
+            problem = self._source.draw(TRAIN, self._seed, position)
             ids, reason, sentence = ((), HELD_OUT, "") if problem is None else self.encode(problem)
             if not reason:
                 lengths.append(len(ids))
@@ -134,7 +135,7 @@ class PromptStream:
             count: number of problems.
             stage: name of the stage, e.g. `cold_start`. Each stage has its own order.
         """
-        if stage == "train":
+        if stage == TRAIN:
             raise ValueError("stage 'train' is the reinforcement learning stream; choose another name")
         problems, position, skipped = [], 0, Counter[str]()
         while len(problems) < count:

@@ -12,6 +12,7 @@ from typing import Any
 
 from gspo_megatron.config.hook_samples import Samples
 from gspo_megatron.config.hooks import load_hook
+from gspo_megatron.config.plugins import describe_fault
 from gspo_megatron.environments.environment import MessageEncoder, ModelTurn, Reply, TokenCodec, Turn
 from gspo_megatron.environments.tool_calls import read_turn
 from gspo_megatron.types import Problem
@@ -69,8 +70,7 @@ def read_reply(reply: object) -> Reply:
             f"the state is not JSON-serialisable ({error}); keep numbers, texts, lists and dicts"
         ) from None
     seen = reply.observation
-    kinds = {int: "ids", dict: "messages"}
-    if not isinstance(seen, str) and not any(all(isinstance(one, kind) for one in seen) for kind in kinds):
+    if not isinstance(seen, str) and not any(all(isinstance(one, kind) for one in seen) for kind in (int, dict)):
         raise ValueError("the observation is neither a text nor a list of messages or of token ids; return one of them")
     if not isinstance(reply.done, bool):
         raise ValueError(f"done={reply.done!r} is no bool; return True to end the episode")
@@ -147,8 +147,9 @@ def try_episodes(found: Any, samples: Samples | None = None) -> list[str]:
         raise ValueError(f"{what} raised KeyError: {error}; reply to any text") from None
     except ValueError as fault:
         raise ValueError(f"{what}: {fault}") from None
+    # The code is the user's own and may raise anything.
     except (Exception, SystemExit) as error:
-        raise ValueError(f"{what} raised {type(error).__name__}: {error}; reply to any text") from None
+        raise ValueError(f"{what} raised {describe_fault(error)}; reply to any text") from None
     if line != given:
         raise ValueError("changed the line of the problem, which all responses to it share; copy it first")
     return [f"replied to {len(TURNS)} sample turns; {ends} of them ended the episode, {rewarded} had a reward"]

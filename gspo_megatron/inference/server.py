@@ -20,6 +20,7 @@ from pathlib import Path
 
 from gspo_megatron.cluster.child_processes import bind_forked_children, die_with_parent
 from gspo_megatron.cluster.gpu_parts import cuda_fault
+from gspo_megatron.cluster.hosts import LOADED
 from gspo_megatron.cluster.machines import machine_of, takes_turns
 from gspo_megatron.cluster.watchdog import follow
 from gspo_megatron.config.loading import RecipeError
@@ -69,7 +70,7 @@ def _read_arguments() -> argparse.Namespace:
     parser.add_argument("--part", type=int, default=0, help="which node's part of the server this is, from 0")
     parser.add_argument("--of", type=int, default=1, help="nodes that the server spans")
     parser.add_argument("--meet", default="", help="ADDRESS:PORT on the first node, where the parts find each other")
-    parser.add_argument("--loaded", action="store_true", help="serve the weights in model/: no update will come")
+    parser.add_argument(LOADED, action="store_true", help="serve the weights in model/: no update will come")
     return parser.parse_args()
 
 

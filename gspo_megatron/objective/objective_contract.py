@@ -37,6 +37,7 @@ def check_objective(found: Any) -> list[str]:
     try:
         loss = policy_loss(spec, inputs).loss
         loss.backward()
+    # The code is the user's own and may raise anything.
     except Exception as error:
         raise ValueError(f"its loss fails ({describe_fault(error)}); correct the axes") from None
     gradient = inputs.logprobs.grad
@@ -64,6 +65,7 @@ def check_trust_rule(found: Any, spec: ObjectiveSpec | None = None) -> list[str]
     terms = _sample_terms(spec or ObjectiveSpec(ratio_level="token").model_copy(update={"options": _AnyOption()}))
     try:
         result = found(terms)
+    # The code is the user's own and may raise anything.
     except Exception as error:
         raise ValueError(f"raised {describe_fault(error, source_of(found))}; take all numbers from terms") from None
     if not isinstance(result, Surrogate):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -70,6 +70,11 @@ class Plan:
         return any(finding.severity == "error" for finding in self.findings)
 
 
+def by_severity(findings: Iterable[Finding]) -> list[Finding]:
+    """Findings with the errors first, else in their order."""
+    return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))
+
+
 def make_plan(recipe: Recipe, nodes: int | None = None, gpu: GpuKind | None = None, runs_here: bool = False) -> Plan:
     """Plan a recipe on the machines it names.
 
@@ -91,7 +96,7 @@ def add_not_built(plan: Plan) -> Plan:
 def add_contents(plan: Plan) -> Plan:
     """Add what the files of problems and tokenizer hold, as far as they are here."""
     found = [*plan.findings, *read_contents(plan.recipe, runs_here=False)]
-    return replace(plan, findings=tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))))
+    return replace(plan, findings=tuple(by_severity(found)))
 
 
 def read_contents(recipe: Recipe, runs_here: bool) -> list[Finding]:
@@ -128,7 +133,7 @@ def check_evaluation(recipe: Recipe) -> list[Finding]:
     found = [*held_out.findings(recipe), *model_files.findings(recipe, recipe.arch, runs_here=True)]
     found += [*data_files.findings(recipe, runs_here=True), *own_reward.findings(recipe, runs_here=True)]
     found += own_programs.findings(recipe)
-    return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
+    return by_severity(found)
 
 
 def _plan(recipe: Recipe, where: Machine, runs_here: bool) -> Plan:
@@ -187,7 +192,7 @@ def _settle(found: list[Finding], recipe: Recipe) -> Iterator[Finding]:
         if code not in raised:
             message = f"no warning with this code is raised; the reason given was: {reason}"
             settled.append(Finding("acknowledged-nothing", "warning", f"acknowledge.{code}", message, "remove it"))
-    yield from sorted(settled, key=lambda finding: SEVERITIES.index(finding.severity))
+    yield from by_severity(settled)
 
 
 def _acknowledge(finding: Finding, reasons: dict[str, str]) -> Finding:

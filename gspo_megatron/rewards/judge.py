@@ -33,7 +33,7 @@ _GRADE = re.compile(
     r"(?:score|grade|rating|verdict)\W{0,5}?[:=]\W{0,5}?(-?\d+(?:\.\d+)?)(?:\s*/\s*(\d+(?:\.\d+)?))?(?![\w.,]?\d)",
     re.IGNORECASE,
 )
-_NUMBER = re.compile(r"()(-?\d+(?:\.\d+)?)(?:\s*/\s*(\d+(?:\.\d+)?))?\.?")
+_NUMBER = re.compile(r"(-?\d+(?:\.\d+)?)(?:\s*/\s*(\d+(?:\.\d+)?))?\.?")
 
 
 def longest_wait(section: JudgeSection) -> float:
@@ -166,7 +166,7 @@ class Inquiry:
         match = found[-1] if found else _NUMBER.fullmatch(text.strip())
         if match is None:
             raise JudgeFailed(f"the answer holds no grade: {_shorten(text[-_QUOTED:])}")
-        grade, scale = (float(part) if part else None for part in match.groups()[-2:])
+        grade, scale = (float(part) if part else None for part in match.groups())
         assert grade is not None
         if not lowest <= grade <= highest or scale not in (None, highest):
             raise JudgeFailed(f"the grade {_shorten(match[0])} is outside {lowest:g} to {highest:g}")
@@ -176,14 +176,8 @@ class Inquiry:
         """What was used, as parts of a reward that are measured and not rewarded."""
         used = self.usage
         cost = used.prompt_tokens * self._section.prompt_price + used.answer_tokens * self._section.answer_price
-        return (
-            ("_judge_requests", float(used.requests)),
-            ("_judge_retries", float(used.retries)),
-            ("_judge_prompt_tokens", float(used.prompt_tokens)),
-            ("_judge_answer_tokens", float(used.answer_tokens)),
-            ("_judge_unmetered", float(used.unmetered)),
-            ("_judge_cost", cost / 1e6),
-        )
+        counted = ((f"_judge_{name}", float(getattr(used, name))) for name in Usage.__slots__)
+        return (*counted, ("_judge_cost", cost / 1e6))
 
     async def _ask(self, body: Mapping[str, object]) -> str:
         """One attempt. Raises _Again or JudgeFailed."""

@@ -161,6 +161,7 @@ def _call(found: Any, line: _Line, sample: RewardInput, ask: Callable[..., Any])
                 result = asyncio.run(result)
     except OutOfTime:
         raise ValueError(f"took more than {SAMPLE_SECONDS:g} s for one response; set a limit within it") from None
+    # The code is the user's own and may raise anything.
     except (Exception, SystemExit) as error:
         if isinstance(error, KeyError) and error.args == tuple(line.missing[-1:]):
             raise _MissingField(error.args[0]) from None

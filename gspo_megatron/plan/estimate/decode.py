@@ -7,6 +7,7 @@ from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.plan.estimate import flops
 from gspo_megatron.plan.estimate.batch import PROMPT_SHARE
+from gspo_megatron.plan.estimate.layer_time import link_speed
 from gspo_megatron.plan.estimate.practice import OURS, Practice
 from gspo_megatron.types import ITEM_BYTES
 
@@ -57,9 +58,9 @@ def _sum_seconds(
         return 0.0
     states = 2 * batch * arch.hidden_size * element * (tensor - 1) / tensor
     if tensor > machine.domain:
-        return practice.rates.far_sum_seconds + states / (machine.device.network * practice.rates.network_share)
+        return practice.rates.far_sum_seconds + states / link_speed(machine, practice, inside=False)
     least = practice.rates.sum_seconds + SUM_PER_RANK * tensor
-    return least + states / (machine.device.node_link * practice.rates.link_share)
+    return least + states / link_speed(machine, practice, inside=True)
 
 
 def prefill_seconds(

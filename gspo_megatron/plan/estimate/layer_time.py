@@ -125,7 +125,7 @@ def _ring_seconds(arch: Architecture, layout: Layout, machine: Machine, slot: Sl
         return 0.0
     groups = max(1.0, arch.num_key_value_heads / layout.tensor)
     moved = slot.tokens * 2 * groups * arch.head_dim * 2 * (layout.context - 1)
-    return moved / _speed(machine, practice, machine.domain % (layout.tensor * layout.context) == 0)
+    return moved / link_speed(machine, practice, machine.domain % (layout.tensor * layout.context) == 0)
 
 
 def _at(points: tuple[tuple[int, float], ...], length: float) -> float:
@@ -175,7 +175,7 @@ def _tensor_seconds(arch: Architecture, layout: Layout, machine: Machine, slot: 
     if layout.tensor == 1:
         return 0.0
     inside = machine.domain % layout.tensor == 0
-    speed = _speed(machine, practice, inside)
+    speed = link_speed(machine, practice, inside)
     states = slot.tokens * arch.hidden_size * 2 * (layout.tensor - 1) / layout.tensor
     found = (2 if arch.num_experts else 4) * states / speed
     if layout.tensor > arch.num_key_value_heads:  # every rank gathers the queries, keys and values of all heads
@@ -192,7 +192,7 @@ def _dispatch_seconds(arch: Architecture, layout: Layout, machine: Machine, slot
     state, sent = arch.hidden_size * 2, slot.tokens / layout.tensor
     # Ranks that hold slices of the same experts gather the rows of all of them, and scatter the sums.
     shared = 2 * sent * state * arch.num_experts_per_tok * (layout.expert_tensor - 1)
-    gathered = shared / _speed(machine, practice, machine.domain % layout.expert_tensor == 0)
+    gathered = shared / link_speed(machine, practice, machine.domain % layout.expert_tensor == 0)
     ranks = layout.expert
     if ranks == 1:
         return gathered
@@ -205,11 +205,12 @@ def _dispatch_seconds(arch: Architecture, layout: Layout, machine: Machine, slot
         # One copy to each node that has a chosen expert, and from there one to each rank that has.
         outside = (nodes - 1) * (1 - (1 - 1 / nodes) ** chosen)
         inside = (ranks - nodes) * (1 - (1 - 1 / ranks) ** chosen)
-    seconds = 2 * sent * state * (outside / _speed(machine, practice, False) + inside / _speed(machine, practice, True))
+    copies = outside / link_speed(machine, practice, False) + inside / link_speed(machine, practice, True)
+    seconds = 2 * sent * state * copies
     return gathered + seconds * (1 - practice.rates.hidden_share if practice.dispatch == "overlapped" else 1)
 
 
-def _speed(machine: Machine, practice: Practice, inside: bool) -> float:
+def link_speed(machine: Machine, practice: Practice, inside: bool) -> float:
     """Bytes/s of a collective inside a node, or between nodes."""
     if inside:
         return machine.device.node_link * practice.rates.link_share

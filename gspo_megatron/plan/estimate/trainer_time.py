@@ -6,7 +6,7 @@ from gspo_megatron.cluster.machines import Machine
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.parallel import Layout
 from gspo_megatron.plan.estimate.batch import BatchPlan
-from gspo_megatron.plan.estimate.layer_time import LayerTime, Seconds, Slot, head_time, layer_time
+from gspo_megatron.plan.estimate.layer_time import LayerTime, Seconds, Slot, head_time, layer_time, link_speed
 from gspo_megatron.plan.estimate.memory import held_by
 from gspo_megatron.plan.estimate.practice import OURS, Practice
 from gspo_megatron.plan.rules.layout import spans
@@ -101,11 +101,8 @@ def _send_seconds(recipe: Recipe, layout: Layout, machine: Machine, slot: Slot, 
     """Send the states of a micro-batch to the next stage."""
     if layout.pipeline == 1:
         return 0.0
-    inside = layout.world <= machine.domain
-    link = machine.device.node_link if inside else machine.device.network
-    share = practice.rates.link_share if inside else practice.rates.network_share
     states = slot.tokens / layout.tensor * recipe.arch.hidden_size * ITEM_BYTES[recipe.model.dtype]
-    return (practice.virtual or layout.virtual) * states / (link * share)
+    return (practice.virtual or layout.virtual) * states / link_speed(machine, practice, layout.world <= machine.domain)
 
 
 def update_seconds(
@@ -127,9 +124,8 @@ def update_seconds(
     if not practice.fuses_accumulation and not machine.is_cpu:
         step += practice.rates.tensor_seconds * sum(len(chunk.dense) + len(chunk.expert) for chunk in held)
     for parameters, copies, near in kinds:
-        link = machine.device.node_link if near else machine.device.network
-        share = practice.rates.link_share if near else practice.rates.network_share
-        moved += parameters * (practice.gradient_bytes + weight) * (copies - 1) / copies / (link * share)
+        sent = parameters * (practice.gradient_bytes + weight) * (copies - 1) / copies
+        moved += sent / link_speed(machine, practice, near)
         shard = parameters / (copies if recipe.trainer.distributed_optimizer else 1)
         step += shard * OPTIMIZER_BYTES / (machine.device.bandwidth * practice.rates.copy_share)
         # Zeroing the buffer, and the norm of the gradients.
