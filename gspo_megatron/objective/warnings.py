@@ -12,6 +12,8 @@ MOSTLY_CLIPPED = 0.45
 """Share of a mini-batch: at 0.5 every answer that should become less likely is clipped and every other one is not."""
 UNMOVED = 1e-6
 """Largest |log s| that rounding can leave where no weight has changed."""
+MOSTLY_TRUNCATED = 0.5
+"""Share of the responses above which a rule for long ones decides what is learned."""
 
 
 def runtime_warnings(spec: ObjectiveSpec, metrics: Mapping[str, float]) -> list[Finding]:
@@ -23,6 +25,7 @@ def runtime_warnings(spec: ObjectiveSpec, metrics: Mapping[str, float]) -> list[
     """
     found = [_constant_reward(metrics), _mostly_clipped(metrics), _first_minibatch_moved(spec, metrics)]
     found += [_mismatch_wider_than_band(spec, metrics), _nonfinite(metrics), _unscored(metrics)]
+    found.append(_mostly_truncated(spec, metrics))
     return [finding for finding in found if finding is not None]
 
 
@@ -105,4 +108,21 @@ def _unscored(metrics: Mapping[str, float]) -> Finding | None:
         + ", ".join(f"{value:.0f} {kind}" for kind, value in sorted(kinds.items()))
         + ") and count as wrong",
         "the controller's log quotes the first failure of each kind",
+    )  # fmt: skip
+
+
+def _mostly_truncated(spec: ObjectiveSpec, metrics: Mapping[str, float]) -> Finding | None:
+    share = metrics.get("truncated", 0.0)
+    if spec.overlong == "none" or share <= MOSTLY_TRUNCATED:
+        return None
+    consequence = {
+        "filter": "not trained on, so nothing makes them shorter",
+        "zero": "scored as wrong",
+        "soft": "charged the whole penalty",
+    }[spec.overlong]
+    softer = "" if spec.overlong == "soft" else ", or set objective.overlong=soft, which charges by length"
+    return Finding(
+        "mostly-truncated", "warning", "objective.overlong",
+        f"{share:.0%} of the responses are cut at their limit; with overlong={spec.overlong} they are {consequence}",
+        f"raise rollout.max_answer_tokens{softer}",
     )  # fmt: skip

@@ -14,15 +14,8 @@ from gspo_megatron.cluster.machines import takes_turns
 from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.data.model_directory import write_tokenizer
-from gspo_megatron.data.samples import select, split
 from gspo_megatron.data.store import SampleStore
-from gspo_megatron.objective import (
-    Sums,
-    add_sums,
-    finalize_step,
-    is_trained,
-    runtime_warnings,
-)
+from gspo_megatron.objective import Sums, add_sums, finalize_step, runtime_warnings
 from gspo_megatron.policy.instruments import RouterInstruments
 from gspo_megatron.policy.microbatch import MicroBatch
 from gspo_megatron.policy.offload import bytes_at_rest
@@ -35,6 +28,7 @@ from gspo_megatron.trainer import failure_dump, response_advantages
 from gspo_megatron.trainer.batches import Batcher, MiniBatch, ScoredMicroBatch, TrainingMicroBatch, charge_divergence
 from gspo_megatron.trainer.failure_dump import TrainedUpdate, write_dump
 from gspo_megatron.trainer.metric_sums import TOKEN_ENTROPY, count_left_out, reduce_sums, zero_sums
+from gspo_megatron.trainer.trained_responses import choose_trained
 from gspo_megatron.trainer.training_loss import make_loss
 from gspo_megatron.transport.controller_client import ControllerClient
 from gspo_megatron.transport.messages import EvaluationRequest, RolloutRequest
@@ -138,12 +132,8 @@ class Trainer:
     def score_old_policy(self, refs: Sequence[SampleRef]) -> list[MiniBatch[ScoredMicroBatch]]:
         """Pack a rollout batch into mini-batches and score each under the old and the reference weights."""
         with self.log.time("pack"):
-            # A response that the length rule leaves out still counts in its group's mean.
-            trained = [ref for ref in refs if is_trained(self.spec, ref.stop_reason == "length")]
-            self.log.add({"dropped/filtered": len(refs) - len(trained)} if len(trained) < len(refs) else {})
-            kept = select(trained)
-            self.log.add({f"dropped/{reason}": count for reason, count in kept.dropped.items()})
-            parts = split(kept.refs, self.recipe.batch.updates)
+            parts, dropped = choose_trained(self.recipe, self.spec, refs)
+            self.log.add({f"dropped/{reason}": count for reason, count in dropped.items()})
             silent = response_advantages.responses_left_out(self.recipe, self.spec, refs, parts)
             placed = [self.batcher.place_refs([ref for ref in part if ref not in silent]) for part in parts]
         minibatches = []

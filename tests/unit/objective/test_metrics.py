@@ -183,3 +183,23 @@ def test_nonfinite_logprobs_are_counted_where_nobody_may_look() -> None:
 
 def test_the_example_of_the_readme_runs() -> None:
     exec(README.split("```python")[1].split("```")[0], {})
+
+
+@pytest.mark.parametrize(
+    ("overlong", "consequence", "fix"),
+    [
+        ("filter", "not trained on", "objective.overlong=soft"),
+        ("zero", "scored as wrong", "objective.overlong=soft"),
+        ("soft", "charged the whole penalty", "raise rollout.max_answer_tokens"),
+    ],
+)
+def test_mostly_truncated_names_what_the_recipe_does_with_them(overlong: str, consequence: str, fix: str) -> None:
+    spec = preset("gspo").replace(overlong=overlong, overlong_buffer=4 if overlong == "soft" else None)
+    logged = finalize_step([sums_of(on_policy(0))])
+    (finding,) = runtime_warnings(spec, logged | {"truncated": 0.75})
+    assert (finding.code, finding.severity, finding.key) == ("mostly-truncated", "warning", "objective.overlong")
+    said = f"75% of the responses are cut at their limit; with overlong={overlong} they are {consequence}"
+    assert said in str(finding)
+    assert fix in finding.fix and "rollout.max_answer_tokens" in finding.fix
+    assert runtime_warnings(spec, logged | {"truncated": 0.5}) == []
+    assert runtime_warnings(preset("gspo"), logged | {"truncated": 1.0}) == []  # no rule, no consequence

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from gspo_megatron.config import RecipeError
 from gspo_megatron.models import parse_recipe
 from gspo_megatron.objective import BatchTotals, group_advantages
 from gspo_megatron.trainer.step import Trainer
@@ -112,3 +113,22 @@ def test_denominators_count_trained_tokens() -> None:
     [minibatch] = trainer.score_old_policy([*REFS, talked, mute])
     assert minibatch.totals == BatchTotals(5, 4 + 10 + 12 + 5 + 6)
     assert packed == [[*REFS, talked]] and trainer.log.row == {"dropped/empty-answer": 1}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("objective", "refs", "key", "said"),
+    [
+        ({"overlong": "filter"}, [answer(0, LIMIT), answer(1, LIMIT)], "objective.overlong",
+         r"filter left out 2 of 2 responses cut at their limit, and 0 of 1 groups are left for .*; raise .*soft"),
+        ({}, [answer(0, 3, masked=(Masked(0, 3, "observation"),)), replace(answer(1, 3), stop_reason="abort")],
+         "batch.updates", r"1 aborted and 1 empty-answer of 2 responses were left out, and 0 of 1 groups are left"),
+        ({"overlong": "filter"}, [answer(0, LIMIT), replace(answer(1, 3), stop_reason="abort")], "objective.overlong",
+         "left out 1 of 2 responses cut at their limit, 1 aborted"),
+    ],
+)  # fmt: skip
+def test_too_few_groups_name_the_key_that_left_them_out(
+    objective: dict[str, Any], refs: list[SampleRef], key: str, said: str
+) -> None:
+    with pytest.raises(RecipeError, match=said) as refusal:
+        make_trainer(**objective).score_old_policy(refs)
+    assert [finding.key for finding in refusal.value.findings] == [key]
