@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Any
 
 RELATIVE = 1e-5
@@ -11,13 +12,15 @@ _DIGITS = 30
 
 def is_near(wanted: Any, found: Any) -> bool:
     """Whether each number in one expression is near the one in its place in the other; True where there are none."""
-    from sympy.core.relational import Eq, Relational
+    from sympy.core.relational import Eq
+    from sympy.logic.boolalg import Boolean
 
     if isinstance(wanted, Eq) and isinstance(found, Eq):
         return wanted.lhs != found.lhs or is_near(wanted.rhs, found.rhs)
     wanted, found = (side.rhs if isinstance(side, Eq) else side for side in (wanted, found))
-    if isinstance(wanted, Relational) or isinstance(found, Relational):
-        return True  # solved by math-verify
+    wanted, found = (_solution(side) if isinstance(side, Boolean) else side for side in (wanted, found))
+    if wanted is None or found is None:
+        return True
     members = [_members(side) for side in (wanted, found)]
     if members == [None, None]:
         return _is_near_number(wanted, found)
@@ -25,15 +28,25 @@ def is_near(wanted: Any, found: Any) -> bool:
     return len(first) == len(second) and _pair_up(first, second)
 
 
+def _solution(relation: Any) -> Any:
+    """The numbers that a relation of one symbol admits; None = math-verify's verdict on it counts."""
+    if len(relation.free_symbols) != 1:
+        return None
+    try:
+        return relation.as_set()
+    except (NotImplementedError, TypeError, ValueError, AttributeError):  # no inequality that sympy solves
+        return None
+
+
 def _members(side: Any) -> list[Any] | None:
-    """What a set, a tuple, an interval or a matrix is made of; None for anything else."""
-    from sympy import FiniteSet, Interval, MatrixBase, Tuple
+    """What a set, a union, a tuple, an interval or a matrix is made of; None for anything else."""
+    from sympy import FiniteSet, Interval, MatrixBase, Tuple, Union
 
     if isinstance(side, Interval):
         return [side.start, side.end]
     if isinstance(side, MatrixBase):
         return list(side.flat())
-    return list(side.args) if isinstance(side, FiniteSet | Tuple) else None
+    return list(side.args) if isinstance(side, FiniteSet | Tuple | Union) else None
 
 
 def _pair_up(wanted: list[Any], found: list[Any]) -> bool:
@@ -57,4 +70,5 @@ def _is_near_number(wanted: Any, found: Any) -> bool:
         return True  # words, or sets without a list of members
     if first != first or second != second:
         return True
-    return first == second or abs(first - second) <= RELATIVE * max(abs(first), abs(second))
+    largest = max(abs(first), abs(second))
+    return first == second or (isfinite(largest) and abs(first - second) <= RELATIVE * largest)
