@@ -87,7 +87,7 @@ class ObjectiveSection(Axes):
             return values
         # An override of a text axis is the text `null`.
         changed = {key: value for key, value in values.items() if value is not None and value != "null"}
-        axes = ObjectiveSpec.preset(str(changed.get("preset") or "gspo")).model_dump(exclude={"name"})
+        axes = ObjectiveSpec.preset(str(changed.get("preset", "gspo"))).model_dump(exclude={"name"})
         if isinstance(changed.get("options"), dict):
             changed["options"] = {**axes["options"], **changed["options"]}
         return {**axes, **changed}

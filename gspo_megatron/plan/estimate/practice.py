@@ -29,8 +29,9 @@ class Practice:
     """Times that the head reads or writes the float32 logits in a forward pass. Source: kernels of the H100 slice."""
     whole_logits: bool = False
     """Whether the head holds the logits of a micro-batch: in bfloat16, in float32, and their gradient."""
-    imbalance: float = 0
-    """Work of the fullest rank in a micro-batch, of the mean; 0 = the calibrated one."""
+    packing: Literal["balanced", "first_fit"] = "balanced"
+    """How sequences become micro-batches: so that ranks have equal work; or as many of the mean length as fit, where
+    some rank's are long enough to fill it."""
     rates: Rates = CALIBRATED
     """Measured and fitted rates."""
 

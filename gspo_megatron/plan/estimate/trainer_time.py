@@ -72,8 +72,7 @@ def trainer_times(
         # Scoring has no backward pass to wait for: its stages fill once for all updates of a batch.
         rounds = slots * batch.updates
         whole = busy.times(rounds)
-        imbalance = practice.imbalance or practice.rates.slot_imbalance
-        waiting = whole.total * (imbalance - 1)
+        waiting = whole.total * (_imbalance(recipe, layout, batch, practice) - 1)
         virtual = practice.virtual or layout.virtual
         fills = batch.updates if part == "training" else passes
         waiting += (layout.pipeline - 1) * busy.total / virtual * fills / (1 if part == "training" else passes)
@@ -82,6 +81,16 @@ def trainer_times(
             updating = batch.updates * update_seconds(recipe, layout, machine, practice, busy.total)
         found[part] = TrainerTime(whole, waiting, updating)
     return found
+
+
+def _imbalance(recipe: Recipe, layout: Layout, batch: BatchPlan, practice: Practice) -> float:
+    """Return the work of the fullest rank in a micro-batch, over that of the mean."""
+    if layout.data == 1:
+        return 1.0
+    if practice.packing == "first_fit":
+        room = recipe.trainer.micro_batch_tokens
+        return room / (max(1, room // batch.expected_tokens) * batch.expected_tokens)
+    return practice.rates.slot_imbalance
 
 
 def _slowest(sizes: list[int], layer: Seconds, head: Seconds) -> Seconds:

@@ -66,6 +66,7 @@ MISTAKES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (R30, "placement.walltime_hours", ("placement.walltime_hours=0.5",)),
     (R30, "model.dtype", ("model.dtype=bf16",)),
     (R30, "placement.gpu", ("placement.gpu=v100",)),
+    (R30, "objective", ("objective.preset=",)),
     (R30, "evaluation.every", ("evaluation.problems=3000", "evaluation.every=1")),
     (R30, "evaluation.temperature", ("evaluation.temperature=6",)),
     (R30, "rollout.temperature", ("rollout.temperature=10",)),
