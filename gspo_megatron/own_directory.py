@@ -1,12 +1,14 @@
 """Directories that the package writes: a place is taken if it is missing, empty, or bears the mark of the same kind.
 
 Whatever else is there belongs to somebody: nothing is written into it, over it or deleted. Every run directory, export
-and conversion goes through `claim_directory` or `replace_directory`.
+and conversion goes through `claim_directory` or `replace_directory`. What is replaced as a whole has the digest of each
+file in its mark: a file of ours that somebody edited since is somebody's.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -19,7 +21,11 @@ from typing import Any
 from gspo_megatron.config.refusal import RecipeError, refuse
 
 MARK = ".gspo-megatron.json"
-"""File that marks a directory as ours: its kind and, where the directory is replaced as a whole, the names in it."""
+"""File that marks a directory as ours: its kind and, where it is replaced as a whole, its names and files' digests."""
+WHOLE = 1 << 26
+"""Bytes of a file up to which its digest covers all of it: every config and tokenizer."""
+BLOCKS, BLOCK = 16, 1 << 16
+"""Blocks of a larger file, and their bytes: weights that were trained on, merged or quantised differ in each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +66,13 @@ def directory_fault(path: Path, kind: DirectoryKind) -> str | None:
     names = sorted(entry.name for entry in path.iterdir())
     if not names:
         return None
-    foreign = _foreign_names(path, kind, names)
-    if foreign is None:
+    found = _not_as_written(path, kind, names)
+    if found is None:
         return f"{path} holds {_some(names)}, and nothing marks it as {kind.words}"
-    return f"{path} is {kind.words}, but also holds {_some(foreign)}" if foreign else None
+    foreign, edited = found
+    faults = [f"also holds {_some(foreign)}"] * bool(foreign)
+    faults += [f"{_some(edited)} {'were' if len(edited) > 1 else 'was'} edited since"] * bool(edited)
+    return f"{path} is {kind.words}, but {', and '.join(faults)}" if faults else None
 
 
 def claim_directory(path: Path, kind: DirectoryKind, key: str) -> None:
@@ -89,7 +98,7 @@ def replace_directory(path: Path, kind: DirectoryKind, key: str) -> Iterator[Pat
     """Give a directory to fill, which takes the place of `path` when the block ends without a fault.
 
     Args:
-        path: may be missing, empty, or of this kind and without names that were added to it. A link is followed.
+        path: may be missing, empty, or of this kind and as it was written. A link is followed.
         kind: of the directory.
         key: recipe key or argument that names the path.
 
@@ -108,8 +117,9 @@ def replace_directory(path: Path, kind: DirectoryKind, key: str) -> Iterator[Pat
     try:
         yield partial
         with refuse_unwritable(path, key):
-            names = sorted(file.relative_to(partial).as_posix() for file in partial.rglob("*") if file.name != MARK)
-            _write_mark(partial, {"kind": kind.name, "names": names})
+            files = {file.relative_to(partial).as_posix(): file for file in partial.rglob("*") if file.name != MARK}
+            digests = {name: digest_file(file) for name, file in sorted(files.items()) if file.is_file()}
+            _write_mark(partial, {"kind": kind.name, "names": sorted(files), "digests": digests})
             refuse_foreign(target, kind, key)
             _remove(old)
             if target.exists():
@@ -128,7 +138,8 @@ def refuse_foreign(path: Path, kind: DirectoryKind, key: str) -> None:
     """Raise RecipeError if a directory of this kind must not be written there."""
     fault = directory_fault(path, kind)
     if fault is not None:
-        raise refuse("directory-not-ours", key, fault, "name a directory that is missing or empty; nothing was changed")
+        fix = "move it elsewhere, or name a directory that is missing or empty; nothing was changed"
+        raise refuse("directory-not-ours", key, fault, fix)
 
 
 @contextlib.contextmanager
@@ -146,22 +157,44 @@ def _unwritable(path: Path, key: str, error: OSError) -> RecipeError:
     return refuse("cannot-write", key, message, "name a directory that you can write, on a file system with room")
 
 
-def _foreign_names(path: Path, kind: DirectoryKind, names: Sequence[str]) -> list[str] | None:
-    """Names in a directory of this kind that we did not write; None = it is of no such kind."""
+def _not_as_written(path: Path, kind: DirectoryKind, names: Sequence[str]) -> tuple[list[str], list[str]] | None:
+    """Names in a directory of this kind that we did not write, and ours that changed; None = it is of no such kind."""
     if MARK not in names:
         found = [name for name in names if name not in kind.needed and not re.fullmatch(kind.others, name)]
-        return None if found or not {*kind.needed} <= {*names} else []
+        return None if found or not {*kind.needed} <= {*names} else ([], [])
     try:
         mark = json.loads((path / MARK).read_text(encoding="utf-8"))
         marked, written = mark["kind"], mark.get("names")
         known = None if written is None else {MARK, *written}
+        digests = None if mark.get("digests") is None else dict(mark["digests"])
     except (ValueError, TypeError, LookupError, AttributeError):
         return None
     if marked != kind.name:
         return None
     if known is None:
-        return []
-    return [name for file in sorted(path.rglob("*")) if (name := file.relative_to(path).as_posix()) not in known]
+        return [], []
+    present = {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*"))}
+    foreign = [name for name in present if name not in known]
+    ours = {name: file for name, file in present.items() if name in known and name != MARK and not file.is_dir()}
+    # An earlier version kept no digests.
+    edited = [] if digests is None else [name for name, file in ours.items() if digests.get(name) != digest_file(file)]
+    return foreign, edited
+
+
+def digest_file(file: Path) -> str | None:
+    """Return the SHA-256 of a file's size and content, of a large one's evenly spaced blocks; None = it is no file."""
+    if not file.is_file():
+        return None
+    size = file.stat().st_size
+    digest = hashlib.sha256(f"{size}/".encode())
+    with file.open("rb") as opened:
+        if size <= WHOLE:
+            digest.update(opened.read())
+        else:
+            for number in range(BLOCKS):
+                opened.seek((size - BLOCK) * number // (BLOCKS - 1))
+                digest.update(opened.read(BLOCK))
+    return digest.hexdigest()
 
 
 def _some(names: Sequence[str]) -> str:

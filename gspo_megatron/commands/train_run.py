@@ -91,8 +91,6 @@ def stays_finished(recipe: Recipe) -> bool:
             f"start another run with model.path={run.final}",
         )  # fmt: skip
     print(f"{run.path} holds a finished run of {done} steps; it goes on after step {step}, to step {wanted}")
-    with refuse_unwritable(run.path, KEY):
-        run.done.unlink()
     return False
 
 
@@ -108,8 +106,10 @@ def claim_run(run_dir: Path) -> None:
     claim_directory(run_dir, RUN, KEY)
     run = RunDir(run_dir)
     with refuse_unwritable(run_dir, KEY):
-        # Written when the run ends: said now rather than then.
-        for export in (run.final, *EXPORT.find(run.checkpoints).values()):
+        # Written again by this run, which goes on from there: said now rather than then.
+        done = newest_checkpoint(run_dir)
+        exports = [place for step, place in EXPORT.find(run.checkpoints).items() if step > done]
+        for export in (run.final, *exports):
             refuse_foreign(export, HUGGING_FACE, KEY)
 
 
@@ -119,6 +119,7 @@ def prepare_run(recipe: Recipe) -> Path:
     run = RunDir(recipe.run.directory or absolute_path(f"runs/{recipe.run.name}-{stamp}"))
     claim_run(run.path)
     with refuse_unwritable(run.path, KEY):
+        run.done.unlink(missing_ok=True)  # a finished run that is to have more steps
         run.model.mkdir(parents=True, exist_ok=True)
         save_resolved(recipe, run.recipe)
         batch = recipe.batch

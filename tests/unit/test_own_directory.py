@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gspo_megatron import own_directory
 from gspo_megatron.cli import main
 from gspo_megatron.commands.train_run import prepare_run
 from gspo_megatron.config import RecipeError
@@ -26,6 +30,7 @@ from gspo_megatron.own_directory import (
     replace_directory,
 )
 from gspo_megatron.run_dir import RunDir
+from tests.checkpoints import write_checkpoint
 
 CASES = settings(max_examples=int(os.environ.get("GSPO_FUZZ", "1000")) // 10, deadline=None, print_blob=True)
 RECIPE = "recipes/tiny_moe.yaml"
@@ -111,6 +116,95 @@ def test_our_own_is_written_again_until_somebody_adds_to_it(kind: DirectoryKind,
         assert content(place) == before
 
 
+EDITS: dict[str, Callable[[Path], object]] = {
+    "a byte": lambda file: file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:]),
+    "the last byte": lambda file: file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1])),
+    "longer": lambda file: file.write_bytes(file.read_bytes() + b"x"),
+    "shorter": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "empty": lambda file: file.write_bytes(b""),
+    "replaced": lambda file: file.write_bytes(bytes(byte ^ 3 for byte in file.read_bytes())),
+    "a link": lambda file: (file.unlink(), file.symlink_to(__file__)),
+    "a broken link": lambda file: (file.unlink(), file.symlink_to("/nowhere/at/all")),
+}
+SAME: dict[str, Callable[[Path], object]] = {
+    "nothing": lambda file: None,
+    "touched": lambda file: os.utime(file, (1, 1)),
+    "read": lambda file: file.read_bytes(),
+    "written again": lambda file: file.write_bytes(file.read_bytes()),
+    "mode": lambda file: file.chmod(0o600),
+    "deleted": lambda file: file.unlink(),
+}
+"""What leaves nothing of somebody's in a file."""
+names = st.sampled_from(["config.json", "README.md", "model-00001.safetensors", "tokenizer/chat_template.jinja"])
+
+
+@CASES
+@given(
+    kind=st.sampled_from([HUGGING_FACE, LAYOUT]),
+    files=st.dictionaries(names, st.binary(min_size=2, max_size=64), min_size=1),
+    edits=st.lists(st.tuples(st.integers(0, 3), st.sampled_from([*EDITS, *SAME])), max_size=3),
+    copied=st.booleans(),
+)
+def test_a_file_of_ours_that_somebody_edited_is_somebodys(
+    kind: DirectoryKind, files: dict[str, bytes], edits: list[tuple[int, str]], copied: bool
+) -> None:
+    """Under one of our names too; a copy of what we wrote, touched or not, is still ours."""
+    # Above 16 bytes a file counts as a large one, of which blocks are read.
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        patch.multiple(own_directory, WHOLE=16, BLOCKS=4, BLOCK=4),
+    ):
+        place = Path(directory) / "place"
+        with replace_directory(place, kind, "OUT") as fresh:
+            for name, data in files.items():
+                (fresh / name).parent.mkdir(exist_ok=True)
+                (fresh / name).write_bytes(data)
+        if copied:
+            place = Path(shutil.copytree(place, Path(directory) / "copy"))
+        changed: set[str] = set()
+        for index, edit in edits:
+            name = sorted(files)[index % len(files)]
+            # Never through a link.
+            if not (place / name).is_symlink() and (place / name).is_file() and (place / name).stat().st_size:
+                ({**EDITS, **SAME}[edit])(place / name)
+                changed.add(name)
+        gone = {name for name in changed if not os.path.lexists(place / name)}
+        changed = {name for name in changed - gone if links_or_differs(place / name, files[name])}
+        before = raw_content(place)
+        if changed:
+            with pytest.raises(RecipeError) as refusal:
+                write(place, kind)
+            (finding,) = refusal.value.findings
+            assert "edited since" in finding.message and sorted(changed)[0] in finding.message
+            assert "move it elsewhere" in finding.fix and raw_content(place) == before
+        else:
+            write(place, kind)
+            assert (place / "written").is_file()
+
+
+def links_or_differs(file: Path, data: bytes) -> bool:
+    return not file.is_file() or file.read_bytes() != data
+
+
+def raw_content(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_a_directory_in_the_place_of_a_file_is_somebodys(tmp_path: Path) -> None:
+    write(tmp_path / "out", HUGGING_FACE)
+    (tmp_path / "out" / "written").unlink()
+    grow(tmp_path / "out", (set(), {"written/config.json"}, None))
+    with pytest.raises(RecipeError, match=r"but also holds written/config\.json"):
+        write(tmp_path / "out", HUGGING_FACE)
+
+
+def test_a_directory_of_an_earlier_version_has_no_digests_and_is_ours(tmp_path: Path) -> None:
+    write(tmp_path / "out", HUGGING_FACE)
+    (tmp_path / "out" / MARK).write_text(json.dumps({"kind": HUGGING_FACE.name, "names": ["written"]}))
+    write(tmp_path / "out", HUGGING_FACE)
+    assert json.loads((tmp_path / "out" / MARK).read_text())["digests"].keys() == {"written"}
+
+
 @pytest.mark.parametrize("kind", [HUGGING_FACE, LAYOUT], ids=lambda kind: kind.name)
 def test_a_fault_leaves_the_older_directory_and_no_rest(tmp_path: Path, kind: DirectoryKind) -> None:
     write(tmp_path / "out", kind)
@@ -180,3 +274,25 @@ def test_an_export_that_somebody_put_in_a_run_directory_is_said_before_the_run(t
         with pytest.raises(RecipeError, match=r"adapter\.bin"):
             prepare_run(recipe)
         (place / "adapter.bin").unlink()
+
+
+def test_an_edited_export_is_said_before_the_run_that_would_write_it_again(tmp_path: Path) -> None:
+    """A finished run stays finished; an export of a step that is behind the run is nobody's concern."""
+    recipe = load_recipe(Path(RECIPE), [f"run.directory={tmp_path / 'run'}"])
+    prepare_run(recipe)
+    run = RunDir(tmp_path / "run")
+    run.done.touch()
+    write_checkpoint(run.checkpoint(3).path)
+    for place, refused in ((run.export(2), False), (run.export(3), False), (run.export(4), True), (run.final, True)):
+        with replace_directory(place, HUGGING_FACE, "OUT") as fresh:
+            (fresh / "config.json").write_text('{"vocab_size": 1}')
+        (place / "config.json").write_text('{"vocab_size": 2}')
+        if refused:
+            with pytest.raises(RecipeError, match=r"config\.json was edited since"):
+                prepare_run(recipe)
+            assert run.done.is_file()
+            shutil.rmtree(place)
+        else:
+            prepare_run(recipe)
+            assert (place / "config.json").read_text() == '{"vocab_size": 2}'
+            run.done.touch()
