@@ -12,6 +12,7 @@ import pytest
 
 from tests.slurm.jobs import ROOT, SMALL, START, Job, Workplace, check_done, written
 from tests.slurm.lab.cluster import Lab, LabError, wait_for
+from tests.slurm.poisoned import REFUSAL
 
 pytestmark = pytest.mark.timeout(1800)
 SERVES = "Application startup complete"
@@ -137,13 +138,12 @@ def test_one_node_colocated_survives_a_killed_rank_but_no_more_crashes_than_it_m
 
 
 def test_a_crash_without_a_newer_checkpoint_is_not_restarted(workplace: Workplace) -> None:
-    broken = workplace.directory / "broken.model"
-    broken.write_text("no tokenizer")
-    job = workplace.submit("crash", *SMALL, f"tokenizer.path={broken}", options=["--nodes=1"])
+    rule = f"{Path(__file__).with_name('poisoned.py')}:refuse"
+    job = workplace.submit("crash", *SMALL, f"objective.trust={rule}", options=["--nodes=1"])
     assert job.finish(START) == "FAILED" and job.exit_code() == 1
     assert "gspo: not restarted: there is no newer checkpoint than step 0" in job.text()
-    assert job.last_line().startswith("gspo: controller failed on node1: "), job.last_line()
-    assert str(broken) in job.last_line(), "the role's own words say more than its exit code"
+    assert job.last_line().startswith("gspo: trainer failed on node1: "), job.last_line()
+    assert REFUSAL in job.last_line(), "the role's own words say more than its exit code"
 
 
 def test_power_off_of_a_trainer_node_goes_on_with_spare_nodes(workplace: Workplace) -> None:
