@@ -7,7 +7,8 @@ import signal
 import subprocess
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+
+from gspo_megatron.cluster.command_output import read_command
 
 SLURM_SECONDS = 900.0
 """How long a slurmctld that does not answer is waited for."""
@@ -17,22 +18,6 @@ REQUEUE_SECONDS = 60.0
 """SLURM ends this process within it, once it has queued the job again."""
 REFUSALS = 3
 """Times that a slurmctld which answers may refuse to queue the job again: once it may have been starting."""
-
-
-def read_command(*words: str, timeout: float | None = None) -> str:
-    """Standard output of a SLURM command; empty when it fails, or takes more than so many seconds."""
-    with suppress(subprocess.TimeoutExpired):
-        done = subprocess.run(
-            words,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            encoding="utf-8",
-            errors="replace",
-            timeout=timeout,
-        )
-        return done.stdout if done.returncode == 0 else ""
-    return ""
 
 
 NO_VALUE = ("(null)", "N/A", "None", "UNLIMITED", "Partition_Limit", "Unknown")

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+
+from gspo_megatron.cluster.command_output import TOOL_SECONDS, read_command
 
 VARIABLE = "CUDA_VISIBLE_DEVICES"
 
@@ -29,13 +29,9 @@ class Gpu:
 
 def list_gpus() -> list[Gpu]:
     """The GPUs that this process may use; empty without a GPU or nvidia-smi."""
-    if shutil.which("nvidia-smi") is None:
-        return []
     query = ("nvidia-smi", "--query-gpu=uuid,name", "--format=csv,noheader")
-    listed = subprocess.run(query, capture_output=True, text=True)
-    rows = [line.split(",", 1) for line in listed.stdout.splitlines() if line.count(",") >= 1]
-    if listed.returncode:
-        return []
+    listed = read_command(*query, timeout=TOOL_SECONDS).splitlines()
+    rows = [line.split(",", 1) for line in listed if line.count(",") >= 1]
     uuids, models = [row[0].strip() for row in rows], [row[1].strip() for row in rows]
     names = select_devices(os.environ.get(VARIABLE), uuids)
     return [Gpu(name, "" if (place := _place_of(name, uuids)) is None else models[place]) for name in names]

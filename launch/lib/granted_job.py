@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from gspo_megatron.cluster.command_output import read_command
 from gspo_megatron.cluster.slurm_allocation import drop_options, read_allocation, resume_options
-from gspo_megatron.cluster.slurm_commands import describe_job, read_command
+from gspo_megatron.cluster.slurm_commands import describe_job
 from gspo_megatron.cluster.slurm_steps import Step
 from gspo_megatron.cluster.visible_devices import VARIABLE, select_devices
 from launch.lib.attempt import wait_for_slurm
-from launch.lib.plan_request import Plan
+from launch.lib.plan_request import Plan, Refused
 from launch.lib.settings import Settings
 
 HOME = Path(__file__).resolve().parent.parent.parent
@@ -47,6 +49,8 @@ def header_number(header: str, option: str) -> int | None:
 
 def find_job(job_id: str, settings: Settings) -> tuple[Job, Settings]:
     """The job, and the settings of its sruns. From here on the environment holds no option of SLURM's commands."""
+    if shutil.which("scontrol") is None:
+        raise Refused("PATH: scontrol is not on it; add the folder of SLURM's commands in the site file (GSPO_SITE)")
     record = wait_for_slurm(lambda: describe_job(job_id) or None)
     allocation = read_allocation(os.environ, record, read_command("scontrol", "show", "topology"))
     drop_options(os.environ)

@@ -16,13 +16,13 @@ import platform
 import shutil
 import socket
 import struct
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gspo_megatron.cluster.command_output import TOOL_SECONDS, read_command
 from gspo_megatron.cluster.gpu_parts import cuda_fault, engine_fault
 from gspo_megatron.cluster.shared_files import read_shared, replace_text
 from gspo_megatron.cluster.visible_devices import VARIABLE, select_devices
@@ -178,11 +178,9 @@ def find_commit() -> str:
 
 def find_gpus() -> list[dict[str, Any]]:
     """Name, driver and memory in use of every GPU that this task may use."""
-    if shutil.which("nvidia-smi") is None:
-        return []
     query = ("nvidia-smi", "--query-gpu=uuid,name,driver_version,memory.used", "--format=csv,noheader,nounits")
-    listed = subprocess.run(query, capture_output=True, text=True)
-    rows = [[cell.strip() for cell in line.split(",")] for line in listed.stdout.splitlines() if line.count(",") == 3]
+    listed = read_command(*query, timeout=TOOL_SECONDS).splitlines()
+    rows = [[cell.strip() for cell in line.split(",")] for line in listed if line.count(",") == 3]
     seen = select_devices(os.environ.get(VARIABLE), [row[0] for row in rows])
     # Parts of a GPU are not listed; what can be said of them is said of the whole.
     shown = [row for place, row in enumerate(rows) if _is_seen(place, row[0], seen)]

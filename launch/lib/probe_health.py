@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 import resource
-import shutil
-import subprocess
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from gspo_megatron.cluster.command_output import read_command
 
 MIN_FILES = 4096
 """Open files that a role may need: every response in flight is a connection."""
@@ -96,35 +96,22 @@ def find_adapters() -> list[str]:
 
 def query_gpus() -> dict[str, dict[str, str]]:
     """Health of every GPU that nvidia-smi lists, by UUID; empty where it knows none of it."""
-    if shutil.which("nvidia-smi") is None:
-        return {}
     command = ("nvidia-smi", f"--query-gpu=uuid,{','.join(GPU_FIELDS.values())}", "--format=csv,noheader,nounits")
-    rows = [[cell.strip() for cell in line.split(",")] for line in read_tool(*command).splitlines()]
+    lines = read_command(*command, timeout=HEALTH_SECONDS).splitlines()
+    rows = [[cell.strip() for cell in line.split(",")] for line in lines]
     return {row[0]: dict(zip(GPU_FIELDS, row[1:], strict=True)) for row in rows if len(row) == 1 + len(GPU_FIELDS)}
 
 
 def find_xids() -> list[str]:
     """Xid errors in the kernel's log, `0000:1a:00 79`; empty where a user may not read it."""
-    if shutil.which("dmesg") is None:
-        return []
-    return sorted({f"{bus} {number}" for bus, number in XID.findall(read_tool("dmesg")) if number in FATAL_XIDS})
+    found = XID.findall(read_command("dmesg", timeout=HEALTH_SECONDS))
+    return sorted({f"{bus} {number}" for bus, number in found if number in FATAL_XIDS})
 
 
 def ask_dcgm() -> str:
     """What NVIDIA's DCGM says where it runs: `Healthy`, `Warning` or `Failure`; empty elsewhere."""
-    if shutil.which("dcgmi") is None:
-        return ""
-    match = re.search(r"Overall Health\W+(\w+)", read_tool("dcgmi", "health", "--check"))
+    match = re.search(r"Overall Health\W+(\w+)", read_command("dcgmi", "health", "--check", timeout=HEALTH_SECONDS))
     return match[1] if match else ""
-
-
-def read_tool(*command: str) -> str:
-    """Standard output of a program; empty when it fails or takes too long."""
-    try:
-        done = subprocess.run(command, capture_output=True, timeout=HEALTH_SECONDS, encoding="utf-8", errors="replace")
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout if done.returncode == 0 else ""
 
 
 def describe_health(attempt: Path) -> dict[str, Any]:

@@ -260,7 +260,7 @@ def check_done(job: Job, steps: int, afterwards: str | None = None) -> None:
     words = job.text().splitlines()
     while afterwards and afterwards in words[-1]:
         words.pop()
-    assert words[-1].startswith(f"gspo: DONE; results are in {job.run_dir}; to train further: sbatch ")
+    assert words[-1].startswith(f"gspo: DONE; results are in {job.run_dir}; to train further: ")
     rows = job.rows()
     assert [row["step"] for row in rows] == list(range(steps + 1)), "a step is lost or doubled"
     trained = rows[1:]
