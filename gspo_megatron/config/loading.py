@@ -178,7 +178,11 @@ def _explain(fault: Any, model: type[BaseModel], prefix: tuple[str, ...]) -> Fin
     path = prefix + inner
     key = key_text(path) or "recipe"
     if fault["type"] == "extra_forbidden":
-        names = _fields_at(model, inner[:-1])
+        section = _section_at(model, inner[:-1])
+        reason = getattr(section, "refused", {}).get(path[-1])
+        if reason is not None:
+            return Finding("engine-key", "error", key, f"{quote(fault['input'])} {reason[0]}", reason[1])
+        names = list(section.model_fields) if section else []
         close = difflib.get_close_matches(path[-1][:100], names, n=1)
         fix = f"known keys here: {', '.join(sorted(names))}" if names else "remove it"
         fix = f"did you mean {close[0]}?" if close else fix
@@ -200,13 +204,11 @@ def _explain(fault: Any, model: type[BaseModel], prefix: tuple[str, ...]) -> Fin
     )
 
 
-def _fields_at(model: type[BaseModel], path: Sequence[str]) -> list[str]:
-    """Return the keys that a section may hold at a dotted path."""
+def _section_at(model: type[BaseModel], path: Sequence[str]) -> type[BaseModel] | None:
+    """The section at a dotted path."""
+    found: type[BaseModel] | None = model
     for part in path:
-        if part not in model.model_fields:
-            return []
-        found = section_of(model.model_fields[part].annotation)
-        if found is None:
-            return []
-        model = found
-    return list(model.model_fields)
+        if found is None or part not in found.model_fields:
+            return None
+        found = section_of(found.model_fields[part].annotation)
+    return found

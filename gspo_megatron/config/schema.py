@@ -6,12 +6,13 @@ Each docstring is what `gspo plan --explain KEY` prints. "Source: chosen here" m
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
 from gspo_megatron.config.agent_section import AgentSection, check_conversation
 from gspo_megatron.config.base import Section
+from gspo_megatron.config.engine_sections import VllmMap
 from gspo_megatron.config.long_responses import EnvironmentSection, LengthStage, RepetitionHalt, ThinkingBudget
 from gspo_megatron.config.metrics_section import MetricsSection
 from gspo_megatron.config.model_section import Architecture, ModelSection
@@ -130,6 +131,12 @@ class RolloutSection(Section):
 
     Source: chosen here: 100 steps of 512 responses of 100,000 tokens are 40 GB.
     """
+    model_runner: Literal["v1", "v2"] | None = None
+    """vLLM's model runner on a GPU; null = vLLM's choice, which is v2 where it can run the model. v1 is the older one,
+    to fall back on. Source: vLLM."""
+    vllm: VllmMap = VllmMap()
+    """Arguments of vLLM's EngineArgs, passed on as they are. `gspo plan RECIPE --explain-engines` shows what differs
+    from vLLM's defaults."""
 
     def answer_limit(self, step: int) -> int:
         """Return the longest response, in tokens, to a prompt that is started for this step."""

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from gspo_megatron.config.base import Section
+from gspo_megatron.config.engine_sections import MegatronMap
 
 
 class TrainerSection(Section):
@@ -64,3 +65,6 @@ class TrainerSection(Section):
     """Rollout batches to train on; 0 = only evaluate the starting weights. Source: chosen here."""
     max_skipped: int = Field(default=4, ge=0)
     """Most consecutive updates skipped for a non-finite gradient; the next one ends the run. Source: chosen here."""
+    megatron: MegatronMap = MegatronMap()
+    """Arguments of Megatron's TransformerConfig, DistributedDataParallelConfig and OptimizerConfig, passed on as they
+    are. `gspo plan RECIPE --explain-engines` shows what differs from Megatron's defaults."""

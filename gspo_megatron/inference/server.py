@@ -10,7 +10,6 @@ requests and schedules, the others hold their share of its workers. Whoever star
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import socket
 import sys
@@ -27,14 +26,10 @@ from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.inference import vllm_plugin, weight_guard
 from gspo_megatron.models import load_resolved
+from gspo_megatron.models.vllm_engine import engine_arguments, to_options
 from gspo_megatron.run_dir import RunDir
 from gspo_megatron.transport import identity
 from gspo_megatron.transport.auth import read_key
-
-MODEL_NAME = "policy"
-GIB = 1 << 30
-MIN_STEP_TOKENS = 8192
-"""Prompt tokens that one engine step takes in where there is no GPU."""
 
 
 def main() -> None:
@@ -122,29 +117,11 @@ def vllm_arguments(recipe: Recipe, model: Path, host: str, port: int, has_gpu: b
     Args:
         loaded: whether the weights are those in `model`; without, they are random until the first update.
     """
-    rollout = recipe.rollout
+    arguments = engine_arguments(recipe, model, has_gpu, takes_turns(recipe), loaded)
     return [
-        f"--model={model}",
-        f"--served-model-name={MODEL_NAME}",
         f"--host={host}",
         f"--port={port}",
-        f"--dtype={recipe.model.dtype}",
-        f"--seed={recipe.run.seed}",
-        f"--tensor-parallel-size={rollout.tensor_parallel}",
-        f"--pipeline-parallel-size={rollout.pipeline_parallel}",
-        f"--decode-context-parallel-size={rollout.decode_context_parallel}",
-        f"--max-model-len={rollout.max_prompt_tokens + rollout.max_answer_tokens}",
-        f"--max-num-seqs={rollout.max_concurrency}",
-        f"--stream-interval={rollout.stream_interval}",
-        f"--load-format={'safetensors' if loaded else 'dummy'}",
-        "--skip-tokenizer-init",
-        # A model directory's generation_config would silently become the sampler.
-        "--generation-config=vllm",
-        "--logprobs-mode=processed_logprobs",
-        # The trainer's logits are float32; by default vLLM rounds its own to the model's type.
-        f"--hf-overrides={json.dumps({'head_dtype': 'float32'})}",
-        f"--{'' if rollout.prefix_caching else 'no-'}enable-prefix-caching",
-        *(["--enable-expert-parallel"] if rollout.expert_parallel else []),
+        *to_options(arguments),
         "--enable-scale-out",
         "--disable-uvicorn-access-log",
         # Development mode would log a growing stack for every request that a dead engine leaves: 300 MB for 500.
@@ -152,9 +129,6 @@ def vllm_arguments(recipe: Recipe, model: Path, host: str, port: int, has_gpu: b
         # The last is asked first.
         "--middleware=gspo_megatron.inference.weight_guard.WeightGuard",
         "--middleware=gspo_megatron.transport.auth.KeyGuard",
-        "--worker-extension-cls=gspo_megatron.inference.vllm_worker.WorkerExtension",
-        f"--weight-transfer-config={json.dumps({'backend': vllm_plugin.BACKEND})}",
-        *_device_arguments(recipe, has_gpu, sleeps=takes_turns(recipe) and not loaded),
     ]
 
 
@@ -166,20 +140,6 @@ def part_arguments(part: int, nodes: int, meeting: str) -> list[str]:
     places = [f"--nnodes={nodes}", f"--node-rank={part}", f"--master-addr={address}", f"--master-port={port}"]
     # By default vLLM would ask for Ray where it does not see enough GPUs on this node.
     return [*places, "--distributed-executor-backend=mp", *(["--headless"] if part else [])]
-
-
-def _device_arguments(recipe: Recipe, has_gpu: bool, sleeps: bool) -> list[str]:
-    if has_gpu:
-        sleeping = ["--enable-sleep-mode"] if sleeps else []
-        return [f"--gpu-memory-utilization={recipe.rollout.gpu_memory_fraction}", *sleeping]
-    context = recipe.rollout.max_prompt_tokens + recipe.rollout.max_answer_tokens
-    return [
-        "--enforce-eager",
-        f"--kv-cache-memory-bytes={int(recipe.rollout.kv_cache_gib * GIB)}",
-        # vllm 0.32 dies on a seeded request whose prompt is cut into chunks ("CPU Generator does not use offset").
-        "--no-enable-chunked-prefill",
-        f"--max-num-batched-tokens={max(MIN_STEP_TOKENS, context)}",
-    ]
 
 
 def fork_workers() -> None:

@@ -7,8 +7,8 @@ import os
 
 from gspo_megatron.cluster.child_processes import die_with_parent
 from gspo_megatron.cluster.watchdog import answer_for_stacks
+from gspo_megatron.models.vllm_engine import BACKEND
 
-BACKEND = "gspo"
 SERVER_VARIABLE = "GSPO_ROLLOUT_SERVER"
 """Set by `gspo_megatron.inference.server` to its index; its children inherit it."""
 RELOAD_LOGGER = "vllm.model_executor.model_loader.reload.layerwise"

@@ -32,6 +32,11 @@ def add_arguments(subparsers: argparse._SubParsersAction[argparse.ArgumentParser
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--ranks", action="store_true", help="add the parallel coordinates of every trainer rank")
     parser.add_argument("--explain", metavar="KEY", help="describe a recipe key, e.g. trainer.recompute")
+    parser.add_argument(
+        "--explain-engines",
+        action="store_true",
+        help="list what differs from Megatron's and vLLM's defaults, and why",
+    )
     parser.add_argument("--search", action="store_true", help="list the fastest layouts for the model and the GPUs")
 
     parser.add_argument(
@@ -98,6 +103,11 @@ def _run(namespace: argparse.Namespace) -> int:
         print(explain(namespace.explain, recipe))
         return 0
     assert recipe is not None
+    if namespace.explain_engines:
+        from gspo_megatron.plan.engine_text import print_engines
+
+        print_engines(with_placement(recipe, namespace.nodes, namespace.gpu), namespace.json)
+        return 0
     if namespace.compare:
         from gspo_megatron.plan.compare import print_comparison
 

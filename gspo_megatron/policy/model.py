@@ -2,61 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from gspo_megatron.config.model_section import Architecture
+from gspo_megatron.config.refusal import refuse
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.config.trainer_section import TrainerSection
+from gspo_megatron.models.megatron_engine import transformer_arguments
 from gspo_megatron.models.registry import family_of
 from gspo_megatron.policy.offload import offload_inputs
 from gspo_megatron.policy.rotary import PackedModel
-from gspo_megatron.policy.specs import has_transformer_engine, reference_spec, transformer_engine_spec
+from gspo_megatron.policy.specs import (
+    fuse_accumulation,
+    has_transformer_engine,
+    reference_spec,
+    transformer_engine_spec,
+)
 
 
 def transformer_config(arch: Architecture, trainer: TrainerSection, dtype: torch.dtype) -> TransformerConfig:
     """Megatron's configuration of a model under the recipe's layout."""
-    engine, settings = has_transformer_engine(), family_of(arch).megatron_settings(arch)
-    config = TransformerConfig(
-        num_layers=arch.num_hidden_layers,
-        hidden_size=arch.hidden_size,
-        ffn_hidden_size=arch.intermediate_size,
-        num_attention_heads=arch.num_attention_heads,
-        num_query_groups=arch.num_key_value_heads,
-        kv_channels=arch.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=arch.rms_norm_eps,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype is torch.bfloat16,
-        tensor_model_parallel_size=trainer.tensor_parallel,
-        sequence_parallel=trainer.tensor_parallel > 1,
-        context_parallel_size=trainer.context_parallel,
-        # With a loss divisor of its own per token Megatron would rescale gradients by the local token count.
-        calculate_per_token_loss=False,
-        variable_seq_lengths=True,
-        use_cpu_initialization=not torch.cuda.is_available(),
-        perform_initialization=False,
-        bias_activation_fusion=engine,
-        bias_dropout_fusion=engine,
-        masked_softmax_fusion=False,
-        # The fused kernel lacks YaRN's factor, which scales queries and keys; `rotary.py` has it.
-        apply_rope_fusion=engine and arch.rope_scaling is None,
-        gradient_accumulation_fusion=False,
-        deallocate_pipeline_outputs=True,
-        **settings.transformer,
-        **_pipeline_settings(trainer),
-        **_expert_settings(arch, trainer, dtype, engine),
-        **_recompute_settings(arch, trainer),
-    )
-    for name, value in settings.attributes.items():
+    engine = has_transformer_engine()
+    arguments = transformer_arguments(arch, trainer, str(dtype).removeprefix("torch."), engine)
+    # Megatron's own head would need apex for it; the layers are told one by one (`fuse_accumulation`).
+    arguments["gradient_accumulation_fusion"] = False
+    if "attention_backend" in arguments:
+        arguments["attention_backend"] = AttnBackend[arguments["attention_backend"]]
+    arguments |= {
+        "activation_func": getattr(torch.nn.functional, arguments["activation_func"]),
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "use_cpu_initialization": not torch.cuda.is_available(),
+    }
+    config = TransformerConfig(**arguments)
+    for name, value in family_of(arch).megatron_settings(arch).attributes.items():
         setattr(config, name, value)
     return config
 
@@ -70,46 +56,32 @@ def assert_settings(config: TransformerConfig, trainer: TrainerSection) -> None:
     )
 
 
-def _pipeline_settings(trainer: TrainerSection) -> dict[str, Any]:
-    return {
-        "pipeline_model_parallel_size": trainer.pipeline_parallel,
-        "virtual_pipeline_model_parallel_size": trainer.virtual_pipeline,
-        "num_layers_in_first_pipeline_stage": trainer.first_stage_layers,
-        "num_layers_in_last_pipeline_stage": trainer.last_stage_layers,
-        # With two stages the batched order of sends and receives swaps activations and gradients between the same two
-        # peers; point-to-point calls in their own order do not.
-        "overlap_p2p_comm": trainer.virtual_pipeline is not None,
-        "batch_p2p_comm": trainer.virtual_pipeline is None,
-    }
-
-
-def _expert_settings(arch: Architecture, trainer: TrainerSection, dtype: torch.dtype, engine: bool) -> dict[str, Any]:
-    # Megatron refuses variable_seq_lengths with its default dispatcher, in a dense model too.
-    scheduler = {"moe_token_dispatcher_type": "alltoall"}
-    if not arch.num_experts:
-        return scheduler
-    return scheduler | {
-        "moe_router_dtype": "fp64" if dtype is torch.float64 else "fp32",
-        "moe_router_load_balancing_type": "aux_loss" if trainer.aux_loss_coefficient else "none",
-        "moe_aux_loss_coeff": trainer.aux_loss_coefficient,
-        "moe_grouped_gemm": engine,
-        "moe_permute_fusion": engine,
-        "expert_model_parallel_size": trainer.expert_parallel,
-        "expert_tensor_parallel_size": trainer.expert_tensor_parallel,
-    }
-
-
-def _recompute_settings(arch: Architecture, trainer: TrainerSection) -> dict[str, Any]:
-    if trainer.recompute == "full":
-        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    if trainer.recompute == "selective":
-        # The attention kernel computes its scores again by itself: to repeat it would cost time and save nothing.
-        return {"recompute_granularity": "selective", "recompute_modules": ["moe" if arch.num_experts else "mlp"]}
-    return {}
+@contextmanager
+def refuse_by_name(trainer: TrainerSection) -> Iterator[None]:
+    """Turn what Megatron says of `trainer.megatron` into a RecipeError."""
+    try:
+        yield
+    except (AssertionError, ImportError, ValueError) as error:
+        given = trainer.megatron.given()
+        if not given:
+            raise
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise refuse(
+            "engine-refuses", "trainer.megatron", f"Megatron refuses {given}: {said}", "remove what it names"
+        ) from error
 
 
 def build_chunks(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None) -> list[PackedModel]:
-    """The model chunks of this rank: one, or one for each virtual stage. Weights are uninitialised until loaded."""
+    """The model chunks of this rank: one, or one for each virtual stage. Weights are uninitialised until loaded.
+
+    Raises:
+        RecipeError: Megatron refuses what `trainer.megatron` says.
+    """
+    with refuse_by_name(recipe.trainer):
+        return _build(recipe, device, dtype)
+
+
+def _build(recipe: Recipe, device: torch.device, dtype: torch.dtype | None) -> list[PackedModel]:
     arch = recipe.arch
     config = transformer_config(arch, recipe.trainer, dtype or getattr(torch, recipe.model.dtype))
     chunks = []
@@ -130,5 +102,7 @@ def build_chunks(recipe: Recipe, device: torch.device, dtype: torch.dtype | None
         ).to(device)
         if recipe.trainer.offload_activations:
             offload_inputs(chunk.decoder)
+        if recipe.trainer.megatron.given().get("gradient_accumulation_fusion", True):
+            fuse_accumulation(chunk)
         chunks.append(chunk)
     return chunks

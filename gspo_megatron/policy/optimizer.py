@@ -9,6 +9,8 @@ from typing import Any
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from gspo_megatron.models.megatron_engine import optimizer_arguments
+
 
 @dataclass(frozen=True, slots=True)
 class OptimizerSettings:
@@ -37,18 +39,8 @@ def make_optimizer(
         chunks: in Megatron's data-parallel wrapper.
         distributes: whether the replicas share its states; the wrapper must have been built with the same value.
     """
-    config = OptimizerConfig(
-        optimizer="adam",
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        adam_beta1=settings.betas[0],
-        adam_beta2=settings.betas[1],
-        adam_eps=settings.eps,
-        clip_grad=settings.clip_grad,
-        bf16=model.bf16,
-        params_dtype=model.params_dtype,
-        use_distributed_optimizer=distributes,
-    )
+    arguments = optimizer_arguments(settings, str(model.params_dtype).removeprefix("torch."), distributes)
+    config = OptimizerConfig(**arguments | {"bf16": model.bf16, "params_dtype": model.params_dtype})
     overrides = get_standard_config_overrides(config)
     optimizer = get_megatron_optimizer(config, list(chunks), overrides, use_gloo_process_groups=False)
     for group in optimizer.param_groups:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
@@ -20,6 +19,7 @@ from gspo_megatron.config.schema import Recipe
 from gspo_megatron.data.packing import PackedBatch
 from gspo_megatron.parallel import layout_of
 from gspo_megatron.policy import mesh
+from gspo_megatron.policy.gradients import wrap_chunks
 from gspo_megatron.policy.head import chosen_logprobs
 from gspo_megatron.policy.microbatch import MicroBatch, place
 from gspo_megatron.policy.model import assert_settings, build_chunks
@@ -58,21 +58,10 @@ class Policy:
         assert_settings(self.config, recipe.trainer)
         self.weights = ShardedWeights(recipe.arch, self.layout, dist.get_rank(), bare)
         self.routing = Routing(bare, recipe.arch.num_experts, self.at.tensor, self.layout.tensor)
-        # Any: megatron annotates lists of its own base class, of which the wrapper is no subtype for a type checker.
-        self.chunks: list[Any] = [self._wrap(chunk) for chunk in bare]
-        self.config.finalize_model_grads_func = finalize_model_grads
+        self.chunks: list[Any] = wrap_chunks(bare, self.config, recipe.trainer, self._distributes_optimizer)
         self.optimizer: Any = None
         self._residence = Residence()
         self.temperature = recipe.rollout.temperature
-
-    def _wrap(self, chunk: torch.nn.Module) -> DistributedDataParallel:
-        double = next(chunk.parameters()).dtype is torch.float64
-        settings = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=not double,
-            overlap_grad_reduce=False,
-            use_distributed_optimizer=self._distributes_optimizer,
-        )
-        return DistributedDataParallel(config=self.config, ddp_config=settings, module=chunk)
 
     @property
     def _distributes_optimizer(self) -> bool:

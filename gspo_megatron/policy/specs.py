@@ -27,6 +27,9 @@ from gspo_megatron.config.schema import Recipe
 from gspo_megatron.policy.attention import ReferenceAttention
 from gspo_megatron.policy.rotary import PackedSelfAttention
 
+FUSES = "fuse_wgrad_accumulation"
+"""Attribute of each of Transformer Engine's matrix products, which it reads at every forward pass."""
+
 
 class ReferenceNorm(torch.nn.Module):
     """RMSNorm in plain torch: statistics in at least float32, its weight marked for sequence parallelism."""
@@ -90,6 +93,17 @@ def transformer_engine_spec(config: TransformerConfig) -> ModuleSpec:
     layer: Any = spec.submodules
     layer.self_attention.module = PackedSelfAttention
     return spec
+
+
+def fuse_accumulation(chunk: torch.nn.Module) -> int:
+    """Let Transformer Engine's products add weight gradients to Megatron's float32 buffer; returns how many do.
+
+    Otherwise the gradient of each micro-batch is rounded to the type of the weight before it is added.
+    """
+    products = [module for module in chunk.modules() if hasattr(module, FUSES)]
+    for module in products:
+        setattr(module, FUSES, True)
+    return len(products)
 
 
 def reference_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:

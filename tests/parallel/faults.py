@@ -150,7 +150,7 @@ def auxiliary_loss() -> Iterator[None]:
     """Megatron's default load balancing, past the assertion that refuses it."""
     settings = with_settings(moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=1e-3)
     with (
-        replaced("gspo_megatron.policy.model", "_expert_settings", settings),
+        replaced("gspo_megatron.models.megatron_engine", "_experts", settings),
         replaced("gspo_megatron.policy.policy", "assert_settings", lambda _: lambda *_: None),
     ):
         yield

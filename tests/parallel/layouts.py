@@ -69,7 +69,12 @@ def architecture_overrides(model: str) -> list[str]:
     return [f"model.architecture.{key}={value}" for key, value in values.items()]
 
 
-WORDS = {"recompute": "recompute=full", "selective": "recompute=selective", "offload": "offload_activations=true"}
+WORDS = {
+    "recompute": "recompute=full",
+    "selective": "recompute=selective",
+    "offload": "offload_activations=true",
+    "overlap": "megatron={overlap_grad_reduce: true, bucket_size: 20000}",
+}
 DIMENSIONS = ("TP", "PP", "VPP", "CP", "EP", "ETP", "DP")
 
 
@@ -82,7 +87,7 @@ class Row:
     layout: str
     """`TP2 PP2 first1 last3`; words without a number say how it computes: `recompute` = all layers again, `selective` =
     the experts again (of a dense model the feed-forward part), `offload` = layer inputs in memory of the host,
-    `spread` = optimizer states spread over the replicas."""
+    `spread` = optimizer states spread over the replicas, `overlap` = gradients reduced during the backward pass."""
     model: str = "moe"
     """A key of MODELS."""
     in_test: bool = False
@@ -155,6 +160,9 @@ ROWS = [
     Row(4, "PP2 CP2 EP2 selective"),
     Row(4, "PP2 VPP2 EP2 recompute offload"),
     Row(4, "TP2 EP2 spread", in_test=True),
+    Row(4, "TP2 EP2 spread overlap", in_test=True),
+    Row(4, "PP2 VPP2 EP2 overlap", "moe"),
+    Row(4, "overlap", "dense, tied"),
     Row(4, "PP2 VPP2 EP2 spread"),
     Row(4, "CP2 EP4 spread"),
     Row(4, "TP4 EP2", "moe, 2 KV heads", in_test=True),

@@ -34,6 +34,8 @@ MAY_CHANGE = (
     "rollout.gpu_memory_fraction",
     "rollout.start_timeout",
     "rollout.keep_samples",
+    "rollout.model_runner",
+    "rollout.vllm",
     "weight_update.",
     "checkpoint.",
     "evaluation.",
@@ -41,7 +43,7 @@ MAY_CHANGE = (
     "acknowledge",
 )
 """Keys that may change. The problems themselves, wherever they lie, are compared when the run starts."""
-MUST_STAY = ("trainer.aux_loss_coefficient",)
+MUST_STAY = ("trainer.aux_loss_coefficient", "rollout.vllm.kv_cache_dtype")
 """Exceptions from MAY_CHANGE."""
 
 

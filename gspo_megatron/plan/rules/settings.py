@@ -10,7 +10,7 @@ from gspo_megatron.cluster.machines import Machine
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.objective_spec import ObjectiveSpec
 from gspo_megatron.config.schema import Recipe
-from gspo_megatron.plan.rules import contradictions, known_models, long_tail, ranges
+from gspo_megatron.plan.rules import contradictions, engines, known_models, long_tail, ranges
 from gspo_megatron.plan.rules.objective import findings as objective_findings
 from gspo_megatron.types import Finding
 
@@ -36,6 +36,7 @@ def findings(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[F
     yield from _replay(recipe, spec, arch, machine)
     yield from _offload(recipe, machine)
     yield from _small_print(recipe, arch, machine)
+    yield from engines.findings(recipe, arch, machine)
 
 
 def _context(recipe: Recipe, arch: Architecture) -> Iterator[Finding]:

@@ -1,0 +1,83 @@
+"""The arguments of vLLM's `EngineArgs` as plain values: the server writes them as options, the plan explains them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gspo_megatron.config.schema import Recipe
+
+BACKEND = "gspo"
+"""Name of the package's weight transfer in vLLM."""
+MODEL_NAME = "policy"
+"""What the servers call the model."""
+MIN_STEP_TOKENS = 8192
+"""Prompt tokens that one engine step takes in where there is no GPU."""
+GIB = 1 << 30
+
+
+def engine_arguments(recipe: Recipe, model: Path, has_gpu: bool, sleeps: bool, loaded: bool = False) -> dict[str, Any]:
+    """Arguments of `EngineArgs` for one server.
+
+    Args:
+        recipe: the run.
+        model: directory with `config.json`.
+        has_gpu: whether the server runs on one.
+        sleeps: whether it frees its GPU while the trainer works.
+        loaded: whether the weights are those in `model`; without, they are random until the first update.
+    """
+    rollout = recipe.rollout
+    ours = {
+        "model": str(model),
+        "served_model_name": MODEL_NAME,
+        "dtype": recipe.model.dtype,
+        "seed": recipe.run.seed,
+        "tensor_parallel_size": rollout.tensor_parallel,
+        "pipeline_parallel_size": rollout.pipeline_parallel,
+        "decode_context_parallel_size": rollout.decode_context_parallel,
+        "max_model_len": rollout.max_prompt_tokens + rollout.max_answer_tokens,
+        "max_num_seqs": rollout.max_concurrency,
+        "stream_interval": rollout.stream_interval,
+        "load_format": "safetensors" if loaded else "dummy",
+        "skip_tokenizer_init": True,
+        # A model directory's generation_config would silently become the sampler.
+        "generation_config": "vllm",
+        "logprobs_mode": "processed_logprobs",
+        # The trainer's logits are float32; by default vLLM rounds its own to the model's type.
+        "hf_overrides": {"head_dtype": "float32"},
+        "enable_prefix_caching": rollout.prefix_caching,
+        "enable_expert_parallel": rollout.expert_parallel,
+        "worker_extension_cls": "gspo_megatron.inference.vllm_worker.WorkerExtension",
+        "weight_transfer_config": {"backend": BACKEND},
+        **_device_arguments(recipe, has_gpu, sleeps and not loaded),
+    }
+    return ours | recipe.rollout.vllm.given()
+
+
+def _device_arguments(recipe: Recipe, has_gpu: bool, sleeps: bool) -> dict[str, Any]:
+    rollout = recipe.rollout
+    if has_gpu:
+        return {"gpu_memory_utilization": rollout.gpu_memory_fraction, "enable_sleep_mode": sleeps}
+    return {
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": int(rollout.kv_cache_gib * GIB),
+        # vllm 0.32 dies on a seeded request whose prompt is cut into chunks ("CPU Generator does not use offset").
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(MIN_STEP_TOKENS, rollout.max_prompt_tokens + rollout.max_answer_tokens),
+    }
+
+
+def to_options(arguments: Mapping[str, Any]) -> list[str]:
+    """The arguments on vLLM's command line, in which a mapping is JSON and a list is several words."""
+    words = []
+    for name, value in arguments.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        elif isinstance(value, list | tuple):
+            words += [f"--{option}", *map(str, value)]
+        else:
+            words.append(f"--{option}={json.dumps(value) if isinstance(value, Mapping) else value}")
+    return words

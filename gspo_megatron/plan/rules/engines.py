@@ -1,0 +1,123 @@
+"""Rules of `trainer.megatron` and `rollout.vllm`: what has no effect, and what other parts cannot follow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from gspo_megatron.cluster.machines import Machine
+from gspo_megatron.config.engine_keys import ACT_ON_CPU
+from gspo_megatron.config.model_section import Architecture
+from gspo_megatron.config.schema import Recipe
+from gspo_megatron.types import Finding
+
+BLACKWELL = ("b200", "b300", "gb200")
+"""GPUs on which vLLM 0.32 takes kernels that pad the width of an expert. Source: its `oracle/unquantized.py`, and a
+reload of its CUDA classes that were told capability 10.0."""
+TILE = 128
+"""Width to a multiple of which they pad."""
+UNPADDED = "triton"
+"""Kernels of the experts that pad nothing."""
+
+
+def findings(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[Finding]:
+    """Check every given argument beside the rest of the recipe."""
+    megatron, vllm = recipe.trainer.megatron.given(), recipe.rollout.vllm.given()
+    given = {f"trainer.megatron.{name}": value for name, value in megatron.items()}
+    given |= {f"rollout.vllm.{name}": value for name, value in vllm.items()}
+    if machine.is_cpu:
+        given |= {"rollout.model_runner": recipe.rollout.model_runner} if recipe.rollout.model_runner else {}
+        yield from _only_on_gpus(given)
+    yield from _inert(recipe, arch, given)
+    yield from _trainer_layout(recipe, arch, megatron)
+    if str(vllm.get("kv_cache_dtype", "")).startswith("fp8"):
+        yield from _rounded_keys(recipe)
+    if machine.device.kind in BLACKWELL:
+        yield from _padded_experts(recipe, arch, machine)
+
+
+def _only_on_gpus(given: dict[str, Any]) -> Iterator[Finding]:
+    for key, value in given.items():
+        if key.rpartition(".")[2] not in ACT_ON_CPU:
+            message = f"{value} has no effect: the part that reads it runs on a GPU only"
+            yield Finding("engine-needs-gpu", "error", key, message, "remove it, or set placement.gpu")
+
+
+def _inert(recipe: Recipe, arch: Architecture, given: dict[str, Any]) -> Iterator[Finding]:
+    """Arguments that another key makes ineffective."""
+    trainer, megatron = recipe.trainer, recipe.trainer.megatron.given()
+    flex = megatron.get("moe_token_dispatcher_type") == "flex"
+    full, selective = trainer.recompute == "full", trainer.recompute == "selective"
+    overlap = megatron.get("overlap_grad_reduce")
+    needs = {
+        "trainer.megatron.bucket_size": (overlap, "trainer.megatron.overlap_grad_reduce=true"),
+        "trainer.megatron.cp_comm_type": (trainer.context_parallel > 1, "trainer.context_parallel above 1"),
+        "trainer.megatron.moe_flex_dispatcher_backend": (flex, "trainer.megatron.moe_token_dispatcher_type=flex"),
+        "trainer.megatron.moe_flex_dispatcher_num_sms": (flex, "trainer.megatron.moe_token_dispatcher_type=flex"),
+        "trainer.megatron.recompute_modules": (selective, "trainer.recompute=selective"),
+        "trainer.megatron.recompute_method": (full, "trainer.recompute=full"),
+        "trainer.megatron.recompute_num_layers": (full, "trainer.recompute=full"),
+        "rollout.vllm.sleep_mode_offload_cudagraph": (not recipe.placement.rollout_nodes, "placement.rollout_nodes=0"),
+        "rollout.vllm.enable_nccl_comm_suspend": (not recipe.placement.rollout_nodes, "placement.rollout_nodes=0"),
+    }  # fmt: skip
+    for key, value in given.items():
+        name = key.rpartition(".")[2]
+        if key in needs and not needs[key][0]:
+            yield Finding(
+                "engine-inert", "error", key, f"{_word(value)} has no effect without {needs[key][1]}",
+                f"remove it, or set {needs[key][1].replace(' above ', ' > ')}",
+            )  # fmt: skip
+        if not arch.num_experts and (name.startswith("moe_") or name == "all2all_backend"):
+            yield Finding(
+                "engine-inert", "error", key, f"{_word(value)} is of experts, and the model has none", "remove it"
+            )
+
+
+def _trainer_layout(recipe: Recipe, arch: Architecture, megatron: dict[str, Any]) -> Iterator[Finding]:
+    trainer = recipe.trainer
+    heads = trainer.tensor_parallel * trainer.context_parallel
+    if megatron.get("cp_comm_type") == "a2a" and arch.num_key_value_heads % heads:
+        yield Finding(
+            "engine-layout", "error", "trainer.megatron.cp_comm_type",
+            f"a2a gives each of {heads} ranks (TP x CP) whole heads, and the model has {arch.num_key_value_heads} of "
+            "keys",
+            "set it to p2p",
+        )  # fmt: skip
+    flex = megatron.get("moe_token_dispatcher_type") == "flex"
+    if flex and arch.num_experts and trainer.expert_parallel * trainer.expert_tensor_parallel == 1:
+        yield Finding(
+            "engine-layout", "error", "trainer.megatron.moe_token_dispatcher_type",
+            "flex sends tokens between expert-parallel ranks, and trainer.expert_parallel is 1", "remove it",
+        )  # fmt: skip
+
+
+def _rounded_keys(recipe: Recipe) -> Iterator[Finding]:
+    """Keys and values of eight bits: what the sampler reports is no longer what the trainer computes."""
+    if recipe.objective.spec(recipe.rollout.max_answer_tokens).correction:
+        return
+    yield Finding(
+        "sampler-rounds-keys", "warning", "rollout.vllm.kv_cache_dtype",
+        "fp8 rounds the sampler's keys and values, so its log-probs differ from the trainer's, and no correction is "
+        "set",
+        "set objective.correction to tis or icepop, and watch the mismatch metrics; or remove it",
+    )  # fmt: skip
+
+
+def _padded_experts(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[Finding]:
+    """Experts that vLLM would pad, which the transfer of weights does not know."""
+    rollout = recipe.rollout
+    parts = 1 if rollout.expert_parallel else rollout.tensor_parallel
+    width = arch.moe_intermediate_size // parts
+    if not arch.num_experts or not width % TILE or rollout.vllm.given().get("moe_backend") == UNPADDED:
+        return
+    yield Finding(
+        "experts-padded", "error", "rollout.tensor_parallel",
+        f"{rollout.tensor_parallel} cuts experts to a width of {width}, which vLLM pads to {-(-width // TILE) * TILE} "
+        f"on a {machine.device.kind.upper()}: the weight update writes unpadded experts",
+        f"set rollout.expert_parallel=true (whole experts of {arch.moe_intermediate_size}), a tensor_parallel that "
+        f"leaves a multiple of {TILE}, or rollout.vllm.moe_backend={UNPADDED}",
+    )  # fmt: skip
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
