@@ -59,7 +59,7 @@ def read_signature(kind: Any) -> dict[str, dict[str, Any]]:
 
 
 def hints_of(kind: Any) -> dict[str, Any]:
-    """The annotations of a class; a name that the library imports for type checkers only stands for anything."""
+    """The annotations of a class; one that the library imports for type checkers only is taken as any type."""
     unknown: dict[str, Any] = {}
     while True:
         try:

@@ -31,7 +31,7 @@ class Replica(DistributedDataParallel):
 def wrap_chunks(
     bare: Sequence[torch.nn.Module], config: TransformerConfig, trainer: TrainerSection, distributes: bool
 ) -> list[Any]:
-    """The chunks in Megatron's data-parallel wrapper; the schedule is told when to reduce their gradients.
+    """The chunks in Megatron's data-parallel wrapper; the schedule learns when to reduce their gradients.
 
     Args:
         bare: chunks of this rank.

@@ -31,7 +31,7 @@ def transformer_config(arch: Architecture, trainer: TrainerSection, dtype: torch
     """Megatron's configuration of a model under the recipe's layout."""
     engine = has_transformer_engine()
     arguments = transformer_arguments(arch, trainer, str(dtype).removeprefix("torch."), engine)
-    # Megatron's own head would need apex for it; the layers are told one by one (`fuse_accumulation`).
+    # Megatron's own head would need apex for it; the layers are set one by one (`fuse_accumulation`).
     arguments["gradient_accumulation_fusion"] = False
     if "attention_backend" in arguments:
         arguments["attention_backend"] = AttnBackend[arguments["attention_backend"]]

@@ -13,7 +13,7 @@ from gspo_megatron.types import Finding
 
 BLACKWELL = ("b200", "b300", "gb200")
 """GPUs on which vLLM 0.32 takes kernels that pad the width of an expert. Source: its `oracle/unquantized.py`, and a
-reload of its CUDA classes that were told capability 10.0."""
+reload of its CUDA classes at capability 10.0."""
 TILE = 128
 """Width to a multiple of which they pad."""
 UNPADDED = "triton"

@@ -35,7 +35,7 @@ MAY_CHANGE = (
     "rollout.start_timeout",
     "rollout.keep_samples",
     "rollout.model_runner",
-    "rollout.vllm",
+    "rollout.vllm.",
     "weight_update.",
     "checkpoint.",
     "evaluation.",
