@@ -9,6 +9,7 @@ import pytest
 from gspo_megatron.cli import main
 from gspo_megatron.commands.train_run import prepare_run
 from gspo_megatron.config import Recipe
+from gspo_megatron.config.engine_sections import VllmMap
 from gspo_megatron.models import load_recipe
 from gspo_megatron.plan.rules.resume import MAY_CHANGE, MUST_STAY, findings, flatten
 from gspo_megatron.run_dir import RunDir
