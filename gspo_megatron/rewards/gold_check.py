@@ -17,6 +17,8 @@ FAILING = "golds-that-fail"
 """Code of the warning."""
 MOST = 20_000
 """Golds that are looked at: two seconds."""
+MOST_READ = 200
+"""Expressions among them that math-verify is given: a second."""
 SHOWN = 5
 """Golds that a finding quotes."""
 _LONGEST = 60
@@ -33,7 +35,8 @@ def gold_findings(recipe: Recipe, problems: Iterable[Problem]) -> list[Finding]:
         return []
     golds = list(itertools.islice((problem.answer for problem in problems if problem.answer is not None), MOST))
     failing = [gold for gold in golds if not _scores_itself(gold)]
-    words = [gold for gold in golds if mathematics.is_text(gold)]
+    unread = _find_unread(golds)
+    words = [gold for gold in golds if mathematics.is_text(gold) or gold in unread]
     of = f"of {'the first ' * (len(golds) == MOST)}{len(golds)} gold answers"
     found = []
     if failing:
@@ -43,9 +46,23 @@ def gold_findings(recipe: Recipe, problems: Iterable[Problem]) -> list[Finding]:
         found.append(Finding(FAILING, severity, "data", message, fix))
     if words:
         message = f"{len(words)} {of} are compared as words, letter by letter: {_show(words)}"
-        fix = "nothing to do if these are words; else write only the number or the expression"
+        fix = "nothing to do if these are words; else write only the number or the expression, in LaTeX"
         found.append(Finding("golds-are-words", "info", "data", message, fix))
     return found
+
+
+def _find_unread(golds: list[str]) -> set[str]:
+    """Those of the first expressions of which math-verify reads nothing."""
+    once = (gold for gold in dict.fromkeys(golds) if not mathematics.is_number(gold))
+    expressions = itertools.islice((gold for gold in once if not mathematics.is_text(gold)), MOST_READ)
+    return {gold for gold in expressions if _scores_itself(gold) and _is_unread(gold)}
+
+
+def _is_unread(gold: str) -> bool:
+    try:
+        return mathematics.is_unread(gold)
+    except OutOfTime:
+        return True
 
 
 def _scores_itself(gold: str) -> bool:

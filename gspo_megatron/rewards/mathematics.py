@@ -70,7 +70,22 @@ def score(gold: str, answer: str) -> float:
 
 def is_text(gold: str) -> bool:
     """Whether a gold answer is compared letter by letter: it is no number, and math-verify would misread it."""
-    return read_number(_content(gold)) is None and _is_text(_AND.sub(", ", unwrap(_content(gold))))
+    return not is_number(gold) and _is_text(_AND.sub(", ", unwrap(_content(gold))))
+
+
+def is_number(gold: str) -> bool:
+    """Whether a gold answer is a number, which is read exactly."""
+    return read_number(_content(gold)) is not None
+
+
+def is_unread(gold: str) -> bool:
+    """Whether math-verify reads nothing of a gold answer that is no number: it is compared letter by letter.
+
+    Raises:
+        OutOfTime: reading it takes too long.
+    """
+    with limit_time(SECONDS):
+        return all(isinstance(part, str) for part in _parse_gold(gold))
 
 
 def box(gold: str) -> str:
@@ -165,4 +180,6 @@ def _is_text(bare: str) -> bool:
     numbers = re.search(r"\d\s+\d", outside) and not _MIXED.search(outside) and not _OPERATOR.search(bare)
     # Points and orders: ABC is not CBA. AB is BA, a segment or a product.
     letters = re.fullmatch(r"[A-Z]{3,}", bare)
-    return bool(words or numbers or letters or _DATE.search(outside))
+    # Of half a pair or an interval math-verify reads a part.
+    brackets = [sum(bare.count(sign) for sign in signs) for signs in ("([", ")]")]
+    return bool(words or numbers or letters or _DATE.search(outside) or brackets[0] != brackets[1])

@@ -12,9 +12,9 @@ from gspo_megatron.rewards.unit_text import Unit, are_symbols, read_unit
 MOST_DIGITS = 1000
 """A number with more digits, or an exponent beyond it, is not read: its exact value would take long to compute."""
 
-_GAP = r"(?:\\[,;:! ]|\{,\}|[ ~,'\u00a0\u2009\u202f])"
+_GAP = r"(?:\\[,;:! ]|\{,\}|[ ~,'_\u00a0\u2009\u202f])"
 _DIGITS = rf"(?:\d{{1,3}}(?:{_GAP}\d{{3}})+(?!\d)|\d+)"
-_DECIMAL = rf"(?:{_DIGITS}(?:\.\d*)?|\.\d+)"
+_DECIMAL = rf"(?:\d{{1,3}}(?:\.\d{{3}}){{2,}}(?!\d)|{_DIGITS}(?:\.\d*)?|\.\d+)"
 _TEN = r"10\s*(?:\^|\*\*)\s*[{(]?\s*(?P<p>[+-]?\d+)\s*[)}]?"
 _POWER = rf"(?:[eE](?P<e>[+-]?\d+)|\s*(?:\\times|\\cdot|\*|x|\u00d7|\u00b7)\s*{_TEN})"
 _NUMBER = re.compile(rf"(?P<sign>[+-]?)\s*(?P<digits>{_DECIMAL})(?:{_POWER})?")
@@ -24,19 +24,27 @@ _FRACTION = re.compile(
     rf"(?:\{{\s*(?P<a>[+-]?{_DECIMAL})\s*\}}\s*\{{\s*(?P<b>{_DECIMAL})\s*\}}|(?P<c>\d)\s*(?P<d>\d))"
     rf"|(?P<f>{_DECIMAL})\s*/\s*(?P<g>{_DECIMAL}))"
 )
-_REPEATING = re.compile(r"(?P<sign>[+-]?)\s*(?P<digits>\d*)\.(?P<once>\d*)\\overline\s*\{(?P<again>\d+)\}")
+_REPEATING = re.compile(
+    r"(?P<sign>[+-]?)\s*(?P<digits>\d*)\.(?P<once>\d*?)(?:\\overline\s*\{(?P<again>\d+)\}|\((?P<bracketed>\d+)\)"
+    r"|(?P<digit>\d)(?P=digit){2,}\s*(?:\.\.\.|\u2026|\\l?dots))"
+)
+_HEXADECIMAL = re.compile(r"(?P<sign>[+-]?)0[xX](?P<digits>[0-9a-fA-F]+)")
 _IN_BASE = re.compile(r"(?P<sign>[+-]?)(?P<digits>[0-9A-Z]+)_\s*(?:\{\s*(?P<base>\d\d?)\s*\}|(?P<digit>\d))")
 _WRAPPED = (
     re.compile(r"\$+([^$]*)\$+"),
     re.compile(r"\\[(\[](.*)\\[)\]]", re.DOTALL),
-    re.compile(r"\\(?:boxed|fbox|text|textbf|mathbf|mathrm|textrm|mbox)\s*\{([^{}]*)\}"),
+    re.compile(
+        r"\\(?:boxed|fbox|framebox|text|text(?:bf|it|rm|sf|tt)|math(?:bf|it|rm|sf|tt)|mbox|emph|bf|bm|boldsymbol|underline)"
+        r"\s*\{([^{}]*)\}"
+    ),
+    re.compile(r"(?:=|\\approx(?![a-zA-Z]))\s*([^=\s].*)", re.DOTALL),
     re.compile(r"\*\*([^*]*)\*\*"),
 )
 _CURRENCY = re.compile(
     r"^(?P<sign>[+-]?)\s*(?:US\s*)?(?P<name>\\?\$|\\pounds|\\euro|[\u00a3\u00a5\u20ac\u20b9]|(?:USD|EUR|GBP|INR|Rs\.?)(?=[\s\d]))"
     r"\s*"
 )
-_DEGREE = re.compile(r"\s*(?:\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\deg(?![a-zA-Z])|\u00b0)")
+_DEGREE = re.compile(r"\s*(?:\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\deg(?:ree)?(?![a-zA-Z])|\u00b0)")
 _IN_TEXT = r"\\(?:text|textrm|mathrm|mbox|operatorname)\s*\{([^{}]*)\}"
 _UNIT_COMMAND = re.compile(rf"(?:\\[,;:! ]|~|\s)*{_IN_TEXT}(\s*\^\s*\{{?\d\}}?)?$")
 _UNIT_TAIL = re.compile(
@@ -57,10 +65,16 @@ _PERCENT = re.compile(
 )
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 _SYMBOLS = str.maketrans({
-    "\u2212": "-", "\u2013": "-", "\u221e": "\\infty ", "\u03c0": "\\pi ", "\u2264": "\\le ", "\u2265": "\\ge ",
-    "\u2260": "\\ne ", "\u222a": "\\cup ", "\u2229": "\\cap ", "\u2205": "\\emptyset ", "\u00b1": "\\pm ",
-    "\u2044": "/",
+    "\u2212": "-", "\u2013": "-", "\u2044": "/", "\u2032": "'", **{sign: f"\\{name} " for sign, name in {
+        "\u221e": "infty", "\u2264": "le", "\u2265": "ge", "\u2260": "ne", "\u222a": "cup", "\u2229": "cap",
+        "\u2205": "emptyset", "\u00b1": "pm", "\u00b7": "cdot", "\u22c5": "cdot", "\u2220": "angle",
+        "\u25b3": "triangle", "\u2208": "in", "\u2248": "approx", "\u03b1": "alpha", "\u03b2": "beta",
+        "\u03b3": "gamma", "\u03b4": "delta", "\u03b8": "theta", "\u03bb": "lambda", "\u03bc": "mu", "\u03c0": "pi",
+        "\u03c3": "sigma", "\u03c6": "phi", "\u03c9": "omega",
+    }.items()},
 })  # fmt: skip
+_ROOT = re.compile(r"([\u221a\u221b\u221c])\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|[A-Za-z]))")
+_DEGREES = {"\u221a": "", "\u221b": "[3]", "\u221c": "[4]"}
 _POWERS = str.maketrans("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b\u207a", "0123456789-+")
 _RAISED = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b\u207a]+")
 _VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e]")
@@ -94,8 +108,14 @@ def unwrap(text: str) -> str:
 
 
 def _as_latex(text: str) -> str:
+    text = _ROOT.sub(lambda match: f"\\sqrt{_DEGREES[match[1]]}{{{match[2] or match[3] or match[4] or ''}}}", text)
     text = _RAISED.sub(lambda match: f"^{{{match[0].translate(_POWERS)}}}", text.translate(_SYMBOLS))
-    return _VULGAR.sub(lambda match: " " + unicodedata.normalize("NFKC", match[0]).translate(_SYMBOLS), text).strip()
+    return _VULGAR.sub(_write_fraction, text).strip()
+
+
+def _write_fraction(match: re.Match[str]) -> str:
+    over, _, under = unicodedata.normalize("NFKC", match[0]).partition("\u2044")
+    return f" \\frac{{{over}}}{{{under}}}"
 
 
 def read_number(text: str) -> ReadNumber | None:
@@ -105,6 +125,8 @@ def read_number(text: str) -> ReadNumber | None:
     bare = unwrap(text)
     if match := _IN_BASE.fullmatch(bare):
         return _read_in_base(match)
+    if (match := _HEXADECIMAL.fullmatch(bare)) and len(match["digits"]) <= MOST_DIGITS:
+        return ReadNumber(Fraction(int(match["sign"] + match["digits"], 16)), False)
     text, scale, unit = _split_unit(bare)
     if match := _FRACTION.fullmatch(text):
         found = _read_fraction(match)
@@ -128,8 +150,8 @@ def _read_in_base(match: re.Match[str]) -> ReadNumber | None:
 
 
 def _read_repeating(match: re.Match[str]) -> ReadNumber | None:
-    """`0.1\\overline{6}` is exact: 1/6."""
-    whole, once, again = match["digits"] or "0", match["once"], match["again"]
+    """`0.1\\overline{6}`, `0.1(6)` and `0.1666...` are exact: 1/6."""
+    whole, once, again = match["digits"] or "0", match["once"], match["again"] or match["bracketed"] or match["digit"]
     if len(whole) + len(once) + len(again) > MOST_DIGITS:
         return None
     value = Fraction(int(whole + once)) + Fraction(int(again), 10 ** len(again) - 1)
@@ -157,6 +179,7 @@ def _read_fraction(match: re.Match[str]) -> ReadNumber | None:
 def _plain(digits: str) -> str:
     """Digits without separators; `5.` is 5."""
     bare = re.sub(_GAP, "", digits).removesuffix(".")
+    bare = bare.replace(".", "") if bare.count(".") > 1 else bare  # 1.000.000
     return f"0{bare}" if bare.startswith(".") else bare
 
 

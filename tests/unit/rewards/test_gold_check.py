@@ -46,6 +46,13 @@ def test_golds_of_words_are_shown(recipe: Any) -> None:
     assert found.message.startswith("2 of 6 gold answers are compared as words, letter by letter: 'Paris', '1 2 3'")
 
 
+def test_golds_of_which_nothing_is_read_are_shown_with_the_words(recipe: Any) -> None:
+    """Only the very same text would score 1."""
+    (found,) = gold_findings(recipe, problems(["5</s>", "<b>5</b>", "5", "x+1", "(1, 2", "\\sqrt", "5</s>", "Paris"]))
+    assert found.code == "golds-are-words" and found.message.startswith("6 of 8 gold answers are compared as words")
+    assert all(repr(gold) in found.message for gold in ("(1, 2", "Paris", "5</s>", "<b>5</b>", "\\sqrt"))
+
+
 def test_another_reward_has_no_golds_to_read() -> None:
     tiny = load_recipe(ROOT / "recipes/tiny_moe.yaml")
     assert tiny.reward.name != "math_verify" and not gold_findings(tiny, problems(["}"]))
