@@ -103,18 +103,39 @@ class Layout:
                 "set first_stage_layers and last_stage_layers"
             )
         filled = [size if size is not None else left // free for size in sizes]
-        for size in filled:
-            if size % self.virtual:
-                raise ValueError(
-                    f"a stage of {size} layers does not divide by virtual_pipeline={self.virtual}; choose a divisor"
-                )
+        for stage, size in enumerate(filled):
+            self._chunks(stage, size)
         return filled
+
+    def chunk_sizes(self, num_layers: int) -> list[list[int]]:
+        """Layers of each model chunk, a list a stage.
+
+        Raises:
+            ValueError: as `stage_sizes`.
+        """
+        return [self._chunks(stage, size) for stage, size in enumerate(self.stage_sizes(num_layers))]
+
+    def _chunks(self, stage: int, size: int) -> list[int]:
+        """Divide a stage. If need be the embedding counts as a layer of the first chunk, the head of the last."""
+        if size % self.virtual == 0:
+            return [size // self.virtual] * self.virtual
+        beside = {0: "embedding", self.pipeline - 1: "head"}.get(stage)
+        whole, rest = divmod(size + 1, self.virtual)
+        if beside is None or rest or whole == 1:
+            counted = f", nor does {size + 1} with the {beside} counted as one" if beside else ""
+            raise ValueError(
+                f"a stage of {size} layers does not divide by virtual_pipeline={self.virtual}{counted}; "
+                "choose a divisor"
+            )
+        short = 0 if stage == 0 else self.virtual - 1
+        return [whole - (chunk == short) for chunk in range(self.virtual)]
 
     def layers(self, num_layers: int, stage: int, chunk: int = 0) -> range:
         """Global layer numbers, from 0, of one model chunk of one stage (interleaved order)."""
-        sizes = [size // self.virtual for size in self.stage_sizes(num_layers)]
-        start = chunk * sum(sizes) + sum(sizes[:stage])
-        return range(start, start + sizes[stage])
+        sizes = self.chunk_sizes(num_layers)
+        before = sum(one[number] for one in sizes for number in range(chunk))
+        start = before + sum(one[chunk] for one in sizes[:stage])
+        return range(start, start + sizes[stage][chunk])
 
 
 def round_up(value: int, multiple: int) -> int:

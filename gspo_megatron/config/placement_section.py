@@ -50,6 +50,12 @@ class PlacementSection(Section):
     disk_gib: float | None = Field(default=None, gt=0)
     """Space that the run directory may fill, GiB; null = not checked."""
 
+    price: float | None = Field(default=None, gt=0)
+    """Price of a GPU-hour, in any currency; `gspo plan` then shows that of the run. null = not shown."""
+    power: float | None = Field(default=None, gt=0, le=100_000)
+    """Watts of a GPU with its share of the node and of the cooling; `gspo plan` then shows the run's energy. null = not
+    shown."""
+
     @model_validator(mode="after")
     def one_kind_of_gpu(self) -> PlacementSection:
         if self.gpu is not None and self.device is not None:

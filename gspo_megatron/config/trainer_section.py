@@ -20,7 +20,8 @@ class TrainerSection(Section):
     pipeline_parallel: int = Field(default=1, gt=0)
     """Pipeline stages (PP)."""
     virtual_pipeline: int | None = Field(default=None, gt=1)
-    """Model chunks per pipeline stage (interleaved schedule); null = one."""
+    """Model chunks per pipeline stage (interleaved schedule); null = one. The embedding may count as a layer of the
+    first chunk, and the head as one of the last: 94 layers in 8 stages of 4 chunks have 2 there and 3 elsewhere."""
     first_stage_layers: int | None = Field(default=None, gt=0)
     """Layers of the first pipeline stage; null = as many as the others."""
     last_stage_layers: int | None = Field(default=None, gt=0)

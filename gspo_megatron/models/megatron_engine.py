@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from gspo_megatron.config.engine_sections import SIGNATURES
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.trainer_section import TrainerSection
+from gspo_megatron.models.pipeline_stages import stage_arguments
 from gspo_megatron.models.registry import family_of
 
 
@@ -65,7 +66,7 @@ def transformer_arguments(arch: Architecture, trainer: TrainerSection, dtype: st
         "gradient_accumulation_fusion": engine,
         "deallocate_pipeline_outputs": True,
         **family_of(arch).megatron_settings(arch).transformer,
-        **_pipeline(trainer),
+        **_pipeline(arch, trainer),
         **_experts(arch, trainer, dtype, engine),
         **_recompute(arch, trainer),
     }
@@ -120,12 +121,11 @@ def passed_on(trainer: TrainerSection, kind: str) -> dict[str, Any]:
     }
 
 
-def _pipeline(trainer: TrainerSection) -> dict[str, Any]:
+def _pipeline(arch: Architecture, trainer: TrainerSection) -> dict[str, Any]:
     return {
         "pipeline_model_parallel_size": trainer.pipeline_parallel,
         "virtual_pipeline_model_parallel_size": trainer.virtual_pipeline,
-        "num_layers_in_first_pipeline_stage": trainer.first_stage_layers,
-        "num_layers_in_last_pipeline_stage": trainer.last_stage_layers,
+        **stage_arguments(arch, trainer),
         # With two stages the batched order of sends and receives swaps activations and gradients between the same two
         # peers; point-to-point calls in their own order do not.
         "overlap_p2p_comm": trainer.virtual_pipeline is not None,

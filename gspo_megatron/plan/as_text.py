@@ -184,6 +184,11 @@ def _rollout(plan: Plan, servers: RolloutPlan) -> Iterator[str]:
 
 def _compute(plan: Plan, work: ComputePlan) -> Iterator[str]:
     parts = ", ".join(f"{name} {seconds(part)}" for name, part in work.seconds.items())
+    costs = [between(work.hours, work.range, "h"), between(work.device_hours, work.range, "GPU-hours")]
+    if work.price is not None:
+        costs.append(f"{between(work.price, work.range, 'at')} {plan.recipe.placement.price:g} a GPU-hour")
+    if work.kilowatt_hours is not None:
+        costs.append(between(work.kilowatt_hours, work.range, "kWh"))
     yield from _block(
         "compute",
         [
@@ -195,7 +200,7 @@ def _compute(plan: Plan, work: ComputePlan) -> Iterator[str]:
             f"a step takes {between(work.seconds_per_step, work.range, 's')}, of which in the middle {parts}; "
             f"longest: {work.bottleneck}",
             f"about {work.tokens_per_device_second:,.1f} tokens per GPU-second; {plan.recipe.trainer.max_steps} steps: "
-            f"{between(work.hours, work.range, 'h')}, {between(work.device_hours, work.range, 'GPU-hours')}",
+            f"{', '.join(costs)}",
         ],
     )
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from gspo_megatron.cluster.exit_codes import REFUSED
 from gspo_megatron.cluster.machines import DEVICES
 from gspo_megatron.config.loading import RecipeError
+from gspo_megatron.config.refusal import refuse
 from gspo_megatron.models import load_recipe
 from gspo_megatron.plan.run_plan import Plan, add_contents, add_not_built, make_plan, with_placement
 
@@ -38,7 +39,11 @@ def add_arguments(subparsers: argparse._SubParsersAction[argparse.ArgumentParser
         help="list what differs from Megatron's and vLLM's defaults, and why",
     )
     parser.add_argument("--search", action="store_true", help="list the fastest layouts for the model and the GPUs")
-
+    parser.add_argument(
+        "--least",
+        choices=("seconds", "gpu-hours"),
+        help="with --search: the least seconds of a step, or GPU-hours of the run, on fewer nodes too",
+    )
     parser.add_argument(
         "--compare",
         nargs="+",
@@ -108,16 +113,19 @@ def _run(namespace: argparse.Namespace) -> int:
 
         print_engines(with_placement(recipe, namespace.nodes, namespace.gpu), namespace.json)
         return 0
+    if namespace.least and not namespace.search:
+        raise refuse("option-without-search", "--least", f"{namespace.least} without --search", "add --search")
+    searched = (namespace.least or "seconds") if namespace.search else None
     if namespace.compare:
         from gspo_megatron.plan.compare import print_comparison
 
         more = [f"placement.{key}={value}" for key in ("nodes", "gpu") if (value := getattr(namespace, key))]
         chosen = [*namespace.overrides, *more]
-        return print_comparison(namespace.recipe, chosen, namespace.compare, namespace.search, namespace.json)
-    if namespace.search:
+        return print_comparison(namespace.recipe, chosen, namespace.compare, searched, namespace.json)
+    if searched:
         from gspo_megatron.plan.search_text import print_search
 
-        return print_search(with_placement(recipe, namespace.nodes, namespace.gpu), namespace.json)
+        return print_search(with_placement(recipe, namespace.nodes, namespace.gpu), searched, namespace.json)
     plan = add_not_built(add_contents(make_plan(recipe, namespace.nodes, namespace.gpu)))
     _print(plan, namespace)
     return REFUSED if plan.refused else 0

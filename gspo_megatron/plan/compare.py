@@ -14,7 +14,7 @@ from gspo_megatron.config.schema import Recipe
 from gspo_megatron.models import load_recipe
 from gspo_megatron.plan.estimate.calibration import TIME_RANGE
 from gspo_megatron.plan.run_plan import Plan, make_plan
-from gspo_megatron.plan.search import search
+from gspo_megatron.plan.search import Least, search
 from gspo_megatron.plan.suggest import apply
 from gspo_megatron.plan.units import between
 from gspo_megatron.types import Finding
@@ -45,12 +45,14 @@ class Row:
     """The first error; empty if there is none."""
 
 
-def print_comparison(path: Path, overrides: Sequence[str], words: Sequence[str], searched: bool, as_json: bool) -> int:
+def print_comparison(
+    path: Path, overrides: Sequence[str], words: Sequence[str], searched: Least | None, as_json: bool
+) -> int:
     """Print the table. Returns 0 if a variant would run, else 2.
 
     Args:
         words: `KEY=A,B` for values to combine, or further recipes.
-        searched: take the fastest layout, servers and placement of each variant instead of its own.
+        searched: take of each variant the layout, servers and placement with the least of this; null = its own.
     """
     rows = [_row(*variant, searched) for variant in _variants(path, overrides, words)]
     if as_json:
@@ -93,11 +95,11 @@ def _split(text: str) -> list[str]:
     return parts
 
 
-def _row(name: str, path: Path, overrides: list[str], searched: bool) -> Row:
+def _row(name: str, path: Path, overrides: list[str], searched: Least | None) -> Row:
     try:
         recipe = load_recipe(path, overrides)
         if searched:
-            found = search(recipe)[0]
+            found = search(recipe, searched)[0]
             if found.layouts and found.servers:
                 recipe = apply(recipe, found.change)
         plan = make_plan(recipe)

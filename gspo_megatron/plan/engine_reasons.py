@@ -26,6 +26,7 @@ _MODEL_NAMES = (
 _LAYOUT_NAMES = (
     "tensor_model_parallel_size sequence_parallel context_parallel_size pipeline_model_parallel_size "
     "virtual_pipeline_model_parallel_size num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage "
+    "pipeline_model_parallel_layout "
     "expert_model_parallel_size expert_tensor_parallel_size"
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 from gspo_megatron.cluster.machines import Machine, machine_of
 from gspo_megatron.config.model_section import Architecture
@@ -19,6 +19,7 @@ from gspo_megatron.plan.estimate.trainer_time import TrainerTime, trainer_times
 from gspo_megatron.plan.rules import layout, resources
 from gspo_megatron.plan.suggest import apply
 
+Least = Literal["seconds", "gpu-hours"]
 MOST_STAGES, MOST_CONTEXT = 32, 64
 """Most pipeline stages and context-parallel ranks that are tried."""
 LEAST_TOKENS = 2048
@@ -27,6 +28,8 @@ REFINED = 16
 """Fastest layouts for which chunks, larger micro-batches, expert tensor parallelism and offload are tried."""
 WIDER = (1, 2, 4)
 """Micro-batches that are tried, in sequences of the longest length."""
+FEWER = (1, 2, 4)
+"""Parts of the nodes, one of which is given to the whole run, when GPU-hours count."""
 SPLITS = (4, 3, 2)
 """Parts of the nodes, one of which, or all but one, is given to servers where sampling and training overlap."""
 
@@ -69,24 +72,37 @@ class Found:
     """A whole step with the first of each, seconds; infinite if nothing fits."""
 
     @property
+    def gpu_seconds(self) -> float:
+        """GPU-seconds of a step."""
+        return self.seconds * self.machine.devices
+
+    @property
     def change(self) -> dict[str, Any]:
         """The keys of the fastest whole."""
-        placed = {"placement.rollout_nodes": self.machine.rollout_nodes}
+        placed = {"placement.nodes": self.machine.nodes, "placement.rollout_nodes": self.machine.rollout_nodes}
         return {**placed, **self.layouts[0].change, **(self.servers[0].change if self.servers else {})}
 
 
-def search(recipe: Recipe) -> list[Found]:
-    """Return what fits on each placement of the machines that a recipe names, the fastest step first.
+def search(recipe: Recipe, least: Least = "seconds") -> list[Found]:
+    """Return what fits on each placement of the machines that a recipe names, the least first.
 
     Servers get nodes of their own only where the recipe lets sampling and training overlap: elsewhere half of the GPUs
     would wait for the others.
+
+    Args:
+        least: `seconds` of a step; or `gpu-hours` of a run, for which fewer nodes are tried as well.
     """
-    nodes = recipe.placement.nodes
+    parts = FEWER if least == "gpu-hours" else (1,)
+    counts = sorted({recipe.placement.nodes // part for part in parts} - {0}, reverse=True)
+    found = [one for nodes in counts for one in _search_nodes(recipe, nodes)]
+    return sorted(found, key=lambda one: one.gpu_seconds if least == "gpu-hours" else one.seconds)
+
+
+def _search_nodes(recipe: Recipe, nodes: int) -> Iterator[Found]:
     parts = {nodes // part for part in SPLITS} | {nodes - nodes // part for part in SPLITS}
     tried = {recipe.placement.rollout_nodes, 0, *parts} if recipe.rollout.max_staleness else {0}
-    placements = sorted(apart for apart in tried if apart < nodes)
-    found = [_search_placement(apply(recipe, {"placement.rollout_nodes": apart})) for apart in placements]
-    return sorted(found, key=lambda one: one.seconds)
+    for apart in sorted(apart for apart in tried if apart < nodes):
+        yield _search_placement(apply(recipe, {"placement.nodes": nodes, "placement.rollout_nodes": apart}))
 
 
 def _search_placement(recipe: Recipe) -> Found:
@@ -185,8 +201,7 @@ def _refine(recipe: Recipe, arch: Architecture, machine: Machine, one: Candidate
     """Return the fastest variation of a layout."""
     change = one.change
     stages, tensor = change["trainer.pipeline_parallel"], change["trainer.tensor_parallel"]
-    even = change["trainer.first_stage_layers"] is None
-    depth = arch.num_hidden_layers // stages if even else 1
+    depth = -(-arch.num_hidden_layers // stages)
     chunks = [None, *(count for count in _divisors(depth, 8) if count > 1)] if stages > 1 else [None]
     found = [one]
     for wider, virtual in product(WIDER, chunks):

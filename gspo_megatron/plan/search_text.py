@@ -9,22 +9,24 @@ from typing import Any
 
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.plan.estimate.calibration import TIME_RANGE
-from gspo_megatron.plan.search import Candidate, Found, Servers, search
+from gspo_megatron.plan.search import Candidate, Found, Least, Servers, search
 from gspo_megatron.plan.units import between
 
 SHOWN = 8
 """Number of layouts and of server sizes that are printed."""
 
 
-def print_search(recipe: Recipe, as_json: bool) -> int:
+def print_search(recipe: Recipe, least: Least, as_json: bool) -> int:
     """Print the result. Returns 0 if a layout and a server size fit, else 2."""
-    found = search(recipe)
+    found = search(recipe, least)
     first = found[0]
     if as_json:
         shown = [
             {
+                "nodes": one.machine.nodes,
                 "rollout_nodes": one.machine.rollout_nodes,
                 "seconds_per_step": one.seconds if one.layouts and one.servers else None,
+                "gpu_hours": _gpu_hours(recipe, one) if one.layouts and one.servers else None,
                 "seconds_range": TIME_RANGE,
                 "layouts": [asdict(layout) for layout in one.layouts],
                 "servers": [asdict(servers) for servers in one.servers],
@@ -33,18 +35,26 @@ def print_search(recipe: Recipe, as_json: bool) -> int:
         ]
         print(json.dumps({"version": 2, "placements": shown}, indent=1))
     else:
-        for line in _lines(recipe, found):
+        for line in _lines(recipe, found, least):
             print(line)
     return 0 if first.layouts and (first.servers or first.machine.is_cpu) else 2
 
 
-def _lines(recipe: Recipe, found: list[Found]) -> Iterator[str]:
+def _lines(recipe: Recipe, found: list[Found], least: Least) -> Iterator[str]:
     for one in found:
         yield from _placement(one, len(found))
     first = found[0]
     if first.layouts and first.servers:
-        yield f"the fastest step takes {between(first.seconds, TIME_RANGE, 's')}; as overrides:"
+        step, hours = between(first.seconds, TIME_RANGE, "s"), between(_gpu_hours(recipe, first), TIME_RANGE, "")
+        said = f"the fastest step takes {step}"
+        if least == "gpu-hours":
+            said = f"the fewest GPU-hours for {recipe.trainer.max_steps} steps are {hours.strip()}, {step} a step"
+        yield f"{said}; as overrides:"
         yield overrides_text(_without_defaults(recipe, first.change))
+
+
+def _gpu_hours(recipe: Recipe, one: Found) -> float:
+    return one.gpu_seconds * recipe.trainer.max_steps / 3600
 
 
 def _placement(one: Found, placements: int) -> Iterator[str]:

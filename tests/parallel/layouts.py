@@ -155,6 +155,7 @@ ROWS = [
     Row(4, "PP2 VPP2 CP2 ETP2", in_test=True),
     Row(4, "PP2 VPP2 EP2", in_test=True),
     Row(4, "PP2 first1 last3 EP2", in_test=True),
+    Row(4, "PP2 VPP2 first3 last3 EP2", "moe, 6 layers", in_test=True),
     Row(4, "PP2 VPP2 CP2 recompute"),
     Row(4, "TP2 PP2 EP2 recompute"),
     Row(4, "PP2 CP2 EP2 selective"),

@@ -103,6 +103,30 @@ def test_uneven_stages_and_interleaved_layers() -> None:
         Layout(8, pipeline=8).stage_sizes(94)
 
 
+def test_the_embedding_and_the_head_may_count_as_layers_of_their_chunks() -> None:
+    """94 layers over 8 stages of 4 chunks: as Megatron divides 96 with both counted."""
+    layout = Layout(8, pipeline=8, virtual=4, first_stage_layers=11, last_stage_layers=11)
+    assert layout.chunk_sizes(94) == [[2, 3, 3, 3], *[[3] * 4] * 6, [3, 3, 3, 2]]
+    held = [layer for chunk in range(4) for stage in range(8) for layer in layout.layers(94, stage, chunk)]
+    assert held == list(range(94))
+
+
+@pytest.mark.parametrize(
+    ("layout", "reason"),
+    [
+        (Layout(8, pipeline=8, virtual=5, first_stage_layers=11, last_stage_layers=11), "12 with the embedding"),
+        (Layout(2, pipeline=2, virtual=3, first_stage_layers=45, last_stage_layers=49), "nor does 50 with the head"),
+        (Layout(32, pipeline=32, virtual=3, first_stage_layers=2, last_stage_layers=2), "3 with the embedding"),
+        (Layout(8, pipeline=8, virtual=7, first_stage_layers=11, last_stage_layers=11), "a stage of 11"),
+        (Layout(4, pipeline=4, virtual=2, first_stage_layers=22, last_stage_layers=22), "a stage of 25 layers does not "
+         "divide by virtual_pipeline=2; choose a divisor"),
+    ],
+)  # fmt: skip
+def test_chunks_that_cannot_be_equal_are_refused(layout: Layout, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        layout.chunk_sizes(94)
+
+
 def test_padding_divides_over_context_and_tensor_ranks() -> None:
     """Zig-zag cuts a sequence into 2 CP chunks, and sequence parallelism each chunk into TP parts."""
     layouts = [Layout(1), Layout(2, tensor=2), Layout(2, context=2), Layout(8, tensor=2, context=4)]

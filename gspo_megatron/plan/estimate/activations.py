@@ -75,7 +75,7 @@ def layers_in_flight(layout: Layout, batch: BatchPlan, stage: int, layers: int) 
     if layout.virtual == 1:
         return min(batch.micro_batches_most, waiting + 1) * layers
     chunks = 2 * waiting + (layout.virtual - 1) * layout.pipeline + 1
-    return min(batch.micro_batches_most * layout.virtual, chunks) * (layers // layout.virtual)
+    return -(-min(batch.micro_batches_most * layout.virtual, chunks) * layers // layout.virtual)
 
 
 def offloaded_bytes(shape: Shape, batch: BatchPlan, stage: int, layers: int) -> int:

@@ -47,6 +47,10 @@ class ComputePlan:
     """GPU-hours of `trainer.max_steps` steps."""
     hours: float
     """Hours of `trainer.max_steps` steps."""
+    price: float | None
+    """Of the GPU-hours, at `placement.price`."""
+    kilowatt_hours: float | None
+    """Energy of the GPU-hours, at `placement.power`."""
     range: tuple[float, float]
     """Least and most of any of these times over the planned one."""
 
@@ -80,7 +84,8 @@ def plan_compute(
     total = sum(seconds.values())
     if recipe.rollout.max_staleness and not machine.colocated:
         total -= min(sum(trainer.values()), seconds["rollout"])
-    steps = recipe.trainer.max_steps
+    steps, placement = recipe.trainer.max_steps, recipe.placement
+    device_hours = total * steps * machine.devices / 3600
     return ComputePlan(
         linear_flops_per_token=linear,
         quadratic_flops_per_token=quadratic,
@@ -93,8 +98,10 @@ def plan_compute(
         exchange_seconds=sum(time.busy.exchange for time in times.values()),
         bottleneck=max(seconds, key=lambda name: seconds[name]),
         tokens_per_device_second=tokens / total / max(1, machine.devices),
-        device_hours=total * steps * machine.devices / 3600,
+        device_hours=device_hours,
         hours=total * steps / 3600,
+        price=placement.price and device_hours * placement.price,
+        kilowatt_hours=placement.power and device_hours * placement.power / 1e3,
         range=TIME_RANGE,
     )
 

@@ -48,6 +48,13 @@ def test_the_largest_recipe_takes_less_than_a_second_and_a_half_and_no_torch() -
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5
 
 
+def test_gpu_hours_are_searched_or_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan("recipes/qwen3_0p6b_gspo.yaml", "--search", "--least", "gpu-hours") == 0
+    assert "the fewest GPU-hours for" in capsys.readouterr().out
+    assert plan(A3B, "--least", "gpu-hours") == 2
+    assert "--least: gpu-hours without --search; add --search" in capsys.readouterr().err
+
+
 def test_json_has_the_promised_parts(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan(A22B, "--json") == 0
     found = json.loads(capsys.readouterr().out)

@@ -11,6 +11,7 @@ from gspo_megatron.models import load_recipe
 from gspo_megatron.models.hf_table import local_parameters
 from gspo_megatron.parallel import Layout
 from gspo_megatron.plan import make_plan
+from gspo_megatron.plan.as_text import lines
 from gspo_megatron.plan.estimate import flops
 from gspo_megatron.plan.estimate.activations import Shape, head_bytes, layers_in_flight
 from gspo_megatron.plan.estimate.batch import plan_batch
@@ -214,3 +215,15 @@ def test_check_takes_the_ranks_of_this_machine() -> None:
     recipe = load_recipe(Path("recipes/tiny_moe.yaml"), ["trainer.tensor_parallel=2"])
     assert check(recipe, ranks=2) == []
     assert [finding.code for finding in check(recipe, ranks=3)] == ["world-not-divisible"]
+
+
+def test_price_and_energy_are_those_of_the_gpu_hours() -> None:
+    plain, asked = (
+        make_plan(load_recipe(A3B, words)) for words in ([], ["placement.price=2.5", "placement.power=1000"])
+    )
+    assert plain.compute is not None and asked.compute is not None
+    assert (plain.compute.price, plain.compute.kilowatt_hours) == (None, None)
+    assert asked.compute.price == pytest.approx(2.5 * plain.compute.device_hours)
+    assert asked.compute.kilowatt_hours == pytest.approx(plain.compute.device_hours)
+    assert any("2.5 a GPU-hour" in line and "kWh" in line for line in lines(asked))
+    assert not any("kWh" in line for line in lines(plain))

@@ -28,6 +28,21 @@ def test_235b_at_100k_takes_less_than_five_seconds(nodes: int) -> None:
     assert found.layouts[0].seconds <= found.layouts[-1].seconds
 
 
+def test_fewer_nodes_are_tried_for_gpu_hours() -> None:
+    found = search(load_recipe(A22B), "gpu-hours")
+    assert {one.machine.nodes for one in found} == {4, 8, 16}
+    assert [one.gpu_seconds for one in found] == sorted(one.gpu_seconds for one in found)
+    first, fastest = found[0], search(load_recipe(A22B))[0]
+    assert first.machine.nodes < fastest.machine.nodes and first.gpu_seconds < fastest.gpu_seconds
+    assert first.change["placement.nodes"] == first.machine.nodes
+
+
+def test_94_layers_may_have_chunks() -> None:
+    found = search_layouts(recipe := load_recipe(A22B), make_plan(recipe).machine)
+    chunks = {one.change["trainer.virtual_pipeline"] for one in found if one.change["trainer.pipeline_parallel"] == 8}
+    assert chunks - {None}
+
+
 def test_there_may_be_more_tensor_parallel_ranks_than_key_value_heads() -> None:
     found = search(load_recipe(A22B, ["placement.nodes=32"]))[0]
     assert {one.change["trainer.tensor_parallel"] for one in found.layouts} >= {4, 8}
