@@ -18,7 +18,6 @@ def stage_arguments(arch: Architecture, trainer: TrainerSection) -> dict[str, An
             "num_layers_in_first_pipeline_stage": trainer.first_stage_layers,
             "num_layers_in_last_pipeline_stage": trainer.last_stage_layers,
         }
-    listed = [["decoder"] * chunks[chunk] for chunk in range(layout.virtual) for chunks in sizes]
-    listed[0].insert(0, "embedding")
-    listed[-1].append("loss")
-    return {"pipeline_model_parallel_layout": listed}
+    # One letter a layer, E the embedding and L the head.
+    listed = "|".join("t" * chunks[chunk] for chunk in range(layout.virtual) for chunks in sizes)
+    return {"pipeline_model_parallel_layout": f"E{listed}L"}

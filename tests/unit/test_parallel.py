@@ -11,8 +11,9 @@ import pytest
 
 from gspo_megatron.models import load_recipe
 from gspo_megatron.models.hf_table import count_parameters, hf_shapes, local_parameters
+from gspo_megatron.models.pipeline_stages import stage_arguments
 from gspo_megatron.models.qwen3.architecture import Qwen3Architecture
-from gspo_megatron.parallel import Layout, round_up
+from gspo_megatron.parallel import Layout, layout_of, round_up
 
 LAYOUTS = [
     Layout(8, tensor=2, pipeline=2, expert=2),
@@ -132,3 +133,15 @@ def test_padding_divides_over_context_and_tensor_ranks() -> None:
     layouts = [Layout(1), Layout(2, tensor=2), Layout(2, context=2), Layout(8, tensor=2, context=4)]
     assert [layout.pad_multiple for layout in layouts] == [1, 2, 4, 16]
     assert [round_up(length, 8) for length in (0, 1, 8, 9)] == [0, 8, 8, 16]
+
+
+def test_unequal_chunks_are_what_megatron_reads() -> None:
+    from megatron.core.transformer.enums import LayerType
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+    recipe = load_recipe(Path("recipes/qwen3_235b_a22b_gspo.yaml"), ["trainer.virtual_pipeline=4"])
+    words = stage_arguments(recipe.arch, recipe.trainer)["pipeline_model_parallel_layout"]
+    read = PipelineParallelLayerLayout.from_str(words, recipe.trainer.pipeline_parallel)
+    read.validate_layer_layout(recipe.arch.num_hidden_layers, 0)
+    counted = [[chunk.count(LayerType.decoder) for chunk in stage] for stage in read.layout]
+    assert counted == layout_of(recipe.trainer, 128).chunk_sizes(recipe.arch.num_hidden_layers)
