@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from gspo_megatron.cluster.gpu_environment import trainer_variables
 from gspo_megatron.cluster.machines import machine_of
 from gspo_megatron.cluster.placement import SERVERS_PER_HOST, server_gpus, server_nodes
 from gspo_megatron.config.schema import Recipe
@@ -205,12 +206,8 @@ def _trainer(
         "MASTER_ADDR": meeting,
         "MASTER_PORT": str(ports.rendezvous),
         "OMP_NUM_THREADS": "1",
-        # Megatron overlaps computing and communication by the order of launches, which one hardware queue keeps.
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        **(trainer_variables(recipe) if over.gpus else {}),
     }
-    if over.gpus and recipe.model.dtype == "float32":
-        # Transformer Engine would multiply in TF32.
-        environment["NVIDIA_TF32_OVERRIDE"] = "0"
     controller = f"http://{meeting}:{ports.controller}"
     arguments = ("-m", "gspo_megatron.trainer.loop", *where, "--controller", controller)
     return Task("trainer", rank, host, local, arguments, environment, (ports.rendezvous,) if rank == 0 else ())

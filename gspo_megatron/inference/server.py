@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gspo_megatron.cluster.child_processes import bind_forked_children, die_with_parent
+from gspo_megatron.cluster.gpu_environment import compiler_variables, server_variables
 from gspo_megatron.cluster.gpu_parts import cuda_fault
 from gspo_megatron.cluster.hosts import LOADED
 from gspo_megatron.cluster.machines import machine_of, takes_turns
@@ -98,9 +99,7 @@ def prepare_environment(index: int, recipe: Recipe) -> bool:
     if not machine_of(recipe).is_cpu and (fault := cuda_fault(starts, torch.__version__, torch.version.cuda)):
         raise SystemExit(f"rollout server {index}: {fault}")
     if starts:
-        if recipe.model.dtype == "float32":
-            # Triton's products of float32 are TF32 otherwise, three digits instead of seven.
-            os.environ["TRITON_F32_DEFAULT"] = "ieee"
+        os.environ.update(server_variables(recipe) | compiler_variables())
         return True
     # Whole GiB only, and it would override the byte-exact argument.
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)

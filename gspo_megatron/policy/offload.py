@@ -15,7 +15,8 @@ what comes beyond it. Here the number differs from step to step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, UntypedStorage
 from torch.autograd.graph import saved_tensors_hooks
 
 STATES_DIM = 3
+ALIGNMENT = 64
 Kept = Tensor | tuple[torch.device, Tensor]
 
 
@@ -37,21 +39,32 @@ class HostMemory:
 
     def take(self, tensors: Iterable[Tensor]) -> None:
         """Copy the storages of these tensors to host memory and free them on the device; copied ones are skipped."""
+        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
+        leaving = {
+            number: storage for number, storage in storages.items() if number not in self._away and storage.nbytes()
+        }
+        self._make_room(leaving)
         moved = []
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            if storage._cdata in self._away or not storage.nbytes():
-                continue
-            _, copy = self._copies.get(storage._cdata, (None, None))
-            if copy is None or copy.numel() != storage.nbytes():
-                copy = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=tensor.is_cuda)
-            # The storage itself is kept: its identity must not pass to another one.
-            self._copies[storage._cdata] = storage, copy
-            self._away[storage._cdata] = storage.nbytes()
-            moved.append((storage, copy.copy_(_bytes(storage), non_blocking=True)))
+        for number, storage in leaving.items():
+            self._away[number] = storage.nbytes()
+            moved.append((storage, self._copies[number][1].copy_(_bytes(storage), non_blocking=True)))
         _synchronize(moved)
         for storage, _ in moved:
             storage.resize_(0)
+
+    def _make_room(self, storages: Mapping[int, UntypedStorage]) -> None:
+        """Take host memory for what has none yet, as one block: small ones are rounded up to powers of two."""
+        new = {
+            number: storage
+            for number, storage in storages.items()
+            if number not in self._copies or self._copies[number][1].numel() != storage.nbytes()
+        }
+        pinned = any(storage.is_cuda for storage in new.values())
+        starts = list(accumulate((_aligned(storage.nbytes()) for storage in new.values()), initial=0))
+        block = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=pinned)
+        for start, (number, storage) in zip(starts, new.items(), strict=False):
+            # The storage itself is kept: its identity must not pass to another one.
+            self._copies[number] = storage, block[start : start + storage.nbytes()]
 
     def give_back(self) -> None:
         """Copy everything back to the device."""
@@ -70,7 +83,12 @@ class HostMemory:
         if storage._cdata not in self._away:
             return tensor
         whole = self._copies[storage._cdata][1].view(tensor.dtype)
-        return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        return whole.as_strided(tensor.shape, tensor.stride(), whole.storage_offset() + tensor.storage_offset())
+
+
+def _aligned(size: int) -> int:
+    """A size that leaves the next tensor of the block aligned for every type."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def _bytes(storage: UntypedStorage) -> Tensor:

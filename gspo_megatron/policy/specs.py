@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from functools import cache, partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from gspo_megatron.cluster.gpu_environment import replaced_settings, site_faults
 from gspo_megatron.cluster.gpu_parts import cuda_fault, engine_fault
 from gspo_megatron.cluster.machines import machine_of
 from gspo_megatron.config.schema import Recipe
@@ -70,6 +72,8 @@ def refuse_fallbacks(recipe: Recipe) -> None:
         return
     starts = torch.cuda.is_available()
     fault = cuda_fault(starts, torch.__version__, torch.version.cuda) or engine_fault(import_fault())
+    # Its own variables, set by the launcher, are in order; what the site adds may not be.
+    fault = fault or next(site_faults(recipe, os.environ), "")
     if fault:
         raise SystemExit(f"trainer: {fault}")
 
@@ -82,7 +86,8 @@ def describe_parts() -> str:
     else:
         missing = "Transformer Engine" if torch.cuda.is_available() else "a GPU"
         layers = f"plain torch for want of {missing}: attention and norms unfused, experts one after another"
-    return f"layers by {layers}; AdamW by {adam}"
+    replaced = replaced_settings(os.environ)
+    return f"layers by {layers}; AdamW by {adam}" + (f"; {replaced}" if replaced else "")
 
 
 def transformer_engine_spec(config: TransformerConfig) -> ModuleSpec:

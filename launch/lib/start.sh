@@ -20,7 +20,7 @@ set_environment() { # why each is set: launch/README.md
     fi
     local scratch=${TMPDIR:-/tmp}/gspo-$(id -un)
     export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$scratch/triton} TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$scratch/inductor}
-    export VLLM_CACHE_ROOT=${VLLM_CACHE_ROOT:-$scratch/vllm}
+    export VLLM_CACHE_ROOT=${VLLM_CACHE_ROOT:-$scratch/vllm} FLASHINFER_WORKSPACE_BASE=${FLASHINFER_WORKSPACE_BASE:-$scratch/flashinfer}
 }
 
 need_python() { # PYTHON: refuses with a sentence where it is missing

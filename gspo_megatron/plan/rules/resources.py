@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from gspo_megatron.cluster.gpu_environment import ROUNDED_MIB
 from gspo_megatron.cluster.machines import Machine
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.parallel import layout_of
 from gspo_megatron.plan.estimate import flops
 from gspo_megatron.plan.estimate.batch import BatchPlan
-from gspo_megatron.plan.estimate.memory import ADAM_BYTES, PROCESS_BYTES, StageMemory, held_by
+from gspo_megatron.plan.estimate.memory import PROCESS_BYTES, StageMemory, held_by
 from gspo_megatron.plan.estimate.rollout import CPU_SERVER_BYTES, RolloutPlan
 from gspo_megatron.plan.estimate.step_time import ComputePlan
 from gspo_megatron.types import ITEM_BYTES, Finding
@@ -90,7 +91,7 @@ def host_bytes(
         found["offloaded activations"] = ranks * max(stage.offloaded for stage in stages)
     if machine.colocated:
         # Weights and states move to the host while the servers are awake; gradients are freed.
-        found["offloaded trainer states"] = ranks * max(_offloaded(recipe, stage) for stage in stages)
+        found["offloaded trainer states"] = ranks * max(_offloaded(stage) for stage in stages)
     sample = batch.expected_tokens * (4 + 4 + 1)
     routes = flops.route_bytes(arch) * batch.expected_tokens if recipe.objective.replay != "off" else 0
     found["samples of a batch"] = int(batch.sequences * sample)
@@ -100,20 +101,15 @@ def host_bytes(
 
 
 def pinned_bytes(size: int) -> int:
-    """Return what torch takes for one block of pinned memory: the next power of two."""
+    """Return what torch takes for one block of pinned memory: the next power of two, or the size of a large one."""
+    if size > ROUNDED_MIB << 20:
+        return size
     return 1 << (size - 1).bit_length() if size > 0 else 0
 
 
-def _offloaded(recipe: Recipe, stage: StageMemory) -> int:
-    """Return the pinned bytes of a rank's weights and states: a block a buffer, and one for each kind of state."""
-    kinds = (ADAM_BYTES + (0 if recipe.model.dtype == "float32" else 4)) // 4
-    total = 0
-    for name, size in stage.exact.items():
-        if "weights" in name:
-            total += pinned_bytes(size)
-        elif "optimizer" in name:
-            total += kinds * pinned_bytes(size // kinds)
-    return total
+def _offloaded(stage: StageMemory) -> int:
+    """Return the pinned bytes of a rank's weights and states: a block each."""
+    return pinned_bytes(_sum(stage, "weights")) + pinned_bytes(_sum(stage, "optimizer"))
 
 
 def _sum(stage: StageMemory, kind: str) -> int:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from gspo_megatron.models import load_recipe
-from gspo_megatron.policy import mesh, model
+from gspo_megatron.models.megatron_engine import transformer_arguments
+from gspo_megatron.policy import mesh, model, specs
 
 YARN = "model.architecture.rope_scaling={rope_type: yarn, factor: 4.0, original_max_position_embeddings: 64}"
 
@@ -46,3 +47,30 @@ def test_no_communicator_is_made_before_it_is_used(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(mesh.dist, "init_process_group", lambda *_, **arguments: given.update(arguments))
     mesh.start_world()
     assert given and "device_id" not in given
+
+
+class Product(torch.nn.Linear):
+    """A matrix product of Transformer Engine, as far as its own attribute goes."""
+
+    fuse_wgrad_accumulation = False
+
+
+def test_products_add_gradients_to_the_float32_buffer() -> None:
+    """Megatron's own layers have no such attribute and are left alone."""
+    chunk = torch.nn.Sequential(Product(2, 2), torch.nn.Linear(2, 2), Product(2, 2))
+    assert specs.fuse_accumulation(chunk) == 2
+    assert [getattr(module, "fuse_wgrad_accumulation", None) for module in chunk] == [True, None, True]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fused"), [([], True), (["trainer.megatron.gradient_accumulation_fusion=false"], False)]
+)
+def test_accumulation_is_fused_unless_the_recipe_says_otherwise(overrides: list[str], fused: bool) -> None:
+    recipe = load_recipe(Path("recipes/qwen3_30b_a3b_gspo.yaml"), overrides)
+    arguments = transformer_arguments(recipe.arch, recipe.trainer, "bfloat16", engine=True)
+    assert arguments["gradient_accumulation_fusion"] is fused
+
+
+def test_megatrons_own_layers_do_not_ask_for_apex(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the flag in its configuration Megatron's head refuses to be built without apex."""
+    assert settings_of([], True, monkeypatch)["gradient_accumulation_fusion"] is False

@@ -39,3 +39,14 @@ def test_the_values_that_come_back_are_those_of_the_last_time() -> None:
         assert memory.read(tensor)[3] == value
         memory.give_back()
         assert tensor.tolist() == [value] * 4
+
+
+def test_host_memory_is_one_block() -> None:
+    """torch rounds each small block of pinned memory up to a power of two."""
+    memory, tensors = HostMemory(), [torch.randn(size) for size in (3, 1000, 77)]
+    before = [tensor.clone() for tensor in tensors]
+    memory.take(tensors)
+    assert len({copy.untyped_storage()._cdata for _, copy in memory._copies.values()}) == 1
+    assert all(torch.equal(memory.read(tensor), value) for tensor, value in zip(tensors, before, strict=True))
+    memory.give_back()
+    assert all(torch.equal(tensor, value) for tensor, value in zip(tensors, before, strict=True))
