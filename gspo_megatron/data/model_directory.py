@@ -12,7 +12,7 @@ from typing import Any
 
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.data.sentencepiece_files import write_sentencepiece
-from gspo_megatron.data.stop_ids import GENERATION_CONFIG
+from gspo_megatron.data.stop_ids import GENERATION_CONFIG, stop_file
 from gspo_megatron.data.tokenizers import load_tokenizer
 
 TOKENIZER_FILES = (
@@ -41,8 +41,9 @@ def keep_tokenizer(recipe: Recipe, directory: Path) -> None:
     # transformers takes the class of a tokenizer that does not name it from there.
     if (path / "config.json").is_file():
         shutil.copyfile(path / "config.json", directory / "config.json")
-    settings = [_read(place / GENERATION_CONFIG) for place in dict.fromkeys((path, model)) if place is not None]
-    stops = [stop for values in settings for stop in _stops(values)]
+    places = [place for place in dict.fromkeys((path, model)) if place is not None]
+    stops = [stop for place in places for stop in _stops(_read(stop_file(place)))]
+    settings = [_read(place / GENERATION_CONFIG) for place in places]
     merged = {key: value for values in settings for key, value in values.items()}
     if stops:
         merged["eos_token_id"] = list(dict.fromkeys(stops))
@@ -90,7 +91,7 @@ def copy_tokenizer(source: Path, directory: Path) -> None:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """A generation config; a missing or broken one, which the plan warns of, is empty."""
+    """The settings of a file; a missing or broken one, which the plan warns of, is empty."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

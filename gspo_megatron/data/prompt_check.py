@@ -27,6 +27,8 @@ DEMONSTRATIONS = 100
 """Lines of `cold_start.path` that a plan looks at."""
 POSITIONS = 1000
 """Positions of the training stream that are looked at; the whole stream only where none of them is usable."""
+PROBE = "What is 12345 + 67890?"
+"""A user's message that every chat template writes as it is."""
 
 
 def check_prompts(recipe: Recipe, runs_here: bool) -> list[Finding]:
@@ -81,10 +83,15 @@ def tokenizer_findings(recipe: Recipe, tokenizer: Tokenizer) -> Iterator[Finding
         return
     try:
         unused = tokenizer.unused_settings()
-        tokenizer.encode_prompt("1 + 1?")
+        text = tokenizer.write_prompt([{"role": "user", "content": PROBE}], ())
     except ValueError as error:
         fix = "correct the template, or " + ("set tokenizer.system_prompt" if "role" in str(error) else "the settings")
         yield Finding("chat-template-fails", "error", "tokenizer.path", f"{path}: {error}", fix)
+        return
+    if PROBE not in text:
+        message = f"the template of {path} leaves out the user's message, or a part: of {PROBE!r} it makes {text!r}"
+        fix = "correct the template, or set tokenizer.rendering"
+        yield Finding("question-left-out", "error", "tokenizer.path", message[:400], fix)
         return
     end = tokenizer.turn_end()
     if end is not None and end[0] not in tokenizer.stop_ids:
@@ -115,6 +122,14 @@ def _prompt_findings(recipe: Recipe, stream: PromptStream, tokenizer: Tokenizer,
             f"{sum(lost.values())} of the first {sum(lost.values()) + len(survey.lengths)} prompts are left out; the "
             f"first for {reason}: it {survey.first[reason]}",
             "`gspo data RECIPE` counts them; raise rollout.max_prompt_tokens or correct the data",
+        )  # fmt: skip
+    if 2 * survey.alike > len(survey.lengths):
+        severity = "error" if survey.alike == len(survey.lengths) - 1 else "warning"
+        key = "tokenizer.path" if recipe.tokenizer.rendering is None else "tokenizer.rendering"
+        yield Finding(
+            "prompts-alike", severity, key,
+            f"{survey.alike} of the first {len(survey.lengths)} prompts have the very tokens of an earlier problem's: "
+            "what tells the problems apart is left out, or has no token", "`gspo data RECIPE` shows three of them",
         )  # fmt: skip
     with_reason: list[Finding] = []
     if recipe.planned_evaluation:

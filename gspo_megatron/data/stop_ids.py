@@ -1,4 +1,4 @@
-"""Which ids end a response: what generation_config.json and the tokenizer name, together."""
+"""Which ids end a response: what generation_config.json of the model and the tokenizer name, together."""
 
 from __future__ import annotations
 
@@ -11,30 +11,34 @@ from gspo_megatron.config.loading import RecipeError, refuse
 from gspo_megatron.config.refusal import quote
 
 GENERATION_CONFIG = "generation_config.json"
+MODEL_CONFIG = "config.json"
+"""transformers takes the stop ids from there where there is no generation config."""
 
 
-def read_stop_ids(directory: Path, eos: int | None, known: Iterable[int]) -> tuple[int, ...]:
+def read_stop_ids(directory: Path, eos: int | None, known: Iterable[int], model: Path | None = None) -> tuple[int, ...]:
     """Return the ids that end a response, the tokenizer's own first.
 
     A tuned model often has the base model's generation_config.json, and a chat model lists ids there that its
     tokenizer does not name. So both count.
 
     Args:
-        directory: of the model; it need not hold a generation_config.json.
+        directory: of the tokenizer; it need not hold a generation_config.json.
         eos: the tokenizer's end-of-text id; None = it names none.
         known: every id of the vocabulary.
+        model: directory of the model; None = that of the tokenizer.
 
     Raises:
-        RecipeError: the file names something that is no id of the vocabulary, or neither names an id.
+        RecipeError: a file names something that is no id of the vocabulary, or none names an id.
     """
-    named, ids = _read_named(directory / GENERATION_CONFIG), set(known)
-    for value in named:
-        # bool is a number to Python, and no id.
-        if not isinstance(value, int) or isinstance(value, bool) or value not in ids:
-            raise _refuse_file(
-                directory / GENERATION_CONFIG,
-                f"eos_token_id={quote(value)} is no id of the tokenizer, which has {len(ids)}",
-            )
+    named, ids = [], set(known)
+    for place in dict.fromkeys((directory, model or directory)):
+        file = stop_file(place)
+        for value in _read_named(file) if file.exists() else []:
+            # bool is a number to Python, and no id.
+            if not isinstance(value, int) or isinstance(value, bool) or value not in ids:
+                fault = f"eos_token_id={quote(value)} is no id of the tokenizer, which has {len(ids)}"
+                raise _refuse_file(file, fault)
+            named.append(value)
     own: list[Any] = [] if eos is None else [eos]
     found: tuple[int, ...] = tuple(dict.fromkeys(own + named))
     if not found:
@@ -48,12 +52,16 @@ def read_stop_ids(directory: Path, eos: int | None, known: Iterable[int]) -> tup
     return found
 
 
+def stop_file(directory: Path) -> Path:
+    """Return the file of a directory that names its stop ids; it need not exist."""
+    file = directory / GENERATION_CONFIG
+    return file if file.exists() else directory / MODEL_CONFIG
+
+
 def _read_named(file: Path) -> list[Any]:
-    """Return what a generation_config.json names; nothing if it does not exist or leaves it open."""
+    """Return what a file names; nothing if it leaves it open."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return []
     except (OSError, ValueError, RecursionError) as error:
         raise _refuse_file(file, f"it cannot be read: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(values, dict):

@@ -38,6 +38,8 @@ class Survey:
     """Number of problems that are left out, by reason."""
     first: dict[str, str]
     """Reason -> the fault of the first problem that it left out, in words."""
+    alike: int
+    """Usable prompts with the very tokens of an earlier one of another problem."""
 
 
 class PromptStream:
@@ -118,15 +120,17 @@ class PromptStream:
             positions: how many; None = one whole pass over a file.
         """
         lengths, left_out, first = [], Counter[str](), dict[str, str]()
+        seen, alike = dict[tuple[int, ...], str](), 0
         for position in range(self._source.span if positions is None else min(positions, self._source.span)):
             problem = self._source.draw(TRAIN, self._seed, position)
             ids, reason, sentence = ((), HELD_OUT, "") if problem is None else self.encode(problem)
-            if not reason:
+            if problem is not None and not reason:
                 lengths.append(len(ids))
+                alike += seen.setdefault(ids, problem.id) != problem.id
                 continue
             left_out[reason] += 1
             first.setdefault(reason, sentence)
-        return Survey(tuple(lengths), dict(left_out), first)
+        return Survey(tuple(lengths), dict(left_out), first, alike)
 
     def training_problems(self, count: int, stage: str) -> list[Problem]:
         """Return the first problems of another stage's stream, for fine-tuning. The stream's position does not change.

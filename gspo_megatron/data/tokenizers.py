@@ -126,6 +126,7 @@ class HuggingFaceTokenizer:
         system_prompt: str | None = None,
         enable_thinking: bool | None = None,
         needs_template: bool = True,
+        model_path: Path | None = None,
     ) -> None:
         """Load a directory.
 
@@ -134,6 +135,7 @@ class HuggingFaceTokenizer:
             system_prompt: content of a first message that conversations without a system message get.
             enable_thinking: given to the template; None = not given.
             needs_template: whether a directory without a chat template is refused.
+            model_path: of the model, which names stop ids too; None = the same directory.
 
         Raises:
             RecipeError: it cannot be used.
@@ -150,7 +152,7 @@ class HuggingFaceTokenizer:
         self._options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         known = self._model.get_vocab().values()
         self.vocab_size: int = max(known, default=-1) + 1
-        self.stop_ids: tuple[int, ...] = read_stop_ids(path, self._model.eos_token_id, known)
+        self.stop_ids: tuple[int, ...] = read_stop_ids(path, self._model.eos_token_id, known, model_path)
 
     def encode_prompt(self, question: str) -> list[int]:
         """Return the ids of the chat template: the question as the user's turn, then the start of the assistant's.
@@ -166,8 +168,12 @@ class HuggingFaceTokenizer:
         Raises:
             ValueError: the template refuses it; with the template's own words.
         """
+        return self.encode_text(self.write_prompt(messages, tools))
+
+    def write_prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]) -> str:
+        """Return the text of a conversation as `encode_messages` takes it, and raise as it does."""
         system = [] if messages and messages[0]["role"] == "system" else self._system
-        return self.encode_text(self.render([*system, *messages], tools or None, generation_prompt=True))
+        return self.render([*system, *messages], tools or None, generation_prompt=True)
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, generation_prompt: bool
@@ -287,4 +293,5 @@ def load_tokenizer(section: TokenizerSection, model_path: Path | None) -> Tokeni
             f"{path} has no {lacking}",
             "name a Hugging Face model directory with its tokenizer",
         )
-    return HuggingFaceTokenizer(path, section.system_prompt, section.enable_thinking, section.rendering is None)
+    needs_template = section.rendering is None
+    return HuggingFaceTokenizer(path, section.system_prompt, section.enable_thinking, needs_template, model_path)

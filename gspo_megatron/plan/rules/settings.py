@@ -86,11 +86,10 @@ def _generation_config(recipe: Recipe, directory: Path) -> Iterator[Finding]:
     if not file.is_file():
         return
     try:
-        values = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        yield Finding(
-            "model-file-broken", "warning", "model.path", f"{file} cannot be read: {error}", "fix or remove it"
-        )
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return  # the reader of the stop ids says so
+    if not isinstance(values, dict):
         return
     named = {key: values.get(key) for key in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
     settings = ", ".join(f"{key} {value}" for key, value in named.items() if value is not None)

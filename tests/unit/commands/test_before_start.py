@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -146,6 +147,19 @@ DIRECTORIES: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = 
     "an unread switch": (
         lambda d: save_tokenizer(d, "{{ messages[-1].content }}"), ("tokenizer.enable_thinking=false",),
         "tokenizer.enable_thinking: is set, but the chat template"),
+    "a template without the question": (
+        lambda d: save_tokenizer(d, "[user][assistant]"), (), "leaves out the user's message, or a part"),
+    "a template that cuts the question": (
+        lambda d: save_tokenizer(d, "{{ messages[-1].content[:12] }}"), (), "67890?' it makes 'What is 1234"),
+    "a rendering without the question": (
+        lambda d: (d.parent / "same.py").write_text("def render(line, chat):\n    return 'Go on.'\n"),
+        ("tokenizer.rendering=DIR/same.py:render",), "tokenizer.rendering: 31 of the first 32 prompts have the very"),
+    "a stop id of config.json": (
+        lambda d: (d / "config.json").write_text('{"eos_token_id": 300}'), (), "config.json: eos_token_id=300 is no"),
+    "a stop id of the model": (
+        lambda d: (d.parent / "m").mkdir() or (d.parent / "m/config.json").write_text(json.dumps(
+            {"model_type": "qwen3", "vocab_size": 512, "eos_token_id": [257, 400]})),
+        ("model.architecture={}", "model.path=DIR/m"), "m/config.json: eos_token_id=400 is no id of the tokenizer"),
     "too few rows": (lambda d: d, ("model.architecture.vocab_size=257",), "has 258 ids, and the model vocab_size=257"),
 }  # fmt: skip
 
@@ -172,6 +186,24 @@ def test_a_turn_end_that_stops_nothing_is_a_warning(tmp_path: Path) -> None:
     assert (found.code, found.severity) == ("turn-end-not-a-stop", "warning")
     assert "ends a turn with <pad> (id 257), which is none of the ids that end a response: 256" in found.message
     assert findings_of(save_tokenizer(tmp_path / "tokenizer", template, stop_ids=[256, 257])) == []
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "{", "\xff", "[" * 9999 + "]" * 9999])
+def test_a_broken_generation_config_is_one_refusal(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(ROOT / "tests/data/model", tmp_path / "m", ignore=shutil.ignore_patterns("broken"))
+    (save_tokenizer(tmp_path / "m") / "generation_config.json").write_text(text, encoding="latin-1")
+    overrides = ["tokenizer.kind=huggingface", "tokenizer.path=null", "model.path=DIR/m", "model.architecture={}"]
+    assert run("plan", tmp_path, overrides) == 2
+    said = [line for line in capsys.readouterr().out.splitlines() if "generation_config.json" in line]
+    assert len(said) == 1 and said[0].startswith("error [stop-id-wrong] tokenizer.path: ")
+
+
+def test_prompts_of_which_most_are_alike_are_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "cut.py").write_text("def render(line, chat):\n    return line['prompt'][:1]\n")
+    (found,) = findings_of(save_tokenizer(tmp_path / "tokenizer"), f"tokenizer.rendering={tmp_path}/cut.py:render")
+    assert (found.code, found.severity) == ("prompts-alike", "warning") and "of the first 32 prompts" in found.message
 
 
 def test_settings_that_the_template_reads_are_fine(tmp_path: Path) -> None:

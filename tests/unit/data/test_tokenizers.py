@@ -115,6 +115,20 @@ def test_the_tokenizers_eos_and_the_published_ones_stop(tmp_path: Path, named: o
     assert HuggingFaceTokenizer(directory).stop_ids == found
 
 
+def test_without_a_generation_config_the_model_config_counts(tmp_path: Path) -> None:
+    """As in transformers. The directories of tokenizer and model may differ: both count."""
+    directory, model = save_tokenizer(tmp_path / "t"), tmp_path / "m"
+    model.mkdir()
+    (model / "config.json").write_text('{"eos_token_id": [257, 3]}')
+    section = TokenizerSection(path=directory)
+    assert load_tokenizer(section, model).stop_ids == (256, 257, 3)
+    (directory / "config.json").write_text('{"eos_token_id": 5}')
+    assert load_tokenizer(section, model).stop_ids == (256, 5, 257, 3)
+    for place in (directory, model):
+        (place / "generation_config.json").write_text("{}")
+    assert load_tokenizer(section, model).stop_ids == (256,)
+
+
 @pytest.mark.parametrize("named", [[], "256", ["256"], -1, [256, -1], 258, 999_999, 1.0, True, [None], [[256]], {}])
 def test_a_stop_id_that_is_none_is_refused(tmp_path: Path, named: object) -> None:
     directory = save_tokenizer(tmp_path, stop_ids=named)
