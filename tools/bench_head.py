@@ -99,12 +99,12 @@ def run_case(case: Case) -> dict[str, Any]:
         head.main_grad = main_grad  # pyright: ignore[reportAttributeAccessIssue]  as Megatron's buffers hang there
         group = dist.group.WORLD
         assert group is not None
-        warm, _ = chosen_logprobs(leaf[:8], head, targets[:8], TEMPERATURE, chunk, group)
+        warm = chosen_logprobs(leaf[:8], head, targets[:8], TEMPERATURE, chunk, group).logprobs
         warm.sum().backward()  # the first product makes room for the library that computes it
         leaf.grad = None
         main_grad.zero_()
         before = live_bytes(device)
-        logprobs, entropy = chosen_logprobs(leaf, head, targets, TEMPERATURE, chunk, group)
+        logprobs, entropy, _ = chosen_logprobs(leaf, head, targets, TEMPERATURE, chunk, group)
         (logprobs * signs).sum().backward()
         assert leaf.grad is not None
         outputs = leaf.grad.nbytes + 3 * 4 * case.tokens

@@ -16,6 +16,9 @@ from gspo_megatron.config.plugins import load_object
 from gspo_megatron.config.presets import PRESETS
 from gspo_megatron.config.recipe_paths import ObjectReference
 
+DROP_SEQUENCES = frozenset({"geometric_mask", "opsm", "veto"})
+"""Corrections that give every token of a sequence the factor 0."""
+
 
 class ObjectiveSpec(Axes):
     """A value for every axis: the objective that `policy_loss` computes."""
@@ -59,6 +62,33 @@ class ObjectiveSpec(Axes):
             return "a trust rule of your own may give a gradient where the advantage is 0"
         if self.replay == "sampler":
             return "replay=sampler measures the router on every sequence"
+        return ""
+
+    @property
+    def keeps_every_gradient(self) -> str:
+        """Why no sequence with an advantage loses its whole gradient; empty = one may.
+
+        Where one may, the gradient itself decides: a sequence with a token that kept its gradient goes on whole.
+        """
+        if DROP_SEQUENCES.intersection(self.correction):
+            return ""
+        if self.trust not in ("clip", "dual_clip", "mask"):
+            return f"trust={self.trust} takes the gradient of no whole sequence"
+        if not self.per_sequence:
+            return "ratio_level=token clips single tokens, and their sequences keep a gradient"
+        return ""
+
+    @property
+    def requires_old_logprobs(self) -> str:
+        """What reads log-probs of the old weights by the trainer; empty = only metrics do."""
+        if self.ratio_reference == "recomputed":
+            return "ratio_reference=recomputed divides by them"
+        if self.correction:
+            return f"correction={list(self.correction)} compares them with the sampler's"
+        if self.kl != "none":
+            return f"kl={self.kl} weighs by them"
+        if self.replay != "off":
+            return f"replay={self.replay} takes the experts of their pass"
         return ""
 
     def describe(self, sequences: int | None = None, updates: int | None = None) -> str:

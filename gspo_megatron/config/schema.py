@@ -253,6 +253,24 @@ class Recipe(Section):
         return self.trainer.skip_zero_gradients and not self.requires_every_sequence
 
     @property
+    def skips_clipped(self) -> bool:
+        """Whether backward passes are left out where the loss of whole sequences has no gradient."""
+        return self.skips_zero_gradients and not self.keeps_every_gradient
+
+    @property
+    def keeps_every_gradient(self) -> str:
+        """Why no backward pass of a sequence with an advantage is left out; empty = it may be."""
+        if self.trainer.megatron.given().get("overlap_grad_reduce"):
+            return "overlap_grad_reduce waits for the gradients of the last micro-batch"
+        return self.objective.spec(self.rollout.max_answer_tokens).keeps_every_gradient
+
+    @property
+    def scores_old_policy(self) -> bool:
+        """Whether a pass computes log-probs of the old weights. The first mini-batch's own pass gives them anyway."""
+        objective = self.objective.spec(self.rollout.max_answer_tokens)
+        return not self.skips_zero_gradients or bool(objective.requires_old_logprobs)
+
+    @property
     def planned_evaluation(self) -> int:
         """Held-out problems of one evaluation; 0 = never evaluated. An estimate where `data.held_out_path` decides."""
         count, data = self.evaluation.problems, self.data

@@ -49,9 +49,10 @@ class TrainerSection(Section):
     aux_loss_coefficient: float = Field(default=0.0, ge=0)
     """Coefficient of the router's load-balancing loss; 0 in reinforcement learning."""
     skip_zero_gradients: bool = True
-    """Leave out passes whose gradient is 0: sequences with advantage 0, and the scoring of the first mini-batch, whose
-    training forward pass gives the same log-probs. They count in every denominator; loss and gradient do not change.
-    Off where the objective requires every sequence (`gspo plan` says so). Source: chosen here."""
+    """Leave out passes whose gradient is 0: sequences with advantage 0, the backward pass of clipped ones, and the
+    scoring of the first mini-batch, whose training forward pass gives the same log-probs. All count in every
+    denominator; loss and gradient do not change. Off where the objective requires every sequence (`gspo plan` says so).
+    Source: chosen here."""
     micro_batch_tokens: int = Field(default=16384, gt=0)
     """Most tokens of one packed micro-batch on one data-parallel rank, summed over its CP ranks.
 

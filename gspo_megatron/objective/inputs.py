@@ -30,8 +30,8 @@ class LossInputs:
 
     logprobs: Tensor
     """[T] fp32 or fp64: log-probs of the sampled tokens under the weights in training; requires grad."""
-    old_logprobs: Tensor
-    """[T] under the weights at the start of the rollout batch."""
+    old_logprobs: Tensor | None
+    """[T] under the weights at the start of the rollout batch; None where only metrics would read them."""
     advantages: Tensor
     """[S] one a sequence, or [T] one a token."""
     loss_mask: Tensor
@@ -147,6 +147,8 @@ def _check_presence(spec: ObjectiveSpec, inputs: LossInputs) -> None:
             raise ValueError("rollout_logprobs is None, but ratio_reference=sampler divides by them; pass them")
         if spec.correction:
             raise ValueError(f"rollout_logprobs is None, but correction={list(spec.correction)} reads them; pass them")
+    if inputs.old_logprobs is None and spec.requires_old_logprobs:
+        raise ValueError(f"old_logprobs is None, but {spec.requires_old_logprobs}; pass them")
     if inputs.reference_logprobs is None and spec.kl != "none" and spec.kl_in == "loss":
         raise ValueError(f"reference_logprobs is None, but kl={spec.kl} in the loss reads them; pass them")
     if spec.aggregation == "constant" and spec.aggregation_length is None:

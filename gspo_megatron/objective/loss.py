@@ -34,7 +34,7 @@ from gspo_megatron.objective.bounded import bounded_exp, limit_gradient, narrowe
 from gspo_megatron.objective.correction import correction_factor
 from gspo_megatron.objective.inputs import LossInputs, LossOutput, check_shapes, check_values
 from gspo_megatron.objective.kl import kl_estimate
-from gspo_megatron.objective.metrics import metric_sums
+from gspo_megatron.objective.metrics import compared_sums, metric_sums
 from gspo_megatron.objective.packed import Packed, SumOverContext, identity
 from gspo_megatron.objective.trust import Surrogate, TokenTerms, clip_log_ratio, find_rule
 
@@ -53,8 +53,9 @@ def policy_loss(spec: ObjectiveSpec, inputs: LossInputs, sum_over_context: SumOv
     packed = Packed.of(inputs.loss_mask, inputs.cu_seqlens, sum_over_context)
     current = packed.trained(inputs.logprobs)
     limit_gradient(current, inputs.logprobs.dtype)
-    old = packed.trained(inputs.old_logprobs.detach())
     sampler = None if inputs.rollout_logprobs is None else packed.trained(inputs.rollout_logprobs.detach())
+    old = sampler if inputs.old_logprobs is None else packed.trained(inputs.old_logprobs.detach())
+    assert old is not None, "check_shapes refuses inputs that have neither"
     advantages = _token_advantages(packed, inputs)
 
     surrogate, log_s = _surrogate(spec, packed, current, _ratio_base(spec, old, sampler), advantages)
@@ -71,6 +72,7 @@ def policy_loss(spec: ObjectiveSpec, inputs: LossInputs, sum_over_context: SumOv
 
     share = -(torch.where(packed.mask, objective, 0.0) * _token_weights(spec, packed, inputs)).sum()
     metrics = metric_sums(packed, share, current, old, sampler, advantages, surrogate, log_s, factor, divergence)
+    metrics |= compared_sums(packed, metrics, inputs.old_logprobs is not None)
     return LossOutput(narrowed(share, inputs.logprobs.dtype), metrics)
 
 

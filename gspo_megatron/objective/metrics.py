@@ -25,6 +25,8 @@ BUCKET_NAMES = ("le_64", "le_256", "le_1024", "le_4096", "le_16384", "le_65536",
 """Trained tokens of a sequence: at most 64, at most 256, ... and more than 65536."""
 MAXIMUM = "/max"
 """Ends the names of entries that are combined by their maximum."""
+COMPARED = "compared_"
+"""Begins the names of the counts of what has log-probs of the old policy: `tokens`, `sequences`."""
 
 Sums = Mapping[str, Tensor]
 """Float64 scalars by name, and `log_s_histogram` [length buckets, bins]."""
@@ -85,6 +87,15 @@ def metric_sums(
     if divergence is not None:
         sums["reference_kl"] = torch.where(mask, divergence, 0.0).sum()
     return sums
+
+
+@torch.no_grad()
+def compared_sums(packed: Packed, sums: Sums, is_compared: bool) -> dict[str, Tensor]:
+    """How much has log-probs of the old policy, and the sums over it: nothing where they were not computed."""
+    counts = {"tokens": sums["tokens"], "sequences": packed.local_share().sum()}
+    found = {f"{COMPARED}{unit}": count for unit, count in counts.items()}
+    found |= {name: entry for name, entry in sums.items() if name.startswith(("policy_", "mismatch_"))}
+    return found if is_compared else {name: torch.zeros_like(entry) for name, entry in found.items()}
 
 
 def _log_s_sums(packed: Packed, log_s: Tensor) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from gspo_megatron.objective.bounded import LARGEST
 from gspo_megatron.objective.metrics import (
     BINS_PER_DECADE,
     BUCKET_NAMES,
+    COMPARED,
     SIDE_BINS,
     SMALLEST_EXPONENT,
     Sums,
@@ -39,6 +40,7 @@ def finalize_metrics(sums: Sums) -> dict[str, float]:
         "trained_tokens": value["tokens"] + left_out["tokens"],
         "trained_sequences": value["sequences"] + left_out["sequences"],
         "scored_sequences": value["sequences"] / every["sequences"],
+        "compared_sequences": value[f"{COMPARED}sequences"] / every["sequences"],
         "nonfinite_tokens": value["nonfinite_tokens"],
         "zero_coefficient_tokens": (value["zero_tokens"] + left_out["tokens"]) / every["tokens"],
         "zero_coefficient_sequences": (value["zero_sequences"] + left_out["sequences"]) / every["sequences"],
@@ -54,14 +56,14 @@ def finalize_metrics(sums: Sums) -> dict[str, float]:
 def _of_scored(value: Mapping[str, float], sums: Sums) -> dict[str, float]:
     """Metrics of log-probs: means over the sequences that have some."""
     tokens, sequences = max(value["tokens"], 1.0), max(value["sequences"], 1.0)
-    logged = {
-        "policy_k1": value["policy_k1"] / tokens,
-        "policy_k3": value["policy_k3"] / tokens,
-        "entropy": value["negative_logprobs"] / tokens,
-    }
+    compared = {unit: value[f"{COMPARED}{unit}"] for unit in ("tokens", "sequences")}
+    logged = {"entropy": value["negative_logprobs"] / tokens}
     logged |= _log_s(value, sums["log_s_histogram"].tolist(), sequences)
-    if "mismatch_k" in value:
-        logged |= _mismatch(value, tokens, sequences)
+    # A part that is trained on before any update has not moved yet: it says nothing of the whole.
+    if compared["tokens"] == value["tokens"]:
+        logged |= {name: value[name] / tokens for name in ("policy_k1", "policy_k3")}
+    if "mismatch_k" in value and (compared["tokens"] or not value["tokens"]):
+        logged |= _mismatch(value, max(compared["tokens"], 1.0), max(compared["sequences"], 1.0))
     if "correction_weight" in value:
         logged["correction_weight_mean"] = value["correction_weight"] / tokens
         logged["correction_zero_tokens"] = value["correction_zero_tokens"] / tokens

@@ -7,7 +7,7 @@ tokens at a time, in forward and again, recomputed, in backward. Workspace: two 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,17 @@ from torch import Tensor
 
 GRADIENT_BLOCK_ROWS = 8192
 """Rows of the weight's gradient that are computed at one time where they must be widened before they are added."""
+
+
+class HeadOutput(NamedTuple):
+    """What the head says about each token, [T] each."""
+
+    logprobs: Tensor
+    """Of each target, in at least float32; differentiable."""
+    entropy: Tensor
+    """Of each distribution, in nats; not differentiable."""
+    normalizers: Tensor
+    """Logarithm of the sum of exponentials; not differentiable."""
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
@@ -27,18 +38,19 @@ class _ChunkedLogProbs(torch.autograd.Function):
         temperature: float,
         chunk: int,
         group: dist.ProcessGroup,
-    ) -> tuple[Tensor, Tensor]:
+        known: HeadOutput | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.settings = (temperature, chunk, group)
         ctx.main_grad = getattr(weight, "main_grad", None)
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        logprobs, entropy, normalizers = (hidden.new_empty(len(hidden), dtype=wide) for _ in range(3))
-        for part in _chunks(len(hidden), chunk):
+        logprobs, entropy, normalizers = known or (hidden.new_empty(len(hidden), dtype=wide) for _ in range(3))
+        for part in _chunks(len(hidden) if known is None else 0, chunk):
             logprobs[part], entropy[part], normalizers[part] = _score_chunk(
                 _logits(hidden[part], weight, temperature, wide), targets[part], group
             )
         ctx.save_for_backward(hidden, weight, targets, normalizers)
-        ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
+        ctx.mark_non_differentiable(entropy, normalizers)
+        return logprobs, entropy, normalizers
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -57,12 +69,18 @@ class _ChunkedLogProbs(torch.autograd.Function):
             grad_hidden[part] = grad_logits @ weight
             _add_product(grad_weight, grad_logits, hidden[part])
             del grad_logits  # otherwise the next chunk's logits exist beside it
-        return grad_hidden, grad_weight.to(weight.dtype) if kept is None else None, None, None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype) if kept is None else None, *[None] * 5
 
 
 def chosen_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    chunk: int,
+    group: dist.ProcessGroup,
+    known: HeadOutput | None = None,
+) -> HeadOutput:
     """Log-prob of each target and the entropy of each distribution, at a sampling temperature.
 
     Args:
@@ -71,12 +89,9 @@ def chosen_logprobs(
         targets: [T] global token ids.
         chunk: tokens that have logits in memory at one time.
         group: the tensor-parallel ranks.
-
-    Returns:
-        logprobs [T] in at least float32, differentiable; entropy [T] in nats, not differentiable.
+        known: the result for these very inputs where an earlier pass has it: then only the backward pass computes.
     """
-    logprobs, entropy = _ChunkedLogProbs.apply(hidden, weight, targets, temperature, chunk, group)
-    return logprobs, entropy
+    return HeadOutput(*_ChunkedLogProbs.apply(hidden, weight, targets, temperature, chunk, group, known))
 
 
 def _chunks(length: int, chunk: int) -> list[slice]:

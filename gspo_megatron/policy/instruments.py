@@ -54,17 +54,18 @@ class RouterInstruments:
 
         Args:
             batches: what was trained on.
-            routes: of the old weights; None where they were not recorded. The first micro-batch has some.
+            routes: of the old weights; None where they were not recorded.
         """
         if not self.num_experts:
             return
         compared = [batch for batch, entry in zip(batches, routes, strict=True) if entry is not None]
         rows = sum(int(counted.sum()) for counted in self.policy.routing.counted_rows(compared))
-        first = next(entry for entry in routes if entry is not None)
+        first = next((entry for entry in routes if entry is not None), None)
         changes = self._zeros(2, self.num_layers)
-        for number, layer in enumerate(self.policy.routing.layers):
-            changes[0, layer] = self.policy.routing.changes()[number]
-            changes[1, layer] = rows * first.chosen[number].shape[1]
+        if first is not None:
+            for number, layer in enumerate(self.policy.routing.layers):
+                changes[0, layer] = self.policy.routing.changes()[number]
+                changes[1, layer] = rows * first.chosen[number].shape[1]
         self._changes.append(changes)
 
     def add_disagreement(self, batches: Sequence[MicroBatch]) -> None:
@@ -106,8 +107,9 @@ class RouterInstruments:
         ]
         found = _load_metrics(load)
         found |= _share("probe_changed", probe) | _share("sampler_disagreement", disagreement)
-        for index, entry in enumerate(changes):
-            found[f"{PREFIX}changed/minibatch_{index}"] = float(entry[0].sum() / entry[1].sum().clamp(min=1))
+        for index, (changed, choices) in enumerate(changes):
+            if choices.any():
+                found[f"{PREFIX}changed/minibatch_{index}"] = float(changed.sum() / choices.sum())
         found |= _share("changed", changes[-1]) if changes else {}
         found[f"{PREFIX}route_bytes_per_token"] = float(size[0] / size[1].clamp(min=1))
         found[f"{PREFIX}route_bytes"] = float(size[0])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -41,10 +43,64 @@ def place(batch: PackedBatch, layout: Layout, at: Coordinates, device: torch.dev
     """This rank's part of a packed batch."""
     cu_seqlens = torch.as_tensor(batch.cu_seqlens, dtype=torch.int32)
     keep = zigzag_indices(cu_seqlens, at.context, layout.context)
+
+    def cut(values: object, dtype: torch.dtype) -> Tensor:
+        return torch.as_tensor(values)[keep].to(device=device, dtype=dtype)
+
+    params = _describe(cu_seqlens, keep, layout, at, device)
+    return MicroBatch(
+        token_ids=cut(batch.token_ids, torch.int64),
+        targets=cut(batch.targets, torch.int64),
+        loss_mask=cut(batch.loss_mask, torch.bool),
+        rollout_logprobs=cut(batch.rollout_logprobs, torch.float32),
+        cu_seqlens=params.cu_seqlens_q // layout.context,
+        indices=keep.to(device),
+        params=params,
+        routes=None if batch.routes is None else cut(batch.routes, torch.int16),
+    )
+
+
+def narrow(
+    batch: MicroBatch, starts: Sequence[int], members: Sequence[int], layout: Layout, at: Coordinates
+) -> tuple[MicroBatch, Tensor]:
+    """The pack that holds only some of the sequences of a pack.
+
+    Args:
+        batch: the pack.
+        starts: [S+1] its `cu_seqlens`, on the host.
+        members: which of the S sequences, in order.
+        layout: of the policy.
+        at: this rank.
+
+    Returns:
+        The new pack, without routes, and [T_new] int64: where each of its tokens is among the local ones of the old.
+    """
+    device = batch.token_ids.device
+    lengths = [layout.context * (starts[member + 1] - starts[member]) for member in members]
+    cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    keep = zigzag_indices(cu_seqlens, at.context, layout.context)
+    rows = torch.cat([torch.arange(starts[member], starts[member + 1]) for member in members]).to(device)
+    params = _describe(cu_seqlens, keep, layout, at, device)
+    new = MicroBatch(
+        token_ids=batch.token_ids[rows],
+        targets=batch.targets[rows],
+        loss_mask=batch.loss_mask[rows],
+        rollout_logprobs=batch.rollout_logprobs[rows],
+        cu_seqlens=params.cu_seqlens_q // layout.context,
+        indices=keep.to(device),
+        params=params,
+    )
+    return new, rows
+
+
+def _describe(
+    cu_seqlens: Tensor, keep: Tensor, layout: Layout, at: Coordinates, device: torch.device
+) -> PackedBatchParams:
+    """A pack as Megatron wants it; `cu_seqlens` [S+1] and `keep` [T_local] are on the host."""
     longest = int(cu_seqlens.diff().max())
     on_device = cu_seqlens.to(device)
     rope_length = -(-longest // ROPE_LENGTH_STEP) * ROPE_LENGTH_STEP
-    params = PackedBatchParams(
+    return PackedBatchParams(
         qkv_format="thd",
         cu_seqlens_q=on_device,
         cu_seqlens_kv=on_device,
@@ -57,18 +113,4 @@ def place(batch: PackedBatch, layout: Layout, at: Coordinates, device: torch.dev
         pad_between_seqs=False,
         positions=positions_of(cu_seqlens, keep).to(device),
         buckets=plan_buckets(cu_seqlens, at.context, layout.context, device),
-    )
-
-    def cut(values: object, dtype: torch.dtype) -> Tensor:
-        return torch.as_tensor(values)[keep].to(device=device, dtype=dtype)
-
-    return MicroBatch(
-        token_ids=cut(batch.token_ids, torch.int64),
-        targets=cut(batch.targets, torch.int64),
-        loss_mask=cut(batch.loss_mask, torch.bool),
-        rollout_logprobs=cut(batch.rollout_logprobs, torch.float32),
-        cu_seqlens=on_device // layout.context,
-        indices=keep.to(device),
-        params=params,
-        routes=None if batch.routes is None else cut(batch.routes, torch.int16),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,21 +13,24 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.data.packing import PackedBatch
 from gspo_megatron.parallel import layout_of
 from gspo_megatron.policy import mesh
+from gspo_megatron.policy.chunk_pass import ChunkPass
 from gspo_megatron.policy.gradients import wrap_chunks
-from gspo_megatron.policy.head import chosen_logprobs
+from gspo_megatron.policy.head import HeadOutput
+from gspo_megatron.policy.layer_outputs import seams_of
 from gspo_megatron.policy.microbatch import MicroBatch, place
 from gspo_megatron.policy.model import assert_settings, build_chunks
 from gspo_megatron.policy.offload import Residence
 from gspo_megatron.policy.optimizer import OptimizerSettings, make_optimizer
 from gspo_megatron.policy.replay import Routes, Routing
+from gspo_megatron.policy.surviving_training import SurvivingTraining
 from gspo_megatron.policy.weights import ReadPiece, ShardedWeights, save_hf
+from gspo_megatron.policy.zero_backward import ZeroBackward
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +59,14 @@ class Policy:
         tensor_parallel.model_parallel_cuda_manual_seed(recipe.run.seed)
         bare = build_chunks(recipe, device, dtype)
         self.config = bare[0].config
+        self._layers = seams_of(recipe, bare)
         assert_settings(self.config, recipe.trainer)
         self.weights = ShardedWeights(recipe.arch, self.layout, dist.get_rank(), bare)
         self.routing = Routing(bare, recipe.arch.num_experts, self.at.tensor, self.layout.tensor)
         self.chunks: list[Any] = wrap_chunks(bare, self.config, recipe.trainer, self._distributes_optimizer)
         self.optimizer: Any = None
         self._residence = Residence()
+        self._gate: ZeroBackward | None = None
         self.temperature = recipe.rollout.temperature
 
     @property
@@ -161,6 +167,7 @@ class Policy:
         routes: Sequence[Routes | None] | None = None,
         replays: bool = False,
         records: bool = False,
+        skips: bool = False,
     ) -> tuple[list[dict[str, Tensor]], float, bool]:
         """One optimizer step.
 
@@ -170,6 +177,7 @@ class Policy:
             lr: learning rate of this step.
             routes: recorded routes of each micro-batch; choices that differ from them are counted.
             replays, records: whether the routers choose the recorded experts again; as in `score`.
+            skips: leave out backward passes whose gradient is 0; the loss must reach the model by log-probs only.
 
         Returns:
             Metric sums of each micro-batch (last stage only), global gradient norm before clipping, whether the step
@@ -178,8 +186,10 @@ class Policy:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        with self.routing.run(batches, trains=True, routes=routes, replays=replays, records=records):
-            sums = self._run(batches, loss, forward_only=False)
+        narrows = skips and self._layers is not None
+        records |= narrows
+        with self.routing.run(batches, trains=not narrows, routes=routes, replays=replays, records=records):
+            sums = self._survivors(batches, loss) if narrows else self._run(batches, loss, False, skips)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.prepare_grads()  # the norm is read where the optimizer steps, not where the buffers are
@@ -215,18 +225,38 @@ class Policy:
             dist.all_reduce(values, group=parallel_state.get_context_parallel_group())
         return values
 
-    def _run(self, batches: Sequence[MicroBatch], loss: LossFunction, forward_only: bool) -> list[dict[str, Any]]:
+    def _survivors(self, batches: Sequence[MicroBatch], loss: LossFunction) -> list[dict[str, Any]]:
+        def share(index: int, head: HeadOutput) -> tuple[Tensor, dict[str, Any]]:
+            found, sums = loss(batches[index], Scored(head.logprobs, head.entropy), index)
+            return self.scale_share(found, 1) * self.layout.context, sums
+
+        finalize = self.config.finalize_model_grads_func
+        assert self._layers is not None and finalize is not None
+        training = SurvivingTraining(self.chunks[0], self._layers, self.routing, self._new_pass)
+        sums = training.run(batches, self.layout, self.at, share)
+        finalize(self.chunks, None)
+        return sums
+
+    def _new_pass(self, batch: MicroBatch, known: HeadOutput | None = None) -> ChunkPass:
+        chunk = self.recipe.trainer.head_chunk_tokens
+        return ChunkPass(batch, self.temperature, chunk, self.config.sequence_parallel, known)
+
+    def _run(
+        self, batches: Sequence[MicroBatch], loss: LossFunction, forward_only: bool, skips: bool = False
+    ) -> list[dict[str, Any]]:
+        gate = self._gate = ZeroBackward(self.routing.skip) if skips else None
         schedule = get_forward_backward_func()
         iterators: list[Any] = [iter(enumerate(batches)) for _ in self.chunks]
-        return schedule(
-            forward_step_func=partial(self._forward, loss=loss, num_microbatches=len(batches)),
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-            num_microbatches=len(batches),
-            seq_length=1,  # the true lengths travel with the activations (variable_seq_lengths)
-            micro_batch_size=1,
-            forward_only=forward_only,
-        )
+        with contextlib.nullcontext() if gate is None else gate.around():
+            return schedule(
+                forward_step_func=partial(self._forward, loss=loss, num_microbatches=len(batches)),
+                data_iterator=iterators if len(iterators) > 1 else iterators[0],
+                model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+                num_microbatches=len(batches),
+                seq_length=1,  # the true lengths travel with the activations (variable_seq_lengths)
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
 
     def _forward(
         self,
@@ -237,48 +267,18 @@ class Policy:
         num_microbatches: int,
     ) -> tuple[Tensor, Callable[[Any], tuple[Tensor, dict[str, Any]]]]:
         index, batch = next(iterator)
-        entropy: list[Tensor] = []
-        with self.routing.forward(self.chunks.index(model), index):
-            output = model(
-                input_ids=batch.token_ids[None],
-                position_ids=None,
-                attention_mask=None,
-                packed_seq_params=batch.params,
-                output_processor=partial(self._head, targets=batch.targets, entropy=entropy),
-            )
+        chunk, one = self.chunks.index(model), self._new_pass(batch)
+        with self.routing.forward(chunk, index):
+            output = one.run(model)
+        if self._gate is not None:
+            self._gate.note(output, chunk)
 
         def finish(logprobs: Tensor) -> tuple[Tensor, dict[str, Any]]:
-            share, sums = loss(batch, Scored(logprobs, entropy[0]), index)
-            return self.scale_share(share, num_microbatches), sums
+            share, sums = loss(batch, Scored(logprobs, one.found[0].entropy), index)
+            share = self.scale_share(share, num_microbatches)
+            return share if self._gate is None else self._gate.cut_loss(share, logprobs, chunk), sums
 
         return output, finish
-
-    def _head(
-        self,
-        *,
-        hidden_states: Tensor,
-        output_layer: Any,
-        output_weight: Tensor | None,
-        targets: Tensor,
-        entropy: list[Tensor],
-        **_: Any,
-    ) -> Tensor:
-        group = parallel_state.get_tensor_model_parallel_group()
-        assert isinstance(group, dist.ProcessGroup)
-        if self.config.sequence_parallel:
-            hidden_states = gather_from_sequence_parallel_region(
-                hidden_states, tensor_parallel_output_grad=True, group=group
-            )
-        logprobs, spread = chosen_logprobs(
-            hidden_states[:, 0],
-            output_layer.weight if output_weight is None else output_weight,
-            targets,
-            self.temperature,
-            self.recipe.trainer.head_chunk_tokens,
-            group,
-        )
-        entropy.append(spread)
-        return logprobs
 
     def scale_share(self, share: Tensor, num_microbatches: int) -> Tensor:
         """Turn a share of the loss into what Megatron's schedule and data-parallel reduction expect.

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,9 +76,13 @@ class RouterSeam:
         self.index: int | None = None
         self.again: deque[int] = deque()
         self.changed: Tensor | None = None
+        self.known: Tensor | None = None
+        self.skipped = 0
 
     def get_replay_topk(self, scores: Tensor, topk: int, *_: Any) -> tuple[Tensor, Tensor]:
         """[T_rank, experts] scores -> values and indices [T_rank, topk]."""
+        if self.known is not None:
+            return scores.gather(1, self.known), self.known
         recomputes = self.index is None
         index = self._recomputed() if self.index is None else self.index
         chosen = torch.topk(scores.detach(), k=topk, dim=1, sorted=True).indices
@@ -178,7 +182,7 @@ class Routing:
             seam.recorded = {} if records else None
         yield
         for seam in self.seams:
-            if seam.again and routes is not None and len(seam.again) != len(routes):
+            if seam.again and routes is not None and len(seam.again) + seam.skipped != len(routes):
                 raise RuntimeError(
                     f"layer {seam.layer} recomputed {len(routes) - len(seam.again)} of {len(routes)} micro-batches; "
                     "its recorded routes went to the wrong ones"
@@ -196,6 +200,27 @@ class Routing:
         yield
         for seam in self._of_chunk[chunk]:
             seam.index = None
+
+    def skip(self, chunk: int) -> None:
+        """The next backward pass of a chunk is left out, and its recomputation."""
+        for seam in self._of_chunk[chunk]:
+            seam.again.popleft()
+            seam.skipped += 1
+
+    @contextlib.contextmanager
+    def known(self, index: int, narrow: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Around a backward pass that recomputes rows of a recorded micro-batch: their choices are those recorded.
+
+        Args:
+            index: the micro-batch.
+            narrow: picks the rows of this rank's routers.
+        """
+        for seam in self.seams:
+            assert seam.recorded is not None
+            seam.known = from_stored(narrow(seam.recorded[index]))
+        yield
+        for seam in self.seams:
+            seam.known = None
 
     def counted_rows(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
         """[T_rank] bool of each micro-batch: rows of this rank's routers that predict a trained token."""

@@ -37,8 +37,8 @@ class ScoredMicroBatch:
     routes: Routes | None
     """Experts that the old policy chose; empty for a dense model. None = the training pass records them."""
     old: Scored | None
-    """Log-probs under the old policy: the weights at the start of the rollout batch. None off the last stage, and where
-    the training pass is the first under these weights: then its own log-probs are the old ones."""
+    """Log-probs under the old policy: the weights at the start of the rollout batch. None off the last stage and where
+    they were not scored: see `MiniBatch.old_logprobs`."""
     reference: Scored | None
     """Log-probs under the reference policy. None off the last stage, and without a divergence from it."""
 
@@ -67,6 +67,28 @@ class MiniBatch[Part: ScoredMicroBatch]:
     """Denominators over all ranks."""
     left_out: BatchTotals
     """The part of `totals` that is in no micro-batch of any rank, because its gradient is 0."""
+    is_first: bool
+    """Whether it is trained on before any update of the weights that gave the old log-probs."""
+
+    def with_advantages(self, advantages: Mapping[SampleRef, float]) -> MiniBatch[TrainingMicroBatch]:
+        """This mini-batch, ready for its update."""
+        ready = [micro.with_advantages(advantages) for micro in self.micro_batches]
+        return MiniBatch(ready, self.totals, self.left_out, self.is_first)
+
+    def old_logprobs(self, index: int, now: Tensor) -> Tensor | None:
+        """[T_local] old log-probs of a micro-batch.
+
+        Args:
+            index: of the micro-batch.
+            now: [T_local] its log-probs in the training pass, which are the old ones before any update.
+
+        Returns:
+            None where no pass computed them, because only metrics would read them.
+        """
+        old = self.micro_batches[index].old
+        if old is None:
+            return now if self.is_first else None
+        return old.logprobs
 
 
 class Batcher:

@@ -67,7 +67,7 @@ def write_dump(
         tensors = {
             f"{index}/{name}": tensor.detach().cpu().contiguous()
             for index, (micro, now) in enumerate(micro_batches)
-            for name, tensor in _tensors(micro, now).items()
+            for name, tensor in _tensors(micro, now, update.minibatch.old_logprobs(index, now)).items()
         }
         write_tensors(tensors, directory / f"rank_{dist.get_rank():05d}.safetensors")
     if dist.get_rank() == 0:
@@ -83,7 +83,7 @@ def write_dump(
     return directory
 
 
-def _tensors(micro: TrainingMicroBatch, now: Tensor) -> dict[str, Tensor]:
+def _tensors(micro: TrainingMicroBatch, now: Tensor, old: Tensor | None) -> dict[str, Tensor]:
     batch = micro.batch
     found = {
         "targets": batch.targets,
@@ -92,7 +92,8 @@ def _tensors(micro: TrainingMicroBatch, now: Tensor) -> dict[str, Tensor]:
         "rollout_logprobs": batch.rollout_logprobs,
         "cu_seqlens": batch.cu_seqlens,
         "indices": batch.indices,
-        "old_logprobs": now if micro.old is None else micro.old.logprobs,
+        # Where nothing computed them, the ratio divides by the sampler's.
+        "old_logprobs": batch.rollout_logprobs if old is None else old,
         "logprobs": now,
     }
     if micro.reference is not None:

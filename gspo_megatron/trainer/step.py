@@ -143,17 +143,20 @@ class Trainer:
             totals = response_advantages.count(part)
             left_out = response_advantages.count([ref for ref in part if ref in silent])
             columns = zip(members, batches, routes, old, self._reference(batches), strict=True)
-            minibatches.append(MiniBatch([ScoredMicroBatch(*values) for values in columns], totals, left_out))
+            micro_batches = [ScoredMicroBatch(*values) for values in columns]
+            minibatches.append(MiniBatch(micro_batches, totals, left_out, is_first=number == 0))
         return minibatches
 
     def _score_old(
         self, batches: Sequence[MicroBatch], is_first: bool
     ) -> tuple[list[Scored | None], list[Routes | None]]:
-        """Log-probs and routes of each micro-batch under the old policy.
+        """Log-probs and routes of each micro-batch under the old policy, as far as something reads them.
 
         The first mini-batch is trained on before any update, so its training pass gives the same. One micro-batch of it
         is scored nevertheless: it proves that the two passes agree.
         """
+        if not self.recipe.scores_old_policy:
+            return [None] * len(batches), [None] * len(batches)
         scored = batches[:1] if is_first and self.recipe.skips_zero_gradients else batches
         # Scored on the very micro-batches that are trained on, so that the first ratio is exactly 1.
         old = self.policy.score(scored, records=True, routes=self._reported(scored))
@@ -201,10 +204,7 @@ class Trainer:
             shaped = shaped - charges
             self.log.add({"reference_charge": float(charges.mean())})
         advantages = response_advantages.advantages_of(spec, refs, shaped)
-        return [
-            MiniBatch([micro.with_advantages(advantages) for micro in one.micro_batches], one.totals, one.left_out)
-            for one in minibatches
-        ]
+        return [one.with_advantages(advantages) for one in minibatches]
 
     def update(self, minibatch: MiniBatch[TrainingMicroBatch]) -> Sums | None:
         """One optimizer step of the objective.
@@ -227,6 +227,7 @@ class Trainer:
                 routes=routes,
                 replays=self.spec.replay != "off",
                 records=records,
+                skips=self.recipe.skips_clipped,
             )
         if records:
             self.routers.add_load(batches, self.policy.routing.recorded(len(batches)))

@@ -33,12 +33,14 @@ def make_loss(
         micro = minibatch.micro_batches[index]
         now = scored.logprobs.detach()
         logprobs.append(now)
-        # Before the first update these are the log-probs of the old policy.
-        old = now if micro.old is None else micro.old.logprobs
-        finite = torch.isfinite(scored.logprobs) & torch.isfinite(old) | ~batch.loss_mask
+        old = minibatch.old_logprobs(index, now)
+        finite = torch.isfinite(scored.logprobs) | ~batch.loss_mask
+        if old is not None:
+            finite = finite & (torch.isfinite(old) | ~batch.loss_mask)
+            old = torch.where(finite, old, 0.0)
         inputs = LossInputs(
             logprobs=torch.where(finite, scored.logprobs, 0.0),
-            old_logprobs=torch.where(finite, old, 0.0),
+            old_logprobs=old,
             rollout_logprobs=batch.rollout_logprobs,
             reference_logprobs=None if micro.reference is None else micro.reference.logprobs,
             advantages=micro.advantages,

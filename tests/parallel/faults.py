@@ -243,7 +243,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], Callable[[], AbstractContextManager[Non
     ),
     "expert gradients times EP": (
         ("CP2 EP4",),
-        lambda: replaced("gspo_megatron.policy.policy", "finalize_model_grads", scaled_experts),
+        lambda: replaced("gspo_megatron.policy.gradients", "finalize_model_grads", scaled_experts),
     ),
     "q, k, v packed flat": (
         ("TP2 EP2 ETP2",),

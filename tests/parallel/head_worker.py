@@ -28,7 +28,8 @@ def main() -> None:
         weight = data["weight"][rank * rows : (rank + 1) * rows].to(hidden.dtype, copy=True).requires_grad_()
         if case["buffer"]:
             weight.main_grad = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        logprobs, entropy = chosen_logprobs(hidden, weight, data["targets"], case["temperature"], case["chunk"], group)
+        settings = (data["targets"], case["temperature"], case["chunk"], group)
+        logprobs, entropy, _ = chosen_logprobs(hidden, weight, *settings)
         (logprobs * data["coefficients"]).sum().backward()
         dist.all_reduce(hidden.grad)
         assert (weight.grad is None) == case["buffer"], "a buffer takes the gradient in place of another tensor"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ import torch.distributed as dist
 
 from gspo_megatron.models import load_recipe
 from gspo_megatron.objective import finalize_step
-from gspo_megatron.policy import mesh
+from gspo_megatron.policy import head, mesh
 from gspo_megatron.policy.policy import OptimizerSettings, Policy
 from gspo_megatron.policy.weights import random_pieces
 from gspo_megatron.run_log import RunLog
+from gspo_megatron.trainer.batches import MiniBatch, TrainingMicroBatch
 from gspo_megatron.trainer.metric_sums import reduce_sums
 from gspo_megatron.trainer.step import Trainer
 from gspo_megatron.types import SampleRef
@@ -32,8 +33,19 @@ REWARDS: dict[str, Sequence[Sequence[float]]] = {
     "first mini-batch silent": [[1] * 4] * 4 + [[0, 1, 1, 0]] * 4,
     "second mini-batch silent": [[0, 1, 0, 0]] * 4 + [[1] * 4] * 4,
     "all silent": [[1] * 4] * 8,
+    "live": [[1, 0, 0, 1], [1, 1, 1, 1], [0, 1, 0, 0], [0, 1, 1, 1], [1, 0, 0, 0], [1, 0, 1, 0], [0] * 4, [0, 1, 1, 0]],
 }
 """Rewards of every group; the batch is cut into two updates of four groups."""
+CLIPPED: dict[str, Callable[[SampleRef], bool]] = {
+    "none": lambda _: False,
+    "odd": lambda ref: ref.sample_index % 2 == 1,
+    "two prompts": lambda ref: ref.prompt_index in (4, 7),
+    "all but one": lambda ref: (ref.prompt_index, ref.sample_index) != (5, 2),
+    "all": lambda _: True,
+}
+"""Responses of the second update that are put outside of the band before it."""
+FAR = 1.0
+"""Nats by which a planted log s lies beyond any band."""
 
 
 def main() -> None:
@@ -67,17 +79,65 @@ def run_case(directory: Path, case: dict[str, Any], skips: int, device: torch.de
         policy.start_optimizer(OptimizerSettings(1e-3, (0.9, 0.95), 1e-8, 0.1, clip_grad=0.0))
         step_optimizer(policy, gradients)
         refs = references(trainer, REWARDS[case["rewards"]])
+        score, asked = policy.score, list[int]()
+        policy.score = lambda batches, **named: asked.append(len(batches)) or score(batches, **named)
         scored = trainer.score_old_policy(refs)
-        minibatches = trainer.assign_advantages(refs, scored)
-        sums = [trainer.update(minibatch) for minibatch in minibatches]
+        policy.score = score
+        first, second = trainer.assign_advantages(refs, scored)
+        minibatches = [first, plant(second, CLIPPED[case["clipped"]])]
+        with counted(policy) as passes:
+            sums = [trainer.update(minibatch) for minibatch in minibatches]
         reduced = reduce_sums(sums, trainer._zero_sums)
         metrics = finalize_step(reduced) | trainer.routers.reduce()
     trained = [len(micro.batch.token_ids) for one in minibatches for micro in one.micro_batches if micro.refs]
     return {
         "gradients": gradients, "metrics": metrics, "row": log.row(), "losses": [float(s["loss"]) for s in reduced],
-        "tokens": sum(trained), "updates": trainer.updates,
+        "tokens": sum(trained), "updates": trainer.updates, "passes": passes, "asked": asked,
         "weights": dict(policy.export()) if dist.get_rank() == 0 else list(policy.export()) and {},
     }  # fmt: skip
+
+
+def plant(minibatch: MiniBatch[TrainingMicroBatch], clipped: Callable[[SampleRef], bool]) -> Any:
+    """The mini-batch with old log-probs that put some sequences outside of the band, on the side that stops them."""
+    changed = []
+    for micro in minibatch.micro_batches:
+        if micro.old is not None and micro.refs:
+            far = [FAR if clipped(ref) else 0.0 for ref in micro.refs]
+            shift = torch.tensor(far, dtype=torch.float64) * micro.advantages.sign()
+            lengths = micro.batch.cu_seqlens.diff().long()
+            old = micro.old.logprobs - shift.repeat_interleave(lengths).to(micro.old.logprobs.dtype)
+            micro = replace(micro, old=replace(micro.old, logprobs=old))
+        changed.append(micro)
+    return replace(minibatch, micro_batches=changed)
+
+
+@contextmanager
+def counted(policy: Policy) -> Iterator[dict[str, int]]:
+    """Over all ranks: tokens that go back through the head, and that layers compute with gradients."""
+    found, gradient = torch.zeros(2, dtype=torch.int64), head._gradient_of_logits
+    passes: dict[str, int] = {}
+
+    def count_head(logits: torch.Tensor, *rest: Any) -> torch.Tensor:
+        found[0] += len(logits)
+        return gradient(logits, *rest)
+
+    def count_layer(*_: Any, hidden_states: torch.Tensor, **__: Any) -> None:
+        found[1] += len(hidden_states) if torch.is_grad_enabled() else 0
+
+    layers = [layer for chunk in policy.chunks for layer in chunk.module.decoder.layers]
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, kwargs: count_layer(*args, **kwargs), with_kwargs=True)
+        for layer in layers
+    ]
+    head._gradient_of_logits = count_head
+    try:
+        yield passes
+    finally:
+        head._gradient_of_logits = gradient
+        for hook in hooks:
+            hook.remove()
+    dist.all_reduce(found)
+    passes.update(head=int(found[0]), layers=int(found[1]))
 
 
 def step_optimizer(policy: Policy, kept: list[dict[str, torch.Tensor]]) -> None:

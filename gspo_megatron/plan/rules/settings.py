@@ -121,11 +121,19 @@ def _router(recipe: Recipe, arch: Architecture) -> Iterator[Finding]:
 
 
 def _every_sequence(recipe: Recipe) -> Iterator[Finding]:
+    if not recipe.trainer.skip_zero_gradients:
+        return
     reason = recipe.requires_every_sequence
-    if recipe.trainer.skip_zero_gradients and reason:
+    if reason:
         yield Finding(
             "zero-gradients-kept", "info", "trainer.skip_zero_gradients",
             f"has no effect: {reason}, so sequences with advantage 0 are scored and trained on like the others",
+            "nothing to do",
+        )  # fmt: skip
+    elif not recipe.skips_clipped:
+        yield Finding(
+            "clipped-sequences-kept", "info", "trainer.skip_zero_gradients",
+            f"leaves out sequences with advantage 0 only: {recipe.keeps_every_gradient}",
             "nothing to do",
         )  # fmt: skip
 

@@ -102,7 +102,7 @@ def test_divergence_in_the_reward_is_summed_over_the_answer(kind: str) -> None:
     rows = as_rows(answers, seed=4)
     inputs = loss_inputs(rows, totals_of(rows))
     spec = ObjectiveSpec.preset("grpo").replace(kl=kind, kl_in="reward", kl_coefficient=0.1)
-    assert inputs.reference_logprobs is not None
+    assert inputs.reference_logprobs is not None and inputs.old_logprobs is not None
     got = kl_in_reward(spec, inputs.old_logprobs, inputs.reference_logprobs, inputs.loss_mask, inputs.cu_seqlens)
     for charge, answer in zip(got.tolist(), answers, strict=True):
         assert answer.reference is not None
