@@ -149,10 +149,20 @@ def _experts(arch: Architecture, trainer: TrainerSection, dtype: str, engine: bo
     }
 
 
+def recomputed_modules(arch: Architecture, trainer: TrainerSection) -> tuple[str, ...]:
+    """Parts of a layer that `recompute=selective` repeats, in Megatron's words; none of them for another mode."""
+    if trainer.recompute != "selective":
+        return ()
+    # The attention kernel computes its scores again by itself: to repeat it would cost time and save nothing.
+    return trainer.megatron.given().get("recompute_modules", ("moe" if arch.num_experts else "mlp",))
+
+
 def _recompute(arch: Architecture, trainer: TrainerSection) -> dict[str, Any]:
     if trainer.recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if trainer.recompute == "selective":
-        # The attention kernel computes its scores again by itself: to repeat it would cost time and save nothing.
-        return {"recompute_granularity": "selective", "recompute_modules": ["moe" if arch.num_experts else "mlp"]}
+        return {
+            "recompute_granularity": "selective",
+            "recompute_modules": list(recomputed_modules(arch, trainer)),
+        }
     return {}

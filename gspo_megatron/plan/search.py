@@ -231,6 +231,9 @@ def _judge(recipe: Recipe, arch: Architecture, machine: Machine, change: dict[st
         return None
     # Only the layer inputs of full recomputation can be offloaded.
     modes = ("full",) if change["trainer.offload_activations"] else ("none", "selective", "full")
+    if recipe.trainer.megatron.given().get("recompute_modules"):
+        # The recipe chose what is repeated, which no other mode does.
+        modes = tuple(mode for mode in modes if mode == "selective")
     for mode in modes:
         tried = apply(changed, {"trainer.recompute": mode})
         stages = memory.stage_memory(tried, grid, cut, machine)

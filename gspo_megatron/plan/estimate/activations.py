@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.models.layer_costs import LayerShape
+from gspo_megatron.models.megatron_engine import recomputed_modules
 from gspo_megatron.models.registry import family_of
 from gspo_megatron.parallel import Layout
 from gspo_megatron.plan.estimate.batch import BatchPlan
@@ -25,12 +26,15 @@ class Shape(LayerShape):
 
     recompute: str
     """`none`, `selective`, `full`."""
+    modules: tuple[str, ...] = ()
+    """Parts that `selective` repeats, in Megatron's words."""
 
     @classmethod
     def of(cls, recipe: Recipe, arch: Architecture, layout: Layout) -> Shape:
         """The layer that a recipe trains."""
         tokens = recipe.trainer.micro_batch_tokens / layout.context
-        return cls(arch, layout, tokens, ITEM_BYTES[recipe.model.dtype], recipe.trainer.recompute)
+        element, trainer = ITEM_BYTES[recipe.model.dtype], recipe.trainer
+        return cls(arch, layout, tokens, element, trainer.recompute, recomputed_modules(arch, trainer))
 
     @property
     def attention_bytes(self) -> int:
@@ -40,6 +44,12 @@ class Shape(LayerShape):
     def mixer_bytes(self, spread: float) -> int:
         """What the feed-forward layer or the experts save; the fullest expert rank holds `spread` times the mean."""
         return family_of(self.arch).mixer_bytes(self, spread)
+
+    @property
+    def product_bytes(self) -> int:
+        """Gate times up of the experts."""
+        width = self.arch.moe_intermediate_size / self.layout.expert_tensor
+        return int(self.rows(MEAN_IMBALANCE) * width * self.element)
 
     @property
     def layer_bytes(self) -> int:
@@ -64,9 +74,11 @@ class Shape(LayerShape):
         """What a layer keeps until its backward pass under the recipe's recomputation."""
         if self.recompute == "full":
             return self.input_bytes
-        if self.recompute == "selective":
-            return self.attention_bytes + 2 * self.input_bytes
-        return self.layer_bytes
+        # A repeated part keeps its input; a repeated norm gives its output up, a repeated activation the product.
+        norm = self.input_bytes if "layernorm" in self.modules else 0
+        if "moe" in self.modules or "mlp" in self.modules:
+            return self.attention_bytes - norm + 2 * self.input_bytes
+        return self.layer_bytes - 2 * norm - (self.product_bytes if "moe_act" in self.modules else 0)
 
 
 def layers_in_flight(layout: Layout, batch: BatchPlan, stage: int, layers: int) -> int:

@@ -41,7 +41,7 @@ class Rates:
     hidden_share: float = _constant(0.735, 0.3, 1.0, "of the exchange", TABLE, "2026-11-30", fitted=True)
     """What overlapped dispatch hides of the experts' exchange behind the products. With nothing else changed: a third
     (235B, 19.7 to 17.6 s a step, 2025) to four fifths (30B, 244 to 287 TFLOP/s, 2026)."""
-    expert_imbalance: float = _constant(1.66, 1.0, 2.2, "of the mean", TABLE, "2026-11-30", fitted=True)
+    expert_imbalance: float = _constant(1.71, 1.0, 2.2, "of the mean", TABLE, "2026-11-30", fitted=True)
     """Work of the fullest expert rank where the router is not forced to be even."""
     slot_imbalance: float = _constant(1.1, 1.0, 1.34, "of the mean", "tools/results/bench_packing.json", "2026-11-21")
     """Work of the fullest rank, mean over the micro-batches of an update."""

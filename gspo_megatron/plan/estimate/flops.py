@@ -44,9 +44,11 @@ def linear_flops(arch: Architecture) -> int:
     return 2 * (layers + arch.vocab_size * arch.hidden_size)
 
 
-def expert_flops(arch: Architecture) -> int:
-    """The part of `linear_flops` that is spent in experts."""
-    return 2 * arch.num_hidden_layers * arch.num_experts_per_tok * expert_parameters(arch)
+def mixer_flops(arch: Architecture) -> int:
+    """The part of `linear_flops` that is spent in experts, or in the feed-forward layers of a dense model."""
+    dense = 3 * arch.hidden_size * arch.intermediate_size
+    chosen = arch.num_experts_per_tok * expert_parameters(arch) if arch.num_experts else dense
+    return 2 * arch.num_hidden_layers * chosen
 
 
 def quadratic_flops(arch: Architecture) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 
@@ -56,12 +57,45 @@ class Seconds:
 
 @dataclass(frozen=True, slots=True)
 class LayerTime:
-    """One layer and one micro-batch, forward; `mixer` is the part that `recompute=selective` repeats."""
+    """One layer and one micro-batch."""
 
     attention: Seconds
+    """Forward, with its norm."""
     mixer: Seconds
+    """Forward: experts or feed-forward layer, with its norm."""
     attention_back: Seconds
     mixer_back: Seconds
+    norms: Seconds
+    """The two norms of a layer, forward."""
+    activation: Seconds
+    """Gate times up, forward."""
+
+    @property
+    def both(self) -> Seconds:
+        """Forward and backward."""
+        return self.attention + self.mixer + self.attention_back + self.mixer_back
+
+
+def repeated(layer: LayerTime, modules: Sequence[str], recompute: str) -> Seconds:
+    """Return the time of what the backward pass computes again.
+
+    Args:
+        layer: one layer.
+        modules: of `recompute=selective`, in Megatron's words.
+        recompute: `none`, `selective`, `full`.
+    """
+    if recompute == "full":
+        return layer.attention + layer.mixer
+    again = Seconds()
+    for module in modules:
+        again += {
+            "moe": layer.mixer,
+            "mlp": layer.mixer,
+            "core_attn": Seconds(attention=layer.attention.attention),
+            "layernorm": layer.norms,
+            "moe_act": layer.activation,
+        }[module]
+    return again
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,17 +120,23 @@ def layer_time(arch: Architecture, layout: Layout, machine: Machine, slot: Slot,
     scores = max(ring, _score_seconds(arch, layout, machine, slot, backward=False))
     scores_back = max(2 * ring, _score_seconds(arch, layout, machine, slot, backward=True))
     gather = _tensor_seconds(arch, layout, machine, slot, practice)
-    sent = _dispatch_seconds(arch, layout, machine, slot, practice)
     spread = 1.0 if practice.balanced or layout.expert == 1 else practice.rates.expert_imbalance
+    sent = _dispatch_seconds(arch, layout, machine, slot, practice, spread)
     experts = _expert_seconds(arch, layout, machine, slot, practice, spread)
     speed = machine.device.bandwidth * practice.rates.element_share * layout.tensor
     moved = [0.0 if machine.is_cpu else size * slot.tokens / speed for size in _element_bytes(arch, layout, practice)]
+    width = arch.num_experts_per_tok * arch.moe_intermediate_size if arch.num_experts else arch.intermediate_size
+    norm, product = (
+        0.0 if machine.is_cpu else 2 * size * slot.tokens / speed for size in (4 * arch.hidden_size, 3 * width)
+    )
     dense = (products - routed - mlp) * each
     return LayerTime(
         Seconds(dense, 0.0, scores, moved[0], gather, launches),
-        Seconds(mlp * each, experts, 0.0, moved[1] * spread, sent * spread, launches),
+        Seconds(mlp * each, experts, 0.0, moved[1] * spread, sent, launches),
         Seconds(2 * dense, 0.0, scores_back, 2 * moved[0], 1.5 * gather, 2 * launches),
-        Seconds(2 * mlp * each, 2 * experts, 0.0, 2 * moved[1] * spread, sent * spread, 2 * launches),
+        Seconds(2 * mlp * each, 2 * experts, 0.0, 2 * moved[1] * spread, sent, 2 * launches),
+        Seconds(memory=norm),
+        Seconds(memory=product * spread),
     )
 
 
@@ -184,33 +224,41 @@ def _tensor_seconds(arch: Architecture, layout: Layout, machine: Machine, slot: 
     return found
 
 
-def _dispatch_seconds(arch: Architecture, layout: Layout, machine: Machine, slot: Slot, practice: Practice) -> float:
+def _dispatch_seconds(
+    arch: Architecture, layout: Layout, machine: Machine, slot: Slot, practice: Practice, spread: float
+) -> float:
     """Tokens to their experts and back. The backward pass sends the same bytes the other way."""
-    ranks = layout.expert * layout.expert_tensor
-    if ranks == 1 or not arch.num_experts:
+    if not arch.num_experts:
         return 0.0
     state, sent = arch.hidden_size * 2, slot.tokens / layout.tensor
     # Ranks that hold slices of the same experts gather the rows of all of them, and scatter the sums.
     shared = 2 * sent * state * arch.num_experts_per_tok * (layout.expert_tensor - 1)
-    gathered = shared / link_speed(machine, practice, machine.domain % layout.expert_tensor == 0)
-    ranks = layout.expert
-    if ranks == 1:
+    gathered = spread * shared / link_speed(machine, practice, machine.domain % layout.expert_tensor == 0)
+    if layout.expert == 1:
         return gathered
-    near = min(ranks, max(1, machine.domain // layout.expert_tensor))
-    nodes = max(1, ranks // near)
-    chosen = arch.num_experts_per_tok
     network, link = link_speed(machine, practice, False), link_speed(machine, practice, True)
+    outside, inside = _copies(layout, machine, arch.num_experts_per_tok, practice, spread)
     if practice.dispatch == "all_to_all":
-        copies = chosen * (1 - near / ranks) / network + chosen * (near - 1) / ranks / link
+        copies = outside / network + inside / link
     else:
-        # One copy to each node that has a chosen expert, and from there one to each rank that has, while the next
-        # tokens are on the network. Source: DeepEP at 0297fc8, 90 and 61 GB/s with 2 and 4 nodes of H100s, of which
-        # 1/2 and 1/4 stay in the node: 45 GB/s of the network's 50, however many copies a node hands on.
-        outside = (nodes - 1) * (1 - (1 - 1 / nodes) ** chosen)
-        inside = (ranks - nodes) * (1 - (1 - 1 / ranks) ** chosen)
+        # Links hand tokens on while the next ones are on the network. Source: DeepEP at 0297fc8, 90 and 61 GB/s with 2
+        # and 4 nodes of H100s, of which 1/2 and 1/4 stay in the node: 45 GB/s of the network's 50 in both.
         copies = max(outside / network, inside / link)
     seconds = 2 * sent * state * copies
     return gathered + seconds * (1 - practice.rates.hidden_share if practice.dispatch == "overlapped" else 1)
+
+
+def _copies(layout: Layout, machine: Machine, chosen: int, practice: Practice, spread: float) -> tuple[float, float]:
+    """Copies of a token that (leave the node, go to another rank of a node), where the fullest rank is waited for."""
+    ranks = layout.expert
+    near = min(ranks, max(1, machine.domain // layout.expert_tensor))
+    if practice.dispatch == "all_to_all":
+        return spread * chosen * (1 - near / ranks), spread * chosen * (near - 1) / ranks
+    # One copy to each node that has a chosen expert, and from there one to each rank that has. A full node or rank gets
+    # no more than one of each token, however many of its experts are chosen.
+    nodes = max(1, ranks // near)
+    met, held = (min(1.0, spread * (1 - (1 - 1 / places) ** chosen)) for places in (nodes, ranks))
+    return (nodes - 1) * met, (ranks - nodes) * held
 
 
 def link_speed(machine: Machine, practice: Practice, inside: bool) -> float:

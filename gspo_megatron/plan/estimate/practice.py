@@ -1,10 +1,11 @@
-"""How a trainer works: this one's ways are the defaults; published runs of others are planned with theirs."""
+"""How a trainer works: this one as a recipe tells it to; published runs of others with their ways."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+from gspo_megatron.config.schema import Recipe
 from gspo_megatron.plan.estimate.calibration import CALIBRATED, Rates
 
 
@@ -18,7 +19,9 @@ class Practice:
     balanced: bool = False
     """Whether the router is forced to load all experts evenly."""
     overlaps_reduction: bool = False
-    """Whether gradients are reduced, and parameters gathered, during the passes."""
+    """Whether gradients are reduced during the last backward pass."""
+    overlaps_gather: bool = False
+    """Whether parameters are gathered during the first forward pass."""
     fuses_accumulation: bool = False
     """Whether products add gradients to the buffer themselves."""
     virtual: int = 0
@@ -37,3 +40,14 @@ class Practice:
 
 
 OURS = Practice()
+"""What servers do depends on none of this."""
+
+
+def practice_of(recipe: Recipe) -> Practice:
+    """Return what this trainer does under a recipe."""
+    given = recipe.trainer.megatron.given()
+    return Practice(
+        dispatch="fused" if given.get("moe_token_dispatcher_type") == "flex" else "all_to_all",
+        overlaps_reduction=bool(given.get("overlap_grad_reduce")),
+        fuses_accumulation=given.get("gradient_accumulation_fusion") is not False,
+    )

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from gspo_megatron.cluster.machines import Machine
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.models.megatron_engine import recomputed_modules
 from gspo_megatron.parallel import Layout
 from gspo_megatron.plan.estimate import flops
 from gspo_megatron.plan.estimate.batch import BatchPlan
 from gspo_megatron.plan.estimate.calibration import TIME_RANGE
 from gspo_megatron.plan.estimate.memory import StageMemory
-from gspo_megatron.plan.estimate.practice import OURS, Practice
+from gspo_megatron.plan.estimate.practice import Practice, practice_of
 from gspo_megatron.plan.estimate.rollout import RolloutPlan
 from gspo_megatron.plan.estimate.trainer_time import trainer_times
 
@@ -63,9 +64,10 @@ def plan_compute(
     rollout: RolloutPlan,
     stages: list[StageMemory],
     machine: Machine,
-    practice: Practice = OURS,
+    practice: Practice | None = None,
 ) -> ComputePlan:
     """Estimate the FLOPs of a step and the seconds of its parts."""
+    practice = practice or practice_of(recipe)
     tokens = batch.expected_tokens_per_batch
     spread = min(practice.rates.length_spread, batch.longest_tokens / batch.expected_tokens)
     linear, quadratic = flops.linear_flops(arch), flops.quadratic_flops(arch) * batch.expected_tokens * spread
@@ -113,9 +115,9 @@ def _passes(recipe: Recipe, arch: Architecture, part: str) -> tuple[float, float
         return times, times
     if recipe.trainer.recompute == "full":
         return 4.0, 4.0
-    if recipe.trainer.recompute == "selective":
-        return 3.0 + flops.expert_flops(arch) / flops.linear_flops(arch), 3.0
-    return 3.0, 3.0
+    again = recomputed_modules(arch, recipe.trainer)
+    mixer = flops.mixer_flops(arch) / flops.linear_flops(arch) if {"moe", "mlp"} & set(again) else 0.0
+    return 3.0 + mixer, 4.0 if "core_attn" in again else 3.0
 
 
 def _update_seconds(rollout: RolloutPlan, stages: list[StageMemory], machine: Machine, practice: Practice) -> float:

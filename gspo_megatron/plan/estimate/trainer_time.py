@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from gspo_megatron.cluster.machines import Machine
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.models.megatron_engine import recomputed_modules
 from gspo_megatron.parallel import Layout
 from gspo_megatron.plan.estimate.batch import BatchPlan
-from gspo_megatron.plan.estimate.layer_time import LayerTime, Seconds, Slot, head_time, layer_time, link_speed
+from gspo_megatron.plan.estimate.layer_time import Seconds, Slot, head_time, layer_time, link_speed, repeated
 from gspo_megatron.plan.estimate.memory import held_by
-from gspo_megatron.plan.estimate.practice import OURS, Practice
+from gspo_megatron.plan.estimate.practice import Practice, practice_of
 from gspo_megatron.plan.rules.layout import spans
 from gspo_megatron.types import ITEM_BYTES
 
@@ -48,19 +49,20 @@ class TrainerTime:
 
 
 def trainer_times(
-    recipe: Recipe, layout: Layout, batch: BatchPlan, machine: Machine, practice: Practice = OURS
+    recipe: Recipe, layout: Layout, batch: BatchPlan, machine: Machine, practice: Practice | None = None
 ) -> dict[str, TrainerTime]:
     """Estimate the trainer's two passes over a rollout batch: "old log-probs" and "training"."""
-    arch = recipe.arch
+    arch, practice = recipe.arch, practice or practice_of(recipe)
     slots = batch.micro_batches_expected
     tokens = batch.expected_tokens_per_batch / batch.updates / layout.data / slots
     spread = min(practice.rates.length_spread, batch.longest_tokens / batch.expected_tokens)
     slot = Slot(tokens / layout.context, batch.expected_tokens * spread)
     layer = layer_time(arch, layout, machine, slot, practice)
+    again = repeated(layer, recomputed_modules(arch, recipe.trainer), recipe.trainer.recompute)
     score_head, train_head = head_time(arch, layout, machine, slot, practice)
     sizes = layout.stage_sizes(arch.num_hidden_layers)
     score = _slowest(sizes, layer.attention + layer.mixer, score_head)
-    train = _slowest(sizes, _trained(layer, recipe.trainer.recompute), train_head)
+    train = _slowest(sizes, layer.both + again, train_head)
     if recipe.trainer.offload_activations:
         inputs = slot.tokens / layout.tensor * arch.hidden_size * ITEM_BYTES[recipe.model.dtype] * max(sizes)
         train += Seconds(exchange=2 * inputs / practice.rates.host_link)
@@ -99,13 +101,6 @@ def _slowest(sizes: list[int], layer: Seconds, head: Seconds) -> Seconds:
     return max(first, last, key=lambda stage: stage.total)
 
 
-def _trained(layer: LayerTime, recompute: str) -> Seconds:
-    once = layer.attention + layer.mixer + layer.attention_back + layer.mixer_back
-    if recompute == "full":
-        return once + layer.attention + layer.mixer
-    return once + layer.mixer if recompute == "selective" else once
-
-
 def _send_seconds(recipe: Recipe, layout: Layout, machine: Machine, slot: Slot, practice: Practice) -> float:
     """Send the states of a micro-batch to the next stage."""
     if layout.pipeline == 1:
@@ -115,13 +110,14 @@ def _send_seconds(recipe: Recipe, layout: Layout, machine: Machine, slot: Slot, 
 
 
 def update_seconds(
-    recipe: Recipe, layout: Layout, machine: Machine, practice: Practice = OURS, backward: float = 0.0
+    recipe: Recipe, layout: Layout, machine: Machine, practice: Practice | None = None, backward: float = 0.0
 ) -> float:
     """Estimate reducing the gradients, the optimizer's step and gathering the parameters, once an update.
 
     Args:
         backward: seconds of a micro-batch, behind which an overlapped reduction hides.
     """
+    practice = practice or practice_of(recipe)
     held = held_by(recipe.arch, layout, 0)
     inside = {span.name: span.inside_node for span in spans(layout, machine.domain)}
     kinds = (
@@ -129,14 +125,15 @@ def update_seconds(
         (sum(sum(chunk.expert) for chunk in held), layout.expert_data, inside["expert_data"]),
     )
     weight = ITEM_BYTES[recipe.model.dtype]
-    moved = step = 0.0
+    reduced = gathered = step = 0.0
     if not practice.fuses_accumulation and not machine.is_cpu:
         step += practice.rates.tensor_seconds * sum(len(chunk.dense) + len(chunk.expert) for chunk in held)
     for parameters, copies, near in kinds:
-        sent = parameters * (practice.gradient_bytes + weight) * (copies - 1) / copies
-        moved += sent / link_speed(machine, practice, near)
+        sent = parameters * (copies - 1) / copies / link_speed(machine, practice, near)
+        reduced, gathered = reduced + sent * practice.gradient_bytes, gathered + sent * weight
         shard = parameters / (copies if recipe.trainer.distributed_optimizer else 1)
         step += shard * OPTIMIZER_BYTES / (machine.device.bandwidth * practice.rates.copy_share)
         # Zeroing the buffer, and the norm of the gradients.
         step += parameters * practice.gradient_bytes * 2 / (machine.device.bandwidth * practice.rates.copy_share)
-    return step + (max(0.0, moved - backward) if practice.overlaps_reduction else moved)
+    hidden = reduced * practice.overlaps_reduction + gathered * practice.overlaps_gather
+    return step + reduced + gathered - min(hidden, backward)

@@ -15,7 +15,9 @@ from gspo_megatron.plan.as_text import lines
 from gspo_megatron.plan.estimate import flops
 from gspo_megatron.plan.estimate.activations import Shape, head_bytes, layers_in_flight
 from gspo_megatron.plan.estimate.batch import plan_batch
+from gspo_megatron.plan.estimate.layer_time import Slot, layer_time
 from gspo_megatron.plan.estimate.memory import Held, exact_bytes, held_by
+from gspo_megatron.plan.estimate.practice import Practice
 from gspo_megatron.plan.estimate.rollout import weight_bytes
 from gspo_megatron.plan.rules.layout import layout_of
 from gspo_megatron.plan.rules.resources import host_bytes, pinned_bytes
@@ -227,3 +229,46 @@ def test_price_and_energy_are_those_of_the_gpu_hours() -> None:
     assert asked.compute.kilowatt_hours == pytest.approx(plain.compute.device_hours)
     assert any("2.5 a GPU-hour" in line and "kWh" in line for line in lines(asked))
     assert not any("kWh" in line for line in lines(plain))
+
+
+MAPS = (
+    ("trainer.megatron.moe_token_dispatcher_type=flex", -1),
+    ("trainer.megatron.overlap_grad_reduce=true", -1),
+    ("trainer.megatron.gradient_accumulation_fusion=false", 1),
+)
+
+
+@pytest.mark.parametrize(("setting", "sign"), MAPS)
+def test_engine_settings_are_planned(setting: str, sign: int) -> None:
+    seconds = []
+    for words in ([], [setting]):
+        work = make_plan(load_recipe(A3B, ["trainer.expert_parallel=16", *words])).compute
+        assert work is not None
+        seconds.append(work.seconds["training"])
+    assert (seconds[1] - seconds[0]) * sign > 0
+
+
+def test_what_selective_recomputation_repeats_is_planned() -> None:
+    """Less is repeated, more is kept: norms and activation, then the experts, then everything."""
+    light = "trainer.megatron.recompute_modules=[layernorm,moe_act]"
+    found = []
+    for words in (["none"], ["selective", light], ["selective"], ["full"]):
+        change = [f"trainer.recompute={words[0]}", *words[1:], "placement.gpu=h200"]
+        plan = make_plan(load_recipe(A3B, change))
+        assert plan.compute is not None and plan.memory is not None
+        found.append((plan.compute.seconds["training"], plan.memory[0].peak_bytes))
+    assert found == sorted(found, key=lambda one: one[0]) and len({seconds for seconds, _ in found}) == 4
+    assert [size for _, size in found] == sorted((size for _, size in found), reverse=True)
+
+
+def test_a_node_gets_one_copy_of_a_token_however_uneven_the_experts_are() -> None:
+    """Four nodes: nine of ten tokens have an expert on each other one, so imbalance cannot add more than the tenth."""
+    plan = make_plan(load_recipe(A3B, ["trainer.expert_parallel=32"]))
+    assert plan.layout is not None
+    even, uneven = (
+        layer_time(
+            plan.recipe.arch, plan.layout, plan.machine, Slot(4096, 4096), Practice(dispatch="fused", balanced=balanced)
+        ).mixer.exchange
+        for balanced in (True, False)
+    )
+    assert even < uneven < 1.12 * even
