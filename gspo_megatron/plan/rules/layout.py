@@ -202,8 +202,8 @@ def _nodes(layout: Layout, machine: Machine) -> Iterator[Finding]:
                 f"EP {span.size} spans {span.reach} ranks, a node has {per_node}: tokens reach their experts over "
                 f"the network, {machine.device.network / 1e9:.0f} GB/s per GPU instead of "
                 f"{machine.device.node_link / 1e9:.0f}",
-                f"keep EP * ETP at {per_node} or less to stay inside a node, with more weights per GPU; or, where DeepEP "
-                "or HybridEP is installed, set trainer.megatron.moe_token_dispatcher_type=flex",
+                f"keep EP * ETP at {per_node} or less to stay inside a node, with more weights per GPU; or, where "
+                "DeepEP or HybridEP is installed, set trainer.megatron.moe_token_dispatcher_type=flex",
             )  # fmt: skip
         else:
             yield Finding(
