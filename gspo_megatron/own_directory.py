@@ -60,7 +60,8 @@ def directory_fault(path: Path, kind: DirectoryKind) -> str | None:
         OSError: the place cannot be looked at.
     """
     if not os.path.lexists(path):
-        return None
+        above = next((place for place in path.parents if os.path.lexists(place)), None)
+        return f"{path} lies in {above}, which is not a directory" if above and not above.is_dir() else None
     if not path.is_dir():
         return f"{path} is not a directory"
     names = sorted(entry.name for entry in path.iterdir())

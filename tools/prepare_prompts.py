@@ -1,7 +1,7 @@
 """Convert a file of mathematics problems to JSONL: one object with `prompt` (or `messages`) and `answer` per line.
 
 It reads what `data.path` reads (JSONL, a JSON list, Parquet, a directory that `datasets` saved), by the same reader, in
-the published formats of DAPO-Math-17k, AIME and similar:
+the published formats of DAPO-Math-17k, AIME, GSM8K and similar:
 
     python tools/prepare_prompts.py DAPO-Math-17k/data/dapo-math-17k.parquet data/dapo_math_17k.jsonl
     python tools/prepare_prompts.py AIME_2024/aime_2024.jsonl data/aime_2024.jsonl --instruction boxed
@@ -63,6 +63,8 @@ WRAPPINGS = (
     ),
 )
 """Instructions around every problem of a published set. They are removed if another instruction is chosen."""
+SOLUTION = "\n#### "
+"""Between a solution and its answer in GSM8K's field `answer`."""
 SHOWN = 5
 """Rows that are no problem, with what is wrong with them."""
 EXACT = 1 << 53
@@ -196,7 +198,8 @@ def _convert_row(
 
 
 def read_gold(value: Any) -> Any:
-    """Return the gold answer in a field: the `ground_truth` of an object, what all items of a list say, or the value.
+    """Return the gold answer in a field: the `ground_truth` of an object, what all items of a list say, what follows
+    GSM8K's mark in a solution, or the value.
 
     Of a list whose items differ nobody said which counts: it is returned, and no answer.
     """
@@ -205,6 +208,8 @@ def read_gold(value: Any) -> Any:
     if isinstance(value, list):
         golds = [read_gold(item) for item in value]
         return golds[0] if len({str(gold) for gold in golds}) == 1 else value
+    if isinstance(value, str) and SOLUTION in value:
+        return value.rpartition(SOLUTION)[2].strip()
     # A column of whole numbers with gaps holds floats. What a text writes as 25.0 is of another type, and stays.
     if type(value) is float and value.is_integer() and abs(value) < EXACT:
         return int(value)

@@ -11,7 +11,8 @@ from gspo_megatron.config.recipe_paths import absolute_path
 def read_path(text: str) -> Path:
     """Read a path on the command line by the rule of the recipe's paths: the type of every such argument."""
     try:
-        return absolute_path(text) if text.startswith("~") else Path(text)
+        made = absolute_path(text)
+        return made if text.startswith("~") else Path(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

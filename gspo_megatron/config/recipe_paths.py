@@ -18,6 +18,9 @@ from pydantic.fields import FieldInfo
 from gspo_megatron.config.field_rules import NULL_WORDS, options_of, section_of
 from gspo_megatron.config.yaml_text import Scalar
 
+LONGEST_NAME, LONGEST_PATH = 255, 4095
+"""Bytes that Linux takes; what looks at a longer path raises in the middle of something else."""
+
 
 class PathMark:
     """Marks the type of a key that holds a path, or the name of an object in a file."""
@@ -31,7 +34,7 @@ def absolute_path(text: str | Path, directory: Path | None = None) -> Path:
         directory: what a relative path is relative to; null = where the command was started.
 
     Raises:
-        ValueError: a home directory that is not known, or no present directory.
+        ValueError: a home directory that is not known, no present directory, or a path that no file can have.
     """
     written = str(text)
     expanded = os.path.expanduser(written)
@@ -43,6 +46,8 @@ def absolute_path(text: str | Path, directory: Path | None = None) -> Path:
         raise ValueError(
             f"{written} is relative to a directory that was removed; change to another directory"
         ) from None
+    if len(os.fsencode(made)) > LONGEST_PATH or any(len(os.fsencode(p)) > LONGEST_NAME for p in made.split("/")):
+        raise ValueError(f"{written[:60]}... is longer than the name of a file can be; name another path")
     # `..` behind a link is not the directory that the text shows.
     collapsed = os.path.normpath(made)
     return Path(collapsed if os.path.realpath(collapsed) == os.path.realpath(made) else made)

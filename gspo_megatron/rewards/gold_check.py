@@ -15,6 +15,10 @@ GOLDS_OF = "math_verify"
 """The reward that reads gold answers."""
 FAILING = "golds-that-fail"
 """Code of the warning."""
+SOLUTIONS = "golds-are-solutions"
+"""Code of the warning that no response can equal them."""
+SOLUTION = "\n#### "
+"""Before the answer in GSM8K's field `answer`."""
 MOST = 20_000
 """Golds that are looked at: two seconds."""
 MOST_READ = 200
@@ -37,6 +41,7 @@ def gold_findings(recipe: Recipe, problems: Iterable[Problem]) -> list[Finding]:
     failing = [gold for gold in golds if not _scores_itself(gold)]
     unread = _find_unread(golds)
     words = [gold for gold in golds if mathematics.is_text(gold) or gold in unread]
+    solutions = [gold for gold in words if SOLUTION in gold]
     of = f"of {'the first ' * (len(golds) == MOST)}{len(golds)} gold answers"
     found = []
     if failing:
@@ -44,6 +49,12 @@ def gold_findings(recipe: Recipe, problems: Iterable[Problem]) -> list[Finding]:
         message = f"{len(failing)} {of} get 0 when a response gives exactly them: {_show(failing)}"
         fix = "correct them in the data (unbalanced braces, nothing but signs)"
         found.append(Finding(FAILING, severity, "data", message, fix))
+    if solutions:
+        severity = "error" if len(solutions) == len(golds) else "warning"
+        message = f"{len(solutions)} {of} are whole solutions, with the answer behind ####: {_show(solutions)}"
+        fix = "write only the answers: tools/prepare_prompts.py takes them from such a file"
+        found.append(Finding(SOLUTIONS, severity, "data", message, fix))
+        words = [gold for gold in words if gold not in set(solutions)]
     if words:
         message = f"{len(words)} {of} are compared as words, letter by letter: {_show(words)}"
         fix = "nothing to do if these are words; else write only the number or the expression, in LaTeX"

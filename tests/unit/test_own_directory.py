@@ -229,6 +229,15 @@ def test_a_place_that_cannot_be_written_is_a_sentence(place: str, kind: Director
     assert place in finding.message and finding.code in ("cannot-write", "directory-not-ours")
 
 
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_a_directory_in_a_file_is_refused(tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.txt").touch()
+    place = tmp_path / "notes.txt" / "runs" / "one"
+    assert main([command, RECIPE, "placement.gpu=cpu", f"run.directory={place}"]) == 2
+    said = capsys.readouterr()
+    assert f"run.directory: {place} lies in {tmp_path / 'notes.txt'}, which is not a directory" in said.err + said.out
+
+
 def test_a_link_is_followed_and_a_loop_of_links_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "big").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "big")

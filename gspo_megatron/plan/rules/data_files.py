@@ -21,8 +21,8 @@ from gspo_megatron.types import Finding
 READER = "gspo_megatron.data.prompt_check"
 CONTENT_WARNINGS = frozenset(
     {
-        "prompts-left-out", "turn-end-not-a-stop", "golds-that-fail", "demonstrations-too-long",
-        "demonstrations-held-out",
+        "prompts-left-out", "prompts-alike", "turn-end-not-a-stop", "golds-that-fail", "golds-are-solutions",
+        "demonstrations-too-long", "demonstrations-held-out",
     }
 )  # fmt: skip
 """Codes of the warnings of `read_findings`: a recipe may acknowledge them, and only reading shows whether it has to."""

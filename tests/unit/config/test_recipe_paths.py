@@ -135,6 +135,15 @@ def test_an_unknown_home_is_refused_by_key() -> None:
         load_recipe(TINY, ["data.path=~nobody-here/x"])
 
 
+@pytest.mark.parametrize("text", ["x" * 256, "a/" + "\u00e9" * 128 + "/b", "y/" * 2100, "x" * 300 + ".py:f"])
+@pytest.mark.parametrize("key", ["run.directory", "data.path", "model.path", "tokenizer.rendering"])
+def test_a_path_that_no_file_can_have_is_refused_by_key(key: str, text: str) -> None:
+    value = text if key != "tokenizer.rendering" or text.endswith(":f") else f"{text}.py:f"
+    with pytest.raises(RecipeError, match=r"is longer than the name of a file can be") as refusal:
+        load_recipe(TINY, [f"{key}={value}"])
+    assert refusal.value.findings[0].key == key
+
+
 def test_a_home_in_a_file_is_expanded_and_null_stays_null(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(f"base: {TINY}\ndata: {{path: ~/a.jsonl, held_out_path: null}}\ntokenizer: {{path: 'null'}}\n")

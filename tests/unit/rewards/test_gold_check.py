@@ -53,6 +53,14 @@ def test_golds_of_which_nothing_is_read_are_shown_with_the_words(recipe: Any) ->
     assert all(repr(gold) in found.message for gold in ("(1, 2", "Paris", "5</s>", "<b>5</b>", "\\sqrt"))
 
 
+@pytest.mark.parametrize(("more", "severity"), [([], "error"), (["5"], "warning")])
+def test_golds_that_are_whole_solutions_are_said(recipe: Any, more: list[str], severity: str) -> None:
+    """GSM8K as published: no response is that text."""
+    (found,) = gold_findings(recipe, problems([f"First {n} + 3.\n#### {n + 3}" for n in range(4)] + more))
+    assert (found.code, found.severity) == ("golds-are-solutions", severity)
+    assert f"4 of {4 + len(more)} gold answers are whole solutions" in found.message and "prepare_prompts" in found.fix
+
+
 def test_another_reward_has_no_golds_to_read() -> None:
     tiny = load_recipe(ROOT / "recipes/tiny_moe.yaml")
     assert tiny.reward.name != "math_verify" and not gold_findings(tiny, problems(["}"]))

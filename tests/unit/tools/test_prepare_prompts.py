@@ -101,7 +101,7 @@ def test_what_cannot_be_turned_is_said_with_its_line(
     [
         (["3"], "3"), (["3", "3"], "3"), ([["3"]], "3"), (["3", "-3"], None), ([], None), ([None], None),
         ({"ground_truth": ["5"]}, "5"), ({"ground_truth": None}, None), ({"value": 1}, None), (True, None), (" ", None),
-        (204, "204"),
+        (204, "204"), ("3 + 4 = 7.\n#### 7", "7"), ("#### 7\nso\n####  1,000 ", "1,000"),
     ],
 )  # fmt: skip
 def test_a_gold_is_one_text(gold: Any, read: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
