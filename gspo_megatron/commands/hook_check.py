@@ -7,9 +7,10 @@ import contextlib
 import functools
 import io
 import itertools
+import os
 import sys
 from collections.abc import Iterator
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from gspo_megatron.cluster.exit_codes import OK, REFUSED
 from gspo_megatron.commands.recipe_arguments import add_overrides, read_path
@@ -63,6 +64,9 @@ def check_object(reference: str, name: str | None = None, samples: Samples | Non
         for fault in str(faults).splitlines():
             print(f"{reference}: {hide_secrets(fault)}", file=sys.stderr)
         return REFUSED
+    except SystemExit as error:
+        print(f"{reference}: ended Python (SystemExit: {error}); return, or raise another exception", file=sys.stderr)
+        return REFUSED
     print(f"{reference} fits the hook {hook.name}: set {hook.key}={reference}")
     for sentence in checked:
         print(f"  {sentence}")
@@ -70,7 +74,7 @@ def check_object(reference: str, name: str | None = None, samples: Samples | Non
 
 
 def _check(reference: str, name: str | None, samples: Samples | None) -> tuple[Hook, list[str]]:
-    with _watch_output() as said:
+    with _watch_output() as said, _stay():
         found = load_object(reference)
         hook = HOOKS[name] if name else recognise_hook(found)
         checked = check_contract(hook, found)
@@ -79,6 +83,23 @@ def _check(reference: str, name: str | None, samples: Samples | None) -> tuple[H
     if said.secrets:
         raise ValueError("printed the value of an environment variable that holds a secret; remove it from the output")
     return hook, checked
+
+
+@contextlib.contextmanager
+def _stay() -> Iterator[None]:
+    """Make `os._exit` a fault as `sys.exit` is: else the command would end with the code of a user's, and no word."""
+    leave, owner = os._exit, os.getpid()
+
+    def refuse_to_leave(status: int) -> NoReturn:
+        if os.getpid() != owner:
+            leave(status)  # a process that the code forked
+        raise SystemExit(status)
+
+    os._exit = refuse_to_leave
+    try:
+        yield
+    finally:
+        os._exit = leave
 
 
 class _Recorder(io.TextIOBase):

@@ -175,3 +175,21 @@ def test_an_objective_of_another_type_is_refused(tmp_path: Path, capsys: pytest.
     file.write_text("MINE = {'trust': 'clip'}")
     assert main(["check", f"{file}:MINE", "--hook", "objective"]) == 2
     assert "is a dict; name an ObjectiveSpec" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("end", ["os._exit(0)", "sys.exit(0)", "sys.exit('no')"])
+@pytest.mark.parametrize(
+    ("hook", "head"),
+    [
+        ("reward", "def f(problem, response):"), ("rendering", "def f(line, chat):"),
+        ("source", "def f(split, seed, start):"), ("trust", "def f(terms):"), ("sink", "def f(run):"),
+        ("environment", "class f:\n  def step(self, state, turn): pass\n  def reset(self, line):"),
+    ],
+)  # fmt: skip
+def test_code_that_ends_python_is_a_fault_of_every_hook(
+    hook: str, head: str, end: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not the end of the command, with the exit code of somebody else's."""
+    (tmp_path / "mine.py").write_text(f"import os, sys\n\n{head}\n    {end}\n")
+    assert main(["check", f"{tmp_path}/mine.py:f", "--hook", hook]) == 2
+    assert "SystemExit" in capsys.readouterr().err
