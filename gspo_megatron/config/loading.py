@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,11 @@ def _explain(fault: Any, model: type[BaseModel], prefix: tuple[str, ...]) -> Fin
     if fault["type"] == "value_error":
         rule, _, fix = message.rpartition("; ")
         rule, fix = (rule, fix) if rule else (message, "see the key's documentation")
+        # A rule of a section that begins with one of its keys, and speaks of no other, is that key's.
+        section, begins = _section_at(model, inner), re.match(r"(\w+)=", rule)
+        named = set(re.findall(r"\b(\w+)=", rule)) & set(section.model_fields if section else ())
+        if begins and named == {begins[1]}:
+            key = key_text((*path, begins[1]))
         # A rule repeats the value, which may be of any length.
         return Finding("rule", "error", key, rule if len(rule) < 400 else f"{rule[:400]}...", fix)
     return Finding(

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 Facts = Mapping[str, float]
 """Key of `config.json` -> value."""
 
-_QWEN3 = {"vocab_size": 151936, "head_dim": 128, "rope_theta": 1e6}
+_QWEN3 = {"vocab_size": 151936, "head_dim": 128, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
 _QWEN25 = {"vocab_size": 151936, "rope_theta": 1e6}
 _QWEN25_LARGE = {**_QWEN25, "vocab_size": 152064}
 _LLAMA3 = {"vocab_size": 128256, "rope_theta": 5e5, "max_position_embeddings": 131072}
-_MOE = {**_QWEN3, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": 1, "num_key_value_heads": 4}
+_MOE = {
+    **_QWEN3, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": 1, "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}  # fmt: skip
 
 
 def _shape(hidden: int, layers: int, heads: int, groups: int, width: int, tied: bool = False) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gspo_megatron.cluster.machines import Machine
@@ -25,6 +25,8 @@ def findings(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[F
     yield from _batch(recipe, arch)
     yield from _lengths(recipe)
     yield from _steps(recipe)
+    yield from _optimizer(recipe)
+    yield from _unread(recipe, machine)
     yield from _directories(recipe, machine)
 
 
@@ -104,6 +106,50 @@ def _steps(recipe: Recipe) -> Iterator[Finding]:
             "empty-band", "error", "cold_start.accuracy_band",
             f"{list(start.accuracy_band)} is no interval within 0 to 1",
             "give the low end first, e.g. [0.15, 0.5]",
+        )  # fmt: skip
+
+
+def _optimizer(recipe: Recipe) -> Iterator[Finding]:
+    rows: tuple[tuple[str, Sequence[float]], ...] = (("optimizer", recipe.optimizer.betas),)
+    if recipe.cold_start is not None:
+        rows += (("cold_start", recipe.cold_start.betas),)
+    for section, (first, second) in rows:
+        if second < first:
+            yield Finding(
+                "betas-swapped", "warning", f"{section}.betas",
+                f"[{first:g}, {second:g}]: the mean of squares forgets faster than the mean it scales; public recipes "
+                "have the larger one second",
+                f"set it to [{second:g}, {first:g}]",
+            )  # fmt: skip
+    optimizer = recipe.optimizer
+    if optimizer.schedule != "constant" and optimizer.final_fraction == 1:
+        yield Finding(
+            "schedule-inert", "warning", "optimizer.final_fraction",
+            f"1 with schedule={optimizer.schedule}: the learning rate ends where it starts",
+            "set it to 0 to 0.5, or optimizer.schedule=constant",
+        )  # fmt: skip
+    exports, steps = recipe.checkpoint.export_every, recipe.trainer.max_steps
+    if exports and exports > steps > 0:
+        yield Finding(
+            "no-export-in-between", "warning", "checkpoint.export_every",
+            f"{exports} is above trainer.max_steps={steps}: no model is exported before the end",
+            f"set it to {steps} or less, or to 0",
+        )  # fmt: skip
+
+
+def _unread(recipe: Recipe, machine: Machine) -> Iterator[Finding]:
+    data, memory = recipe.data, recipe.rollout.kv_cache_gib
+    if data.prompt_key == data.answer_key:
+        yield Finding(
+            "answer-in-the-question", "error", "data.prompt_key",
+            f"{data.prompt_key}, the same field as data.answer_key: the model is asked the answer",
+            "name the field of the question",
+        )  # fmt: skip
+    if not machine.is_cpu and memory != type(recipe.rollout).model_fields["kv_cache_gib"].default:
+        yield Finding(
+            "kv-cache-inert", "warning", "rollout.kv_cache_gib",
+            f"{memory:g} has no effect on a GPU, where rollout.gpu_memory_fraction decides",
+            "remove it, and set rollout.gpu_memory_fraction",
         )  # fmt: skip
 
 

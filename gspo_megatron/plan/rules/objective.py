@@ -168,6 +168,14 @@ def _lengths(spec: ObjectiveSpec, max_answer_tokens: int | None) -> Iterator[Fin
             "aggregation-length-missing", "error", "aggregation_length",
             "aggregation=constant divides by it, but it is null", "set it, e.g. to rollout.max_answer_tokens",
         )  # fmt: skip
+    length, limit = spec.aggregation_length, max_answer_tokens
+    if spec.aggregation == "constant" and length and limit and not limit / 20 <= length <= 20 * limit:
+        yield _say(
+            "aggregation-length-far", "warning", "aggregation_length",
+            f"{length} beside responses of up to {limit} tokens: the loss, and with it every step, is "
+            f"{limit / length:.3g} times that of rollout.max_answer_tokens",
+            f"set it to null, which takes {limit}",
+        )  # fmt: skip
     if spec.overlong != "soft":
         return
     if spec.overlong_buffer is None:
@@ -179,6 +187,14 @@ def _lengths(spec: ObjectiveSpec, max_answer_tokens: int | None) -> Iterator[Fin
         yield _say(
             "overlong-buffer-too-long", "error", "overlong_buffer",
             f"{spec.overlong_buffer} is more than rollout.max_answer_tokens={max_answer_tokens}", "set it to a fifth",
+        )  # fmt: skip
+    elif max_answer_tokens is not None and not 0.01 <= spec.overlong_buffer / max_answer_tokens <= 0.75:
+        yield _say(
+            "overlong-buffer-unusual", "warning", "overlong_buffer",
+            f"{spec.overlong_buffer} of {max_answer_tokens} tokens: "
+            + ("nearly every response is penalised" if spec.overlong_buffer > 1 / 2 * max_answer_tokens else
+               "the penalty jumps instead of growing"),
+            f"set it to about a fifth, {max_answer_tokens // 5} (DAPO: 4,096 of 20,480)",
         )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from gspo_megatron.types import Finding
 
 WIDE = 1024
 """Hidden size from which published learning rates apply. Smaller models are studies, with rates of their own."""
-Applies = Literal["always", "wide", "gpu", "bfloat16"]
+Applies = Literal["always", "wide", "narrow", "gpu", "bfloat16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Range:
     source: str
     """Where the bounds come from."""
     applies: Applies = "always"
-    """To which runs: all, models of width WIDE and more, runs on GPUs, runs in bfloat16."""
+    """To which runs: all, models of width WIDE and more or below it, runs on GPUs, runs in bfloat16."""
     off: float | None = None
     """A value that switches the key off, and is in order."""
 
@@ -40,6 +40,8 @@ RANGES: tuple[Range, ...] = (
     Range(
         "optimizer.lr", 5e-8, 1e-4, "GSPO and DAPO 1e-6, Kimi and MiniMax 1e-7 to 5e-6, distillation 1e-5", "wide", 0
     ),
+    Range("optimizer.lr", 2e-6, 2e-2, "1e-4 to 3e-3 for models of some million parameters", "narrow", 0),
+    Range("cold_start.lr", 2e-5, 5e-2, "1e-4 to 3e-3 for models of some million parameters", "narrow"),
     Range("optimizer.betas.0", 0.8, 0.99, "0.9 in every public recipe"),
     Range("optimizer.betas.1", 0.9, 0.9999, "0.95 (Qwen3, DeepSeek) to 0.999 (Adam's default)"),
     Range("optimizer.eps", 1e-20, 1e-5, "1e-8 (Adam), 1e-15 (MiniMax-M1), 1e-5 (LLaMA 2)"),
@@ -49,6 +51,7 @@ RANGES: tuple[Range, ...] = (
     Range("cold_start.betas.0", 0.8, 0.99, "0.9 in every public recipe"),
     Range("cold_start.betas.1", 0.9, 0.9999, "0.95 to 0.999 in public recipes"),
     Range("cold_start.clip_grad", 0.05, 20.0, "0.1 to 1.0 in public recipes", "wide"),
+    Range("batch.prompts", 1, 8192, "64 to 1,024 in public recipes"),
     Range("batch.answers", 2, 256, "8 to 64 in public recipes"),
     Range("batch.updates", 1, 64, "4 (GSPO) to 16 (DAPO)"),
     Range("objective.kl_coefficient", 1e-5, 0.5, "1e-3 (public GRPO recipes) to 0.2 (InstructGPT)", off=0),
@@ -71,11 +74,15 @@ RANGES: tuple[Range, ...] = (
     Range("rollout.temperature", 0.01, 1.5, "0.6 to 1.2 in public recipes"),
     Range("evaluation.temperature", 0.0, 1.2, "0, 0.6 and 1.0 in public evaluations"),
     Range("evaluation.answers", 1, 1024, "1 to 64; pass@k studies 1,024"),
+    Range("rollout.max_prompt_tokens", 64, 131_072, "512 to 8,192; a chat template alone takes some 20", "wide"),
+    Range("rollout.max_prompt_tokens", 8, 131_072, "32 for problems of a few digits", "narrow"),
+    Range("rollout.start_timeout", 2, 21_600, "seconds: minutes to an hour for the largest models"),
     Range("rollout.max_concurrency", 8, 2048, "256 to 1,024, vLLM's defaults", "gpu"),
     Range("rollout.max_staleness", 0, 8, "1 (one step off) to 8 (AReaL)"),
     Range("rollout.gpu_memory_fraction", 0.3, 0.95, "0.5 to 0.9 in public recipes", "gpu"),
     Range("rollout.stream_interval", 1, 4096, "tokens that a lost server costs each response"),
     Range("weight_update.bucket_mib", 1, 8192, "64 to 2,048 in public systems"),
+    Range("weight_update.timeout", 0.5, 21_600, "seconds: an update takes seconds to minutes"),
     Range("weight_update.canary_bound", 0.02, 5.0, "the engines differ by up to 0.3 nats in bfloat16", "bfloat16"),
     Range("weight_update.canary_prompts", 1, 256, "4 probes cost 0.1 s"),
     Range("weight_update.canary_tokens", 2, 4096, "16 tokens show a wrong tensor"),
@@ -95,6 +102,7 @@ def findings(recipe: Recipe, arch: Architecture, machine: Machine, spec: Objecti
     applies: dict[Applies, bool] = {
         "always": True,
         "wide": arch.hidden_size >= WIDE,
+        "narrow": arch.hidden_size < WIDE,
         "gpu": not machine.is_cpu,
         "bfloat16": recipe.model.dtype == "bfloat16" and arch.hidden_size >= WIDE,
     }
