@@ -196,7 +196,7 @@ def _explain(fault: Any, model: type[BaseModel], prefix: tuple[str, ...]) -> Fin
         rule, fix = (rule, fix) if rule else (message, "see the key's documentation")
         # A rule of a section that begins with one of its keys, and speaks of no other, is that key's.
         section, begins = _section_at(model, inner), re.match(r"(\w+)=", rule)
-        named = set(re.findall(r"\b(\w+)=", rule)) & set(section.model_fields if section else ())
+        named = set(re.findall(r"\w+", rule)) & set(section.model_fields if section else ())
         if begins and named == {begins[1]}:
             key = key_text((*path, begins[1]))
         # A rule repeats the value, which may be of any length.
