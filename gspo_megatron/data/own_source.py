@@ -96,7 +96,7 @@ class OwnProblems:
         except RecipeError:
             raise
         # The code is the user's own and may raise anything.
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             fault = describe_fault(error)
             message = f"{self._section.source} raised {fault} at position {place} of {stage}"
             raise refuse("source-raised", KEY, message, f"see `gspo check {self._section.source}`") from None
@@ -172,5 +172,5 @@ def _take(found: Any, split: str, start: int, count: int) -> list[Any]:
     try:
         return list(islice(found(split, 0, start), count))
     # The code is the user's own and may raise anything.
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"raised {describe_fault(error)} for ({split!r}, 0, {start})") from None

@@ -97,9 +97,12 @@ def tokenizer_findings(recipe: Recipe, tokenizer: Tokenizer) -> Iterator[Finding
     if end is not None and end[0] not in tokenizer.stop_ids:
         yield Finding(
             "turn-end-not-a-stop", "warning", "tokenizer.path",
-            f"the chat template of {path} ends a turn with {end[1]} (id {end[0]}), which is none of the ids that end a "
-            f"response: {', '.join(map(str, tokenizer.stop_ids))}; a response may go on into a next turn",
-            "add it to eos_token_id in generation_config.json",
+            f"the chat template of {path} ends a turn with {end[1]} "
+            f"({'no token of the tokenizer' if end[0] is None else f'id {end[0]}'}), which is none of the ids that end "
+            f"a response: {', '.join(map(str, tokenizer.stop_ids))}; a response may go on into a next turn",
+            "add it to eos_token_id in generation_config.json"
+            if end[0] is not None
+            else "take the tokenizer of the template",
         )  # fmt: skip
     for name in unused:
         yield Finding(

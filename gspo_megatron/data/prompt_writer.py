@@ -63,7 +63,7 @@ def encode_own(render: Any, line: dict[str, Any], chat: Chat) -> list[int]:
     try:
         made = render(line, chat)
     # The code is the user's own and may raise anything.
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"the rendering raised {describe_fault(error)}") from None
     if isinstance(made, str):
         if made.encode("utf-8", "replace") != made.encode("utf-8", "surrogatepass"):

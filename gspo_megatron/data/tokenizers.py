@@ -209,8 +209,9 @@ class HuggingFaceTokenizer:
             unused += ["enable_thinking"] if with_it == without else []
         return unused
 
-    def turn_end(self) -> tuple[int, str] | None:
-        """Return the id and name of the token that ends an assistant's turn in the template; None = no single token."""
+    def turn_end(self) -> tuple[int | None, str] | None:
+        """Return what ends an assistant's turn in the template: a token's id and name, or None and `<...>` that is no
+        token; None = nothing of the kind."""
         answer = "an answer"
         messages = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": answer}]
         try:
@@ -218,10 +219,12 @@ class HuggingFaceTokenizer:
         except ValueError:
             return None  # a template of one turn
         _, found, rest = text.rpartition(answer)
-        ids = self.encode_text(rest.strip()) if found and rest.strip() else []
-        names = self._model.convert_ids_to_tokens(ids[:1])
+        rest = rest.strip() if found else ""
+        ids = self.encode_text(rest) if rest else []
         # A token of its own, and not the first piece of a text: `<|im_end|>`, not `\n`.
-        return (ids[0], names[0]) if ids and ids[0] in self._model.added_tokens_decoder else None
+        if ids and ids[0] in self._model.added_tokens_decoder:
+            return ids[0], self._model.convert_ids_to_tokens(ids[:1])[0]
+        return (None, rest[: rest.index(">") + 1]) if rest.startswith("<") and ">" in rest else None
 
     def encode_response(self, text: str) -> list[int]:
         """Return the ids of the text and the stop id."""

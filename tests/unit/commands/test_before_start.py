@@ -154,6 +154,9 @@ DIRECTORIES: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = 
     "a rendering without the question": (
         lambda d: (d.parent / "same.py").write_text("def render(line, chat):\n    return 'Go on.'\n"),
         ("tokenizer.rendering=DIR/same.py:render",), "tokenizer.rendering: 31 of the first 32 prompts have the very"),
+    "a rendering that ends Python": (
+        lambda d: (d.parent / "ends.py").write_text("def render(line, chat):\n    raise SystemExit(0)\n"),
+        ("tokenizer.rendering=DIR/ends.py:render",), "the rendering raised SystemExit"),
     "a stop id of config.json": (
         lambda d: (d / "config.json").write_text('{"eos_token_id": 300}'), (), "config.json: eos_token_id=300 is no"),
     "a stop id of the model": (
@@ -204,6 +207,14 @@ def test_prompts_of_which_most_are_alike_are_a_warning(tmp_path: Path) -> None:
     (tmp_path / "cut.py").write_text("def render(line, chat):\n    return line['prompt'][:1]\n")
     (found,) = findings_of(save_tokenizer(tmp_path / "tokenizer"), f"tokenizer.rendering={tmp_path}/cut.py:render")
     assert (found.code, found.severity) == ("prompts-alike", "warning") and "of the first 32 prompts" in found.message
+
+
+def test_a_turn_end_that_is_no_token_is_a_warning(tmp_path: Path) -> None:
+    """The template of one model in the directory of another."""
+    template = "{% for m in messages %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    (found,) = findings_of(save_tokenizer(tmp_path / "tokenizer", template))
+    assert (found.code, found.severity) == ("turn-end-not-a-stop", "warning")
+    assert "ends a turn with <|im_end|> (no token of the tokenizer), which is none" in found.message
 
 
 def test_settings_that_the_template_reads_are_fine(tmp_path: Path) -> None:
