@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from gspo_megatron.config.schema import Recipe
 from gspo_megatron.parallel import Layout
 from gspo_megatron.plan.estimate import flops
 from gspo_megatron.plan.estimate.batch import BatchPlan
 from gspo_megatron.plan.estimate.memory import StageMemory
+from gspo_megatron.plan.estimate.passes import passes_of
 from gspo_megatron.plan.estimate.rollout import RolloutPlan
 from gspo_megatron.plan.estimate.step_time import ComputePlan
 from gspo_megatron.plan.rules import resources
@@ -34,6 +36,9 @@ SEGMENTS = (
     ("server", "S", "white"),
 )
 """How the terms of a stage are drawn: a word of the term's name, a letter, a colour."""
+EQUAL, CLIPPED = 0.4, 0.15
+"""Shares that the plan assumes, as `tools/bench_step_cost.py` does: of all responses those in groups of equal rewards;
+of the others those that are clipped after the first mini-batch."""
 HINT = "other machines: --nodes N --gpu KIND; other layouts: --search; a key: --explain KEY; change: key=value"
 WORTH_SAYING = 0.1
 """Share of a step that an info is about, from which the verdict says so."""
@@ -197,12 +202,25 @@ def _compute(plan: Plan, work: ComputePlan) -> Iterator[str]:
             f"{work.attention_share_at_limit:.0%} at the limit",
             f"the trainer spends {work.forward_equivalents:.1f} forward passes per token, "
             f"{si(work.flops_per_step, 'FLOP')} per step",
+            *_left_out(plan.recipe, work),
             f"a step takes {between(work.seconds_per_step, work.range, 's')}, of which in the middle {parts}; "
             f"longest: {work.bottleneck}",
             f"about {work.tokens_per_device_second:,.1f} tokens per GPU-second; {plan.recipe.trainer.max_steps} steps: "
             f"{', '.join(costs)}",
         ],
     )
+
+
+def _left_out(recipe: Recipe, work: ComputePlan) -> Iterator[str]:
+    """What `trainer.skip_zero_gradients` makes of it, with what is assumed of the rewards."""
+    if recipe.skips_zero_gradients:
+        most = passes_of(recipe, work.forward_equivalents, 1.0, 0.0)
+        usual = passes_of(recipe, work.forward_equivalents, 1 - EQUAL, CLIPPED)
+        clipped = f" and {CLIPPED:.0%} of the others are clipped" if usual.clipped else ""
+        yield (
+            f"{most.total:.2f} without passes whose gradient is 0, {usual.total:.2f} if {EQUAL:.0%} have equal rewards "
+            f"in their group{clipped}; the times assume none"
+        )
 
 
 def _ranks(layout: Layout) -> Iterator[str]:
