@@ -51,7 +51,7 @@ GROUPS = PROMPTS // UPDATES
 CLIPPED = 0.15
 FAR = 1.0
 """Nats by which a planted log s lies beyond the band, which nothing else leaves."""
-REPEATS = 5
+REPEATS = 3
 BOUNDS = {"ours": 2.73, "ours_sampler": 2.27, "apart": 0.05, "gradient_error": 1e-12, "faster": 1.25}
 
 
