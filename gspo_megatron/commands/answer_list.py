@@ -7,11 +7,11 @@ import heapq
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, get_args
 
@@ -165,6 +165,12 @@ def _indented(text: str) -> Iterator[str]:
         yield f"  {printable(line, keep='\t')}"
 
 
+def write_prompt(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The text of a prompt with the ends of its turns, which are stop ids and left out of responses."""
+    runs = [(ends, list(run)) for ends, run in groupby(ids, key=lambda one: one in tokenizer.stop_ids)]
+    return "".join("".join(tokenizer.pieces(run)) if ends else tokenizer.decode(run) for ends, run in runs)
+
+
 class AnswerReader:
     """Responses of one directory that a filter wants."""
 
@@ -200,8 +206,8 @@ class AnswerReader:
             except DamagedSample:
                 self.gone += 1
                 continue
-            question, response = map(self._tokenizer.decode, (ids[:start].tolist(), ids[start:].tolist()))
-            yield {**line, "question": question, "response": response}
+            question = write_prompt(self._tokenizer, ids[:start].tolist())
+            yield {**line, "question": question, "response": self._tokenizer.decode(ids[start:].tolist())}
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:

@@ -13,6 +13,7 @@ from gspo_megatron.commands.recipe_arguments import add_recipe
 from gspo_megatron.commands.train_run import is_refused
 from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.data.problem_lines import find_field
 from gspo_megatron.data.prompt_check import import_without_torch, tokenizer_findings
 from gspo_megatron.data.stream import PromptStream, Survey
 from gspo_megatron.data.tokenizers import Tokenizer, load_tokenizer
@@ -56,7 +57,7 @@ def report_prompts(path: Path, overrides: Sequence[str]) -> int:
         held_out = stream.held_out(recipe.evaluation.problems) if recipe.planned_evaluation else []
         print(f"held out   {len(held_out)} are evaluated")
         for number, prompt in enumerate(stream.next(SHOWN), start=1):
-            print("\n".join(show_prompt(prompt, number, tokenizer)))
+            print("\n".join(show_prompt(prompt, number, tokenizer, recipe.data.answer_key)))
     except RecipeError as error:
         refused = is_refused(list(error.findings)) or refused
     return REFUSED if refused else OK
@@ -87,14 +88,17 @@ def _name(part: float) -> str:
     return {0.0: "least", 0.5: "median", 1.0: "most"}.get(part, f"{part:.0%}")
 
 
-def show_prompt(prompt: Prompt, number: int, tokenizer: Tokenizer) -> Iterator[str]:
+def show_prompt(prompt: Prompt, number: int, tokenizer: Tokenizer, answer_key: str) -> Iterator[str]:
     """A prompt with each token in brackets, its line feeds as \\n; then its gold answer."""
     ids = prompt.token_ids
     pieces = [f"[{printable(piece)}]" for piece in tokenizer.pieces(ids)]
     if len(pieces) > LONGEST_SHOWN:
         half = LONGEST_SHOWN // 2
         pieces = [*pieces[:half], f" ... {len(pieces) - 2 * half} tokens ... ", *pieces[-half:]]
-    yield f"prompt {number}   {len(ids)} tokens, problem {prompt.problem.id}, answer {prompt.problem.answer!r}"
+    problem = prompt.problem
+    # A reward of the user's own gets the line as it is: lists, objects, truth values.
+    gold = find_field(problem.line, answer_key) if problem.answer is None else problem.answer
+    yield f"prompt {number}   {len(ids)} tokens, problem {problem.id}, answer {gold!r}"
     line = ""
     for piece in pieces:
         if line and len(line) + len(piece) > WIDTH:

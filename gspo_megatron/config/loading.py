@@ -201,13 +201,13 @@ def _explain(fault: Any, model: type[BaseModel], prefix: tuple[str, ...]) -> Fin
             key = key_text((*path, begins[1]))
         # A rule repeats the value, which may be of any length.
         return Finding("rule", "error", key, rule if len(rule) < 400 else f"{rule[:400]}...", fix)
-    return Finding(
-        "wrong-value",
-        "error",
-        key,
-        f"{quote(fault['input'])}: {message[0].lower()}{message[1:]}",
-        "set a value of that type",
-    )
+    value, section = quote(fault["input"]), _section_at(model, inner)
+    if section is not None and fault["type"] in ("model_type", "model_attributes_type"):
+        names = ", ".join(section.model_fields)
+        fix = f"write its keys below it ({names}), or leave it out"
+        return Finding("wrong-value", "error", key, f"{value} stands where a section is expected", fix)
+    rule = message.replace("valid string", "text").replace("valid dictionary", "mapping")
+    return Finding("wrong-value", "error", key, f"{value}: {rule[0].lower()}{rule[1:]}", "set a value of that type")
 
 
 def _section_at(model: type[BaseModel], path: Sequence[str]) -> type[BaseModel] | None:

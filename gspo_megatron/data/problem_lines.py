@@ -7,6 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 from typing import Any
 
 from gspo_megatron.config.loading import refuse
@@ -25,7 +26,10 @@ def without_held_out(problems: Collection[Problem], held_out: Collection[Problem
 def read_problems(
     section: DataSection, needs_answer: bool = True, key: str = "data.path", counts: Counter[str] | None = None
 ) -> dict[str, Problem]:
-    """Read the problems of a file by id, in the order of its lines. Equal prompts count once: the first line stays.
+    """Read the problems of a file by id, in the order of its lines.
+
+    Equal prompts count once: the first line stays. For a reward of the user's own, which may read any key, only equal
+    lines do.
 
     Args:
         section: `data` of the recipe, with the keys of its lines.
@@ -41,12 +45,16 @@ def read_problems(
     found: dict[str, Problem] = {}
     for where, line in read_objects(path, key):
         problem = make_problem(line, where, key, needs_answer, section)
+        first = found.get(problem.id, problem)
+        golds = [one.answer or find_field(one.line, section.answer_key) for one in (first, problem)]
+        if golds[0] != golds[1]:
+            shown = " and ".join(repr(gold)[:60] for gold in golds)
+            raise broken_line(key, where, f"repeats a prompt with another answer: {shown}", "keep one of them")
+        if not needs_answer and first.line != problem.line:
+            problem = replace(problem, id=_line_id(problem))
         first = found.setdefault(problem.id, problem)
         if counts is not None:
             counts.update(lines=1, repeated=first is not problem)
-        if first.answer != problem.answer:
-            fault = f"repeats a prompt with another answer: {first.answer!r} and {problem.answer!r}"
-            raise broken_line(key, where, fault, "keep one of them")
     if not found:
         fix = f"write one object with `{section.prompt_key}` and `{section.answer_key}` per line"
         raise refuse("prompt-file-empty", key, f"{path} holds no problem", fix)
@@ -100,6 +108,12 @@ def make_problem(
     source, rate = _read_labels(line, where, key)
     number = problem_id(question, messages, tools)
     return Problem(number, question, line, gold, source, rate, messages, tools)
+
+
+def _line_id(problem: Problem) -> str:
+    """Id of a problem whose prompt another line has with other keys."""
+    text = json.dumps(problem.line, sort_keys=True, default=str)
+    return hashlib.sha256(f"{problem.id}\0{text}".encode()).hexdigest()[: len(problem.id)]
 
 
 def _read_labels(line: dict[str, Any], where: str, key: str) -> tuple[str, float | None]:

@@ -12,8 +12,9 @@ from typing import Any
 from gspo_megatron.config.hook_samples import Samples
 from gspo_megatron.config.judge_section import PARAMETER, asks_judge
 from gspo_megatron.config.plugins import describe_fault, source_of
+from gspo_megatron.config.task_sections import RewardSection
 from gspo_megatron.rewards.judge import Judge, Usage
-from gspo_megatron.rewards.reward_input import RewardInput, read_parts
+from gspo_megatron.rewards.reward_input import RewardInput, read_parts, weigh_parts
 from gspo_megatron.rewards.time_limit import OutOfTime, limit_time
 
 SAMPLE_SECONDS = 10.0
@@ -88,7 +89,7 @@ def try_samples(found: Any, samples: Samples | None = None) -> list[str]:
     if asks_judge(found):
         return _try_judge(found, samples)
     problems = [problem.line for problem in samples.draw(MOST_PROBLEMS)] if samples else [PROBLEM]
-    return _try(found, problems, SAMPLES, samples is None)
+    return _try(found, problems, SAMPLES, samples.recipe.reward if samples else None)
 
 
 def _try_judge(found: Any, samples: Samples | None) -> list[str]:
@@ -104,7 +105,7 @@ def _try_judge(found: Any, samples: Samples | None) -> list[str]:
         used.add(inquiry.usage)
         return result
 
-    checked = _try(found, [samples.draw(1)[0].line], SAMPLES[:SHORT], False, ask)
+    checked = _try(found, [samples.draw(1)[0].line], SAMPLES[:SHORT], samples.recipe.reward, ask)
     return [*checked, f"the judge took {used.requests} requests, {used.prompt_tokens} + {used.answer_tokens} tokens"]
 
 
@@ -112,7 +113,7 @@ def _try(
     found: Any,
     problems: Sequence[Mapping[str, Any]],
     responses: Sequence[RewardInput],
-    built_in: bool,
+    section: RewardSection | None,
     ask: Callable[..., Any] | None = None,
 ) -> list[str]:
     faults: dict[str, None] = {}
@@ -121,8 +122,9 @@ def _try(
         line = _Line(fields)
         try:
             parts = read_parts(_call(found, line, sample, ask or found))
+            scores.append(weigh_parts(parts, section.weights if section else {}))
         except _MissingField as missing:
-            if built_in:
+            if section is None:
                 # The sample cannot know which fields the user's lines have.
                 return [
                     f"reads problem[{missing.name!r}], which the sample line lacks: give a recipe to score its data"
@@ -135,13 +137,12 @@ def _try(
         if line != fields:
             faults["changed the problem, which all responses to a prompt share; copy it first"] = None
         names.add(frozenset(parts))
-        scores.append(sum(parts.values()))
     if len(names) > 1:
         listed = " and ".join(sorted(f"({', '.join(sorted(part))})" for part in names))
         faults[f"returned other parts for other responses: {listed}; return the same parts always"] = None
     if faults:
         raise ValueError("\n".join(faults))
-    return _describe(scores, names)
+    return _describe(scores, names, section)
 
 
 class _MissingField(ValueError):
@@ -172,10 +173,15 @@ def _call(found: Any, line: _Line, sample: RewardInput, ask: Callable[..., Any])
     return result
 
 
-def _describe(scores: list[float], names: set[frozenset[str]]) -> list[str]:
+def _describe(scores: list[float], names: set[frozenset[str]], section: RewardSection | None) -> list[str]:
     checked = [f"scored {len(scores)} sample responses from {min(scores):g} to {max(scores):g}"]
-    if parts := sorted(next(iter(names)) - {""}):
-        checked.append(f"parts: {', '.join(parts)}; reward.weights weighs them, 1 each without it")
-    if min(scores) < 0 or max(scores) > 1:
-        checked.append("scores outside reward.bounds=[0, 1] are clipped to it: set reward.bounds to the range you mean")
+    parts = sorted(next(iter(names)) - {""})
+    if rewarded := [name for name in parts if not name.startswith("_")]:
+        checked.append(f"parts: {', '.join(rewarded)}; reward.weights weighs them, 1 each without it")
+    if measured := [name for name in parts if name.startswith("_")]:
+        checked.append(f"measured, not rewarded: {', '.join(measured)}")
+    low, high = section.bounds if section else (0.0, 1.0)
+    if min(scores) < low or max(scores) > high:
+        bounds = f"reward.bounds=[{low:g}, {high:g}]"
+        checked.append(f"scores outside {bounds} are clipped to it: set reward.bounds to the range you mean")
     return checked

@@ -59,6 +59,27 @@ def read_parts(result: object) -> dict[str, float]:
     return {"": _number(result, "")}
 
 
+def weigh_parts(parts: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    """Return the score before `reward.bounds`: the weighted sum of the parts that are rewarded.
+
+    Args:
+        parts: of a result.
+        weights: `reward.weights`; empty = 1 each.
+
+    Raises:
+        ValueError: the weights name other parts, or no part is rewarded.
+    """
+    counted = {name: value for name, value in parts.items() if not name.startswith("_")}
+    if not counted:
+        raise ValueError(
+            f"returned only parts that are measured ({', '.join(parts)}); return one without `_` to reward"
+        )
+    if weights and set(weights) != set(counted):
+        named, returned = (", ".join(sorted(names)) or "one number" for names in (weights, counted))
+        raise ValueError(f"reward.weights names {named}, the reward returned {returned}; name the same parts")
+    return sum(value * weights.get(name, 1.0) for name, value in counted.items())
+
+
 def _name(name: object) -> str:
     if not (isinstance(name, str) and name.replace("-", "_").isidentifier()):
         raise ValueError(f"returned a part named {name!r}; name parts by letters, digits, _ and -, as metrics are")

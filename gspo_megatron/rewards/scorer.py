@@ -12,7 +12,7 @@ from gspo_megatron.config.task_sections import DataSection, RewardSection
 from gspo_megatron.rewards import gym, mathematics
 from gspo_megatron.rewards.judge import Judge
 from gspo_megatron.rewards.reward_contract import is_asynchronous
-from gspo_megatron.rewards.reward_input import RewardInput, read_parts
+from gspo_megatron.rewards.reward_input import RewardInput, read_parts, weigh_parts
 from gspo_megatron.rewards.time_limit import check_main_thread
 from gspo_megatron.types import Problem
 
@@ -50,15 +50,10 @@ class Rules:
         """Turn what a reward returned into a score.
 
         Raises:
-            ValueError: it is no number, or its parts are not those of `reward.weights`.
+            ValueError: it is no number, its parts are not those of `reward.weights`, or none is rewarded.
         """
         parts, (low, high) = read_parts(result), self.section.bounds
-        counted = {name: value for name, value in parts.items() if not name.startswith("_")}
-        weights = self.section.weights
-        if weights and set(weights) != set(counted):
-            named, returned = (", ".join(sorted(names)) or "one number" for names in (weights, counted))
-            raise ValueError(f"reward.weights names {named}, the reward returned {returned}; name the same parts")
-        score = sum(value * weights.get(name, 1.0) for name, value in counted.items())
+        score = weigh_parts(parts, self.section.weights)
         if self.section.exact:
             score = high if score >= high else low
         return Verdict(min(max(score, low), high), tuple((name, value) for name, value in parts.items() if name))

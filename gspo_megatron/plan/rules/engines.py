@@ -14,6 +14,10 @@ from gspo_megatron.types import Finding
 BLACKWELL = ("b200", "b300", "gb200")
 """GPUs on which vLLM 0.32 takes kernels that pad the width of an expert. Source: its `oracle/unquantized.py`, and a
 reload of its CUDA classes at capability 10.0."""
+CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Sizes of attention heads on a CPU. Source: vLLM 0.32's `v1/attention/backends/cpu_attn.py`."""
+CPU_TILE = 32
+"""The same for the hidden size of experts: `fused_moe/experts/cpu_moe.py`."""
 TILE = 128
 """Width to a multiple of which they pad."""
 UNPADDED = "triton"
@@ -28,12 +32,28 @@ def findings(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[F
     if machine.is_cpu:
         given |= {"rollout.model_runner": recipe.rollout.model_runner} if recipe.rollout.model_runner else {}
         yield from _only_on_gpus(given)
+        yield from _cpu_shapes(arch)
     yield from _inert(recipe, arch, given)
     yield from _trainer_layout(recipe, arch, megatron)
     if str(vllm.get("kv_cache_dtype", "")).startswith("fp8"):
         yield from _rounded_keys(recipe)
     if machine.device.kind in BLACKWELL:
         yield from _padded_experts(recipe, arch, machine)
+
+
+def _cpu_shapes(arch: Architecture) -> Iterator[Finding]:
+    """Shapes that vLLM's CPU kernels take."""
+    if arch.head_dim not in CPU_HEADS:
+        yield Finding(
+            "cpu-head-size", "error", "model", f"head_dim={arch.head_dim}: vLLM's attention on CPUs has no such size",
+            f"name a model with one of {', '.join(map(str, CPU_HEADS))}, or set placement.gpu",
+        )  # fmt: skip
+    if arch.num_experts and arch.hidden_size % CPU_TILE:
+        yield Finding(
+            "cpu-expert-size", "error", "model",
+            f"hidden_size={arch.hidden_size} is no multiple of {CPU_TILE}, which vLLM's experts on CPUs want",
+            "name a model with a multiple of it, or set placement.gpu",
+        )  # fmt: skip
 
 
 def _only_on_gpus(given: dict[str, Any]) -> Iterator[Finding]:

@@ -14,6 +14,9 @@ from gspo_megatron.plan.rules import contradictions, engines, known_models, long
 from gspo_megatron.plan.rules.objective import findings as objective_findings
 from gspo_megatron.types import Finding
 
+LARGEST_RATE = 0.02
+"""Learning rate above which no model has been trained by Adam: weights are of that size."""
+
 
 def findings(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[Finding]:
     """Check everything that requires neither a layout nor an estimate."""
@@ -234,6 +237,10 @@ def _small_print(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterat
             f"{recipe.evaluation.answers} greedy responses to a problem are all the same",
             "set evaluation.temperature, e.g. 0.6, or evaluation.answers=1",
         )  # fmt: skip
+    if recipe.optimizer.lr > LARGEST_RATE:
+        message = f"{recipe.optimizer.lr:g} is more than {LARGEST_RATE}: Adam moves each weight by about lr an update"
+        fix = "write 1e-6 for a large model, 1e-3 for a tiny one"
+        yield Finding("rate-too-large", "warning", "optimizer.lr", message, fix)
     if recipe.optimizer.lr == 0:
         yield Finding("updates-off", "info", "optimizer.lr", "0 switches the updates off", "leave it for a control run")
 

@@ -142,6 +142,19 @@ def test_a_reward_is_tried_with_the_data_of_a_recipe(tmp_path: Path, capsys: pyt
     file.write_text("def score(problem, response): return len(problem['tests'])")
     assert main(["check", f"{file}:score", *recipe]) == 0
     assert "scored 15 sample responses from 1 to 1" in capsys.readouterr().out
+    parts = tmp_path / "parts.py"
+    parts.write_text("def score(problem, response): return {'right': 0.5, '_length': 300}")
+    weighs = [*recipe, f"reward.name={parts}:score"]
+    assert main(["check", f"{parts}:score", *weighs, "reward.weights={right: 4}", "reward.bounds=[0, 2]"]) == 0
+    said = capsys.readouterr().out
+    assert "from 2 to 2" in said and "parts: right; " in said and "measured, not rewarded: _length" in said
+    assert "are clipped" not in said
+    assert main(["check", f"{parts}:score", *weighs, "reward.weights={other: 1}"]) == 2
+    assert "reward.weights names other, the reward returned right" in capsys.readouterr().err
+    measures = tmp_path / "measures.py"
+    measures.write_text("def score(problem, response): return {'_length': 300}")
+    assert main(["check", f"{measures}:score", *recipe, f"reward.name={measures}:score"]) == 2
+    assert "returned only parts that are measured" in capsys.readouterr().err
     wrong = tmp_path / "wrong.py"
     wrong.write_text("def score(problem, response): return problem['answer']")
     assert main(["check", f"{wrong}:score", *recipe]) == 2

@@ -187,6 +187,21 @@ def test_only_a_reward_of_one_s_own_goes_without_answers(tmp_path: Path) -> None
         read_file(path)
 
 
+@pytest.mark.parametrize("golds", [(["1"], ["2"]), ({"v": 1}, {"v": 2}), (True, False), ("1", None)])
+def test_two_golds_of_one_prompt_are_refused_whatever_they_are(tmp_path: Path, golds: tuple[object, object]) -> None:
+    lines = [json.dumps({"prompt": "p", "answer": gold}) for gold in golds]
+    with pytest.raises(RecipeError, match="line 2 repeats a prompt with another answer"):
+        read_file(write_lines(tmp_path / "p.jsonl", lines), needs_answer=False)
+
+
+def test_a_reward_of_one_s_own_gets_every_line_that_differs(tmp_path: Path) -> None:
+    lines = [json.dumps({"prompt": "p", "answer": "1", "tests": tests}) for tests in ("a", "b", "a")]
+    path = write_lines(tmp_path / "p.jsonl", lines)
+    assert [problem.line["tests"] for problem in read_file(path, needs_answer=False).values()] == ["a", "b"]
+    assert len(read_file(path)) == 1, "a built-in reward sees the answer only"
+    assert list(read_file(path, needs_answer=False)) == list(read_file(path, needs_answer=False)), "stable ids"
+
+
 @pytest.mark.parametrize("number", ["1e400", "-1e999", "NaN", "Infinity", "9" * 5000])
 def test_a_number_that_is_none_is_refused_with_its_line(tmp_path: Path, number: str) -> None:
     path = write_lines(tmp_path / "p.jsonl", [GOOD, f'{{"prompt": "p", "answer": {number}}}'])

@@ -55,6 +55,13 @@ def test_what_fits_raises_nothing(override: str) -> None:
     assert codes(GPU, override) == {}
 
 
+@pytest.mark.parametrize(("key", "value"), [("head_dim", 16), ("hidden_size", 48)])
+def test_shapes_that_a_cpu_server_refuses_are_named(key: str, value: int) -> None:
+    override = f"model.architecture.{key}={value}"
+    assert any(code.startswith("cpu-") for code in codes(TINY, override, "placement.gpu=cpu"))
+    assert not any(code.startswith("cpu-") for code in codes(TINY, override, "placement.gpu=h100"))
+
+
 @pytest.mark.parametrize("gpu", ["b200", "b300", "gb200"])
 def test_padded_experts_are_refused(gpu: str) -> None:
     """Experts of 768 over 4 ranks are 192 wide; vLLM makes them 256 there."""
