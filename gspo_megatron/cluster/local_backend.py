@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
@@ -35,6 +35,7 @@ from gspo_megatron.cluster.events import (
 )
 from gspo_megatron.cluster.free_ports import LOOPBACK, free_ports, hold_ports
 from gspo_megatron.cluster.hosts import Host, Ports, Spread, Task, evaluation_tasks, tasks
+from gspo_megatron.cluster.scratch_directory import scratch_directory
 from gspo_megatron.cluster.supervisor import TRAINER, Rules, Supervisor, restart_sentence, supervise
 from gspo_megatron.cluster.visible_devices import VARIABLE, Gpu, list_gpus, name_devices
 from gspo_megatron.config.refusal import refuse
@@ -128,7 +129,17 @@ def run_roles(
         143 after Ctrl-C or SIGTERM; 1 when a role failed.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
-    backend = LocalBackend(roles, log_dir)
+    with scratch_directory() as scratch:
+        backend = LocalBackend([_with_scratch(role, scratch) for role in roles], log_dir)
+        return _supervise(backend, roles, Rules(settle=SETTLE, leader=leader, resume=resume, extend=extend))
+
+
+def _with_scratch(role: Role, scratch: dict[str, str]) -> Role:
+    is_server = role.name.startswith("rollout")
+    return replace(role, environment={**scratch, **role.environment}) if is_server else role
+
+
+def _supervise(backend: LocalBackend, roles: Sequence[Role], rules: Rules) -> int:
     handlers = {signal.SIGINT: backend.interrupt, signal.SIGTERM: backend.interrupt, STOP: backend.request_stop}
     # A process is born with what its parent holds back, so a trainer that still imports does not die of a stop request.
     held = signal.pthread_sigmask(signal.SIG_BLOCK, {STOP})
@@ -136,10 +147,9 @@ def run_roles(
     try:
         with hold_ports(LOOPBACK, [port for role in roles for port in role.ports]):
             for role in roles:
-                backend.start(role)
+                backend.start(role.name)
             signal.pthread_sigmask(signal.SIG_SETMASK, held)
             watched = [Watched(role.name, role.restarts) for role in roles]
-            rules = Rules(settle=SETTLE, leader=leader, resume=resume, extend=extend)
             return supervise(Supervisor(watched, rules), backend)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
@@ -168,8 +178,9 @@ class LocalBackend:
         """Handler of USR1."""
         self._signals.append(StopRequested())
 
-    def start(self, role: Role) -> None:
+    def start(self, name: str) -> None:
         """Start a role, with its output appended to its log."""
+        role = self._roles[name]
         with (self._log_dir / f"{role.name}.log").open("ab") as log:
             self._running[role.name] = subprocess.Popen(
                 role.command,
@@ -195,7 +206,7 @@ class LocalBackend:
         if isinstance(decision, Restart):
             print(f"gspo: {restart_sentence(decision.name, decision.left)}", file=sys.stderr, flush=True)
             _end_group(self._running[decision.name])  # what it may have left behind, its port among that
-            self.start(self._roles[decision.name])
+            self.start(decision.name)
         elif isinstance(decision, SendStop):
             for name, process in self._running.items():
                 if name.startswith("trainer"):

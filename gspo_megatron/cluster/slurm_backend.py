@@ -53,7 +53,7 @@ KINDS = ("rollout", "controller", "trainer")
 TASK_LINE = re.compile(r"^ *(\d+: *)?trainer-\d+ on .*, process ", re.MULTILINE)
 """What launch/lib/task.py prints once it holds USR1 back; with `--label` srun puts the rank in front."""
 FIRST_END = re.compile(r"error: [^ ]+: tasks? |Node failure on")
-TASK_END = re.compile(r"error: ([^ ]+): tasks? [^:]*: (.*)")
+TASK_END = re.compile(r"error: ([^ ]+): tasks? (\d*)[^:]*: (.*)")
 NODE_LOST = re.compile(r"Node failure on ([^ ]+)")
 KILLED = re.compile(r"Killed|Aborted|fault|error$")
 HARMLESS = re.compile("lacks support for cpu binding")
@@ -156,7 +156,7 @@ class SlurmBackend:
         words = self._first_end(kind) or (lines[-1] if lines else "")
         task, lost = TASK_END.search(words), NODE_LOST.search(words)
         if task:
-            node, reason = task[1], task[2]
+            node, reason = task[1], task[3]
         elif lost:
             node, reason = lost[1], "the node is lost"
         else:
@@ -166,7 +166,7 @@ class SlurmBackend:
         if log is not None:
             lines = _lines(log)
             shown = "".join(f"  {kind}{where[3:]} | {line}\n" for line in lines[-15:])
-            own = [line for line in lines if not OWN_WORDS.search(line)]
+            own = _own_words(lines, task[2] if task else "")
             # What the role wrote says more than its exit code; a killed one wrote nothing about it.
             if reason.startswith("Exited") and own:
                 reason = re.sub(r"^ *[0-9]*: ", "", own[-1])
@@ -251,6 +251,15 @@ class SlurmBackend:
                 process.terminate()
                 process.wait()
                 return True
+
+
+def _own_words(lines: Sequence[str], task: str) -> list[str]:
+    """What the task that ended first has written; of all tasks where none is named.
+
+    The others write too when they lose it, and a node has one log.
+    """
+    own = [line for line in lines if not OWN_WORDS.search(line)]
+    return [line for line in own if task and re.match(rf" *{task}: ", line)] or own
 
 
 def _lines(path: Path) -> list[str]:

@@ -10,6 +10,7 @@ import pytest
 
 from tests.slurm.jobs import ROOT, Workplace
 from tests.slurm.lab.cluster import Lab, missing
+from tests.slurm.leftovers import check_nothing_left
 
 
 @pytest.fixture(scope="session")
@@ -35,10 +36,12 @@ def bare(lab: Lab) -> Iterator[Workplace]:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_left_running(request: pytest.FixtureRequest) -> Iterator[None]:
+def _nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "workplace" in request.fixturenames:
-        request.getfixturevalue("workplace").cancel_all()
+        place = request.getfixturevalue("workplace")
+        place.cancel_all()
+        check_nothing_left(place)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -98,6 +98,13 @@ def test_the_last_words_are_those_of_the_role_and_not_of_slurm(tmp_path: Path) -
     assert done.stdout.splitlines()[-1].startswith("gspo: trainer failed on n1: the reason (log: "), done
 
 
+def test_the_last_words_are_those_of_the_task_that_ended_first(tmp_path: Path) -> None:
+    words = "'0: not mine' '1: no progress for 121 s' '0: RuntimeError: Connection closed by peer'"
+    ends = "echo 'srun: error: n1: task 1: Exited with exit code 1' >&2"
+    done = run(tmp_path, f"printf '%s\\n' {words} >$attempt/trainer-n1.log; {ends}; exit 1")
+    assert done.stdout.splitlines()[-1].startswith("gspo: trainer failed on n1: no progress for 121 s (log: "), done
+
+
 def test_what_srun_says_of_our_options_is_no_reason(tmp_path: Path) -> None:
     warning = "echo 'srun: cluster configuration lacks support for cpu binding' >&2"
     done = run(tmp_path, f"echo 'srun: error: Unable to create step' >&2; {warning}; exit 1")
