@@ -1,13 +1,15 @@
 """A directory for what a server leaves in TMPDIR: sockets and rendezvous files, which vLLM does not delete.
 
-It is deleted when its user ends. A user that was killed cannot do that, so the next one on the machine does: the lock
-of a directory is free once its user is gone.
+It lies in `$TMPDIR/gspo-USER`, beside the caches of `launch/lib/start.sh`: the one place of ours on a node. It is
+deleted when its user ends. One that was killed cannot do that, as at the end of a SLURM step, so the next one on the
+machine does: the lock of a directory is free once its user is gone.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import pwd
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 LOCK = "lock"
+PREFIX = "server-"
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
@@ -26,12 +29,12 @@ def scratch_directory() -> Iterator[dict[str, str]]:
         The environment of processes that are to use it. What torch compiles stays where it is without it, because the
         next attempt reads it.
     """
-    place = Path(tempfile.gettempdir())
-    prefix = f"gspo-scratch-{os.getuid()}-"
-    for path in place.glob(f"{prefix}*"):
+    place = Path(tempfile.gettempdir()) / f"gspo-{_user_name()}"
+    place.mkdir(mode=0o700, exist_ok=True)
+    for path in place.glob(f"{PREFIX}*"):
         _delete_if_free(path)
-    path, lock = _make(place, prefix)
-    cache = os.environ.get(CACHE) or str(place / f"torchinductor_{os.getuid()}")
+    path, lock = _make(place)
+    cache = os.environ.get(CACHE) or str(place / "inductor")
     try:
         yield {"TMPDIR": str(path), "VLLM_RPC_BASE_PATH": str(path), CACHE: cache}
     finally:
@@ -39,9 +42,17 @@ def scratch_directory() -> Iterator[dict[str, str]]:
         os.close(lock)
 
 
-def _make(place: Path, prefix: str) -> tuple[Path, int]:
+def _user_name() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        # In an image without this user.
+        return str(os.getuid())
+
+
+def _make(place: Path) -> tuple[Path, int]:
     while True:
-        path = Path(tempfile.mkdtemp(prefix=prefix, dir=place))
+        path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
         lock = os.open(path / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
@@ -69,32 +69,20 @@ def main() -> None:
 
 def keep(command: Sequence[str], task: dict[str, Any], address: str) -> NoReturn:
     """Run a server; end badly once it was lost too often, or has ended without ever having served."""
-    with scratch_directory() as environment:
-        code = serve(command, task, address, {**os.environ, **environment})
-    end_as(code, task["name"])
-
-
-def serve(command: Sequence[str], task: dict[str, Any], address: str, environment: Mapping[str, str]) -> int:
-    """Run a server until it was lost too often, has ended without ever having served, or SLURM ends the step.
-
-    Returns:
-        Its exit code; negative = the signal that ended it.
-    """
-    terms: list[int] = []
-    # The server has the signal too. This process stays until that one is gone, and deletes what it has left.
-    signal.signal(signal.SIGTERM, lambda number, _: terms.append(number))
-    child = subprocess.Popen(command, env=environment)
-    left, served = task["restarts"], False
-    while True:
-        while child.poll() is None:
-            served = served or (left > 0 and serves(address, task["ports"][0]))
-            time.sleep(LOOK_SECONDS)
-        if terms or not may_restart(left, served):
-            break
-        left -= 1
-        print(f"gspo: {restart_sentence(task['name'], left)}", flush=True)
-        child, served = subprocess.Popen(command, env=environment), False
-    return -terms[0] if terms else child.returncode
+    with scratch_directory() as scratch:
+        environment = {**os.environ, **scratch}
+        child = subprocess.Popen(command, env=environment)
+        left, served = task["restarts"], False
+        while True:
+            while child.poll() is None:
+                served = served or (left > 0 and serves(address, task["ports"][0]))
+                time.sleep(LOOK_SECONDS)
+            if not may_restart(left, served):
+                break
+            left -= 1
+            print(f"gspo: {restart_sentence(task['name'], left)}", flush=True)
+            child, served = subprocess.Popen(command, env=environment), False
+    end_as(child.returncode, task["name"])
 
 
 def end_as(code: int, name: str) -> NoReturn:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 import subprocess
 import sys
 import tempfile
@@ -26,7 +28,7 @@ with scratch_directory() as environment:
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    return tmp_path
+    return tmp_path / f"gspo-{pwd.getpwuid(os.getuid()).pw_name}"
 
 
 def hold() -> tuple[subprocess.Popen[str], Path]:
@@ -45,7 +47,7 @@ def test_it_goes_with_its_user(place: Path) -> None:
 def test_a_killed_user_s_is_deleted_by_the_next_and_a_living_user_s_stays(place: Path) -> None:
     living, kept = hold()
     killed, left = hold()
-    (foreign := place / "gspo-scratch-notes").mkdir()
+    (foreign := place / "server-notes").mkdir()
     killed.kill()
     killed.wait()
     with scratch_directory() as environment:
