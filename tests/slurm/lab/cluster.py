@@ -189,7 +189,9 @@ class Lab:
 
     def job(self, job: int) -> dict[str, str]:
         """What `scontrol show job` says, by field."""
-        said = self.run("scontrol", "show", "job", "-o", str(job)).stdout
+        ask = ("scontrol", "show", "job", "-o", str(job))
+        # A busy controller has closed the connection at times (SIGPIPE).
+        said = wait_for(lambda: self.run(*ask, check=False).stdout, 60, f"record of job {job}", pause=1.0)
         return dict(re.findall(r"(\w[\w:/]*)=(\S*)", said))
 
     def wait(self, job: int, timeout: float, states: Sequence[str] = ENDED) -> dict[str, str]:
