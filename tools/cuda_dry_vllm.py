@@ -1,0 +1,188 @@
+"""vLLM's CUDA build where there is no GPU: what it makes of our arguments, and the weight update on its CUDA classes.
+
+    python tools/cuda_dry_vllm.py arguments RECIPE ...                   one line of JSON
+    python tools/cuda_dry_vllm.py reload RECIPE --capability 10.0        the same
+
+A platform answers in the place of the driver. No kernel runs. `tools/cuda_dry.py` starts it in the environment of
+`requirements/cuda.txt`, beside a libcuda that knows no device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import vllm.platforms
+from vllm.platforms.cuda import NonNvmlCudaPlatform
+from vllm.platforms.interface import DeviceCapability
+
+from gspo_megatron.cluster.machines import takes_turns
+from gspo_megatron.config.schema import Recipe
+from gspo_megatron.inference import vllm_plugin
+from gspo_megatron.models import load_recipe
+from gspo_megatron.models.server_cuts import ServerLayout
+from gspo_megatron.models.vllm_engine import engine_arguments, to_options
+
+MEMORY = 79 << 30
+SMALL = (
+    "model.architecture.num_hidden_layers=2", "model.architecture.num_experts=8", "model.architecture.vocab_size=512",
+)  # fmt: skip
+
+
+class Pretended(NonNvmlCudaPlatform):
+    """A GPU of a given capability that answers what vLLM asks before it starts a kernel."""
+
+    capability: tuple[int, int] = (9, 0)
+
+    @classmethod
+    def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:  # type: ignore[override]
+        return DeviceCapability(*cls.capability)
+
+    @classmethod
+    def get_device_name(cls, device_id: int = 0) -> str:
+        return "NVIDIA H100 80GB HBM3" if cls.capability < (10, 0) else "NVIDIA B200"
+
+    @classmethod
+    def get_device_total_memory(cls, device_id: int = 0) -> int:
+        return MEMORY
+
+    @classmethod
+    def is_fully_connected(cls, physical_device_ids: list[int]) -> bool:
+        return True
+
+    @classmethod
+    def device_count(cls) -> int:
+        return 8
+
+    @classmethod
+    def num_compute_units(cls, device_id: int = 0) -> int:
+        return 132
+
+    @classmethod
+    def is_integrated_gpu(cls, device_id: int = 0) -> bool:
+        return False
+
+    @classmethod
+    def get_cuda_runtime_major(cls) -> int:
+        return 13
+
+    @classmethod
+    def set_device(cls, device: torch.device) -> None:
+        return None
+
+    @classmethod
+    def log_warnings(cls) -> None:
+        return None
+
+
+def pretend(capability: str) -> None:
+    """Put the platform in the driver's place, for vLLM and for what it asks of torch."""
+    major, minor = capability.split(".")
+    Pretended.capability = (int(major), int(minor))
+    vllm.platforms._current_platform = Pretended()  # type: ignore[assignment]
+    answers: dict[str, Any] = {
+        "device_count": lambda: 8,
+        "get_device_capability": lambda *_: Pretended.capability,
+        "get_device_name": lambda *_: Pretended.get_device_name(),
+    }
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, answer)
+    torch.accelerator.device_count = answers["device_count"]
+
+
+def make_config(recipe: Recipe, place: Path) -> Any:
+    """vLLM's whole configuration from the command line of a server of this recipe."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    vllm_plugin.register()
+    (place / "config.json").write_text(json.dumps(recipe.arch.to_hugging_face(recipe.model.dtype)))
+    options = to_options(engine_arguments(recipe, place, has_gpu=True, sleeps=takes_turns(recipe)))
+    parsed: Any = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(options)
+    engine = AsyncEngineArgs.from_cli_args(parsed)
+    return engine.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+
+
+def resolve_arguments(recipe: Recipe, place: Path) -> dict[str, Any]:
+    """What vLLM decided from our arguments and its defaults."""
+    found = make_config(recipe, place)
+    scheduler, compilation = found.scheduler_config, found.compilation_config
+    return {
+        "second_runner": bool(found.use_v2_model_runner),
+        "head": str(found.model_config.head_dtype),
+        "logprobs_mode": str(found.model_config.logprobs_mode),
+        "max_num_batched_tokens": scheduler.max_num_batched_tokens,
+        "chunked_prefill": bool(scheduler.enable_chunked_prefill),
+        "async_scheduling": bool(scheduler.async_scheduling),
+        "graphs": compilation.cudagraph_mode.name,
+        "largest_graph": compilation.max_cudagraph_capture_size,
+        "prefix_caching": bool(found.cache_config.enable_prefix_caching),
+        "sleep_mode": bool(found.model_config.enable_sleep_mode),
+        "tensor_parallel": found.parallel_config.tensor_parallel_size,
+        "weight_transfer": found.weight_transfer_config.backend,
+    }
+
+
+def reload_weights(recipe: Recipe, place: Path) -> dict[str, Any]:
+    """Load every tensor twice, layer by layer, as a weight update does; what is wrong afterwards."""
+    config = make_config(recipe, place)
+    config.device_config.device = torch.device("cpu")
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
+    from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
+
+    from gspo_megatron.inference import vllm_worker
+    from gspo_megatron.models.vllm_layout import server_parameters
+
+    with set_current_vllm_config(config):
+        init_distributed_environment(1, 0, f"file://{place}/store", 0, backend="gloo")
+        initialize_model_parallel(1, 1)
+        torch.set_default_dtype(config.model_config.dtype)
+        model = initialize_model(vllm_config=config)
+        record_metadata_for_reloading(model)
+        process_weights_after_loading(model, config.model_config, torch.device("cpu"))
+        torch.set_default_dtype(torch.float32)
+        expected, wrong, moved = list(server_parameters(recipe.arch, ServerLayout(), 0)), 0, 0
+        addresses = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+        for _ in range(2):
+            vllm_worker.initialize_layerwise_reload(model)
+            vllm_worker.refuse_other_model(model, expected, config.model_config.dtype, ServerLayout())
+            values = {one.name: torch.randn(one.shape).to(config.model_config.dtype) for one in expected}
+            for name, value in values.items():
+                vllm_worker.load_whole(model, name, value.clone())
+            vllm_worker.finalize_layerwise_reload(model, config.model_config)
+            now = dict(model.named_parameters())
+            wrong += sum(not torch.equal(now[name].data, value) for name, value in values.items())
+            moved += sum(now[name].data_ptr() != address for name, address in addresses.items())
+    return {"parameters": len(expected), "wrong": wrong, "moved": moved}
+
+
+def main() -> int:
+    """Print one line of JSON; exit 1 where values are wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("arguments", "reload"))
+    parser.add_argument("recipes", type=Path, nargs="+")
+    parser.add_argument("--capability", default="9.0")
+    chosen = parser.parse_args()
+    pretend(chosen.capability)
+    look = resolve_arguments if chosen.what == "arguments" else reload_weights
+    found: dict[str, Any] = {}
+    for path in chosen.recipes:
+        recipe = load_recipe(path, SMALL if chosen.what == "reload" else ())
+        with tempfile.TemporaryDirectory() as place:
+            found[path.stem] = look(recipe, Path(place))
+    print(json.dumps(found), flush=True)
+    # Threads of vLLM would keep the process.
+    os._exit(int(any(one.get("wrong") for one in found.values())))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
