@@ -164,9 +164,8 @@ def test_small_blocks_of_pinned_memory_come_in_powers_of_two_and_large_ones_as_t
     exact = plan.memory[0].exact
     host = host_bytes(plan.recipe, plan.recipe.arch, plan.machine, plan.batch, plan.memory)
     assert host["copy for checkpoints"] == 8 * pinned_bytes(exact["dense optimizer"] + exact["expert optimizer"])
-    kinds = [pinned_bytes(exact[f"{part} optimizer"] // 3) for part in ("dense", "expert")]
-    weights = [pinned_bytes(exact[f"{part} weights"]) for part in ("dense", "expert")]
-    assert host["offloaded trainer states"] == 8 * (3 * sum(kinds) + sum(weights))
+    blocks = [pinned_bytes(exact[f"dense {kind}"] + exact[f"expert {kind}"]) for kind in ("weights", "optimizer")]
+    assert host["offloaded trainer states"] == 8 * sum(blocks)
 
 
 def test_server_weights_by_hand() -> None:
