@@ -72,6 +72,12 @@ def read_reply(reply: object) -> Reply:
     seen = reply.observation
     if not isinstance(seen, str) and not any(all(isinstance(one, kind) for one in seen) for kind in (int, dict)):
         raise ValueError("the observation is neither a text nor a list of messages or of token ids; return one of them")
+    for one in seen:
+        if isinstance(one, int) and one < 0:
+            raise ValueError(f"the observation holds the token id {one}; ids are at least 0")
+        if isinstance(one, dict) and not (one.get("role") in ROLES and isinstance(one.get("content"), str)):
+            message = f"the observation holds the message {repr(one)[:80]}"
+            raise ValueError(f"{message}; write a role of {', '.join(ROLES)} and a content that is a text")
     if not isinstance(reply.done, bool):
         raise ValueError(f"done={reply.done!r} is no bool; return True to end the episode")
     add_rewards(None, reply.reward)
@@ -91,6 +97,10 @@ def add_rewards(before: Mapping[str, float] | None, given: Any) -> dict[str, flo
     return added
 
 
+ROLES = ("user", "tool", "system")
+"""Roles of messages that a model is answered with."""
+LARGE_STATE = 1_000_000
+"""Bytes of a state above which `gspo check` speaks of it: it is stored with each response, and after every turn."""
 LINE = {"prompt": "What is 1 + 1?", "answer": "2"}
 CALL = '<tool_call>\n{"name": "calculate", "arguments": {"expression": "1 + 1"}}\n</tool_call>'
 TURNS = ("2", CALL, CALL * 2, "", "<tool_call>\n{", "\ufffd\x00 " * 50, "x" * 100_000)
@@ -128,7 +138,7 @@ def try_episodes(found: Any, samples: Samples | None = None) -> list[str]:
         samples: of whose problems the first is played; None = a sample line.
     """
     given = samples.draw(1)[0].line if samples else LINE
-    line, ends, rewarded = copy.deepcopy(given), 0, 0
+    line, ends, rewarded, remarks = copy.deepcopy(given), 0, 0, dict[str, None]()
     what = "reset"
     try:
         environment = found()
@@ -139,6 +149,8 @@ def try_episodes(found: Any, samples: Samples | None = None) -> list[str]:
             what = f"step after {text[:20]!r}"
             # As a checkpoint gives it back.
             reply = read_reply(environment.step(json.loads(json.dumps(state)), make_turn(text, (5, 6))))
+            other = read_reply(found().step(json.loads(json.dumps(state)), make_turn(text, (5, 6))))
+            remarks |= _look_at(reply, other, samples)
             ends, rewarded = ends + reply.done, rewarded + (reply.reward is not None)
             state = start if reply.done else reply.state
     except KeyError as error:
@@ -152,4 +164,27 @@ def try_episodes(found: Any, samples: Samples | None = None) -> list[str]:
         raise ValueError(f"{what} raised {describe_fault(error)}; reply to any text") from None
     if line != given:
         raise ValueError("changed the line of the problem, which all responses to it share; copy it first")
-    return [f"replied to {len(TURNS)} sample turns; {ends} of them ended the episode, {rewarded} had a reward"]
+    played = f"replied to {len(TURNS)} sample turns; {ends} of them ended the episode, {rewarded} had a reward"
+    return [played, *remarks]
+
+
+def _look_at(reply: Reply, other: Reply, samples: Samples | None) -> dict[str, None]:
+    """What is allowed and seldom meant. Raises ValueError for token ids that the recipe's model has not.
+
+    Args:
+        reply: of an environment.
+        other: of another instance to the same state and turn.
+        samples: of the recipe.
+    """
+    remarks, seen = dict[str, None](), reply.observation
+    rows = samples.recipe.arch.vocab_size if samples else None
+    if rows is not None and (outside := [one for one in seen if isinstance(one, int) and one >= rows]):
+        raise ValueError(f"the observation holds the token id {outside[0]}; the model has {rows}")
+    if reply != other:
+        remarks["another instance replied otherwise to the same state: keep all in the state, chance too"] = None
+    text = json.dumps(reply.state)
+    if json.loads(text) != reply.state:
+        remarks["the state comes back changed from where it is stored: keys become texts, and tuples lists"] = None
+    if len(text) > LARGE_STATE:
+        remarks[f"the state has {len(text)} bytes, which are stored with each response after every turn"] = None
+    return remarks

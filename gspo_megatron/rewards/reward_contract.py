@@ -117,11 +117,14 @@ def _try(
     ask: Callable[..., Any] | None = None,
 ) -> list[str]:
     faults: dict[str, None] = {}
-    scores, names = list[float](), set[frozenset[str]]()
+    scores, names, is_stable = list[float](), set[frozenset[str]](), True
     for fields, sample in itertools.product(problems, responses):
         line = _Line(fields)
         try:
             parts = read_parts(_call(found, line, sample, ask or found))
+            # A judge's second opinion would cost money.
+            if ask is None and not scores:
+                is_stable = read_parts(_call(found, line, sample, found)) == parts
             scores.append(weigh_parts(parts, section.weights if section else {}))
         except _MissingField as missing:
             if section is None:
@@ -142,7 +145,10 @@ def _try(
         faults[f"returned other parts for other responses: {listed}; return the same parts always"] = None
     if faults:
         raise ValueError("\n".join(faults))
-    return _describe(scores, names, section)
+    checked = _describe(scores, names, section)
+    if not is_stable:
+        checked.append("scored one response twice, and differently: equal responses should have equal scores")
+    return checked
 
 
 class _MissingField(ValueError):

@@ -151,6 +151,10 @@ def test_a_reward_is_tried_with_the_data_of_a_recipe(tmp_path: Path, capsys: pyt
     assert "are clipped" not in said
     assert main(["check", f"{parts}:score", *weighs, "reward.weights={other: 1}"]) == 2
     assert "reward.weights names other, the reward returned right" in capsys.readouterr().err
+    chance = tmp_path / "chance.py"
+    chance.write_text("calls = []\ndef score(problem, response): calls.append(1); return len(calls) % 2")
+    assert main(["check", f"{chance}:score", *recipe, f"reward.name={chance}:score"]) == 0
+    assert "scored one response twice, and differently" in capsys.readouterr().out
     measures = tmp_path / "measures.py"
     measures.write_text("def score(problem, response): return {'_length': 300}")
     assert main(["check", f"{measures}:score", *recipe, f"reward.name={measures}:score"]) == 2

@@ -84,6 +84,10 @@ WRONG = {
               "reset: the state is not JSON-serialisable"),
     "observation": (f"{'from gspo_megatron.environments import Reply'}\nclass env:\n def reset(self, line): 0\n"
                     " def step(self, s, t): return Reply(s, ['a'])", "neither a text nor a list"),
+    "role": (f"{'from gspo_megatron.environments import Reply'}\nclass env:\n def reset(self, line): 0\n"
+             " def step(self, s, t): return Reply(s, [{'role': 'alien', 'content': ''}])", "a role of user, tool"),
+    "negative id": (f"{'from gspo_megatron.environments import Reply'}\nclass env:\n def reset(self, line): 0\n"
+                    " def step(self, s, t): return Reply(s, [5, -1])", "holds the token id -1"),
     "done": ("from gspo_megatron.environments import Reply\nclass env:\n def reset(self, line): 0\n"
              " def step(self, s, t): return Reply(s, done=1)", "done=1 is no bool"),
     "reward": ("from gspo_megatron.environments import Reply\nclass env:\n def reset(self, line): 0\n"
@@ -103,6 +107,24 @@ def test_a_wrong_environment_is_a_sentence(name: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         check_form(space["env"])
         try_episodes(space["env"])
+
+
+REMARKS = {
+    "an instance keeps count": ("self.n = getattr(self, 'n', 0) + 1; return Reply(s, str(self.n))", "keep all in"),
+    "keys": ("return Reply({1: 2})", "keys become texts"),
+    "large": ("return Reply('x' * 2_000_000)", "which are stored with each response"),
+    "in order": ("return Reply(s, 'go on')", ""),
+}
+
+
+@pytest.mark.parametrize("name", REMARKS)
+def test_what_is_seldom_meant_is_said(name: str) -> None:
+    body, sentence = REMARKS[name]
+    space: dict[str, Any] = {}
+    head = "from gspo_megatron.environments import Reply\nclass env:\n def reset(self, line): return 0\n"
+    exec(f"{head} def step(self, s, t): {body}", space)
+    _, *remarks = try_episodes(space["env"])
+    assert [sentence in remark for remark in remarks] == ([True] if sentence else [])
 
 
 def test_nothing_awaits_a_step() -> None:
