@@ -28,15 +28,12 @@ MEGATRON_KEYS: Mapping[str, str] = MappingProxyType({
     "moe_token_dispatcher_type": "How tokens reach their experts: NCCL's all-to-all, or flex (DeepEP, HybridEP).",
     "overlap_grad_reduce": "Reduce gradients while the last micro-batch is computed.",
     "pad_buckets_for_high_nccl_busbw": "Pad gradient buckets to sizes that NCCL is fast at.",
-    "recompute_method": "How full recomputation divides the layers.",
     "recompute_modules": "Parts of a layer that selective recomputation repeats.",
-    "recompute_num_layers": "Layers of one block of full recomputation.",
     "use_te_activation_func": "Activation by Transformer Engine.",
 })  # fmt: skip
 """Settings of speed and memory, and what each does."""
 
 VLLM_KEYS: Mapping[str, str] = MappingProxyType({
-    "all2all_backend": "How the ranks of an expert-parallel server exchange tokens.",
     "async_scheduling": "Schedule the next step while the present one is computed.",
     "attention_backend": "Kernels of the attention.",
     "attention_config": "Further settings of the attention.",
@@ -76,18 +73,12 @@ VLLM_KEYS: Mapping[str, str] = MappingProxyType({
 })  # fmt: skip
 
 ACT_ON_CPU = frozenset({
-    "batch_p2p_sync", "bucket_size", "deterministic_mode", "overlap_grad_reduce", "recompute_method",
-    "recompute_modules", "recompute_num_layers",
+    "batch_p2p_sync", "bucket_size", "deterministic_mode", "overlap_grad_reduce", "recompute_modules",
     "async_scheduling", "block_size", "disable_log_stats", "max_num_batched_tokens", "num_gpu_blocks_override",
 })  # fmt: skip
 """Those that do something where there is no GPU."""
 
 NARROWED: Mapping[str, tuple[str, ...]] = MappingProxyType({
-    # What vLLM's command line takes.
-    "all2all_backend": (
-        "allgather_reducescatter", "deepep_high_throughput", "deepep_low_latency", "deepep_v2", "flashinfer_all2allv",
-        "flashinfer_nvlink_one_sided", "flashinfer_nvlink_two_sided", "naive", "nixl_ep", "pplx",
-    ),
     # allgather takes packs of one length only.
     "moe_token_dispatcher_type": ("alltoall", "flex"),
     # The others do not take packed sequences, or need groups of two levels.
@@ -163,12 +154,17 @@ _UNFIT_MEGATRON = {
         "exp_avg_dtype exp_avg_sq_dtype main_grads_dtype main_params_dtype optimizer_cpu_offload "
         "optimizer_offload_fraction store_param_remainders use_precision_aware_optimizer"
     ),
+    "is not planned: full recomputation here repeats every layer from its input, and the memory estimate and its "
+    "refusals would not hold": "recompute_method recompute_num_layers",
     "cuts the weights otherwise than the weight table": (
         "moe_single_grouped_weight pipeline_model_parallel_layout use_custom_fsdp use_megatron_fsdp "
         "use_transformer_engine_op_fuser"
     ),
 }
 _UNFIT_VLLM = {
+    "acts between the data-parallel ranks of an engine, and a server here is an engine with one such rank": (
+        "all2all_backend"
+    ),
     "would change what is sampled or the log-probs that are reported": (
         "generation_config hf_overrides logits_processors logprobs_mode override_generation_config "
         "speculative_config watermark_config"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 from gspo_megatron.types import Finding
@@ -24,7 +25,8 @@ def refuse(code: str, key: str, message: str, fix: str) -> RecipeError:
 
 def quote(value: object) -> str:
     """Return a value for an error sentence: printable, on one line, at most 60 characters."""
-    text = "null" if value is None else repr(value)
+    # As a recipe has them: `true` and `null`, not `True` and `None`.
+    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 

@@ -88,9 +88,8 @@ def make_plan(recipe: Recipe, nodes: int | None = None, gpu: GpuKind | None = No
 
 
 def add_not_built(plan: Plan) -> Plan:
-    """Add what the training loop does not support yet as infos. `gspo train` refuses it."""
-    ahead = [replace(finding, severity="info") for finding in not_built(plan.recipe)]
-    return replace(plan, findings=(*plan.findings, *ahead))
+    """Add what the training loop does not support yet: `gspo train` refuses it."""
+    return replace(plan, findings=tuple(by_severity([*plan.findings, *not_built(plan.recipe)])))
 
 
 def add_contents(plan: Plan) -> Plan:

@@ -10,7 +10,7 @@ from typing import Any
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.plan.estimate.calibration import TIME_RANGE
 from gspo_megatron.plan.search import Candidate, Found, Least, Servers, search
-from gspo_megatron.plan.units import between
+from gspo_megatron.plan.units import between, overrides_text
 
 SHOWN = 8
 """Number of layouts and of server sizes that are printed."""
@@ -103,9 +103,3 @@ def _without_defaults(recipe: Recipe, change: dict[str, Any]) -> dict[str, Any]:
     """Leave out what the recipe says already."""
     now = {key: getattr(getattr(recipe, key.split(".")[0]), key.split(".")[1]) for key in change}
     return {key: value for key, value in change.items() if value != now[key]}
-
-
-def overrides_text(change: dict[str, Any]) -> str:
-    """Format keys and values as a command line takes them."""
-    # As JSON: a recipe takes `true` and `null`, not `True` and `None`.
-    return " ".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in change.items())

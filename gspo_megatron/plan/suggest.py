@@ -14,7 +14,7 @@ from gspo_megatron.plan.estimate.memory import StageMemory, stage_memory
 from gspo_megatron.plan.estimate.trainer_time import trainer_times
 from gspo_megatron.plan.rules import layout
 from gspo_megatron.plan.rules.resources import fits
-from gspo_megatron.plan.units import size
+from gspo_megatron.plan.units import overrides_text, size
 from gspo_megatron.types import Finding
 
 Change = dict[str, Any]
@@ -28,8 +28,7 @@ def cheapest_change(recipe: Recipe, machine: Machine) -> str:
         stages = _stages(changed, where)
         if stages is not None and fits(stages, where):
             peak = max(stage.peak_bytes for stage in stages)
-            assignments = " ".join(f"{key}={value}" for key, value in change.items())
-            return f"the cheapest change that fits: {assignments} (about {peak / 1e9:.0f} GB)"
+            return f"the cheapest change that fits: {overrides_text(change)} (about {peak / 1e9:.0f} GB)"
     return "no single change fits: take more nodes with more of PP, CP and EP (gspo plan --search lists layouts)"
 
 

@@ -1,6 +1,10 @@
-"""Format numbers for people."""
+"""Format numbers for people, and values as a recipe takes them."""
 
 from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
 
 _PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 
@@ -41,3 +45,13 @@ def _three(value: float) -> str:
 def many(count: int, noun: str) -> str:
     """Format a count with its noun: `1 rank`, `8 ranks`."""
     return f"{count:,} {noun}{'' if count == 1 else 'es' if noun.endswith('ch') else 's'}"
+
+
+def value_text(value: Any) -> str:
+    """Format a value as a recipe and an override take it: `true` and `null`, not `True` and `None`."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def overrides_text(change: Mapping[str, Any]) -> str:
+    """Format keys and values as a command line takes them."""
+    return " ".join(f"{key}={value_text(value)}" for key, value in change.items())

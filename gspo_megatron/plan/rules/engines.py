@@ -9,11 +9,15 @@ from gspo_megatron.cluster.machines import Machine
 from gspo_megatron.config.engine_keys import ACT_ON_CPU
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.plan.rules import server_start
+from gspo_megatron.plan.units import value_text
 from gspo_megatron.types import Finding
 
-BLACKWELL = ("b200", "b300", "gb200")
+HOPPER, BLACKWELL = ("h20", "h800", "h100", "h200"), ("b200", "b300", "gb200")
 """GPUs on which vLLM 0.32 takes kernels that pad the width of an expert. Source: its `oracle/unquantized.py`, and a
 reload of its CUDA classes at capability 10.0."""
+FLASH_ATTENTION_GPUS = {3: HOPPER, 4: (*HOPPER, *BLACKWELL)}
+"""GPUs for which a version of flash-attention has kernels. Source: its README; 2 runs on every GPU of the table."""
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Sizes of attention heads on a CPU. Source: vLLM 0.32's `v1/attention/backends/cpu_attn.py`."""
 CPU_TILE = 32
@@ -35,6 +39,8 @@ def findings(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[F
         yield from _cpu_shapes(arch)
     yield from _inert(recipe, arch, given)
     yield from _trainer_layout(recipe, arch, megatron)
+    yield from _flash_attention(machine, megatron)
+    yield from server_start.findings(recipe, machine)
     if str(vllm.get("kv_cache_dtype", "")).startswith("fp8"):
         yield from _rounded_keys(recipe)
     if machine.device.kind in BLACKWELL:
@@ -59,7 +65,7 @@ def _cpu_shapes(arch: Architecture) -> Iterator[Finding]:
 def _only_on_gpus(given: dict[str, Any]) -> Iterator[Finding]:
     for key, value in given.items():
         if key.rpartition(".")[2] not in ACT_ON_CPU:
-            message = f"{value} has no effect: the part that reads it runs on a GPU only"
+            message = f"{value_text(value)} has no effect: the part that reads it runs on a GPU only"
             yield Finding("engine-needs-gpu", "error", key, message, "remove it, or set placement.gpu")
 
 
@@ -67,16 +73,16 @@ def _inert(recipe: Recipe, arch: Architecture, given: dict[str, Any]) -> Iterato
     """Arguments that another key makes ineffective."""
     trainer, megatron = recipe.trainer, recipe.trainer.megatron.given()
     flex = megatron.get("moe_token_dispatcher_type") == "flex"
-    full, selective = trainer.recompute == "full", trainer.recompute == "selective"
-    overlap = megatron.get("overlap_grad_reduce")
+    selective, overlap = trainer.recompute == "selective", megatron.get("overlap_grad_reduce")
+    binds = recipe.rollout.vllm.given().get("numa_bind")
     needs = {
         "trainer.megatron.bucket_size": (overlap, "trainer.megatron.overlap_grad_reduce=true"),
         "trainer.megatron.cp_comm_type": (trainer.context_parallel > 1, "trainer.context_parallel above 1"),
         "trainer.megatron.moe_flex_dispatcher_backend": (flex, "trainer.megatron.moe_token_dispatcher_type=flex"),
         "trainer.megatron.moe_flex_dispatcher_num_sms": (flex, "trainer.megatron.moe_token_dispatcher_type=flex"),
         "trainer.megatron.recompute_modules": (selective, "trainer.recompute=selective"),
-        "trainer.megatron.recompute_method": (full, "trainer.recompute=full"),
-        "trainer.megatron.recompute_num_layers": (full, "trainer.recompute=full"),
+        "rollout.vllm.numa_bind_cpus": (binds, "rollout.vllm.numa_bind=true"),
+        "rollout.vllm.numa_bind_nodes": (binds, "rollout.vllm.numa_bind=true"),
         "rollout.vllm.sleep_mode_offload_cudagraph": (not recipe.placement.rollout_nodes, "placement.rollout_nodes=0"),
         "rollout.vllm.enable_nccl_comm_suspend": (not recipe.placement.rollout_nodes, "placement.rollout_nodes=0"),
     }  # fmt: skip
@@ -84,12 +90,12 @@ def _inert(recipe: Recipe, arch: Architecture, given: dict[str, Any]) -> Iterato
         name = key.rpartition(".")[2]
         if key in needs and not needs[key][0]:
             yield Finding(
-                "engine-inert", "error", key, f"{_word(value)} has no effect without {needs[key][1]}",
+                "engine-inert", "error", key, f"{value_text(value)} has no effect without {needs[key][1]}",
                 f"remove it, or set {needs[key][1].replace(' above ', ' > ')}",
             )  # fmt: skip
-        if not arch.num_experts and (name.startswith("moe_") or name == "all2all_backend"):
+        if not arch.num_experts and name.startswith("moe_"):
             yield Finding(
-                "engine-inert", "error", key, f"{_word(value)} is of experts, and the model has none", "remove it"
+                "engine-inert", "error", key, f"{value_text(value)} is of experts, and the model has none", "remove it"
             )
 
 
@@ -108,6 +114,17 @@ def _trainer_layout(recipe: Recipe, arch: Architecture, megatron: dict[str, Any]
         yield Finding(
             "engine-layout", "error", "trainer.megatron.moe_token_dispatcher_type",
             "flex sends tokens between expert-parallel ranks, and trainer.expert_parallel is 1", "remove it",
+        )  # fmt: skip
+
+
+def _flash_attention(machine: Machine, megatron: dict[str, Any]) -> Iterator[Finding]:
+    version = megatron.get("flash_attention_version", 2)
+    kinds = FLASH_ATTENTION_GPUS.get(version, (machine.device.kind,))
+    if not machine.is_cpu and machine.device.kind != "gpu" and machine.device.kind not in kinds:
+        yield Finding(
+            "engine-gpu", "error", "trainer.megatron.flash_attention_version",
+            f"version {version} has kernels for {', '.join(kinds)}, and none for {machine.device.kind}",
+            "remove it: Transformer Engine then chooses one that runs",
         )  # fmt: skip
 
 
@@ -137,7 +154,3 @@ def _padded_experts(recipe: Recipe, arch: Architecture, machine: Machine) -> Ite
         f"set rollout.expert_parallel=true (whole experts of {arch.moe_intermediate_size}), a tensor_parallel that "
         f"leaves a multiple of {TILE}, or rollout.vllm.moe_backend={UNPADDED}",
     )  # fmt: skip
-
-
-def _word(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

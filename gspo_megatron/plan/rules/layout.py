@@ -9,6 +9,7 @@ from gspo_megatron.cluster.machines import Machine
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.trainer_section import TrainerSection
 from gspo_megatron.parallel import Coordinates, Layout, layout_of
+from gspo_megatron.plan.units import value_text
 from gspo_megatron.types import Finding
 
 
@@ -168,7 +169,7 @@ def _suggest(stages: int, layers: int) -> str:
     ends = even_ends(stages, layers)
     if ends is None:
         return f"choose pipeline_parallel as a divisor of {layers}"
-    return f"set first_stage_layers={ends[0]} and last_stage_layers={ends[1]}"
+    return f"set first_stage_layers={value_text(ends[0])} and last_stage_layers={value_text(ends[1])}"
 
 
 def even_ends(stages: int, layers: int) -> tuple[int | None, int | None] | None:

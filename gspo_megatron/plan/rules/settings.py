@@ -12,6 +12,7 @@ from gspo_megatron.config.objective_spec import ObjectiveSpec
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.plan.rules import contradictions, engines, known_models, long_tail, ranges
 from gspo_megatron.plan.rules.objective import findings as objective_findings
+from gspo_megatron.plan.units import value_text
 from gspo_megatron.types import Finding
 
 LARGEST_RATE = 0.02
@@ -193,8 +194,8 @@ def _replay(recipe: Recipe, spec: ObjectiveSpec, arch: Architecture, machine: Ma
         if value != wanted:
             yield Finding(
                 "replay-needs", "error", f"rollout.{key}",
-                f"{value} with objective.replay=sampler: vLLM then returns no routes",
-                f"set it to {str(wanted).lower()}, or use objective.replay=trainer",
+                f"{value_text(value)} with objective.replay=sampler: vLLM then returns no routes",
+                f"set it to {value_text(wanted)}, or use objective.replay=trainer",
             )  # fmt: skip
 
 

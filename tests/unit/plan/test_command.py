@@ -135,6 +135,12 @@ def test_the_fix_of_a_plan_that_does_not_fit_works(capsys: pytest.CaptureFixture
     assert plan(A3B, "trainer.recompute=none", fix.split(": ")[1].split()[0]) == 0
 
 
+def test_what_the_loop_cannot_run_is_an_error_of_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    """`gspo train` refuses it too."""
+    assert plan(A3B, "objective.replay=sampler") == 2
+    assert "error [not-built] objective.replay" in capsys.readouterr().out
+
+
 def test_every_key_is_explained() -> None:
     recipe = load_recipe(Path(A3B))
     for key in all_keys():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from gspo_megatron.config import RecipeError
 from gspo_megatron.models import load_recipe
 from gspo_megatron.plan import make_plan
 from gspo_megatron.plan.engine_text import explain_engines, print_engines
@@ -35,6 +36,14 @@ def codes(path: str, *overrides: str) -> dict[str, str]:
         (DENSE, "rollout.vllm.moe_backend=triton", "engine-inert"),
         ("recipes/qwen3_30b_a3b_gspo_100k.yaml", "trainer.megatron.cp_comm_type=a2a", "engine-layout"),
         (GPU, "rollout.vllm.kv_cache_dtype=fp8", "sampler-rounds-keys"),
+        (GPU, "rollout.vllm.numa_bind_nodes=[0, 1]", "engine-inert"),
+        (GPU, "rollout.vllm.max_num_batched_tokens=127", "server-refuses"),
+        (GPU, "rollout.vllm.block_size=24", "server-refuses"),
+        (GPU, "rollout.vllm.num_gpu_blocks_override=2048", "server-refuses"),
+        (TINY, "rollout.vllm.num_gpu_blocks_override=1", "server-refuses"),
+        (GPU, "rollout.vllm.attention_backend=FLASH_ATTN_MLA", "server-refuses"),
+        (GPU, "rollout.vllm.attention_backend=CPU_ATTN", "server-refuses"),
+        (GPU, "rollout.vllm.attention_config={backend: TRITON_MLA}", "server-refuses"),
     ],
 )
 def test_what_does_not_fit_is_named(path: str, override: str, code: str) -> None:
@@ -48,11 +57,41 @@ def test_what_does_not_fit_is_named(path: str, override: str, code: str) -> None
         "trainer.megatron={moe_token_dispatcher_type: flex, moe_flex_dispatcher_backend: hybridep}",
         "trainer.megatron.cp_comm_type=a2a",
         "rollout.model_runner=v1",
+        "trainer.megatron.flash_attention_version=3",
+        "rollout.vllm={numa_bind: true, numa_bind_nodes: [0, 1]}",
+        "rollout.vllm={block_size: 32, num_gpu_blocks_override: 1025, attention_backend: FLASHINFER}",
+        "rollout.vllm={max_num_batched_tokens: 32768, enable_chunked_prefill: false}",
         "rollout.vllm={max_num_batched_tokens: 16384, cudagraph_capture_sizes: [1, 2, 4], async_scheduling: false}",
     ],
 )
 def test_what_fits_raises_nothing(override: str) -> None:
     assert codes(GPU, override) == {}
+
+
+def test_prompts_that_may_not_be_cut_need_a_step_that_holds_a_sequence() -> None:
+    found = codes(GPU, "rollout.vllm={max_num_batched_tokens: 32767, enable_chunked_prefill: false}")
+    assert found == {"server-refuses": "rollout.vllm.max_num_batched_tokens"}
+
+
+@pytest.mark.parametrize(("gpu", "runs"), [("a100", {2}), ("h100", {2, 3, 4}), ("b200", {2, 4})])
+def test_flash_attention_has_kernels_for_the_gpu(gpu: str, runs: set[int]) -> None:
+    key = "trainer.megatron.flash_attention_version"
+    for version in (2, 3, 4):
+        named = codes(GPU, f"placement.gpu={gpu}", f"{key}={version}").get("engine-gpu")
+        assert named == (None if version in runs else key)
+
+
+@pytest.mark.parametrize(
+    ("override", "why"),
+    [
+        ("trainer.megatron.recompute_method=block", "not planned"),
+        ("trainer.megatron.recompute_num_layers=4", "not planned"),
+        ("rollout.vllm.all2all_backend=deepep_v2", "data-parallel ranks of an engine"),
+    ],
+)
+def test_what_the_plan_does_not_count_is_refused_with_the_reason(override: str, why: str) -> None:
+    with pytest.raises(RecipeError, match=why):
+        load_recipe(Path(GPU), [override])
 
 
 @pytest.mark.parametrize(("key", "value"), [("head_dim", 16), ("hidden_size", 48)])

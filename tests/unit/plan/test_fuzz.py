@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import random
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,8 @@ def verdict(tree: dict[str, Any]) -> Layout | None:
         assert error.findings and all(finding.message and finding.fix for finding in error.findings)
         return None
     assert all(finding.message and finding.fix for finding in plan.findings)
+    # A recipe says null, true and false.
+    assert not re.search(r"\b(None|True|False)\b", "\n".join(map(str, plan.findings)))
     json.dumps(to_json(plan))
     assert [str(line) for line in lines(plan)]
     return None if plan.refused else plan.layout

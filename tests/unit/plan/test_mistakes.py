@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,9 @@ MISTAKES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (R30, "trainer.head_chunk_tokens", ("trainer.head_chunk_tokens=1",)),
     (R30, "run.directory", ("run.directory=/tmp/run",)),
     (R30, "rollout.stream_interval", ("rollout.stream_interval=100000",)),
+    (R30, "trainer.first_stage_layers", ("trainer.pipeline_parallel=4", "trainer.first_stage_layers=13")),
+    (R30, "data.held_out_path", ("data.held_out_path=data/dapo_math_17k.jsonl",)),
+    (R30, "rollout.prefix_caching", ("objective.replay=sampler", "rollout.prefix_caching=false")),
 )  # fmt: skip
 
 # Recipes that somebody had a reason for. Acknowledged warnings and infos are in order.
@@ -176,9 +180,12 @@ LEFT = {"gspo-inert", "ratio-inert"}
 
 def found_in(recipe: str, overrides: tuple[str, ...]) -> list[Finding]:
     try:
-        return list(make_plan(load_recipe(Path(f"recipes/{recipe}.yaml"), overrides)).findings)
+        found = list(make_plan(load_recipe(Path(f"recipes/{recipe}.yaml"), overrides)).findings)
     except RecipeError as error:
-        return list(error.findings)
+        found = list(error.findings)
+    # A recipe says null, true and false.
+    assert not re.search(r"\b(None|True|False)\b", "\n".join(map(str, found)))
+    return found
 
 
 @pytest.mark.parametrize(("recipe", "key", "overrides"), MISTAKES, ids=lambda value: str(value)[:60])
