@@ -13,7 +13,7 @@ from gspo_megatron.config.refusal import refuse
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.models import load_recipe
 from gspo_megatron.plan.estimate.calibration import TIME_RANGE
-from gspo_megatron.plan.run_plan import Plan, make_plan
+from gspo_megatron.plan.run_plan import Plan, add_not_built, make_plan
 from gspo_megatron.plan.search import Least, search
 from gspo_megatron.plan.suggest import apply
 from gspo_megatron.plan.units import between
@@ -43,6 +43,10 @@ class Row:
     """Bytes of the fullest trainer GPU."""
     refused: str
     """The first error; empty if there is none."""
+    errors: tuple[str, ...] = ()
+    """Codes of all errors."""
+    warnings: tuple[str, ...] = ()
+    """Codes of the warnings."""
 
 
 def print_comparison(
@@ -102,21 +106,23 @@ def _row(name: str, path: Path, overrides: list[str], searched: Least | None) ->
             found = search(recipe, searched)[0]
             if found.layouts and found.servers:
                 recipe = apply(recipe, found.change)
-        plan = make_plan(recipe)
+        plan = add_not_built(make_plan(recipe))
     except RecipeError as error:
-        return Row(name, 0, "", None, None, None, _refusal(error.findings[0]))
-    errors = [finding for finding in plan.findings if finding.severity == "error"]
-    work, stages = plan.compute, plan.memory
+        first = error.findings[0]
+        said = f"{first.code}: {first.key}: {first.message}; {first.fix}"
+        return Row(name, 0, "", None, None, None, said, _codes(error.findings, "error"))
+    errors, warnings = _codes(plan.findings, "error"), _codes(plan.findings, "warning")
+    gpus, sizes, work, stages = plan.machine.devices, _layout(recipe, plan), plan.compute, plan.memory
     if errors or work is None or stages is None:
-        refusal = _refusal(errors[0]) if errors else "cannot be planned"
-        return Row(name, plan.machine.devices, _layout(recipe, plan), None, None, None, refusal)
+        # Errors come first.
+        refusal = f"{errors[0]}: {plan.findings[0].key}; {plan.findings[0].fix}" if errors else "cannot be planned"
+        return Row(name, gpus, sizes, None, None, None, refusal, errors, warnings)
     peak = max(stage.peak_bytes for stage in stages)
-    seconds, hours = work.seconds_per_step, work.device_hours
-    return Row(name, plan.machine.devices, _layout(recipe, plan), seconds, hours, peak, "")
+    return Row(name, gpus, sizes, work.seconds_per_step, work.device_hours, peak, "", (), warnings)
 
 
-def _refusal(finding: Finding) -> str:
-    return f"{finding.code}: {finding.key}; {finding.fix}"
+def _codes(findings: Sequence[Finding], severity: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(finding.code for finding in findings if finding.severity == severity))
 
 
 def _layout(recipe: Recipe, plan: Plan) -> str:
@@ -147,3 +153,8 @@ def _lines(rows: list[Row]) -> Iterator[str]:
         fastest = min(runs, key=lambda row: row.seconds_per_step or 0)
         cheapest = min(runs, key=lambda row: row.gpu_hours or 0)
         yield f"fastest: {fastest.variant}; fewest GPU-hours: {cheapest.variant}"
+    for row in rows:
+        # The first error stands in the row.
+        if row.warnings or len(row.errors) > 1:
+            kinds = (("errors", row.errors), ("warnings", row.warnings))
+            yield f"{row.variant}: " + "; ".join(f"{kind} {', '.join(codes)}" for kind, codes in kinds if codes)

@@ -9,7 +9,9 @@ from typing import Any
 
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.plan.estimate.calibration import TIME_RANGE
+from gspo_megatron.plan.run_plan import add_not_built, make_plan
 from gspo_megatron.plan.search import Candidate, Found, Least, Servers, search
+from gspo_megatron.plan.suggest import apply
 from gspo_megatron.plan.units import between, overrides_text
 
 SHOWN = 8
@@ -17,9 +19,14 @@ SHOWN = 8
 
 
 def print_search(recipe: Recipe, least: Least, as_json: bool) -> int:
-    """Print the result. Returns 0 if a layout and a server size fit, else 2."""
+    """Print the result. Returns 0 if a layout and a server size fit and the recipe with them would run, else 2."""
     found = search(recipe, least)
     first = found[0]
+    fits = bool(first.layouts and (first.servers or first.machine.is_cpu))
+    # The search sees layouts only: the rest of the recipe has rules of its own.
+    planned = add_not_built(make_plan(apply(recipe, first.change))).findings if fits else ()
+    said = [finding for finding in planned if finding.severity != "info"]
+    refused = any(finding.severity == "error" for finding in said)
     if as_json:
         shown = [
             {
@@ -33,14 +40,17 @@ def print_search(recipe: Recipe, least: Least, as_json: bool) -> int:
             }
             for one in found
         ]
-        print(json.dumps({"version": 2, "placements": shown}, indent=1))
+        document = {"version": 2, "placements": shown, "findings": [asdict(finding) for finding in said]}
+        print(json.dumps(document, indent=1))
     else:
-        for line in _lines(recipe, found, least):
+        for line in _lines(recipe, found, least, refused):
             print(line)
-    return 0 if first.layouts and (first.servers or first.machine.is_cpu) else 2
+        for finding in said:
+            print(finding)
+    return 0 if fits and not refused else 2
 
 
-def _lines(recipe: Recipe, found: list[Found], least: Least) -> Iterator[str]:
+def _lines(recipe: Recipe, found: list[Found], least: Least, refused: bool) -> Iterator[str]:
     for one in found:
         yield from _placement(one, len(found))
     first = found[0]
@@ -49,6 +59,9 @@ def _lines(recipe: Recipe, found: list[Found], least: Least) -> Iterator[str]:
         said = f"the fastest step takes {step}"
         if least == "gpu-hours":
             said = f"the fewest GPU-hours for {recipe.trainer.max_steps} steps are {hours.strip()}, {step} a step"
+        if refused:
+            yield f"{said}, but the recipe is refused with it:"
+            return
         yield f"{said}; as overrides:"
         yield overrides_text(_without_defaults(recipe, first.change))
 
@@ -64,15 +77,20 @@ def _placement(one: Found, placements: int) -> Iterator[str]:
     if placements > 1:
         shared = f"{machine.rollout_nodes} nodes for servers" if machine.rollout_nodes else "shared by servers"
         where += f", {shared}"
-    shown = min(SHOWN, len(one.layouts))
-    yield f"{len(one.layouts)} layouts fit {where}; the first {shown}, fastest first:"
-    sizes = f"{'TP':>3} {'CP':>3} {'PP':>3} {'VPP':>3} {'EP':>4} {'ETP':>3}"
-    yield f"{sizes} {'tokens':>7} recompute  {'s/step':>7} {'GB':>6}  why"
+    if one.layouts:
+        shown = min(SHOWN, len(one.layouts))
+        yield f"{len(one.layouts)} layouts fit {where}; the first {shown}, fastest first:"
+        sizes = f"{'TP':>3} {'CP':>3} {'PP':>3} {'VPP':>3} {'EP':>4} {'ETP':>3}"
+        yield f"{sizes} {'tokens':>7} recompute  {'s/step':>7} {'GB':>6}  why"
+    else:
+        yield f"no layout fits {where}: take more nodes, a GPU with more memory, or shorter responses"
     for layout in one.layouts[:SHOWN]:
         yield _layout_row(layout)
-    if not one.layouts:
-        yield "none: take more nodes, a GPU with more memory, or shorter responses"
     yield ""
+    if not one.servers:
+        yield f"no division of {machine.rollout_devices} GPUs into servers fits"
+        yield ""
+        return
     yield f"{len(one.servers)} ways to divide {machine.rollout_devices} GPUs into servers, fastest batch first:"
     yield f"{'servers':>7} {'TP':>3} {'DCP':>3} {'PP':>3} {'responses at limit':>21} {'tokens/s':>9} {'s/batch':>8}"
     for servers in one.servers[:SHOWN]:

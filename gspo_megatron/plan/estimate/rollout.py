@@ -151,12 +151,15 @@ def findings(recipe: Recipe, arch: Architecture, machine: Machine, plan: Rollout
     wanted, there = plan.servers * devices, machine.rollout_devices
     if wanted != there and not misfits:
         where = f"{machine.rollout_nodes} rollout node(s)" if machine.rollout_nodes else f"{machine.nodes} node(s)"
+        most = max(1, there // devices)
         yield Finding(
             "servers-exceed-gpus" if wanted > there else "idle-rollout-gpus",
             "error" if wanted > there else "warning",
             "rollout.servers",
             f"{plan.servers} servers x {devices} GPUs = {wanted}, but {where} have {there}",
-            f"set rollout.servers={max(1, there // devices)}",
+            f"set rollout.servers={most}"
+            if most != plan.servers
+            else f"choose rollout.tensor_parallel x rollout.pipeline_parallel as a divisor of {there}",
         )
     tensor, room = recipe.rollout.tensor_parallel, plan.devices_per_server // span if span > 1 else machine.per_node
     if room % tensor:

@@ -13,6 +13,8 @@ from gspo_megatron.types import Finding
 
 FEWEST_SEQUENCES = 16
 """Sequences of a mini-batch below which its gradient is mostly noise. Public recipes have 64 to 512."""
+FEWEST_PROMPTS = 4
+"""Prompts of a mini-batch below which it follows single problems. DAPO has 32, GSPO a quarter of a batch."""
 LOCAL_ROOTS = ("/tmp", "/var/tmp", "/dev/shm", "/run", "/local")
 """Directories that each node has for itself."""
 EXPECTED_SHARE = 0.02
@@ -44,11 +46,26 @@ def _batch(recipe: Recipe, arch: Architecture) -> Iterator[Finding]:
     prompts, sequences = batch.prompts // batch.updates, batch.prompts * batch.answers // batch.updates
     if arch.hidden_size < WIDE:
         return
+    advantage = recipe.objective.spec(recipe.rollout.max_answer_tokens).advantage
+    if batch.answers == 2 and advantage == "std":
+        yield Finding(
+            "group-of-two", "warning", "batch.answers",
+            "with 2 responses per prompt advantage=std is +1 and -1 for any two rewards, and a mean of 2 is mostly "
+            "noise; public recipes have 8 to 64",
+            "set it to 8 or more, or objective.advantage=rloo, which was published with 2 and 4",
+        )  # fmt: skip
     if batch.updates > 1 and prompts == 1:
         yield Finding(
             "update-of-one-prompt", "warning", "batch.updates",
             f"{batch.updates} updates of {batch.prompts} prompts: each trains on one prompt, so its direction is that "
             "prompt's",
+            f"set it to {max(1, batch.prompts // 16)} or fewer, or take more prompts",
+        )  # fmt: skip
+    elif batch.updates > 1 and prompts < FEWEST_PROMPTS:
+        yield Finding(
+            "update-of-few-prompts", "warning", "batch.updates",
+            f"{batch.updates} updates of {batch.prompts} prompts: each trains on {prompts} prompts, and public recipes "
+            "have 16 to 256",
             f"set it to {max(1, batch.prompts // 16)} or fewer, or take more prompts",
         )  # fmt: skip
     elif sequences < FEWEST_SEQUENCES:

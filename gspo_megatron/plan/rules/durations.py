@@ -49,10 +49,14 @@ def _checkpoints(recipe: Recipe, compute: ComputePlan) -> Iterator[Finding]:
     limit = AT_RISK_HOURS if every else 1.0
     if between > limit:
         what = f"{every} steps" if every else "0: no checkpoint before the job receives SIGUSR1"
+        best = max(1, int(3600 / compute.seconds_per_step))
+        hours = best * compute.seconds_per_step / 3600
+        fix = f"set it to {best}, about {'an hour' if hours < 1.1 else f'{hours:.1f} h'}"
+        if best == every:
+            fix = "make a step shorter: more nodes, or fewer prompts or responses"
         yield Finding(
             "checkpoints-far-apart", "warning", "checkpoint.every",
-            f"{what}; a lost node costs up to {between:.1f} h of work",
-            f"set it to {max(1, int(3600 / compute.seconds_per_step))}, about an hour",
+            f"{what}; a lost node costs up to {between:.1f} h of work", fix,
         )  # fmt: skip
 
 

@@ -17,6 +17,9 @@ WIDE = 1024
 """Hidden size from which published learning rates apply. Smaller models are studies, with rates of their own."""
 Applies = Literal["always", "wide", "narrow", "gpu", "bfloat16"]
 
+SOLD = "GPUs on the market have"
+"""Of the numbers that describe a machine: outside them the unit is wrong."""
+
 
 @dataclass(frozen=True, slots=True)
 class Range:
@@ -34,6 +37,8 @@ class Range:
     """To which runs: all, models of width WIDE and more or below it, runs on GPUs, runs in bfloat16."""
     off: float | None = None
     """A value that switches the key off, and is in order."""
+    of: str = "published runs have"
+    """Whose values they are."""
 
 
 RANGES: tuple[Range, ...] = (
@@ -89,6 +94,13 @@ RANGES: tuple[Range, ...] = (
     Range("placement.walltime_hours", 0.1, 168, "hours: queues of public clusters allow 4 hours to 7 days"),
     Range("placement.host_memory_gib", 32, 8192, "GiB a node: 960 to 2,048 on 8-GPU servers", "gpu"),
     Range("placement.gpus_per_node", 1, 72, "8; 4 on Grace nodes; 72 in an NVL72 domain", "gpu"),
+    Range("placement.price", 0.05, 2000, "of a GPU-hour, not of a node or a month: 1 to 12 US dollars", of=SOLD),
+    Range("placement.power", 100, 4000, "watts of one GPU with its share, not kW or a node's: 600 to 2,000", of=SOLD),
+    Range("placement.device.memory", 8, 1024, "GiB, not MiB: 80 GB are 79", of=SOLD),
+    Range("placement.device.flops", 20, 10_000, "TFLOP/s, dense in bfloat16: 312 (A100) to 2,500 (GB200)", of=SOLD),
+    Range("placement.device.memory_bandwidth", 100, 40_000, "GB/s, not TB/s: 2,040 (A100) to 8,000 (B200)", of=SOLD),
+    Range("placement.device.link", 5, 2000, "GB/s one way: 64 (PCIe 5) to 900 (B200)", of=SOLD),
+    Range("placement.device.network", 0.5, 200, "GB/s one way a GPU, not Gb/s: 400 Gb/s are 50", of=SOLD),
     Range("checkpoint.keep", 1, 20, "2 or 3; each is a whole training state"),
     Range("model.architecture.initializer_range", 1e-3, 0.5, "0.006 to 0.02 in published models"),
     Range("model.architecture.rms_norm_eps", 1e-8, 1e-4, "1e-6 (Qwen), 1e-5 (Llama)"),
@@ -118,7 +130,7 @@ def findings(recipe: Recipe, arch: Architecture, machine: Machine, spec: Objecti
             # A code a key: acknowledging one unusual number says nothing about the others.
             f"unusual-{key.rpartition('.')[2].replace('_', '-')}", "warning", key,
             f"{value:g} is {side} {row.low if side == 'below' else row.high:g}, the "
-            f"{'least' if side == 'below' else 'most'} that published runs have ({row.source})",
+            f"{'least' if side == 'below' else 'most'} that {row.of} ({row.source})",
             f"use a value from {row.low:g} to {row.high:g}, or acknowledge this warning with a reason",
         )  # fmt: skip
 

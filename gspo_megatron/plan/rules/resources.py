@@ -48,6 +48,8 @@ class Moment:
     """Name and size of the largest term."""
     key: str
     """The recipe key with the largest effect."""
+    fix: str = "lower it"
+    """What to do with it; empty = `suggest.cheapest_change` says."""
 
 
 def moments(recipe: Recipe, machine: Machine, stages: list[StageMemory], rollout: RolloutPlan | None) -> list[Moment]:
@@ -63,14 +65,17 @@ def moments(recipe: Recipe, machine: Machine, stages: list[StageMemory], rollout
             servers = rollout.servers * each
         key = "rollout.kv_cache_gib" if servers > trainers else "trainer.micro_batch_tokens"
         return [Moment("all processes", trainers + servers, term, key)]
-    found = [Moment("training", fullest.peak_bytes, term, "trainer.micro_batch_tokens")]
+    found = [Moment("training", fullest.peak_bytes, term, "trainer.micro_batch_tokens", fix="")]
     if machine.colocated and rollout is not None:
         left = PROCESS_BYTES["one" if machine.ranks == 1 else "many"]
         awake = int(machine.device.memory * recipe.rollout.gpu_memory_fraction)
         weights = max(sum(size for name, size in stage.exact.items() if "weights" in name) for stage in stages)
         found.append(Moment("sampling", awake + left, "the server's share of the GPU", "rollout.gpu_memory_fraction"))
         updating = weights + rollout.weight_bytes + 2 * left
-        found.append(Moment("weight update", updating, "both copies of the weights", "rollout.tensor_parallel"))
+        key = "trainer.expert_parallel" if recipe.arch.num_experts else "trainer.tensor_parallel"
+        key = "rollout.tensor_parallel" if rollout.weight_bytes >= weights else key
+        fix = "raise it: a GPU then holds a smaller part of the weights; or give the servers nodes of their own"
+        found.append(Moment("weight update", updating, "both copies of the weights", key, fix))
     return found
 
 
@@ -183,7 +188,7 @@ def _device(moment: Moment, machine: Machine, stages: list[StageMemory]) -> Iter
         code, severity, moment.key,  # type: ignore[arg-type]
         f"{moment.name} takes about {moment.bytes / 1e9:.1f} GB of the {machine.device.memory / 1e9:.1f} GB of "
         f"{'this machine' if machine.is_cpu else 'a ' + machine.device.kind.upper()}; largest: {moment.largest}",
-        "lower it" if moment.name != "training" else "",
+        moment.fix,
     )  # fmt: skip
 
 

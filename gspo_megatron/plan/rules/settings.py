@@ -10,13 +10,16 @@ from gspo_megatron.cluster.machines import Machine
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.objective_spec import ObjectiveSpec
 from gspo_megatron.config.schema import Recipe
-from gspo_megatron.plan.rules import contradictions, engines, known_models, long_tail, ranges
+from gspo_megatron.plan.rules import contradictions, data_sheets, engines, known_models, long_tail, ranges
 from gspo_megatron.plan.rules.objective import findings as objective_findings
 from gspo_megatron.plan.units import value_text
 from gspo_megatron.types import Finding
 
 LARGEST_RATE = 0.02
 """Learning rate above which no model has been trained by Adam: weights are of that size."""
+
+NEAR_ONE = 0.2
+"""Distance of a temperature from 1 that needs no word. Source: GRPO, DAPO, GSPO and DeepSeek-R1-Zero sample at 1.0."""
 
 
 def findings(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[Finding]:
@@ -29,6 +32,7 @@ def findings(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[F
         max_answer_tokens=recipe.rollout.max_answer_tokens,
     )
     yield from ranges.findings(recipe, arch, machine, spec)
+    yield from data_sheets.findings(recipe)
     yield from known_models.findings(recipe, arch)
     yield from contradictions.findings(recipe, arch, machine)
     yield from _context(recipe, arch)
@@ -80,6 +84,13 @@ def _sampler(recipe: Recipe) -> Iterator[Finding]:
             f"{recipe.rollout.temperature:g} sharpens the policy {1 / recipe.rollout.temperature:.0f} times; "
             "differences between the two engines' log-probs grow by the same factor",
             "use 0.6 to 1.0",
+        )  # fmt: skip
+    elif abs(recipe.rollout.temperature - 1) > NEAR_ONE:
+        yield Finding(
+            "temperature-off-one", "info", "rollout.temperature",
+            f"{recipe.rollout.temperature:g}: the policy is sampled and trained at this temperature; most public "
+            "recipes have 1.0, which keeps the variety of a group",
+            "nothing to do if it is meant",
         )  # fmt: skip
     if recipe.model.path is not None:
         yield from _generation_config(recipe, recipe.model.path)

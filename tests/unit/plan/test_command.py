@@ -91,6 +91,35 @@ def test_variants_stand_in_one_table(capsys: pytest.CaptureFixture[str]) -> None
     assert alone is not None and rows[3]["seconds_per_step"] == alone.seconds_per_step
 
 
+def test_a_table_says_errors_and_warnings_of_each_row(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(A3B, "--compare", "nodes=2,4,8") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("placement.nodes=8: warnings ") and "idle-rollout-gpus" in line for line in lines)
+    assert not any(line.startswith("placement.nodes=4:") for line in lines)
+    assert plan(A3B, "--compare", "nodes=2", "rollout.top_p=0.9,1") == 2
+    lines = capsys.readouterr().out.splitlines()
+    both = next(line for line in lines if line.startswith("placement.nodes=2 rollout.top_p=0.9: errors "))
+    assert "servers-exceed-gpus" in both and "sampler-disagrees" in both
+    assert plan(A3B, "--compare", "gpu=h100,v100") == 0
+    assert "'a100', 'h20', 'h800', 'h100'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("override", ["rollout.top_p=0.9", "placement.walltime_hours=0.01", "objective.replay=sampler"])
+def test_a_search_says_why_the_recipe_is_refused(override: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(A3B, "--search", override) == 2
+    said = capsys.readouterr().out
+    assert "error [" in said and override.partition("=")[0] in said and "as overrides" not in said
+    assert plan(A3B, "--search", "--json", override) == 2
+    found = json.loads(capsys.readouterr().out)["findings"]
+    assert override.partition("=")[0] in {one["key"] for one in found if one["severity"] == "error"}
+
+
+def test_a_search_that_finds_nothing_prints_no_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(A22B, "--search", "--nodes", "1") == 2
+    said = capsys.readouterr().out
+    assert "no layout fits" in said and "fastest first" not in said and "recompute" not in said
+
+
 def test_recipes_stand_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan(A3B, "--compare", A22B, "recipes/none.yaml") == 0
     lines = capsys.readouterr().out.splitlines()

@@ -105,9 +105,21 @@ MISTAKES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (R30, "trainer.head_chunk_tokens", ("trainer.head_chunk_tokens=1",)),
     (R30, "run.directory", ("run.directory=/tmp/run",)),
     (R30, "rollout.stream_interval", ("rollout.stream_interval=100000",)),
+    (R30, "placement.power", ("placement.power=0.7",)),
+    (R30, "placement.power", ("placement.power=10200",)),
+    (R30, "placement.price", ("placement.price=3000",)),
+    (R30, "placement.price", ("placement.price=0.01",)),
+    (R30, "batch.answers", ("batch.answers=2",)),
+    (R30, "batch.updates", ("batch.updates=64",)),
     (R30, "trainer.first_stage_layers", ("trainer.pipeline_parallel=4", "trainer.first_stage_layers=13")),
     (R30, "data.held_out_path", ("data.held_out_path=data/dapo_math_17k.jsonl",)),
     (R30, "rollout.prefix_caching", ("objective.replay=sampler", "rollout.prefix_caching=false")),
+)  # fmt: skip
+
+# A GPU like the H100, in the units of the keys; in each case one number in those of a data sheet.
+SHEET = {"memory": 79.1, "flops": 989, "memory_bandwidth": 3350, "link": 450, "network": 50}
+WRONG_UNITS = (
+    {"memory": 81559}, {"network": 400}, {"flops": 1979}, {"link": 900}, {"memory_bandwidth": 3.35}, {"flops": 0.989},
 )  # fmt: skip
 
 # Recipes that somebody had a reason for. Acknowledged warnings and infos are in order.
@@ -149,6 +161,8 @@ VALID: tuple[tuple[str, tuple[str, ...]], ...] = (
     (R30, ("placement.rollout_nodes=2", "rollout.servers=8", "rollout.max_staleness=4",
            "objective.correction=[tis]")),
     (R30, ("trainer.max_steps=0",)),
+    (R30, ("placement.price=2.5", "placement.power=1400")),
+    (R30, ("objective.preset=rloo", "batch.updates=1", "batch.answers=2", "batch.prompts=256")),
     (R30, ("trainer.max_steps=2000",)),
     (R30, ("checkpoint.every=20", "checkpoint.keep=5")),
     (R30, ("placement.walltime_hours=4",)),
@@ -198,6 +212,35 @@ def test_a_mistake_is_named_with_its_key(recipe: str, key: str, overrides: tuple
 def test_an_unusual_recipe_is_not_warned_of(recipe: str, overrides: tuple[str, ...]) -> None:
     found = [one for one in found_in(recipe, overrides) if one.severity != "info" and one.code not in LEFT]
     assert not found, "\n".join(map(str, found))
+
+
+@pytest.mark.parametrize("wrong", [{}, *WRONG_UNITS], ids=str)
+def test_a_data_sheet_in_other_units_is_named(wrong: dict[str, float]) -> None:
+    given = ", ".join(f"{key}: {value}" for key, value in {**SHEET, **wrong}.items())
+    found = found_in(R30, ("placement.gpu=null", f"placement.device={{{given}}}"))
+    named = {one.key for one in found if one.key.startswith("placement.device")}
+    assert named == {f"placement.device.{key}" for key in wrong}
+
+
+def test_a_temperature_far_from_one_is_worth_a_word() -> None:
+    said = {value: [one.code for one in found_in(R30, (f"rollout.temperature={value}",))] for value in (0.6, 0.9, 1.0)}
+    assert [value for value, codes in said.items() if "temperature-off-one" in codes] == [0.6]
+
+
+def test_a_fix_is_not_what_the_recipe_has() -> None:
+    """Nor the wrong way."""
+    servers = ("rollout.tensor_parallel=1", "rollout.pipeline_parallel=7", "rollout.servers=4")
+    fixes = [one.fix for one in found_in(R30, servers) if one.code == "idle-rollout-gpus"]
+    assert fixes == ["choose rollout.tensor_parallel x rollout.pipeline_parallel as a divisor of 32"]
+    slow = ("batch.prompts=8192", "batch.answers=64", "checkpoint.every=2")
+    (far,) = [one.fix for one in found_in(R30, slow) if one.code == "checkpoints-far-apart"]
+    assert far.startswith("set it to 1, about ") and float(far.split()[-2]) > 12
+    (far,) = [one.fix for one in found_in(R30, (*slow, "checkpoint.every=1")) if one.code == "checkpoints-far-apart"]
+    assert "set it" not in far
+    whole = ("rollout.tensor_parallel=1", "rollout.servers=32", "placement.device={memory: 70, flops: 989, "
+             "memory_bandwidth: 3350, link: 450, network: 50}", "placement.gpu=null")  # fmt: skip
+    (update,) = [one for one in found_in(R30, whole) if one.message.startswith("weight update")]
+    assert update.key == "rollout.tensor_parallel" and update.fix.startswith("raise it")
 
 
 @pytest.mark.parametrize("preset", PRESETS)
