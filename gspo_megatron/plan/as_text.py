@@ -179,7 +179,7 @@ def _rollout(plan: Plan, servers: RolloutPlan) -> Iterator[str]:
             f"{servers.servers} x {servers.devices_per_server} {each}, on each {size(servers.weight_bytes)} of weights "
             f"and {size(servers.kv_room)} for KV",
             f"KV of a token {servers.kv_bytes_per_token:,} bytes; of a response of {rollout.max_answer_tokens:,} "
-            f"tokens {size(servers.answer_bytes)}: {servers.answers_at_limit} fit a server, "
+            f"tokens with its prompt {size(servers.answer_bytes)}: {servers.answers_at_limit} fit a server, "
             f"{servers.answers_at_mean} of mean length",
             f"about {servers.tokens_per_second:,.0f} tokens/s per server, {servers.concurrency} responses at a time; "
             f"the longest responses alone take the last {seconds(servers.tail_seconds)}",
@@ -198,8 +198,8 @@ def _compute(plan: Plan, work: ComputePlan) -> Iterator[str]:
         "compute",
         [
             f"{si(work.linear_flops_per_token, 'FLOP')} + {si(work.quadratic_flops_per_token, 'FLOP')} of attention "
-            f"per token and forward pass; attention is {work.attention_share_at_mean:.0%} at the mean length, "
-            f"{work.attention_share_at_limit:.0%} at the limit",
+            f"per token and forward pass; attention is {work.attention_share_at_mean:.0%} over mixed "
+            f"lengths, {work.attention_share_at_limit:.0%} at the limit",
             f"the trainer spends {work.forward_equivalents:.1f} forward passes per token, "
             f"{si(work.flops_per_step, 'FLOP')} per step",
             *_left_out(plan.recipe, work),

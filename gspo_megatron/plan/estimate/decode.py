@@ -21,6 +21,13 @@ def kv_shards(recipe: Recipe, arch: Architecture) -> int:
     return min(rollout.tensor_parallel, arch.num_key_value_heads) * rollout.decode_context_parallel
 
 
+def kv_bytes(recipe: Recipe, arch: Architecture) -> int:
+    """Return the bytes of keys and values of a token over all layers, in the type that the servers keep them in."""
+    chosen = str(recipe.rollout.vllm.given().get("kv_cache_dtype", "auto"))
+    element = 1 if chosen.startswith("fp8") else ITEM_BYTES[recipe.model.dtype if chosen == "auto" else chosen]
+    return flops.kv_bytes(arch, element)
+
+
 def step_seconds(
     recipe: Recipe, arch: Architecture, machine: Machine, batch: float, context: float, practice: Practice = OURS
 ) -> float:
@@ -40,7 +47,7 @@ def step_seconds(
     experts = arch.num_hidden_layers * arch.num_experts * flops.expert_parameters(arch)
     embedding = 0 if arch.tie_word_embeddings else arch.vocab_size * arch.hidden_size
     weights = (flops.active_parameters(arch) - chosen - embedding + experts * met) * element / tensor
-    cache = share * context * flops.kv_bytes(arch, element) / kv_shards(recipe, arch)
+    cache = share * context * kv_bytes(recipe, arch) / kv_shards(recipe, arch)
     done = share * (flops.linear_flops(arch) + 2 * flops.quadratic_flops(arch) * context) / tensor
     read = (weights + cache) / (device.bandwidth * rates.server_share)
     busy = max(read, done / (device.matmul * rates.server_product_share))
@@ -64,11 +71,10 @@ def _sum_seconds(
 
 
 def prefill_seconds(
-    recipe: Recipe, arch: Architecture, machine: Machine, sequences: int, practice: Practice = OURS
+    recipe: Recipe, arch: Architecture, machine: Machine, prompts: float, practice: Practice = OURS
 ) -> float:
-    """Return the seconds of the prompts of a server's share, each once when prefixes are cached."""
+    """Return the seconds in which a server reads so many prompts."""
     rollout = recipe.rollout
-    prompts = sequences / (recipe.batch.answers if rollout.prefix_caching else 1)
     length = rollout.max_prompt_tokens * PROMPT_SHARE
     devices = rollout.tensor_parallel * rollout.pipeline_parallel
     rate = machine.device.matmul * practice.rates.server_product_share * devices

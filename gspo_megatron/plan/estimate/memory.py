@@ -58,6 +58,11 @@ class StageMemory:
         return sum(self.exact.values())
 
     @property
+    def moved_bytes(self) -> int:
+        """Bytes that move to the host while servers on the same GPUs sample. Gradients are freed instead."""
+        return sum(size for name, size in self.exact.items() if "gradients" not in name)
+
+    @property
     def peak_bytes(self) -> int:
         """Bytes at the fullest moment of a step."""
         return self.static_bytes + sum(self.estimated.values())

@@ -23,6 +23,22 @@ SERVER_BYTES = 4_000_000_000
 """Bytes of a server per GPU outside weights and KV: context, graphs, NCCL, the largest prefill."""
 CPU_SERVER_BYTES = 1_700_000_000
 """Bytes of a server without a GPU outside weights and KV."""
+LATE_SHARE = 1 / 16
+"""Responses that decode while only the longest are left, as a share of all that a server samples."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How one server samples its share of some responses."""
+
+    concurrency: int
+    """Responses at a time: limited by memory, by the recipe and by their number."""
+    step_seconds: float
+    """Time of a decoding step at this concurrency."""
+    tail_seconds: float
+    """Time at the end in which only the longest responses decode."""
+    seconds: float
+    """Whole time: prompts, responses and tail."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +71,8 @@ class RolloutPlan:
     """Time of one rollout batch, seconds."""
     tail_seconds: float
     """Part of that time in which only the longest responses decode."""
+    evaluation_seconds: float
+    """Time of the responses of one evaluation, seconds; 0 = no held-out problems."""
 
 
 def weight_bytes(arch: Architecture, tensor: int, pipeline: int, element: int) -> int:
@@ -89,28 +107,19 @@ def plan_rollout(
     element = ITEM_BYTES[recipe.model.dtype]
     devices = rollout.tensor_parallel * rollout.pipeline_parallel
     weights = weight_bytes(arch, rollout.tensor_parallel, rollout.pipeline_parallel, element)
-    per_token = flops.kv_bytes(arch, element)
+    per_token = decode.kv_bytes(recipe, arch)
     per_device = -(-per_token // (decode.kv_shards(recipe, arch) * rollout.pipeline_parallel))
     if machine.is_cpu:
         room = int(rollout.kv_cache_gib * GIB) // devices
     else:
         room = max(0, int(machine.device.memory * rollout.gpu_memory_fraction) - weights - SERVER_BYTES)
     longest = rollout.max_prompt_tokens + rollout.max_answer_tokens
-    answer = min(rollout.expected_answer_tokens or rollout.max_answer_tokens / 2, rollout.max_answer_tokens)
-    # A token of a response of length l sees half of it on average, and long ones have more tokens: E[l^2] / 2 E[l].
-    spread = min(practice.rates.length_spread, rollout.max_answer_tokens / answer)
-    context = rollout.max_prompt_tokens * PROMPT_SHARE + answer * spread / 2
-    held = int(room / (per_device * context))
+    held = int(room / (per_device * _lengths(recipe, practice)[1]))
     wanted = batch.sequences / (1 - practice.rates.dropped_groups if samples_again(recipe) else 1)
-    todo = math.ceil(wanted / rollout.servers)
-    concurrency = max(1, min(held, rollout.max_concurrency, todo))
-    step = decode.step_seconds(recipe, arch, machine, concurrency, context, practice)
-    volume = todo * answer / concurrency * step
-    # At the end of a batch only a few responses decode, up to the limit.
-    beyond = max(0.0, rollout.max_answer_tokens - answer)
-    few, late = max(1, concurrency // 16), rollout.max_answer_tokens * 0.8
-    tail = beyond * decode.step_seconds(recipe, arch, machine, few, late, practice)
-    prompts = decode.prefill_seconds(recipe, arch, machine, todo, practice)
+    training = _sampling(recipe, arch, machine, held, wanted, recipe.batch.answers, practice)
+    each = recipe.evaluation.answers
+    held_out = recipe.planned_evaluation * each
+    evaluation = _sampling(recipe, arch, machine, held, held_out, each, practice).seconds if held_out else 0.0
     return RolloutPlan(
         servers=rollout.servers,
         devices_per_server=devices,
@@ -121,11 +130,48 @@ def plan_rollout(
         answer_bytes=per_token * longest,
         answers_at_limit=room // (per_device * longest),
         answers_at_mean=held,
-        concurrency=concurrency,
-        tokens_per_second=concurrency / step,
-        seconds=volume + prompts + tail,
-        tail_seconds=tail,
+        concurrency=training.concurrency,
+        tokens_per_second=training.concurrency / training.step_seconds,
+        seconds=training.seconds,
+        tail_seconds=training.tail_seconds,
+        evaluation_seconds=evaluation,
     )
+
+
+def _lengths(recipe: Recipe, practice: Practice) -> tuple[float, float]:
+    """Return the tokens of a mean response, and the tokens that one of its tokens sees on average."""
+    rollout = recipe.rollout
+    answer = min(rollout.expected_answer_tokens or rollout.max_answer_tokens / 2, rollout.max_answer_tokens)
+    # A token of a response of length l sees half of it on average, and long ones have more tokens: E[l^2] / 2 E[l].
+    spread = min(practice.rates.length_spread, rollout.max_answer_tokens / answer)
+    return answer, rollout.max_prompt_tokens * PROMPT_SHARE + answer * spread / 2
+
+
+def _sampling(
+    recipe: Recipe, arch: Architecture, machine: Machine, held: int, responses: float, each: int, practice: Practice
+) -> Sampling:
+    """Estimate the time of some responses, which the servers share evenly. A larger concurrency is never slower.
+
+    Args:
+        held: responses that a server has memory for.
+        responses: of all servers.
+        each: responses of a prompt.
+    """
+    rollout = recipe.rollout
+    answer, context = _lengths(recipe, practice)
+    todo = math.ceil(responses / rollout.servers)
+    concurrency = max(1, min(held, rollout.max_concurrency, todo))
+    step = decode.step_seconds(recipe, arch, machine, concurrency, context, practice)
+    # Falls with the concurrency: what a step costs beside its responses is shared by more of them.
+    volume = todo * answer / concurrency * step
+    # At the end only a few decode, up to the limit: the longest of all, however many were decoded at a time.
+    beyond = max(0.0, rollout.max_answer_tokens - answer)
+    few, late = max(1.0, todo * LATE_SHARE), rollout.max_answer_tokens * 0.8
+    tail = beyond * decode.step_seconds(recipe, arch, machine, few, late, practice)
+    # With a prefix cache a prompt is read once for all its responses.
+    prompts = todo / (each if rollout.prefix_caching else 1)
+    read = decode.prefill_seconds(recipe, arch, machine, prompts, practice)
+    return Sampling(concurrency, step, tail, volume + read + tail)
 
 
 def samples_again(recipe: Recipe) -> bool:

@@ -25,9 +25,9 @@ class ComputePlan:
     linear_flops_per_token: int
     """Forward FLOPs per token without attention scores."""
     quadratic_flops_per_token: float
-    """Forward FLOPs per token of attention scores at the mean length."""
+    """Forward FLOPs per token of attention scores, for responses of mixed lengths (`length_spread`)."""
     attention_share_at_mean: float
-    """Share of the attention scores in the forward FLOPs at the mean length."""
+    """Share of the attention scores in the forward FLOPs of such responses."""
     attention_share_at_limit: float
     """The same share for a sequence of the longest length."""
     forward_equivalents: float
@@ -81,8 +81,7 @@ def plan_compute(
         seconds["rewards and turns"] = practice.rates.batch_seconds
         seconds["rewards and turns"] += practice.rates.turn_seconds if machine.colocated else 0.0
     if recipe.evaluation.every:
-        size = recipe.planned_evaluation * recipe.evaluation.answers / batch.sequences
-        seconds["evaluation"] = rollout.seconds * size / recipe.evaluation.every
+        seconds["evaluation"] = rollout.evaluation_seconds / recipe.evaluation.every
     total = sum(seconds.values())
     if recipe.rollout.max_staleness and not machine.colocated:
         total -= min(sum(trainer.values()), seconds["rollout"])
@@ -121,11 +120,11 @@ def _passes(recipe: Recipe, arch: Architecture, part: str) -> tuple[float, float
 
 
 def _update_seconds(rollout: RolloutPlan, stages: list[StageMemory], machine: Machine, practice: Practice) -> float:
-    """Return the seconds of a weight update. On shared GPUs the trainer's states also move to the host and back."""
+    """Return the seconds of a weight update. On shared GPUs the trainer also moves to the host and back."""
     share = practice.rates.update_share
     if machine.is_cpu:
         return rollout.weight_bytes / (machine.device.node_link * share)
     if not machine.colocated:
         return rollout.weight_bytes / (machine.device.network * share)
-    states = max(stage.static_bytes for stage in stages)
-    return rollout.weight_bytes / (machine.device.node_link * share) + 2 * states / practice.rates.host_link
+    moved = max(stage.moved_bytes for stage in stages)
+    return rollout.weight_bytes / (machine.device.node_link * share) + 2 * moved / practice.rates.host_link

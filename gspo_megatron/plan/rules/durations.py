@@ -9,6 +9,7 @@ from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.parallel import Layout
 from gspo_megatron.plan.estimate import flops
+from gspo_megatron.plan.estimate.memory import exact_bytes, has_expert_buffers, held_by
 from gspo_megatron.plan.estimate.rollout import RolloutPlan
 from gspo_megatron.plan.estimate.step_time import ComputePlan
 from gspo_megatron.types import ITEM_BYTES, Finding
@@ -34,12 +35,24 @@ def findings(
     yield from _evaluation(recipe, compute)
     yield from _concurrency(recipe, machine, rollout)
     if not recipe.trainer.distributed_optimizer and layout.data * layout.context > 1 and not machine.is_cpu:
-        copies = layout.data * layout.context
-        yield Finding(
-            "optimizer-not-distributed", "warning", "trainer.distributed_optimizer",
-            f"false: each of {copies} data-parallel ranks holds the same 12 bytes of optimizer state a parameter",
-            f"set it to true: states take 1/{copies} of the memory at the same result",
-        )  # fmt: skip
+        yield _replicated_states(recipe, arch, layout)
+
+
+def _replicated_states(recipe: Recipe, arch: Architecture, layout: Layout) -> Finding:
+    """Optimizer states that every replica holds. Experts have fewer replicas than the rest."""
+    held, element = held_by(arch, layout, 0), ITEM_BYTES[recipe.model.dtype]
+    whole, cut = (
+        sum(size for name, size in exact_bytes(held, layout, element, on, on_cpu=False).items() if "optimizer" in name)
+        for on in (False, True)
+    )
+    replicas = f"{layout.data * layout.context} data-parallel ranks"
+    if arch.num_experts and has_expert_buffers(layout):
+        replicas += f" ({layout.expert_data} of them for an expert)"
+    return Finding(
+        "optimizer-not-distributed", "warning", "trainer.distributed_optimizer",
+        f"false: each of {replicas} holds the same optimizer states, {whole / 1e9:.1f} GB",
+        f"set it to true: states take {cut / 1e9:.1f} GB, 1/{whole / cut:.1f} of it, at the same result",
+    )  # fmt: skip
 
 
 def _checkpoints(recipe: Recipe, compute: ComputePlan) -> Iterator[Finding]:
