@@ -20,7 +20,7 @@ CHOSEN = (
     ("qwen3_30b_a3b_gspo_100k", "placement.gpu=h200 placement.nodes=4 rollout.tensor_parallel=2"),
     (
         "qwen3_30b_a3b_gspo_100k",
-        "placement.gpu=h200 placement.nodes=2 rollout.tensor_parallel=1 trainer.context_parallel=2",
+        "placement.gpu=h200 placement.nodes=2 rollout.servers=8 rollout.tensor_parallel=2 trainer.context_parallel=2",
     ),
     ("qwen3_235b_a22b_gspo", ""),
     (
@@ -30,8 +30,8 @@ CHOSEN = (
     ("qwen3_235b_a22b_gspo_100k", ""),
     (
         "qwen3_235b_a22b_gspo_100k",
-        "placement.nodes=8 rollout.servers=8 trainer.pipeline_parallel=4 trainer.first_stage_layers=23 "
-        "trainer.last_stage_layers=23 trainer.recompute=full",
+        "placement.nodes=8 rollout.servers=8 trainer.context_parallel=2 trainer.virtual_pipeline=6 "
+        "trainer.recompute=full",
     ),
     (
         "qwen3_235b_a22b_gspo_100k",

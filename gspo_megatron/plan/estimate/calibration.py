@@ -61,9 +61,9 @@ class Rates:
     """Time of a decoding step for each response in it, on the host."""
     sum_seconds: float = _constant(6e-6, 4e-6, 15e-6, "s", "vLLM's one-shot all-reduce", "2026-11-30")
     """Least time of an all-reduce inside a node, and again 2 us a rank."""
-    far_sum_seconds: float = _constant(85.2e-6, 30e-6, 200e-6, "s", TABLE, "2026-11-30", fitted=True)
+    far_sum_seconds: float = _constant(87.8e-6, 30e-6, 200e-6, "s", TABLE, "2026-11-30", fitted=True)
     """The same over several nodes."""
-    turn_seconds: float = _constant(26.1, 0.0, 40.0, "s", TABLE, "2026-11-30", fitted=True)
+    turn_seconds: float = _constant(27.7, 0.0, 40.0, "s", TABLE, "2026-11-30", fitted=True)
     """Waking servers, and moving memory between them and the trainer on shared GPUs, beside the bytes themselves."""
     batch_seconds: float = _constant(2.0, 0.5, 10.0, "s", "tiny recipe: last rewards, packing, reading", "2026-11-30")
     """Last rewards of a batch, packing, and the start of the trainer on it."""

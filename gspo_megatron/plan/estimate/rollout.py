@@ -162,16 +162,18 @@ def _sampling(
     todo = math.ceil(responses / rollout.servers)
     concurrency = max(1, min(held, rollout.max_concurrency, todo))
     step = decode.step_seconds(recipe, arch, machine, concurrency, context, practice)
-    # Falls with the concurrency: what a step costs beside its responses is shared by more of them.
-    volume = todo * answer / concurrency * step
-    # At the end only a few decode, up to the limit: the longest of all, however many were decoded at a time.
-    beyond = max(0.0, rollout.max_answer_tokens - answer)
-    few, late = max(1.0, todo * LATE_SHARE), rollout.max_answer_tokens * 0.8
-    tail = beyond * decode.step_seconds(recipe, arch, machine, few, late, practice)
+    # At the end only a few decode, up to the limit: the longest of all, however many are decoded at a time.
+    most = rollout.max_answer_tokens
+    beyond, few = most - answer, max(1.0, todo * LATE_SHARE)
+    at_once = min(few, concurrency)
+    tail = beyond * few / at_once * decode.step_seconds(recipe, arch, machine, at_once, most * 0.8, practice)
+    # Both parts fall with the concurrency: what a step costs beside its responses is shared by more of them.
+    volume = todo * max(0.0, answer - beyond * LATE_SHARE) / concurrency * step
+    longest = most * decode.step_seconds(recipe, arch, machine, 1, most / 2, practice)
     # With a prefix cache a prompt is read once for all its responses.
     prompts = todo / (each if rollout.prefix_caching else 1)
     read = decode.prefill_seconds(recipe, arch, machine, prompts, practice)
-    return Sampling(concurrency, step, tail, volume + read + tail)
+    return Sampling(concurrency, step, tail, read + max(longest, volume + tail))
 
 
 def samples_again(recipe: Recipe) -> bool:

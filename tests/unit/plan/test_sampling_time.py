@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -105,3 +106,28 @@ def test_what_the_distributed_optimizer_saves_counts_the_replicas_of_experts() -
     assert finding.message == f"false: {replicas} holds the same optimizer states, {whole:.1f} GB"
     assert f"states take {cut:.1f} GB, 1/{whole / cut:.1f} of it" in finding.fix
     assert 4 < whole / cut < 32
+
+
+@pytest.mark.parametrize("most", [8, 32, 128])
+@pytest.mark.parametrize("count", [8, 16])
+def test_sampling_takes_as_long_as_a_simulation_of_it(count: int, most: int) -> None:
+    """Log-normal lengths, cut at the limit; whenever one ends the next begins. One wave and several."""
+    plan = planned(
+        A3B, f"rollout.max_concurrency={most}", f"rollout.servers={count}", "rollout.gpu_memory_fraction=0.95"
+    )
+    recipe, found = plan.recipe, plan.rollout
+    assert found is not None and recipe.rollout.expected_answer_tokens
+    random, limit = Random(count), recipe.rollout.max_answer_tokens
+    drawn = [min(limit, random.lognormvariate(0, 0.69) * 8300) for _ in range(2048 // count)]
+    scale = recipe.rollout.expected_answer_tokens * len(drawn) / sum(drawn)
+    waiting, running = [scale * tokens for tokens in drawn], []
+    seconds, now = 0.0, 0.0
+    while waiting or running:
+        while waiting and len(running) < found.concurrency:
+            running.append((now + waiting.pop(), now))
+        end = min(running)[0]
+        seen = sum((now + end) / 2 - start for _, start in running) / len(running)
+        seconds += (end - now) * decode.step_seconds(recipe, recipe.arch, plan.machine, len(running), seen)
+        running.remove(min(running))
+        now = end
+    assert found.seconds == pytest.approx(seconds, rel=0.2)
