@@ -7,14 +7,13 @@ environment (`launch/lib/plan.py`). Without a SLURM job it becomes `launch/local
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import signal
 import socket
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType
@@ -22,44 +21,46 @@ from typing import NoReturn
 
 from gspo_megatron.cluster.attempts import newest_checkpoint, read_bad_nodes
 from gspo_megatron.cluster.events import CountRestart, Exit, Interrupted, Print, StopRequested, Watched
-from gspo_megatron.cluster.exit_codes import FAILED, OK, REFUSED, STOPPED
+from gspo_megatron.cluster.exit_codes import BY_SIGNAL, FAILED, OK, REFUSED, STOPPED
 from gspo_megatron.cluster.slurm_allocation import Allocation
 from gspo_megatron.cluster.slurm_backend import KINDS, Place, SlurmBackend
-from gspo_megatron.cluster.slurm_commands import describe_job, is_preempted, queue_again, read_field, running_jobs
+from gspo_megatron.cluster.slurm_commands import (
+    describe_job,
+    is_preempted,
+    queue_again,
+    read_field,
+    running_jobs,
+    task_name,
+)
 from gspo_megatron.cluster.supervisor import Rules, Supervisor, supervise
 from gspo_megatron.run_dir import AttemptDir, RunDir
 from launch.lib.attempt import claim_attempt, remove_key, wait_for_slurm, write_key
-from launch.lib.granted_job import COUNT, HOME, SCRIPT, Job, find_job, header_number, print_commands
+from launch.lib.granted_job import HOME, Job, find_job, print_commands
+from launch.lib.job_arguments import Arguments, read_arguments
 from launch.lib.plan_request import Refused, ask_plan, role_step
 from launch.lib.preflight_steps import SickNodes, check_nodes
 from launch.lib.settings import Settings
 
-FLAGSHIP = "recipes/qwen3_30b_a3b_gspo_100k.yaml"
 SETTLE = 2.0
 """Seconds after the first end of a step in which srun writes about the others."""
 ANSWER_SECONDS = 3.0
 """SLURM kills a script that has not ended 30 s after SIGTERM, or KillWait."""
-GPUS_DRAWN = 8
-"""GPUs of a node of a drawing that nobody has said."""
+BY_USERS = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2)
+"""Signals that SLURM does not send by itself."""
 RESEND = 5.0
 """Seconds between two sends of a stop request: earlier ones may have come before a rank could act on them."""
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """What the user asked for."""
-
-    recipe: str
-    overrides: tuple[str, ...]
-    drawing: bool
-    nodes: int
-    """Of a drawing; of a job SLURM says it."""
-    gpus: int
-    """GPUs of a node of a drawing; 0 = none."""
-
-
 class SlurmEnds(BaseException):
     """TERM: SLURM ends this job."""
+
+
+class UserEnds(BaseException):
+    """Ctrl-C in a shell of salloc, or another signal that somebody sends to this script alone."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 def main(words: Sequence[str]) -> int:
@@ -88,37 +89,6 @@ def read_settings(called_in: Path) -> Settings:
         raise Refused(str(error)) from None
 
 
-def read_arguments(words: Sequence[str], called_in: Path) -> Arguments:
-    """The command line; sbatch's own options stand before the script. Raises Refused."""
-    header = SCRIPT.read_text()
-    gpus = header_number(header, "gpus-per-node")
-    found = Arguments("", (), False, header_number(header, "nodes") or 1, GPUS_DRAWN if gpus is None else gpus)
-    for word in words:
-        name, _, value = word.partition("=")
-        if word == "--dry-run":
-            found = replace(found, drawing=True)
-        elif name in ("--nodes", "--gpus-per-node") and (number := COUNT.fullmatch(value)):
-            field = "nodes" if name == "--nodes" else "gpus"
-            found = replace(found, **{field: int(number[1])})
-        elif word in ("--help", "-h"):
-            print(re.sub(r"^# ?", "", header.split("\n", 1)[1].split("#SBATCH", 1)[0], flags=re.MULTILINE).rstrip())
-            sys.exit(OK)
-        elif word.startswith("-"):
-            raise Refused(
-                f"unknown option {word}; sbatch's own options go before the script, recipe keys are written key=value"
-            )
-        elif "=" in word:
-            found = replace(found, overrides=(*found.overrides, word))
-        elif found.recipe:
-            raise Refused(f"two recipes, {found.recipe} and {word}; give one, and overrides as key=value")
-        else:
-            found = replace(found, recipe=word)
-    recipe = found.recipe or FLAGSHIP
-    if called_in != HOME and (called_in / recipe).is_file():
-        recipe = str(called_in / recipe)
-    return replace(found, recipe=recipe)
-
-
 def become_local(arguments: Arguments, called_in: Path) -> NoReturn:
     """Without SLURM: all roles on this machine."""
     local = str(HOME / "launch" / "local.sh")
@@ -144,6 +114,8 @@ class Attempt:
     def __init__(self, arguments: Arguments, settings: Settings, job_id: str) -> None:
         self.arguments, self.settings = arguments, settings
         self.job_id = job_id
+        self.name = job_id
+        """What names this job alone to SLURM's commands."""
         self._stop_requested = False
         self._backend: SlurmBackend | None = None
         self._supervisor: Supervisor | None = None
@@ -155,10 +127,16 @@ class Attempt:
         """Plan, check the nodes, start the roles, watch them. Returns the exit code."""
         signal.signal(signal.SIGUSR1, self._on_usr1)
         signal.signal(signal.SIGTERM, self._on_term)
+        for number in BY_USERS:
+            # A shell or nohup has its reasons to ignore one.
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._on_user)
         try:
             return self._run_or_explain()
         except SlurmEnds:
             return STOPPED if self._queued else self._end_by_slurm()
+        except UserEnds as end:
+            return self._end_by_user(end.number)
         finally:
             # The whole script is one attempt: what it started is gone when it ends, and so is the key.
             if self._attempt is not None:
@@ -169,7 +147,7 @@ class Attempt:
             return self._run()
         except Refused as error:
             # A step that a preemption has ended may have been the preflight's.
-            if not is_preempted(describe_job(self.job_id)):
+            if not is_preempted(describe_job(self.name)):
                 raise
             print("gspo: SLURM preempts this job before its roles have started", *error.args, flush=True)
             return self._queue_again(())
@@ -179,7 +157,7 @@ class Attempt:
     def _queue_again(self, without: Sequence[str]) -> int:
         """Queue the job again, which ends this process; returns where SLURM does not."""
         self._queued = True
-        queue_again(self.job_id, without)
+        queue_again(self.name, without)
         print(f"gspo: SLURM does not queue this job again; to go on: {self._resume}", flush=True)
         return REFUSED
 
@@ -208,11 +186,13 @@ class Attempt:
         return FAILED
 
     def _run(self) -> int:
-        start = int(os.environ.get("SLURM_RESTART_COUNT") or 0) + 1
+        self.name = task_name(self.job_id) if "SLURM_ARRAY_TASK_ID" in os.environ else self.job_id
+        count = os.environ.get("SLURM_RESTART_COUNT", "")
+        start = int(count) + 1 if count.isdigit() else 1
         now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
         host = socket.gethostname().partition(".")[0]
         print(f"gspo: job {self.job_id}, start {start}, on {host}, {now}", flush=True)
-        job, settings = find_job(self.job_id, self.settings)
+        job, settings = find_job(self.job_id, self.name, self.settings)
         more = (f"placement.rollout_nodes={job.apart}",) if job.apart else ()
         arguments = (self.arguments.recipe, *self.arguments.overrides, *more)
         plan = ask_plan("open", settings, job.id, job.hosts, job.gpus, arguments, wait_for_slurm(running_jobs))
@@ -222,7 +202,7 @@ class Attempt:
         attempt = self._attempt = plan.attempt
         claim_attempt(plan, job.id)
         resume = self._resume = print_commands(job, plan, arguments, attempt, settings.called_in)
-        place = Place(job.id, plan.run_dir, attempt, plan.number, settings.allocation, plan.steps["trainer"].tasks)
+        place = Place(self.name, plan.run_dir, attempt, plan.number, settings.allocation, plan.steps["trainer"].tasks)
         try:
             check_nodes(plan, settings, attempt)
         except SickNodes:
@@ -251,10 +231,23 @@ class Attempt:
     def _on_term(self, _: int, __: FrameType | None) -> None:
         # SLURM sends it more than once, and to everything that this process has started.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if self._backend is None or not is_preempted(describe_job(self.job_id, timeout=ANSWER_SECONDS)):
+        if self._backend is None or not is_preempted(describe_job(self.name, timeout=ANSWER_SECONDS)):
             raise SlurmEnds
         # Only announced: the roles have the partition's grace time. What they end with is judged as a preemption.
         signal.signal(signal.SIGTERM, self._on_term)
+
+    def _on_user(self, number: int, _: FrameType | None) -> None:
+        for other in BY_USERS:
+            signal.signal(other, signal.SIG_IGN)
+        raise UserEnds(number)
+
+    def _end_by_user(self, number: int) -> int:
+        """End the roles, which a signal to this script alone leaves running in the allocation."""
+        if self._backend is not None:
+            self._backend.end_steps()
+        resume = self._resume or "submit the same command again"
+        print(f"gspo: ended by {signal.Signals(number).name}; to go on: {resume}", flush=True)
+        return BY_SIGNAL + number
 
     def _end_by_slurm(self) -> int:
         run_dir = AttemptDir(self._attempt).run.path if self._attempt is not None else None

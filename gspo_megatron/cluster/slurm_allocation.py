@@ -21,6 +21,8 @@ LEAF = re.compile(r"(?:\bLevel=0\b|\bBlockName=\S+).*?\bNodes=(\S+)")
 """Nodes of the lowest switches (topology/tree) or of a block (topology/block)."""
 GPUS = re.compile(r"(?:^|,)gpu(?::[^:,=]+)*[:=](\d+)")
 """A count of GPUs in SLURM's words: `gpu:h100:8`, `gpu:8`."""
+HETEROGENEOUS = re.compile(r"\bHetJobId=")
+"""In the record of a component of a heterogeneous job."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ def read_allocation(environment: MutableMapping[str, str], record: str, topology
         topology: what `scontrol show topology` says; empty on a site that describes none.
     """
     leaves = [expand_hosts(folded) for folded in LEAF.findall(topology)]
-    if not environment.get("SLURM_HET_SIZE"):
+    # Inherited by a job that the script of a heterogeneous one submits.
+    if not environment.get("SLURM_HET_SIZE") or (record and not HETEROGENEOUS.search(record)):
         hosts = expand_hosts(environment["SLURM_JOB_NODELIST"])
         cpus = smallest(environment.get("SLURM_JOB_CPUS_PER_NODE", "")) or smallest(
             environment.get("SLURM_CPUS_ON_NODE", "")

@@ -98,6 +98,7 @@ class SlurmBackend:
         """What the handlers of this process have received."""
         self._steps: dict[str, subprocess.Popen[bytes]] = {}
         self._reported: set[str] = set()
+        self._is_ready = False
 
     def start(self, kind: str, command: Sequence[str]) -> None:
         """Start the step of a kind of role.
@@ -110,6 +111,7 @@ class SlurmBackend:
     def observe(self) -> list[Event]:
         """Signals that have come, and steps that have ended."""
         events, self.signals[:] = list(self.signals), []
+        self._is_ready = self._is_ready or self._count_ready() >= self.place.trainer_ranks
         ended = [kind for kind in KINDS if kind in self._steps and self._steps[kind].poll() is not None]
         for kind in ended:
             if kind not in self._reported:
@@ -188,12 +190,15 @@ class SlurmBackend:
         logs = sorted(self.place.attempt.glob(f"{kind}-*.log"), key=lambda path: path.stat().st_mtime)
         return named if named in logs else (logs[-1] if logs else None)
 
-    def _send_stop(self) -> None:
-        """USR1 to all trainer ranks, once each holds it back until it can act on it; earlier it would end one."""
+    def _count_ready(self) -> int:
+        """Trainer ranks that hold USR1 back until they can act on it."""
         logs = self.place.attempt.glob("trainer-*.log")
-        ready = sum(len(TASK_LINE.findall(path.read_text(errors="replace"))) for path in logs)
+        return sum(len(TASK_LINE.findall(path.read_text(errors="replace"))) for path in logs)
+
+    def _send_stop(self) -> None:
+        """USR1 to all trainer ranks, once each holds it back; earlier it would end one. People may clear logs later."""
         trainer = self._steps.get("trainer")
-        if trainer is not None and ready >= self.place.trainer_ranks:
+        if trainer is not None and self._is_ready:
             trainer.send_signal(signal.SIGUSR1)
 
     def end_steps(self) -> None:

@@ -20,6 +20,8 @@ REFUSALS = 3
 """Times that a slurmctld which answers may refuse to queue the job again: once it may have been starting."""
 
 
+HOLDING = ("RUNNING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING", "CONFIGURING")
+"""States of a job that has nodes and will go on."""
 NO_VALUE = ("(null)", "N/A", "None", "UNLIMITED", "Partition_Limit", "Unknown")
 """A record has these where there is no value."""
 
@@ -42,7 +44,20 @@ def read_field(record: str, name: str) -> str:
 
 def is_ending(record: str) -> bool:
     """Whether SLURM is ending a job, or has queued it again."""
-    return read_field(record, "JobState") not in ("", "RUNNING", "SUSPENDED")
+    return read_field(record, "JobState") not in ("", *HOLDING)
+
+
+def task_name(job: str) -> str:
+    """What names one task of a job array alone, `12_3`: the id of the last one names the whole array too.
+
+    Returns:
+        The id itself for a job that is no array, and when slurmctld does not answer.
+    """
+    for line in read_command("squeue", "--noheader", "--all", f"--jobs={job}", "--format=%A %F %K").splitlines():
+        number, array, index = line.split()
+        if number == job and index.isdigit():
+            return f"{array}_{index}"
+    return job
 
 
 def is_preempted(record: str) -> bool:
@@ -51,12 +66,13 @@ def is_preempted(record: str) -> bool:
 
 
 def running_jobs() -> list[str] | None:
-    """Ids of the jobs that hold nodes, of every user that squeue shows: a run directory may be shared.
+    """Ids of the jobs that hold nodes, of every user and partition that squeue shows: a run directory may be shared.
 
     Returns:
         None when slurmctld does not answer. The present job runs, so the list is never empty otherwise.
     """
-    return read_command("squeue", "--noheader", "--states=R,CG,S", "--format=%A").split() or None
+    states = f"--states={','.join(('COMPLETING', *HOLDING))}"
+    return read_command("squeue", "--noheader", "--all", states, "--format=%A").split() or None
 
 
 def queue_again(job: str, without: Sequence[str]) -> None:
@@ -83,7 +99,11 @@ def queue_again(job: str, without: Sequence[str]) -> None:
 
 def _exclude(job: str, nodes: Sequence[str]) -> None:
     """SLURM accepts this for a job that waits, not for one that runs."""
-    if nodes:
+    # One name that SLURM does not know makes it refuse all of them.
+    known = [node for node in nodes if read_command("scontrol", "show", "node", node)]
+    if gone := sorted(set(nodes) - set(known)):
+        print(f"gspo: not excluded, because SLURM knows no such node: {', '.join(gone)}", flush=True)
+    if known:
         before = read_field(describe_job(job), "ExcNodeList")
-        names = ",".join([*([before] if before else []), *nodes])
+        names = ",".join([*([before] if before else []), *known])
         subprocess.run(("scontrol", "update", f"JobId={job}", f"ExcNodeList={names}"), stdin=subprocess.DEVNULL)

@@ -38,6 +38,8 @@ class Job:
     """Nodes of the second component of a heterogeneous job, which run the servers."""
     options: tuple[str, ...] = ()
     """What sbatch was given beside the number of nodes."""
+    name: str = ""
+    """What names it alone, where it is not the id: `12_3` for a task of an array."""
 
 
 def header_number(header: str, option: str) -> int | None:
@@ -47,11 +49,26 @@ def header_number(header: str, option: str) -> int | None:
     return int(number[1]) if number else None
 
 
-def find_job(job_id: str, settings: Settings) -> tuple[Job, Settings]:
-    """The job, and the settings of its sruns. From here on the environment holds no option of SLURM's commands."""
-    if shutil.which("scontrol") is None:
-        raise Refused("PATH: scontrol is not on it; add the folder of SLURM's commands in the site file (GSPO_SITE)")
-    record = wait_for_slurm(lambda: describe_job(job_id) or None)
+def find_job(job_id: str, name: str, settings: Settings) -> tuple[Job, Settings]:
+    """The job, and the settings of its sruns. From here on the environment holds no option of SLURM's commands.
+
+    Args:
+        job_id: its number.
+        name: what names it alone: `12_3` for a task of an array.
+        settings: of the site.
+
+    Raises:
+        Refused: SLURM's commands are not there, or several tasks of an srun run this script.
+    """
+    for program in ("scontrol", "squeue", "srun"):
+        if shutil.which(program) is None:
+            raise Refused(
+                f"PATH: {program} is not on it; add the folder of SLURM's commands in the site file (GSPO_SITE)"
+            )
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "")
+    if tasks.isdigit() and int(tasks) > 1:
+        raise Refused(f"{tasks} tasks of an srun run this script; call it without srun, it starts its own steps")
+    record = wait_for_slurm(lambda: describe_job(name) or None)
     allocation = read_allocation(os.environ, record, read_command("scontrol", "show", "topology"))
     drop_options(os.environ)
     settings = replace(settings, allocation=allocation)
@@ -59,7 +76,7 @@ def find_job(job_id: str, settings: Settings) -> tuple[Job, Settings]:
     gpus = settings.gpus or allocation.gpus or list_gpus(settings)
     if allocation.gpus:
         settings = replace(settings, allocation=replace(allocation, gpus=min(gpus, allocation.gpus)))
-    return Job(job_id, allocation.hosts, gpus, allocation.apart, tuple(options)), settings
+    return Job(job_id, allocation.hosts, gpus, allocation.apart, tuple(options), name), settings
 
 
 def list_gpus(settings: Settings) -> int:
@@ -80,6 +97,7 @@ def print_commands(job: Job, plan: Plan, arguments: Sequence[str], attempt: Path
         resume = f"the same two components again, with run.directory={plan.run_dir}"
     print(f"follow      tail -F {HOME / attempt}/trainer-{job.hosts[0]}.log")
     print(f"attach      srun --jobid={job.id} --overlap --pty --nodelist={job.hosts[0]} bash")
-    print(f"cancel      scancel {job.id}; with a checkpoint first: scancel --batch --signal=USR1 {job.id}")
+    name = job.name or job.id
+    print(f"cancel      scancel {name}; with a checkpoint first: scancel --batch --signal=USR1 {name}")
     print(f"resume      {resume}", flush=True)
     return resume

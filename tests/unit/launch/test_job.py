@@ -18,10 +18,11 @@ from gspo_megatron.cluster.slurm_steps import Step
 from gspo_megatron.config import RecipeError
 from gspo_megatron.run_dir import RunDir
 from launch import job as script
-from launch.job import read_arguments
 from launch.lib import attempt as files
+from launch.lib import job_arguments
 from launch.lib.attempt import claim_attempt, remove_key, write_key
 from launch.lib.granted_job import Job, print_commands
+from launch.lib.job_arguments import FLAGSHIP, read_arguments
 from launch.lib.plan import load_for_job, make_attempt
 from launch.lib.plan_request import Plan, Refused, ask_plan
 from launch.lib.probe import find_broken_modules
@@ -84,7 +85,7 @@ def test_an_image_sees_the_checkout_and_where_the_job_was_submitted(tmp_path: Pa
 
 
 def test_without_arguments_the_flagship_runs_and_a_recipe_of_the_caller_is_found(tmp_path: Path) -> None:
-    assert read_arguments((), ROOT).recipe == script.FLAGSHIP
+    assert read_arguments((), ROOT).recipe == FLAGSHIP
     (tmp_path / "mine.yaml").touch()
     found = read_arguments(("mine.yaml", "--dry-run", "--nodes=3", "a.b=c=d"), tmp_path)
     assert (found.recipe, found.nodes, found.overrides) == (str(tmp_path / "mine.yaml"), 3, ("a.b=c=d",))
@@ -133,9 +134,17 @@ def test_the_key_is_readable_by_the_user_only_whatever_the_umask(tmp_path: Path)
     assert not (tmp_path / "key").exists()
 
 
-@pytest.mark.parametrize("directory", ["/proc/run", "/dev/null/run"])
+@pytest.mark.parametrize(
+    ("directory", "said"),
+    [
+        ("/proc/run", ("cannot-write", "cannot be written (")),
+        ("/dev/null/run", ("directory-not-ours", "lies in /dev/null, which is not a directory")),
+    ],
+)
 @pytest.mark.parametrize("command", ["train", "job"])
-def test_a_run_directory_that_cannot_be_written_is_one_sentence(command: str, directory: str) -> None:
+def test_a_run_directory_that_cannot_be_written_is_one_sentence(
+    command: str, directory: str, said: tuple[str, str]
+) -> None:
     words = (RECIPE, "placement.gpu=cpu", f"run.directory={directory}")
     job = ("launch.lib.plan", "open", "--job", "7", "--hosts", "n1", "--gpus", "0", *words)
     train = ("gspo_megatron.cli", "train", *words)
@@ -143,8 +152,9 @@ def test_a_run_directory_that_cannot_be_written_is_one_sentence(command: str, di
         [sys.executable, "-m", *(train if command == "train" else job)], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == REFUSED, done
-    (sentence,) = [line for line in done.stderr.splitlines() if "cannot-write" in line]
-    assert f"error [cannot-write] run.directory: {directory}" in sentence and "cannot be written (" in sentence
+    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("error [")]
+    code, words = said
+    assert f"error [{code}] run.directory: {directory}" in sentence and words in sentence
     assert "Traceback" not in done.stderr
 
 
@@ -180,9 +190,9 @@ def test_a_site_may_change_the_script_s_own_lines(
 ) -> None:
     changed = tmp_path / "gspo_moe.sh"
     changed.write_text(
-        script.SCRIPT.read_text().replace("#SBATCH --gpus-per-node=8", f"#SBATCH {line}" if line else "")
+        job_arguments.SCRIPT.read_text().replace("#SBATCH --gpus-per-node=8", f"#SBATCH {line}" if line else "")
     )
-    monkeypatch.setattr(script, "SCRIPT", changed)
+    monkeypatch.setattr(job_arguments, "SCRIPT", changed)
     assert read_arguments((), ROOT).gpus == gpus
 
 
