@@ -21,6 +21,8 @@ LEAF = re.compile(r"(?:\bLevel=0\b|\bBlockName=\S+).*?\bNodes=(\S+)")
 """Nodes of the lowest switches (topology/tree) or of a block (topology/block)."""
 GPUS = re.compile(r"(?:^|,)gpu(?::[^:,=]+)*[:=](\d+)")
 """A count of GPUs in SLURM's words: `gpu:h100:8`, `gpu:8`."""
+COMPONENT = re.compile(r"SLURM_(HET_|.*_HET_GROUP_\d+$)")
+"""Variables of the components of a heterogeneous job."""
 HETEROGENEOUS = re.compile(r"\bHetJobId=")
 """In the record of a component of a heterogeneous job."""
 
@@ -109,10 +111,17 @@ def count_gpus(gres: str) -> int:
     return sum(map(int, GPUS.findall(re.sub(r"\([^)]*\)", "", gres))))
 
 
-def drop_options(environment: MutableMapping[str, str]) -> None:
-    """Take away what srun, squeue and scontrol would read as options of the user's shell or of sbatch."""
-    for name in [name for name in environment if OPTION.match(name) and not KEPT.fullmatch(name)]:
-        del environment[name]
+def drop_options(environment: MutableMapping[str, str], is_heterogeneous: bool = True) -> None:
+    """Take away what srun, squeue and scontrol would read as options of the user's shell or of sbatch.
+
+    Args:
+        environment: of this process.
+        is_heterogeneous: whether the job has components; otherwise variables of components are a parent's.
+    """
+    for name in list(environment):
+        is_option = OPTION.match(name) and not KEPT.fullmatch(name)
+        if is_option or (not is_heterogeneous and COMPONENT.match(name)):
+            del environment[name]
 
 
 def resume_options(record: str, gpus: int, header_gpus: int | None) -> list[str]:

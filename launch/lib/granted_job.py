@@ -70,7 +70,7 @@ def find_job(job_id: str, name: str, settings: Settings) -> tuple[Job, Settings]
         raise Refused(f"{tasks} tasks of an srun run this script; call it without srun, it starts its own steps")
     record = wait_for_slurm(lambda: describe_job(name) or None)
     allocation = read_allocation(os.environ, record, read_command("scontrol", "show", "topology"))
-    drop_options(os.environ)
+    drop_options(os.environ, allocation.is_heterogeneous)
     settings = replace(settings, allocation=allocation)
     options = resume_options(record, allocation.gpus, header_number(SCRIPT.read_text(), "gpus-per-node"))
     gpus = settings.gpus or allocation.gpus or list_gpus(settings)
