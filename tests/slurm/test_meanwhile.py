@@ -1,0 +1,94 @@
+"""What people and SLURM do to one job while it runs, and what its environment has inherited."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+
+import pytest
+
+from tests.slurm.jobs import CHEAP, END, ROOT, SCRIPT, SMALL, START, TINY, Job, Workplace
+from tests.slurm.lab.cluster import wait_for
+
+pytestmark = pytest.mark.timeout(900)
+ENDLESS = ("trainer.max_steps=100000", "checkpoint.every=2")
+INHERITED = {
+    "SLURM_HET_SIZE": "2", "SLURM_JOB_NODELIST_HET_GROUP_0": "node5", "SLURM_JOB_NODELIST_HET_GROUP_1": "node6",
+    "SLURM_JOB_CPUS_PER_NODE_HET_GROUP_0": "192", "SLURM_JOB_CPUS_PER_NODE_HET_GROUP_1": "192",
+}  # fmt: skip
+
+
+def start(workplace: Workplace, name: str, *options: str, **environment: str) -> Job:
+    job = workplace.cheap(name, *ENDLESS, options=["--nodes=1", *options], **environment)
+    job.wait_for_step(2)
+    return job
+
+
+def test_a_stop_of_an_array_s_last_task_leaves_its_siblings_alone(workplace: Workplace) -> None:
+    lab, place = workplace.lab, workplace.directory
+    tools = {"GSPO_SITE": "/dev/null", "GSPO_VENV": sys.prefix, "PYTHONPATH": str(CHEAP)}
+    (place / "tasks").mkdir()
+    words = (*SMALL, *ENDLESS, f"cold_start.cache={workplace.cold_start}")
+    options = ("--nodes=1", "--array=0-1", f"--output={place}/tasks-%a.log")
+    number = lab.submit(*options, str(ROOT / SCRIPT), str(ROOT / TINY), *words, environment=tools, cwd=place / "tasks")
+    tasks = [Job(lab, number, place / "tasks", place / f"tasks-{task}.log") for task in (0, 1)]
+    workplace.jobs.append(tasks[0])
+    for task in tasks:
+        task.wait_for_words("follow ")
+    wait_for(lambda: len(list((place / "tasks").glob("runs/*/checkpoints/step_*/COMPLETE"))) > 3, START, "checkpoints")
+    lab.run("scancel", "--batch", "--signal=USR1", f"{number}_1")
+    tasks[1].wait_for_words("stopped as asked; step")
+    tasks[1].wait_for_words(", start 2, on ")
+    assert ", start 2, on " not in tasks[0].text() and "REQUEUE" not in tasks[0].text()
+
+
+def test_the_run_of_a_stopped_job_is_not_taken_over(workplace: Workplace) -> None:
+    job = start(workplace, "stopped")
+    workplace.lab.run("scancel", "--signal=STOP", str(job.id))
+    wait_for(lambda: workplace.lab.job(job.id)["JobState"] != "RUNNING", END, "stopped job")
+    other = workplace.cheap("stopped", *ENDLESS, options=["--nodes=1", f"--output={workplace.directory}/second.log"])
+    assert other.finish(END) == "FAILED" and other.exit_code() == 2
+    assert f"job {job.id} is running in {job.run_dir}" in (workplace.directory / "second.log").read_text()
+
+
+@pytest.mark.parametrize("name", ["INT", "HUP"])
+def test_a_signal_of_a_user_ends_the_roles_too(workplace: Workplace, name: str) -> None:
+    job = start(workplace, f"by_{name}")
+    workplace.lab.run("scancel", "--batch", f"--signal={name}", str(job.id))
+    assert job.finish(END) == "FAILED"
+    assert job.last_line().startswith(f"gspo: ended by SIG{name}; to go on: sbatch ")
+    assert not (job.attempt(1) / "key").exists()
+
+
+def test_a_node_that_slurm_no_longer_knows_does_not_cancel_the_exclusions(workplace: Workplace) -> None:
+    job = start(workplace, "gone_node", "--nodelist=node1")
+    bad = "node17 GPU-3 is gone (attempt 1)\nnode6 GPU-0 is sick (attempt 1)\n"
+    (job.run_dir / "logs" / "bad_nodes").write_text(bad)
+    workplace.lab.run("scancel", "--batch", "--signal=USR1", str(job.id))
+    job.wait_for_words("gspo: not excluded, because SLURM knows no such node: node17")
+    wait_for(lambda: workplace.lab.job(job.id)["ExcNodeList"] == "node6", END, "excluded node")
+
+
+def test_a_log_that_somebody_clears_does_not_swallow_the_stop(workplace: Workplace) -> None:
+    job = start(workplace, "cleared")
+    for log in job.attempt(1).glob("trainer-*.log"):
+        log.write_text("")
+    workplace.lab.run("scancel", "--batch", "--signal=USR1", str(job.id))
+    job.wait_for_words("gspo: attempt 1 stopped as asked; step")
+    assert "no checkpoint within" not in job.text()
+
+
+def test_variables_of_a_heterogeneous_parent_do_not_count(workplace: Workplace) -> None:
+    job = workplace.cheap("child", "trainer.max_steps=2", options=["--nodes=1", "--nodelist=node1"], **INHERITED)
+    assert job.finish(END) == "COMPLETED" and [host for host, _ in job.plan(1)["hosts"]] == ["node1"]
+
+
+def test_several_tasks_of_an_srun_are_refused(workplace: Workplace) -> None:
+    place = workplace.directory
+    script, log = place / "wrapper.sh", place / "wrapper.log"
+    words = shlex.join([*SMALL, f"run.directory={place}/wrapped"])
+    script.write_text(f"#!/bin/bash\ncd {ROOT}\nsrun {SCRIPT} {TINY} {words}\n")
+    number = workplace.lab.submit("--ntasks=2", "--nodes=1", f"--output={log}", str(script))
+    assert workplace.lab.wait(number, END)["JobState"] == "FAILED"
+    assert "gspo: 2 tasks of an srun run this script; call it without srun" in log.read_text()
+    assert not (place / "wrapped").exists()
