@@ -57,6 +57,7 @@ def test_a_killed_user_s_is_deleted_by_the_next_and_a_living_user_s_stays(place:
 
 
 def test_what_torch_compiles_stays_for_the_next_attempt(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     with scratch_directory() as environment:
         assert Path(environment["TORCHINDUCTOR_CACHE_DIR"]).parent == place
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/of/the/user")
