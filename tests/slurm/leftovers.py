@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from tests.slurm.jobs import Workplace
 from tests.slurm.lab.cluster import LabError, wait_for
 
-ALLOWED = (f"gspo-{getpass.getuser()}", "here", "hold", "packages-of-", "tokenizer-of-", "venv-of-")
+ALLOWED = ("gspo-root", "gspo-nobody", "here", "hold", "packages-of-", "tokenizer-of-", "venv-of-")
 """Names on a node: the one place of ours (launch/SITES.md: caches), and files of the tests."""
 GONE = 180.0
 """Seconds until SLURM has ended what was cancelled; a second on a quiet machine."""

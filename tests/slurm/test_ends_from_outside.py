@@ -138,6 +138,7 @@ def test_a_run_of_another_user_is_not_taken_over(workplace: Workplace) -> None:
     job = workplace.cheap("theirs", options=["--nodes=1"])
     assert f"job {holder} is running in {run_dir}" in refused(job) and "--dependency=singleton" in job.text()
     assert (run_dir / "logs" / "attempt_1" / "key").read_text() == "theirs"
+    (run_dir / "logs" / "attempt_1" / "key").unlink()
     lab.run("scancel", holder)
 
 
