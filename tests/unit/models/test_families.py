@@ -188,9 +188,8 @@ def test_what_the_trainer_would_leave_out_is_refused_with_its_value(
     tmp_path: Path, name: str, key: str, value: Any
 ) -> None:
     overrides = write_config(tmp_path, **SHAPE, **MODELS[name], **{key: value})
-    assert [(place, message) for place, message, _ in refusals(*overrides)] == [
-        (f"model.architecture.{key}", f"{quote(value)}: models/llama computes {key}={quote(family_value(name, key))} only")
-    ]
+    said = f"{quote(value)}: models/llama computes {key}={quote(family_value(name, key))} only"
+    assert [(place, message) for place, message, _ in refusals(*overrides)] == [(f"model.architecture.{key}", said)]
 
 
 def family_value(name: str, key: str) -> Any:
