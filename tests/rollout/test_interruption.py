@@ -13,8 +13,6 @@ from tests.shards import TrainerRanks
 
 SLOTS = 12
 """Answers at a time, of 64 under way: a batch of 32 ends in the middle of others."""
-MOST_UPDATES = 100
-"""Until one comes in the middle of an answer; the first on a quiet machine."""
 
 
 def stale_recipe() -> Recipe:
@@ -56,23 +54,17 @@ def cut_half_way(controller) -> set[tuple[int, int]]:
 
 @pytest.mark.parametrize("overlaps", [True, False], ids=["in-flight", "interrupted"])
 def test_answers_go_on_under_new_weights(start_controller, oracles, overlaps: bool) -> None:
-    # Two answers at a time while the weights come: the servers must not be done with all that may be under way.
-    controller, link = start_controller(recipe=stale_recipe(), overlaps=overlaps, slots=2 if overlaps else SLOTS)
+    # Fewer at a time where the servers go on while the weights come: they must not be done before.
+    controller, link = start_controller(recipe=stale_recipe(), overlaps=overlaps, slots=4 if overlaps else SLOTS)
     ranks = TrainerRanks(TRAINER.world)
     update(link, 0, oracles[0], ranks)
     first = link.rollout(RolloutRequest(step=0)) if overlaps else roll_until_one_is_cut(controller, link)
-    assert overlaps or first.accounting.in_flight.tokens > 0, "nothing was under way"
+    assert first.accounting.in_flight.tokens > 0, "nothing was under way"
+    update(link, 1, oracles[1], ranks)
+    second = link.rollout(RolloutRequest(step=1))
     assert check_segments(controller, first.samples, oracles) == 0
-    # The servers go on meanwhile: on a busy machine what was under way may be done before the update comes.
-    versions = [oracles[version % 2] for version in range(MOST_UPDATES)]
-    for version in range(1, MOST_UPDATES):
-        update(link, version, versions[version], ranks)
-        batch = link.rollout(RolloutRequest(step=version))
-        if check_segments(controller, batch.samples, versions) > 0:
-            break
-    else:
-        pytest.fail("no answer outlived an update")
-    assert batch.staleness.largest == 1 and 0 < batch.staleness.mean < 1
+    assert check_segments(controller, second.samples, oracles) > 0, "no answer outlived the update"
+    assert second.staleness.largest == 1 and 0 < second.staleness.mean < 1
 
 
 def test_an_interrupted_answer_is_what_it_would_have_been(start_controller, oracles) -> None:

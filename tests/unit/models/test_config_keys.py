@@ -97,9 +97,9 @@ def test_every_key_that_transformers_computes_with_is_in_the_table(model_type: s
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({**DENSE, "use_sliding_window": True, "sliding_window": 8}, "use_sliding_window: True"),
+        ({**DENSE, "use_sliding_window": True, "sliding_window": 8}, "use_sliding_window: true"),
         ({**DENSE, "hidden_act": "gelu"}, "hidden_act: 'gelu': models/qwen3 computes hidden_act='silu' only"),
-        ({**DENSE, "attention_bias": True}, "attention_bias: True"),
+        ({**DENSE, "attention_bias": True}, "attention_bias: true"),
         ({**MOE, "mlp_only_layers": [1]}, "mlp_only_layers: [1]"),
         ({**MOE, "decoder_sparse_step": 2}, "decoder_sparse_step: 2"),
         ({**DENSE, "partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
@@ -113,7 +113,7 @@ def test_every_key_that_transformers_computes_with_is_in_the_table(model_type: s
         ({**DENSE, "rope_scaling": {"rope_type": ["yarn"]}}, "rope_type=['yarn']"),
         ({**DENSE, "rope_scaling": {"rope_type": None, "type": "yarn"}}, "rope_type=null"),
         ({**DENSE, "rope_scaling": [1]}, "[1] is no mapping"),
-        ({**DENSE, "rope_theta": True}, "rope_theta=True"),
+        ({**DENSE, "rope_theta": True}, "rope_theta=true"),
         ({**DENSE, "rope_theta": 1}, "rope_theta=1 is no number above 1"),
         ({**DENSE, "rope_parameters": {"rope_theta": 1e-300}}, "rope_theta=1e-300 is no number above 1"),
         ({**DENSE, "text_config": {**DENSE, "hidden_size": 32}}, "text_config: {"),
