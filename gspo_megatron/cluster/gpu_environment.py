@@ -7,7 +7,7 @@ import sysconfig
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from gspo_megatron.cluster.machines import machine_of
+from gspo_megatron.cluster.machines import BLACKWELL, machine_of
 from gspo_megatron.config.schema import Recipe
 
 ALLOCATOR = "PYTORCH_ALLOC_CONF"
@@ -18,8 +18,6 @@ ROUNDED_MIB = 256
 is what was asked for. Weights and optimizer states are larger."""
 ONE_QUEUE = "CUDA_DEVICE_MAX_CONNECTIONS"
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
-NEWER = ("b200", "b300", "gb200")
-"""GPUs that keep the order of launches with any number of queues. Source: Megatron-LM, `validate_args`."""
 ATTENTION_SWITCHES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 """Of Transformer Engine: 0 takes a kind of attention away."""
 SCALED_SOFTMAX = "NVTE_APPLY_QK_LAYER_SCALING"
@@ -31,8 +29,10 @@ def trainer_variables(recipe: Recipe) -> dict[str, str]:
     # What a worker beside a trainer opens is a plain allocation; everywhere else segments that grow do not break up.
     grows = "False" if machine_of(recipe).colocated else "True"
     found = {ALLOCATOR: f"expandable_segments:{grows},pinned_max_round_threshold_mb:{ROUNDED_MIB}"}
-    if (trainer.tensor_parallel > 1 or trainer.context_parallel > 1) and machine_of(recipe).device.kind not in NEWER:
-        # Megatron overlaps computing and communication by the order of launches, which one hardware queue keeps.
+    splits = trainer.tensor_parallel > 1 or trainer.context_parallel > 1
+    if splits and machine_of(recipe).device.kind not in BLACKWELL:
+        # Megatron overlaps computing and communication by the order of launches, which one hardware queue keeps, and
+        # a Blackwell GPU with any number. Source: Megatron-LM, `validate_args`.
         found[ONE_QUEUE] = "1"
     if recipe.model.dtype == "float32":
         # Transformer Engine would multiply in TF32.

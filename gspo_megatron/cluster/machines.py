@@ -54,6 +54,8 @@ DEVICES: dict[GpuKind, Device] = {
 """Rates one way, from data sheets; the network is one port a GPU: 200 Gb/s (a100), 400, or 800 (b300)."""
 NOMINAL_GB = {"a100": 80, "h20": 96, "h800": 80, "h100": 80, "h200": 141, "b200": 180, "b300": 288, "gb200": 186}
 """Memory that is sold under each name. A name with another size is another GPU."""
+HOPPER, BLACKWELL = ("h20", "h800", "h100", "h200"), ("b200", "b300", "gb200")
+"""GPUs of a generation."""
 HOST_MEMORY = 1500 * GIB
 """Bytes of a GPU node when the recipe does not say."""
 

@@ -19,6 +19,7 @@ from gspo_megatron.models.megatron_engine import (
 from gspo_megatron.models.vllm_engine import engine_arguments
 from gspo_megatron.plan import engine_reasons
 from gspo_megatron.plan.engine_reasons import Reason
+from gspo_megatron.plan.units import value_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ def print_engines(recipe: Recipe, as_json: bool = False) -> None:
         if row.owner != owner:
             owner = row.owner
             print(f"{row.engine}: {owner}, what differs from its defaults")
-        value, default = _word(row.value), _word(row.default)
+        value, default = value_text(row.value), value_text(row.default)
         print(f"  {row.name:<{width}}  {value} (default {default}): {row.why}. Source: {row.source}")
 
 
@@ -88,7 +89,3 @@ def _differing(
                 continue
             reason = Reason("the recipe says so", f"recipe: {section}.{name}") if name in given else reasons[name]
             yield Row(engine, owner, name, value, default, *reason)
-
-
-def _word(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)

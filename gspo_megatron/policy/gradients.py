@@ -46,5 +46,6 @@ def wrap_chunks(
     config.finalize_model_grads_func = finalize_model_grads
     if settings.overlap_grad_reduce:
         pauses = [chunk.no_sync for chunk in wrapped]
+        # megatron annotates one function, and takes a list of one for each chunk too.
         config.no_sync_func = pauses if len(pauses) > 1 else pauses[0]  # type: ignore[assignment]
     return wrapped

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from gspo_megatron.cluster.machines import Machine
+from gspo_megatron.cluster.machines import BLACKWELL, HOPPER, Machine
 from gspo_megatron.config.engine_keys import ACT_ON_CPU
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe
@@ -13,9 +13,6 @@ from gspo_megatron.plan.rules import server_start
 from gspo_megatron.plan.units import value_text
 from gspo_megatron.types import Finding
 
-HOPPER, BLACKWELL = ("h20", "h800", "h100", "h200"), ("b200", "b300", "gb200")
-"""GPUs on which vLLM 0.32 takes kernels that pad the width of an expert. Source: its `oracle/unquantized.py`, and a
-reload of its CUDA classes at capability 10.0."""
 FLASH_ATTENTION_GPUS = {3: HOPPER, 4: (*HOPPER, *BLACKWELL)}
 """GPUs for which a version of flash-attention has kernels. Source: its README; 2 runs on every GPU of the table."""
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -43,6 +40,8 @@ def findings(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[F
     yield from server_start.findings(recipe, machine)
     if str(vllm.get("kv_cache_dtype", "")).startswith("fp8"):
         yield from _rounded_keys(recipe)
+    # There vLLM 0.32 takes kernels that pad the width of an expert. Source: its `oracle/unquantized.py`, and a reload
+    # of its CUDA classes at capability 10.0.
     if machine.device.kind in BLACKWELL:
         yield from _padded_experts(recipe, arch, machine)
 
