@@ -71,15 +71,10 @@ class CheckpointDir:
         """Written last: a directory without it is no checkpoint."""
         return self.path / "COMPLETE"
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether everything was written."""
-        return self.marker.is_file()
-
 
 def complete_checkpoints(directory: Path) -> list[Path]:
     """Complete checkpoints in `checkpoints`, oldest first."""
-    return [path for path in CHECKPOINT.find(directory).values() if CheckpointDir(path).is_complete]
+    return [path for path in CHECKPOINT.find(directory).values() if CheckpointDir(path).marker.is_file()]
 
 
 def partial_name(step: int, token: str) -> str:
@@ -148,6 +143,11 @@ class RunDir:
     def recipe(self) -> Path:
         """The recipe with every key."""
         return self.path / "recipe.resolved.yaml"
+
+    @property
+    def named_files(self) -> Path:
+        """A digest of each file that the recipe names and that a resumed run must find as it was."""
+        return self.path / "named_files.json"
 
     @property
     def run_id(self) -> Path:

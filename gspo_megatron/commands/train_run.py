@@ -23,6 +23,7 @@ from gspo_megatron.data.model_directory import keep_tokenizer
 from gspo_megatron.models import load_recipe, load_resolved
 from gspo_megatron.own_directory import HUGGING_FACE, RUN, claim_directory, refuse_foreign, refuse_unwritable
 from gspo_megatron.plan import check
+from gspo_megatron.plan.named_files import write_digests
 from gspo_megatron.plan.rules.not_built import not_built
 from gspo_megatron.plan.run_plan import read_contents
 from gspo_megatron.run_dir import EXPORT, RunDir
@@ -128,6 +129,7 @@ def prepare_run(recipe: Recipe) -> Path:
         run.objective.write_text(sentence + "\n")
         print(sentence, flush=True)
         arch = recipe.arch
+        write_digests(recipe, run)
         keep_tokenizer(recipe, run.tokenizer)
         run.model_config.write_text(json.dumps(arch.to_hugging_face(recipe.model.dtype), indent=1))
     return run.path

@@ -12,17 +12,9 @@ from typing import Any
 
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.data.sentencepiece_files import write_sentencepiece
-from gspo_megatron.data.stop_ids import GENERATION_CONFIG, stop_file
 from gspo_megatron.data.tokenizers import load_tokenizer
+from gspo_megatron.models.tokenizer_files import GENERATION_CONFIG, stop_file, tokenizer_files, tokenizer_folders
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
-    "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-"""Files of a Hugging Face tokenizer, whatever its class; beside them `*.tiktoken`, and modules that it brings along."""
-FOLDERS = ("additional_chat_templates",)
-PATTERNS = ("*.tiktoken", "tokenization_*.py")
 SENTENCEPIECE = "sentencepiece.model"
 """Name of a SentencePiece model in a run directory."""
 
@@ -81,13 +73,10 @@ def write_tokenizer(recipe: Recipe, kept: Path, directory: Path) -> None:
 
 def copy_tokenizer(source: Path, directory: Path) -> None:
     """Copy the files of a Hugging Face tokenizer, byte by byte."""
-    names = [source / name for name in TOKENIZER_FILES]
-    for file in [*names, *(file for pattern in PATTERNS for file in sorted(source.glob(pattern)))]:
-        if file.is_file():
-            shutil.copyfile(file, directory / file.name)
-    for folder in FOLDERS:
-        if (source / folder).is_dir():
-            shutil.copytree(source / folder, directory / folder, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    for file in tokenizer_files(source):
+        shutil.copyfile(file, directory / file.name)
+    for folder in tokenizer_folders(source):
+        shutil.copytree(folder, directory / folder.name, dirs_exist_ok=True, copy_function=shutil.copyfile)
 
 
 def _read(file: Path) -> dict[str, Any]:

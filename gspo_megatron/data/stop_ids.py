@@ -9,10 +9,7 @@ from typing import Any
 
 from gspo_megatron.config.loading import RecipeError, refuse
 from gspo_megatron.config.refusal import quote
-
-GENERATION_CONFIG = "generation_config.json"
-MODEL_CONFIG = "config.json"
-"""transformers takes the stop ids from there where there is no generation config."""
+from gspo_megatron.models.tokenizer_files import GENERATION_CONFIG, stop_file
 
 
 def read_stop_ids(directory: Path, eos: int | None, known: Iterable[int], model: Path | None = None) -> tuple[int, ...]:
@@ -50,12 +47,6 @@ def read_stop_ids(directory: Path, eos: int | None, known: Iterable[int], model:
             f"set eos_token in tokenizer_config.json, or eos_token_id in {GENERATION_CONFIG}",
         )
     return found
-
-
-def stop_file(directory: Path) -> Path:
-    """Return the file of a directory that names its stop ids; it need not exist."""
-    file = directory / GENERATION_CONFIG
-    return file if file.exists() else directory / MODEL_CONFIG
 
 
 def _read_named(file: Path) -> list[Any]:

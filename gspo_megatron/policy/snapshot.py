@@ -33,6 +33,8 @@ TYPE_NAMES = {
     torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8",
 }  # fmt: skip
 ALIGNMENT = 64
+SAVE = "save"
+"""Key of the token of a save: in the metadata of every file of a checkpoint, and in its state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,7 @@ class Snapshot:
 
     def __init__(self) -> None:
         self._layout: list[tuple[str, str, int]] = []
-        self._header = b""
+        self._header: dict[str, Any] = {}
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     @property
@@ -116,10 +118,18 @@ class Snapshot:
         if policy.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def write(self, file: Path) -> None:
-        """Write the copy and wait until it is on the disk."""
+    def write(self, file: Path, save: str) -> None:
+        """Write the copy and wait until it is on the disk.
+
+        Args:
+            file: to write.
+            save: token of this save, the same on every rank; the file's metadata holds it.
+        """
+        text = json.dumps({"__metadata__": {SAVE: save}, **self._header}).encode()
+        text += b" " * (-(len(text) + 8) % ALIGNMENT)
+        header = len(text).to_bytes(8, "little") + text
         with file.open("wb", buffering=0) as opened:
-            for part in (memoryview(self._header), memoryview(self._memory.numpy())):
+            for part in (memoryview(header), memoryview(self._memory.numpy())):
                 while part:
                     part = part[opened.write(part) :]
             os.fsync(opened.fileno())
@@ -131,9 +141,7 @@ class Snapshot:
             begin = end
             end = begin + numel * tensors[name].element_size()
             header[name] = {"dtype": type_name, "shape": [numel], "data_offsets": [begin, end]}
-        text = json.dumps(header).encode()
-        text += b" " * (-(len(text) + 8) % ALIGNMENT)
-        self._layout, self._header = layout, len(text).to_bytes(8, "little") + text
+        self._layout, self._header = layout, header
         pinned = any(tensor.is_cuda for tensor in tensors.values())
         self._memory = torch.zeros(end, dtype=torch.uint8, pin_memory=pinned)
         self._slots = {

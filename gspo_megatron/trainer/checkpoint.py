@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from gspo_megatron.cluster.attempts import find_checkpoint, refuse_if_replaced
 from gspo_megatron.parallel import Layout
 from gspo_megatron.policy.restore import SavedPolicy, restore
-from gspo_megatron.policy.snapshot import Snapshot, optimizer_steps, rank_file
+from gspo_megatron.policy.snapshot import SAVE, Snapshot, optimizer_steps, rank_file
 from gspo_megatron.run_dir import CHECKPOINT, CheckpointDir, RunDir, complete_checkpoints, is_partial, partial_name
 from gspo_megatron.run_log import RunLog
 from gspo_megatron.trainer.step import Trainer
@@ -79,6 +79,7 @@ class CheckpointWriter:
         self._snapshot.take(trainer.policy)
         state = {
             "step": step,
+            SAVE: token,
             "version": trainer.version,
             "updates": trainer.updates,
             "skipped": trainer.skipped,
@@ -132,7 +133,7 @@ class CheckpointWriter:
         file = rank_file(partial, rank)
         unfinished = file.with_suffix(".unfinished")
         try:
-            self._snapshot.write(unfinished)
+            self._snapshot.write(unfinished, state[SAVE])
             unfinished.rename(file)
             if rank == 0 and self._all_written(partial):
                 self._publish(partial, state)
@@ -199,8 +200,10 @@ def _inspect(checkpoint: Path) -> str | None:
         return f"state.json is damaged ({' '.join(str(error).split())[:200]})"
     for name in state["files"]:
         try:
-            with safe_open(checkpoint / name, "pt"):
-                pass
+            with safe_open(checkpoint / name, "pt") as file:
+                # Sizes agree where the files of two checkpoints of one run are mixed. Earlier versions have no token.
+                if SAVE in state and (file.metadata() or {}).get(SAVE) != state[SAVE]:
+                    return f"{name} is of another checkpoint"
         except (OSError, SafetensorError) as error:
             return f"{name} is damaged ({error})"
     return None

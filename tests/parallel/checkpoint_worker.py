@@ -72,7 +72,7 @@ def save(directory: Path, policy: Policy) -> None:
     steps = optimizer_steps(policy)
     norm = train(policy, 1)
     # Written only now: what the file holds must be what the copy held.
-    snapshot.write(rank_file(directory, dist.get_rank()))
+    snapshot.write(rank_file(directory, dist.get_rank()), "0a1b2c3d")
     after = gather(policy)
     if dist.get_rank() == 0:
         (directory / "layout.json").write_text(json.dumps(asdict(policy.layout)))

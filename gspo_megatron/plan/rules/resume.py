@@ -7,12 +7,15 @@ what it computes. `gspo plan`, `gspo train` and a SLURM job ask here.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from gspo_megatron.cluster.shared_files import retry_stale
 from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.models import load_resolved
-from gspo_megatron.run_dir import RunDir
+from gspo_megatron.plan.named_files import MODEL, OWN_CODE, digest_files, read_digests
+from gspo_megatron.run_dir import CheckpointDir, RunDir, complete_checkpoints
 from gspo_megatron.types import Finding
 
 MAY_CHANGE = (
@@ -50,13 +53,40 @@ MUST_STAY = ("trainer.aux_loss_coefficient", "rollout.vllm.kv_cache_dtype")
 def findings(recipe: Recipe) -> Iterator[Finding]:
     """Compare a recipe with the one of the run that its directory holds, if it holds one here."""
     directory = recipe.run.directory
-    if directory is None or not RunDir(directory).recipe.is_file():
+    if directory is None:
+        return
+    run = RunDir(directory)
+    record, holds_checkpoints = find_record(run)
+    if record is None:
+        if holds_checkpoints:
+            yield Finding(
+                "resume-without-recipe", "error", "run.directory",
+                f"{directory} holds checkpoints, and no {run.recipe.name} to compare this recipe with",
+                "put the file back, or name another run.directory",
+            )  # fmt: skip
         return
     try:
-        before = load_resolved(RunDir(directory).recipe)
+        before = load_resolved(record)
     except RecipeError as error:
         yield from error.findings
         return
+    yield from compare_recipes(before, recipe)
+    yield from compare_files(read_digests(run), dict(digest_files(recipe)))
+
+
+def find_record(run: RunDir) -> tuple[Path | None, bool]:
+    """The recipe that the state to go on from was made with, and whether the run holds checkpoints.
+
+    The newest checkpoint's own copy counts: the one in the run directory is open to everybody's hand.
+    """
+    checkpoints = retry_stale(lambda: complete_checkpoints(run.checkpoints))
+    records = [*(CheckpointDir(path).recipe for path in reversed(checkpoints)), run.recipe]
+    return next((record for record in records if record.is_file()), None), bool(checkpoints)
+
+
+def compare_recipes(before: Recipe, recipe: Recipe) -> Iterator[Finding]:
+    """Findings about keys that differ from those of the run that this would resume."""
+    directory = recipe.run.directory
     old, new = (flatten(one.model_dump(mode="json")) for one in (before, recipe))
     for key in sorted({*old, *new}):
         if old.get(key) != new.get(key) and not may_change(key):
@@ -70,6 +100,22 @@ def findings(recipe: Recipe) -> Iterator[Finding]:
         message = f"{steps[1]} here, {steps[0]} in {directory}: the learning rate of the steps to come changes with it"
         fix = "nothing to do if that is meant"
         yield Finding("resume-other-schedule", "warning", "trainer.max_steps", message, fix)
+
+
+def compare_files(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[Finding]:
+    """Findings about files that were edited since the run was started or resumed the last time."""
+    for key in sorted({*before} & {*now}):
+        if before[key] == now[key]:
+            continue
+        if key in OWN_CODE:
+            message = "the file that it names was edited since the run last started: the steps to come run other code"
+            fix = "nothing to do if that is meant; acknowledge it to say why"
+            yield Finding("resume-other-code", "warning", key, message, fix)
+        else:
+            what = "config.json" if key == MODEL else "tokenizer, chat template or stop ids"
+            message = f"the {what} there is not what the run began with"
+            fix = "put the files back as they were, or start another run from its weights (model.path)"
+            yield Finding("resume-other-files", "error", key, message, fix)
 
 
 def may_change(key: str) -> bool:

@@ -8,7 +8,7 @@ import pytest
 
 from gspo_megatron.cli import main
 from gspo_megatron.commands.train_run import prepare_run
-from gspo_megatron.config import Recipe
+from gspo_megatron.config import Recipe, save_resolved
 from gspo_megatron.config.engine_sections import VllmMap
 from gspo_megatron.models import load_recipe
 from gspo_megatron.plan.rules.resume import MAY_CHANGE, MUST_STAY, findings, flatten
@@ -73,3 +73,77 @@ def test_every_name_in_the_lists_is_a_key(tmp_path: Path) -> None:
     keys = [*flatten(recipe(tmp_path).model_dump(mode="json")), *Recipe.model_fields, *passed_on]
     for name in (*MAY_CHANGE, *MUST_STAY):
         assert any(key.startswith(name) for key in keys), name
+
+
+SCORE = "def score(problem, response):\n    return 1.0\n"
+NAMES = {
+    "tokenizer.json": "{}", "chat_template.jinja": "{{ messages }}", "generation_config.json": '{"eos_token_id": 2}',
+}  # fmt: skip
+
+
+def own_recipe(place: Path) -> Recipe:
+    """A run whose tokenizer and reward lie in a directory of the user's."""
+    if not place.exists():
+        (place / "model").mkdir(parents=True)
+        for name, text in NAMES.items():
+            (place / "model" / name).write_text(text)
+        (place / "my.py").write_text(SCORE)
+    words = ("tokenizer.kind=huggingface", f"tokenizer.path={place / 'model'}", f"reward.name={place / 'my.py'}:score")
+    return recipe(place / "run", *words)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "severity", "key"),
+    [
+        ("model/tokenizer.json", '{"a": 1}', "error", "tokenizer.path"),
+        ("model/chat_template.jinja", "{{ messages }} ", "error", "tokenizer.path"),
+        ("model/generation_config.json", '{"eos_token_id": [2, 3]}', "error", "tokenizer.path"),
+        ("model/added_tokens.json", "{}", "error", "tokenizer.path"),
+        ("model/additional_chat_templates/tools.jinja", "x", "error", "tokenizer.path"),
+        ("my.py", SCORE.replace("1.0", "0.5"), "warning", "reward.name"),
+        ("model/generation_config.json", '{"eos_token_id": 2, "temperature": 0.6}', None, ""),
+        ("model/notes.txt", "of the user's", None, ""),
+        ("data.jsonl", "{}", None, ""),
+    ],
+)
+def test_a_file_that_was_edited_between_two_attempts_is_found(
+    tmp_path: Path, file: str, text: str, severity: str | None, key: str
+) -> None:
+    mine = tmp_path / "mine"
+    prepare_run(own_recipe(mine))
+    assert not list(findings(own_recipe(mine)))
+    (mine / file).parent.mkdir(exist_ok=True)
+    (mine / file).write_text(text)
+    found = [(one.severity, one.key) for one in findings(own_recipe(mine))]
+    assert found == ([] if severity is None else [(severity, key)])
+
+
+def test_a_file_that_is_not_here_any_more_is_left_to_its_reader(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    prepare_run(own_recipe(mine))
+    (mine / "my.py").unlink()
+    assert not list(findings(own_recipe(mine)))
+
+
+def checkpoint(run: Path, step: int, of: Recipe | None) -> Path:
+    made = RunDir(run).checkpoint(step)
+    made.path.mkdir(parents=True)
+    if of is not None:
+        save_resolved(of, made.recipe)
+    made.marker.touch()
+    return made.recipe
+
+
+def test_the_recipe_of_the_newest_checkpoint_decides(tmp_path: Path) -> None:
+    prepare_run(recipe(tmp_path))
+    checkpoint(tmp_path, 1, recipe(tmp_path))
+    assert not list(findings(recipe(tmp_path)))
+    checkpoint(tmp_path, 2, recipe(tmp_path, "run.seed=7"))  # copied from another run
+    assert [found.key for found in findings(recipe(tmp_path))] == ["run.seed"]
+    RunDir(tmp_path).recipe.unlink()
+    assert [found.key for found in findings(recipe(tmp_path))] == ["run.seed"]
+
+
+def test_checkpoints_without_any_recipe_are_refused(tmp_path: Path) -> None:
+    checkpoint(tmp_path, 1, None)
+    assert [found.code for found in findings(recipe(tmp_path))] == ["resume-without-recipe"]

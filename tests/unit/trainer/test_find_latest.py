@@ -51,7 +51,20 @@ def spoil_header(place: Path) -> None:
     (place / RANK_FILE).write_bytes(b"\xff" * size)
 
 
+def write_of_save(place: Path, token: str) -> None:
+    save_file({"value/0/one": torch.zeros(4)}, place / RANK_FILE, metadata={"save": token})
+
+
+def mix_saves(place: Path) -> None:
+    """Of two checkpoints of one run, as a copy that was interrupted leaves them: names and sizes agree."""
+    write_of_save(place, "0a1b2c3e")
+    state = json.loads((place / "state.json").read_text())
+    state |= {"save": "0a1b2c3d", "files": {RANK_FILE: (place / RANK_FILE).stat().st_size}}
+    (place / "state.json").write_text(json.dumps(state))
+
+
 BROKEN: dict[str, Callable[[Path], object]] = {
+    "a file of another save": mix_saves,
     "an empty state": lambda place: (place / "state.json").write_text(""),
     "a file that was cut": lambda place: (place / RANK_FILE).write_bytes(b"short"),
     "a header of other bytes": spoil_header,
@@ -82,6 +95,13 @@ def test_without_one_that_can_be_read_nothing_starts_anew(tmp_path: Path) -> Non
         CheckpointError, match=r"no checkpoint in .* can be read \(step_000010: .*; step_000008: .*anew"
     ):
         find_latest(tmp_path / "c", print)
+
+
+def test_files_of_its_own_save_are_whole(tmp_path: Path) -> None:
+    place = write(tmp_path / "c", 12)
+    mix_saves(place)
+    write_of_save(place, "0a1b2c3d")
+    assert find_latest(tmp_path / "c", print) == place
 
 
 def test_one_that_is_whole_is_said_nothing_of(tmp_path: Path) -> None:
