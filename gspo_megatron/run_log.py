@@ -18,7 +18,9 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from gspo_megatron.cluster.shared_files import replace_text
 from gspo_megatron.cluster.watchdog import Pulse
+from gspo_megatron.metric_rows import read_rows
 from gspo_megatron.run_dir import RunDir
 from gspo_megatron.sinks.sink_threads import Sinks
 from gspo_megatron.types import Finding, printable
@@ -38,16 +40,6 @@ BAR_COLUMNS = (
     TextColumn("left"),
     TimeRemainingColumn(),
 )
-
-
-def read_rows(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl, in order of step. Of a step that was run twice the later row counts."""
-    file = RunDir(run_dir).metrics
-    # A run of 0 steps that evaluates nothing records nothing.
-    lines = file.read_text().split("\n") if file.is_file() else [""]
-    # The text after the last line feed is empty, or a line that a crash cut off.
-    rows = [json.loads(line) for line in lines[:-1]]
-    return [row for _, row in sorted({row["step"]: row for row in rows}.items())]
 
 
 def one_line(text: str) -> str:
@@ -183,7 +175,7 @@ class RunLog:
         file = self.run_dir.metrics
         if self.owns_terminal and file.is_file():
             kept = [row for row in read_rows(self.run_dir.path) if row["step"] <= step]
-            file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            replace_text(file, "".join(json.dumps(row) + "\n" for row in kept))
         if self._board is not None:
             self._board.close()
             self._open_board(purge_step=step + 1)

@@ -22,10 +22,10 @@ from typing import Any
 import gspo_megatron.policy  # noqa: F401  the device layer must be in before megatron
 from gspo_megatron.config import Recipe
 from gspo_megatron.data.tokenizers import load_tokenizer
+from gspo_megatron.metric_rows import read_rows
 from gspo_megatron.models import load_recipe
 from gspo_megatron.models.hf_table import Piece, hf_shapes
 from gspo_megatron.policy.weights import random_pieces, save_hf
-from gspo_megatron.run_log import read_rows
 
 RECIPE = Path(__file__).with_suffix(".yaml")
 RESULT = Path(__file__).parent / "results" / "long_context.json"

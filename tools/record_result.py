@@ -17,9 +17,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from gspo_megatron.metric_rows import read_rows
 from gspo_megatron.models import load_resolved
 from gspo_megatron.run_dir import RunDir
-from gspo_megatron.run_log import read_rows
 
 
 def main() -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.types import Problem
@@ -17,3 +19,15 @@ class Samples:
     """The recipe."""
     draw: Callable[[int], Sequence[Problem]]
     """Returns so many problems of its training data; fewer where there are fewer. Raises RecipeError."""
+
+
+class NotedLine(dict[str, Any]):
+    """A line of data that notes which fields a user's object looked for and did not find."""
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        super().__init__(copy.deepcopy(dict(fields)))
+        self.missing: list[str] = []
+
+    def __missing__(self, name: str) -> Any:
+        self.missing.append(name)
+        raise KeyError(name)

@@ -79,6 +79,7 @@ HOOKS: dict[str, Hook] = {
             default="none",
             example="recipes/agents/calculator.py:run",
             contract="gspo_megatron.environments.agent_contract:check_agent",
+            trial="gspo_megatron.controller.agent_trial:try_agent",
             may_be_async=True,
             parameters=("problem", "client"),
         ),

@@ -6,14 +6,13 @@ import asyncio
 import json
 import logging
 import secrets
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 from aiohttp import web
 
 from gspo_megatron.controller import chat_format
 from gspo_megatron.controller.agent_pool import LOOPBACK
-from gspo_megatron.controller.agent_scheduler import AgentScheduler
-from gspo_megatron.controller.agent_session import Session
 from gspo_megatron.controller.chat_format import ChatRequest, ChatTurn, RequestError
 from gspo_megatron.controller.servers import Refused
 
@@ -24,10 +23,25 @@ ALIVE_SECONDS = 15.0
 """A client that waits gets a blank so often: its own limit counts from the last byte."""
 
 
+class Episode(Protocol):
+    """One conversation: a `Session`."""
+
+    def waiting(self) -> AbstractContextManager[None]: ...
+    async def answer(self, request: ChatRequest) -> ChatTurn: ...
+
+
+class Episodes(Protocol):
+    """What finds the episode of a key: an `AgentScheduler`."""
+
+    base_url: str
+
+    def session(self, key: str) -> Episode | None: ...
+
+
 class AgentEndpoint:
     """`/v1/models` and `/v1/chat/completions`. The API key names the episode."""
 
-    def __init__(self, scheduler: AgentScheduler) -> None:
+    def __init__(self, scheduler: Episodes) -> None:
         self._scheduler = scheduler
         self._warned: set[str] = set()
         app = web.Application(client_max_size=MAX_BODY)
@@ -88,7 +102,7 @@ class AgentEndpoint:
         finally:
             await _end(turn)
 
-    def _session(self, request: web.Request) -> Session | None:
+    def _session(self, request: web.Request) -> Episode | None:
         return self._scheduler.session(request.headers.get("Authorization", "").removeprefix("Bearer "))
 
     def _warn(self, asked: ChatRequest) -> None:

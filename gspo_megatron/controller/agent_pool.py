@@ -63,8 +63,13 @@ class AgentPool:
 
 
 def load_program(reference: str) -> Program:
-    """Load the agent within its process, which has no key of the job and reaches this machine without a proxy."""
+    """Load the agent within its process."""
+    prepare_process()
+    return load_hook("agent", reference)
+
+
+def prepare_process() -> None:
+    """Leave an agent no key of the job, and this machine to be reached without a proxy."""
     os.environ.pop(KEY_VARIABLE, None)
     for name in ("no_proxy", "NO_PROXY"):
         os.environ[name] = ",".join(filter(None, (os.environ.get(name), LOOPBACK)))
-    return load_hook("agent", reference)

@@ -31,4 +31,4 @@ def check_agent(found: Any) -> list[str]:
         inspect.signature(found).bind({}, ClientSettings("", "", ""))
     except TypeError as error:
         raise ValueError(f"cannot be called as run(problem, client): {error}; take these two") from None
-    return ["takes (problem, client), asynchronous; it is not run by this check"]
+    return ["takes (problem, client), asynchronous"]

@@ -15,7 +15,9 @@ from gspo_megatron.config.schema import Recipe
 from gspo_megatron.models.tokenizer_files import stop_file, tokenizer_files, tokenizer_folders
 from gspo_megatron.run_dir import RunDir
 
-TOKENIZER, MODEL = "tokenizer.path", "model.path"
+TOKENIZER, MODEL, DEMONSTRATIONS = "tokenizer.path", "model.path", "cold_start.path"
+SAMPLE_BYTES = 4096
+"""Of the end of each file of weights: other weights of one model differ there, and all of them take minutes to read."""
 OWN_CODE = (
     "reward.name", "environment.name", "agent.program", "tokenizer.rendering", "objective.preset", "objective.trust",
 )  # fmt: skip
@@ -39,7 +41,12 @@ def read_digests(run: RunDir) -> dict[str, str]:
 def digest_files(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Key and digest of everything on this machine that a recipe names by its place; what is not here has none."""
     if recipe.model.path is not None:
-        yield MODEL, _digest([json.dumps(recipe.arch.to_hugging_face(recipe.model.dtype), sort_keys=True).encode()])
+        config = json.dumps(recipe.arch.to_hugging_face(recipe.model.dtype), sort_keys=True).encode()
+        weights = sorted(recipe.model.path.glob("*.safetensors"))
+        yield MODEL, _digest([config, *(part for file in weights for part in (file.name.encode(), _sample(file)))])
+    demonstrations = recipe.cold_start.path if recipe.cold_start else None
+    if demonstrations is not None and demonstrations.is_file():
+        yield DEMONSTRATIONS, _digest([demonstrations.read_bytes()])
     places = [place for place in (recipe.tokenizer.path, recipe.model.path) if place is not None]
     if places and (files := _files_of_tokenizer(places[0])):
         parts = [part for file in files for part in (file.name.encode(), file.read_bytes())]
@@ -57,6 +64,14 @@ def _files_of_tokenizer(place: Path) -> list[Path]:
         return [place]
     folders = (sorted(file for file in folder.rglob("*") if file.is_file()) for folder in tokenizer_folders(place))
     return [*tokenizer_files(place), *(file for files in folders for file in files)]
+
+
+def _sample(file: Path) -> bytes:
+    """Size and last bytes of a file."""
+    with file.open("rb") as opened:
+        size = opened.seek(0, 2)
+        opened.seek(max(0, size - SAMPLE_BYTES))
+        return size.to_bytes(8, "big") + opened.read()
 
 
 def _stop_ids(file: Path) -> bytes:

@@ -8,9 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from gspo_megatron.metric_rows import read_rows
 from gspo_megatron.report.plots import describe_evaluations, write_expert_plot
 from gspo_megatron.run_dir import RunDir
-from gspo_megatron.run_log import read_rows
 
 COLUMNS = {
     "eval/accuracy": "held-out accuracy",

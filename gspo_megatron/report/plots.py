@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from gspo_megatron.metric_rows import read_rows
 from gspo_megatron.run_dir import RunDir
-from gspo_megatron.run_log import read_rows
 
 EXPERTS = {
     "experts/probe_changed": "expert choices changed by one update",

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from gspo_megatron.config.hook_samples import Samples
+from gspo_megatron.config.hook_samples import NotedLine, Samples
 from gspo_megatron.config.judge_section import PARAMETER, asks_judge
 from gspo_megatron.config.plugins import describe_fault, source_of
 from gspo_megatron.config.task_sections import RewardSection
@@ -64,18 +63,6 @@ def is_asynchronous(reward: Any) -> bool:
     return inspect.iscoroutinefunction(call)
 
 
-class _Line(dict[str, Any]):
-    """A line of data that notes which fields a reward looked for and did not find."""
-
-    def __init__(self, fields: Mapping[str, Any]) -> None:
-        super().__init__(copy.deepcopy(dict(fields)))
-        self.missing: list[str] = []
-
-    def __missing__(self, name: str) -> Any:
-        self.missing.append(name)
-        raise KeyError(name)
-
-
 def try_samples(found: Any, samples: Samples | None = None) -> list[str]:
     """Call the reward with sample responses.
 
@@ -119,7 +106,7 @@ def _try(
     faults: dict[str, None] = {}
     scores, names, is_stable = list[float](), set[frozenset[str]](), True
     for fields, sample in itertools.product(problems, responses):
-        line = _Line(fields)
+        line = NotedLine(fields)
         try:
             parts = read_parts(_call(found, line, sample, ask or found))
             # A judge's second opinion would cost money.
@@ -159,7 +146,7 @@ class _MissingField(ValueError):
         self.name = name
 
 
-def _call(found: Any, line: _Line, sample: RewardInput, ask: Callable[..., Any]) -> object:
+def _call(found: Any, line: NotedLine, sample: RewardInput, ask: Callable[..., Any]) -> object:
     """What the reward returns. Raises ValueError with what it does instead, in a sentence."""
     try:
         with limit_time(SAMPLE_SECONDS):

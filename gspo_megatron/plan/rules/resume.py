@@ -6,13 +6,14 @@ what it computes. `gspo plan`, `gspo train` and a SLURM job ask here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
 from gspo_megatron.cluster.shared_files import retry_stale
 from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.metric_rows import read_rows
 from gspo_megatron.models import load_resolved
 from gspo_megatron.plan.named_files import MODEL, OWN_CODE, digest_files, read_digests
 from gspo_megatron.run_dir import CheckpointDir, RunDir, complete_checkpoints
@@ -45,7 +46,8 @@ MAY_CHANGE = (
     "metrics.",
     "acknowledge",
 )
-"""Keys that may change. The problems themselves, wherever they lie, are compared when the run starts."""
+"""Keys that may change. The problems themselves, wherever they lie, are compared when the run starts, and so are other
+files (`named_files.py`), which may lie elsewhere too."""
 MUST_STAY = ("trainer.aux_loss_coefficient", "rollout.vllm.kv_cache_dtype")
 """Exceptions from MAY_CHANGE."""
 
@@ -68,10 +70,17 @@ def findings(recipe: Recipe) -> Iterator[Finding]:
     try:
         before = load_resolved(record)
     except RecipeError as error:
-        yield from error.findings
+        why = "; ".join(f"{found.key} {found.message}" for found in error.findings[:2])
+        fix = "put the file back, remove it, or name another run.directory"
+        yield Finding("resume-other-recipe", "error", "run.directory", f"{record} cannot be read: {why}", fix)
         return
-    yield from compare_recipes(before, recipe)
-    yield from compare_files(read_digests(run), dict(digest_files(recipe)))
+    try:
+        read_rows(directory)
+    except RecipeError as error:
+        yield from error.findings
+    was, now = read_digests(run), dict(digest_files(recipe))
+    yield from compare_recipes(before, recipe, {*was} & {*now})
+    yield from compare_files(was, now)
 
 
 def find_record(run: RunDir) -> tuple[Path | None, bool]:
@@ -84,12 +93,19 @@ def find_record(run: RunDir) -> tuple[Path | None, bool]:
     return next((record for record in records if record.is_file()), None), bool(checkpoints)
 
 
-def compare_recipes(before: Recipe, recipe: Recipe) -> Iterator[Finding]:
-    """Findings about keys that differ from those of the run that this would resume."""
+def compare_recipes(before: Recipe, recipe: Recipe, compared: Set[str]) -> Iterator[Finding]:
+    """Findings about keys that differ from those of the run that this would resume.
+
+    Args:
+        compared: keys whose files `compare_files` compares: where these lie may change.
+    """
     directory = recipe.run.directory
     old, new = (flatten(one.model_dump(mode="json")) for one in (before, recipe))
     for key in sorted({*old, *new}):
-        if old.get(key) != new.get(key) and not may_change(key):
+        values = [one.get(key) for one in (old, new)]
+        if key in compared:
+            values = [str(value).rpartition(":")[2] if key in OWN_CODE else None for value in values]
+        if values[0] != values[1] and not may_change(key):
             yield Finding(
                 "resume-other-recipe", "error", key,
                 f"{new.get(key)} here, {old.get(key)} in {directory}, which this would resume",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -81,15 +82,15 @@ NAMES = {
 }  # fmt: skip
 
 
-def own_recipe(place: Path) -> Recipe:
-    """A run whose tokenizer and reward lie in a directory of the user's."""
+def own_recipe(place: Path, run: Path | None = None) -> Recipe:
+    """A run whose tokenizer and reward lie in a directory of the user's, which is made."""
     if not place.exists():
         (place / "model").mkdir(parents=True)
         for name, text in NAMES.items():
             (place / "model" / name).write_text(text)
         (place / "my.py").write_text(SCORE)
     words = ("tokenizer.kind=huggingface", f"tokenizer.path={place / 'model'}", f"reward.name={place / 'my.py'}:score")
-    return recipe(place / "run", *words)
+    return recipe(run or place / "run", *words)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +117,36 @@ def test_a_file_that_was_edited_between_two_attempts_is_found(
     (mine / file).write_text(text)
     found = [(one.severity, one.key) for one in findings(own_recipe(mine))]
     assert found == ([] if severity is None else [(severity, key)])
+
+
+def test_files_may_lie_elsewhere_if_they_are_the_same(tmp_path: Path) -> None:
+    mine, copy = tmp_path / "mine", tmp_path / "copy"
+    prepare_run(own_recipe(mine))
+    assert not list(findings(own_recipe(copy, mine / "run")))
+    (copy / "model" / "tokenizer.json").write_text("[]")
+    (copy / "my.py").write_text("")
+    found = [(one.severity, one.key) for one in findings(own_recipe(copy, mine / "run"))]
+    assert found == [("warning", "reward.name"), ("error", "tokenizer.path")]
+    RunDir(mine / "run").named_files.unlink()  # as a run of an earlier version
+    found = [one.key for one in findings(own_recipe(copy, mine / "run"))]
+    assert found == ["reward.name", "tokenizer.path"]
+
+
+def test_another_function_of_the_same_file_is_another_reward(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    prepare_run(own_recipe(mine))
+    other = own_recipe(mine)
+    other = other.model_copy(update={"reward": other.reward.model_copy(update={"name": f"{other.reward.name}2"})})
+    assert [(one.severity, one.key) for one in findings(other)] == [("error", "reward.name")]
+
+
+def test_other_weights_of_the_same_size_are_another_model(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        shutil.copytree(ROOT / "tests" / "data" / "model", tmp_path / name)
+        (tmp_path / name / "model.safetensors").write_bytes(name.encode() * 4096)
+    prepare_run(recipe(tmp_path / "run", f"model.path={tmp_path / 'one'}"))
+    assert not list(findings(recipe(tmp_path / "run", f"model.path={tmp_path / 'one'}")))
+    assert [one.key for one in findings(recipe(tmp_path / "run", f"model.path={tmp_path / 'two'}"))] == ["model.path"]
 
 
 def test_a_file_that_is_not_here_any_more_is_left_to_its_reader(tmp_path: Path) -> None:
@@ -147,3 +178,9 @@ def test_the_recipe_of_the_newest_checkpoint_decides(tmp_path: Path) -> None:
 def test_checkpoints_without_any_recipe_are_refused(tmp_path: Path) -> None:
     checkpoint(tmp_path, 1, None)
     assert [found.code for found in findings(recipe(tmp_path))] == ["resume-without-recipe"]
+
+
+def test_metrics_that_cannot_be_read_are_found_before_the_start(tmp_path: Path) -> None:
+    prepare_run(recipe(tmp_path))
+    RunDir(tmp_path).metrics.write_text("x{\n")
+    assert [(one.code, one.severity) for one in findings(recipe(tmp_path))] == [("metrics-damaged", "error")]
