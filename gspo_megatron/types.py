@@ -127,7 +127,8 @@ class Response:
     stop_reason: StopReason
     """`stop` = a stop token was sampled; `length` = cut at the response limit."""
     routes: np.ndarray | None = None
-    """[rows, layers, k] expert of each token, prompt included, -1 = not recorded; the last rows may be missing."""
+    """[rows, layers, k] expert of each token from the first of the prompt on, in one byte up to 256 experts and else in
+    two. The last rows may be missing: the last token was sampled and never routed."""
     masked: tuple[Masked, ...] = ()
     """In order; versions of masked tokens are those of the token before."""
     limit: int | None = None

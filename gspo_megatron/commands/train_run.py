@@ -24,7 +24,6 @@ from gspo_megatron.models import load_recipe, load_resolved
 from gspo_megatron.own_directory import HUGGING_FACE, RUN, claim_directory, refuse_foreign, refuse_unwritable
 from gspo_megatron.plan import check
 from gspo_megatron.plan.named_files import write_digests
-from gspo_megatron.plan.rules.not_built import not_built
 from gspo_megatron.plan.run_plan import read_contents
 from gspo_megatron.run_dir import EXPORT, RunDir
 from gspo_megatron.types import Finding
@@ -48,7 +47,7 @@ def train(path: Path, overrides: Sequence[str]) -> int:
     recipe = load_recipe(path, overrides)
     gpus = count_gpus()
     ranks = recipe.trainer.ranks or gpus or 2
-    if is_refused([*check(recipe, ranks), *not_built(recipe)]):
+    if is_refused(check(recipe, ranks)):
         return REFUSED
     if stays_finished(recipe):
         assert recipe.run.directory is not None

@@ -113,7 +113,7 @@ class Axes(Section):
     group_filter: Literal["none", "dynamic_sampling"] = "none"
     """dynamic_sampling: a group of equal rewards is replaced by another group."""
     replay: Literal["off", "trainer", "sampler"] = "off"
-    """Routing replay: reuse the experts chosen in the old log-prob pass (trainer) or during sampling (sampler)."""
+    """Routing replay: reuse the experts chosen in the old log-prob pass (trainer) or during sampling (sampler, R3)."""
 
     @field_validator("trust")
     @classmethod

@@ -111,7 +111,8 @@ _OWNED_MEGATRON = {
 _OWNED_VLLM = {
     "data_parallel_size": "rollout.servers", "decode_context_parallel_size": "rollout.decode_context_parallel",
     "dtype": "model.dtype", "enable_expert_parallel": "rollout.expert_parallel",
-    "enable_prefix_caching": "rollout.prefix_caching", "enable_sleep_mode": "placement.rollout_nodes",
+    "enable_prefix_caching": "rollout.prefix_caching", "enable_return_routed_experts": "objective.replay",
+    "enable_sleep_mode": "placement.rollout_nodes",
     "gpu_memory_utilization": "rollout.gpu_memory_fraction", "hf_config_path": "model.path",
     "kv_cache_memory_bytes": "rollout.kv_cache_gib", "max_model_len": "rollout.max_answer_tokens",
     "max_num_seqs": "rollout.max_concurrency", "model": "model.path", "nnodes": "placement.server_nodes",

@@ -114,7 +114,7 @@ class Controller:
             self.scheduler,
             lambda count: asyncio.to_thread(prompts.next, count),
             self._score_and_store,
-            self._sampling(recipe.rollout.temperature),
+            replace(self._sampling(recipe.rollout.temperature), routes=recipe.objective.replay == "sampler"),
             lambda: self.updater.version,
             overlaps,
             TokenCounter(store.directory / RECEIVED_TOKENS),
@@ -269,6 +269,7 @@ class Controller:
         """Score and store one response to a training prompt."""
         scored = await self._score(generation, reason)
         ref = await asyncio.to_thread(self._store.write, generation.prompt, scored.response, scored.reward)
+        generation.routes.cut(0)  # of all that a response holds the largest; its group may wait for others
         return replace(ref, parts=scored.parts, unscored=scored.unscored)
 
     async def _score(self, generation: Generation, reason: StopReason) -> Scored:

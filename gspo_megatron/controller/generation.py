@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gspo_megatron.config.long_responses import RepetitionHalt
+from gspo_megatron.controller.recorded_routes import RecordedRoutes
 from gspo_megatron.types import Masked, Prompt, Response, Segment, StopReason
 
 
@@ -28,6 +29,8 @@ class Sampling:
     """The run's seed; every part of every response derives its own from it."""
     halt: RepetitionHalt | None = None
     """When a response counts as repeating itself; None = never."""
+    routes: bool = False
+    """Whether the sampler's choice of experts is recorded."""
 
 
 def response_seed(seed: int, prompt_index: int, sample_index: int, part: int) -> int:
@@ -66,6 +69,8 @@ class Generation:
     """Longest that this response may get, of the step that started it; None = the sampling's own limit."""
     outcome: Any = None
     """The score that its agent or its environment gave, or a `Lost` where that failed; None = the reward scores it."""
+    routes: RecordedRoutes = field(default_factory=RecordedRoutes)
+    """Experts of prompt and response, each under the weights that its next token was sampled with."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -120,6 +125,8 @@ class Generation:
         self.lost += len(self) - length
         del self.token_ids[length:]
         del self.logprobs[length:]
+        # The last token that is left was not routed yet. Without any, another prompt may take this one's place.
+        self.routes.cut(len(self.prompt.token_ids) + length - 1 if length else 0)
         self._cut_segments(length)
 
     def abandon(self, length: int) -> None:
@@ -139,6 +146,7 @@ class Generation:
             logprobs=np.array(self.logprobs, np.float32),
             segments=tuple(self.segments),
             stop_reason=stop_reason,
+            routes=self.routes.copy(),
             masked=tuple(self.masked),
             limit=self.limit,
         )

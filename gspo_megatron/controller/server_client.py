@@ -11,11 +11,13 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
 import aiohttp
+import numpy as np
 
 from gspo_megatron.controller import vllm_format
 from gspo_megatron.controller.generation import Generation, Sampling
 from gspo_megatron.controller.server_admin import CONTROL_SECONDS, JSON_HEADER, ServerAdmin, ServerError
 from gspo_megatron.controller.vllm_format import FormatError, GenerationChunk
+from gspo_megatron.transport.route_frames import HEADER, FrameError, read_frame
 from gspo_megatron.transport.server_paths import GENERATE
 from gspo_megatron.types import StopReason
 
@@ -81,8 +83,9 @@ class ServerClient(ServerAdmin):
         self.generations.add(generation)
         certain, reason, segments = start, None, ()
         try:
-            async with aclosing(self._stream(body)) as chunks:
+            async with aclosing(self._stream(body, sampling.routes)) as chunks:
                 async for chunk in chunks:
+                    self._keep_routes(generation, chunk)
                     # A chunk was started when the one before it came: at worst it is labelled as too old.
                     generation.extend(chunk.token_ids, chunk.logprobs, label)
                     generation.received(len(chunk.token_ids))
@@ -91,6 +94,7 @@ class ServerClient(ServerAdmin):
                     reason, segments = chunk.finish_reason, chunk.segments
             if reason is None:
                 raise ServerError(f"server {self.url} broke off an answer")
+            self._check_routes(generation, sampling, start)
         except ServerError:
             generation.cut(certain)
             raise
@@ -106,7 +110,20 @@ class ServerClient(ServerAdmin):
         with self._reading(GENERATE):
             return vllm_format.read_scores(body, token_ids)
 
-    async def _stream(self, body: bytes) -> AsyncGenerator[GenerationChunk, None]:
+    def _keep_routes(self, generation: Generation, chunk: GenerationChunk) -> None:
+        try:
+            if chunk.routes is not None:
+                generation.routes.extend(chunk.routes)
+        except FrameError as error:
+            raise ServerError(f"server {self.url}: {error}") from None
+
+    def _check_routes(self, generation: Generation, sampling: Sampling, start: int) -> None:
+        """Raise ServerError unless every token but the last has its routes, where they are asked for."""
+        wanted = len(generation.prompt.token_ids) + len(generation) - 1
+        if sampling.routes and len(generation) > start and len(generation.routes) != wanted:
+            raise ServerError(f"server {self.url} sent routes of {len(generation.routes)} tokens instead of {wanted}")
+
+    async def _stream(self, body: bytes, routes: bool) -> AsyncGenerator[GenerationChunk, None]:
         """The chunks of one response. Raises ServerError when the server dies, or is given up by `watch`."""
         if self.fault:
             raise ServerError(self.fault)
@@ -116,14 +133,19 @@ class ServerClient(ServerAdmin):
         try:
             url = self.url + GENERATE
             limit = aiohttp.ClientTimeout(sock_connect=10)
-            async with self._session.post(url, data=body, headers=JSON_HEADER, timeout=limit) as response:
+            headers = JSON_HEADER | ({HEADER: "1"} if routes else {})
+            async with self._session.post(url, data=body, headers=headers, timeout=limit) as response:
                 await self._need_success(response, GENERATE)
+                rows: np.ndarray | None = None
                 async for line in response.content:
-                    if (chunk := vllm_format.read_chunk(line)) is not None:
+                    if (frame := read_frame(line)) is not None:
+                        rows = frame.read(await response.content.readexactly(frame.num_bytes + 1))
+                    elif (chunk := vllm_format.read_chunk(line, rows)) is not None:
+                        rows = None
                         yield chunk
         # A dying engine ends its streams in any of these ways, an error message instead of a chunk included.
-        except (aiohttp.ClientError, FormatError) as error:
-            reason = str(error) if isinstance(error, FormatError) else type(error).__name__
+        except (aiohttp.ClientError, FormatError, FrameError, asyncio.IncompleteReadError) as error:
+            reason = str(error) if isinstance(error, FormatError | FrameError) else type(error).__name__
             raise ServerError(f"server {self.url} is gone: {reason} on {GENERATE}") from None
         except asyncio.CancelledError:
             if self.fault:

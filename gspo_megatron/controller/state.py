@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from gspo_megatron.controller.generation import Generation
 from gspo_megatron.controller.groups import Group
+from gspo_megatron.controller.recorded_routes import RecordedRoutes
 from gspo_megatron.data.store import SampleStore
 from gspo_megatron.transport.messages import GenerationState, GroupState
 from gspo_megatron.types import Prompt, Response, SampleRef
@@ -92,6 +93,7 @@ def forget_lost_members(groups: Sequence[Group], store: SampleStore) -> None:
 
 def _read_generation(prompt: Prompt, entry: GenerationState, ref: SampleRef, store: SampleStore) -> Generation:
     ids, start, logprobs = store.read(ref)
+    routes = store.read_routes(ref)
     return Generation(
         prompt,
         entry.sample_index,
@@ -102,6 +104,7 @@ def _read_generation(prompt: Prompt, entry: GenerationState, ref: SampleRef, sto
         lost=entry.lost,
         masked=list(ref.masked),
         state=entry.state,
+        routes=RecordedRoutes(None if routes is None else routes.copy()),
     )
 
 

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from gspo_megatron.controller.generation import Generation, Sampling, response_seed
 from gspo_megatron.transport.update_messages import JoinRequest
 from gspo_megatron.types import Segment
@@ -44,6 +46,8 @@ class GenerationChunk:
     """vLLM's word for why the response ended; None = it has not."""
     segments: tuple[Segment, ...]
     """In the last chunk: weight versions of all tokens of the request, counted from its first one."""
+    routes: np.ndarray | None = None
+    """[rows, layers, k] experts of the tokens that follow those of the chunk before; None = none came."""
 
 
 def write_generation(generation: Generation, sampling: Sampling, left: int) -> bytes:
@@ -64,6 +68,8 @@ def write_generation(generation: Generation, sampling: Sampling, left: int) -> b
     }
     if not greedy:
         parameters["logprobs"] = 0
+    if sampling.routes:
+        parameters["routed_experts_prompt_start"] = len(generation.routes)
     if sampling.halt is not None:
         halt = {"max_pattern_size": sampling.halt.longest_pattern, "min_count": sampling.halt.times}
         parameters["repetition_detection"] = halt
@@ -73,8 +79,8 @@ def write_generation(generation: Generation, sampling: Sampling, left: int) -> b
     )
 
 
-def read_chunk(line: bytes) -> GenerationChunk | None:
-    """One line of a stream; None for a line without tokens."""
+def read_chunk(line: bytes, routes: np.ndarray | None = None) -> GenerationChunk | None:
+    """One line of a stream, with the routes that came before it; None for a line without tokens."""
     if not line.startswith(DATA) or line.startswith(DONE):
         return None
     try:
@@ -90,6 +96,7 @@ def read_chunk(line: bytes) -> GenerationChunk | None:
             tuple(
                 Segment(int(span["version"]), span["start"], span["end"]) for span in choice["weight_versions"] or ()
             ),
+            routes,
         )
     except (FormatError, RefusedRequest):
         raise

@@ -21,7 +21,7 @@ class SampleReader(Protocol):
         ...
 
     def read_routes(self, ref: SampleRef) -> np.ndarray | None:
-        """The sampler's experts int16 [length, layers, k], -1 = not recorded; None = none reported."""
+        """The sampler's experts [rows, layers, k] of the first tokens; None = none reported."""
         ...
 
 
@@ -105,8 +105,17 @@ def _build(ref: SampleRef, store: SampleReader, with_routes: bool) -> Sample:
     for span in ref.masked:
         loss_mask[start + span.start : start + span.end] = False
     rollout_logprobs[~loss_mask] = 0.0
-    routes = store.read_routes(ref) if with_routes else None
+    routes = pad_routes(store.read_routes(ref), len(token_ids)) if with_routes else None
     return Sample(np.asarray(token_ids, dtype=np.int32), loss_mask, rollout_logprobs, ref, routes)
+
+
+def pad_routes(rows: np.ndarray | None, length: int) -> np.ndarray | None:
+    """[length, layers, k] int16 of the recorded [rows, layers, k]; -1 where there is no row."""
+    if rows is None:
+        return None
+    routes = np.full((length, *rows.shape[1:]), -1, np.int16)
+    routes[: len(rows)] = rows
+    return routes
 
 
 def _prompt_index(item: SampleRef | Sample) -> int:

@@ -4,8 +4,9 @@
     samples/step_000012.jsonl       which of them step 12 trains on, with rewards and questions (sample_index.py)
 
 A record, little-endian: a 32-byte header (magic `GSPO`, format version, prompt length, answer length, CRC-32 of the
-body, shape of the routes, 4 zero bytes), then int32 ids of prompt and answer, then float32 log-probs of the answer,
-then, where the sampler reported them, int16 routes. All start at a multiple of 4, so each is viewed in place.
+body, shape of the routes, bytes of one of their numbers, 3 zero bytes), then int32 ids of prompt and answer, then
+float32 log-probs of the answer, then, where the sampler reported them, routes. All start at a multiple of 4, so each is
+viewed in place.
 
 A reference names file and offset, and exists only after its record was written: what a killed process leaves half
 written is never read. A new process opens a new file. Files are closed and on the disk before a batch or a checkpoint
@@ -32,11 +33,13 @@ from gspo_megatron.types import Prompt, Response, SampleRef
 
 MAGIC = b"GSPO"
 FORMAT_VERSION = 1
-HEADER = struct.Struct("<4sIIIIIHH4x")
+HEADER = struct.Struct("<4sIIIIIHHB3x")
 WRITTEN = NumberedName("written", 6, ".bin")
 """Files of records, in the order in which they were opened."""
 AT = "@"
 """Between file and offset in a reference. Without it the file is one record, as earlier versions wrote it."""
+ROUTE_TYPES = {1: np.dtype("<u1"), 2: np.dtype("<u2")}
+"""Type of an expert number by its bytes."""
 MAPPED_FILES = 8
 """Files that a reader keeps mapped."""
 
@@ -65,10 +68,13 @@ class SampleStore:
                 f"{len(answer.token_ids)} tokens"
             )
         ids = np.concatenate([np.asarray(prompt.token_ids, np.int32), np.asarray(answer.token_ids, np.int32)])
-        routes = np.zeros((0, 0, 0), "<i2") if answer.routes is None else np.asarray(answer.routes, "<i2")
-        body = ids.astype("<i4").tobytes() + np.asarray(answer.logprobs, "<f4").tobytes() + routes.tobytes()
+        routes = np.zeros((0, 0, 0), np.uint8) if answer.routes is None else answer.routes
+        kind = ROUTE_TYPES[routes.dtype.itemsize]
+        body = ids.astype("<i4").tobytes() + np.asarray(answer.logprobs, "<f4").tobytes()
+        body += routes.astype(kind, copy=False).tobytes()
         lengths = (len(prompt.token_ids), len(answer.token_ids))
-        header = HEADER.pack(MAGIC, FORMAT_VERSION, *lengths, _checksum(body, routes.shape), *routes.shape)
+        shape = (*routes.shape, kind.itemsize)
+        header = HEADER.pack(MAGIC, FORMAT_VERSION, *lengths, _checksum(body, routes.shape), *shape)
         return SampleRef(
             path=self._append(header + body),
             prompt_index=answer.prompt_index,
@@ -155,17 +161,15 @@ class SampleStore:
         return body[: 4 * length].view("<i4"), prompt_length, body[4 * length : answer_end].view("<f4")
 
     def read_routes(self, ref: SampleRef) -> np.ndarray | None:
-        """The sampler's experts, [length, layers, k] int16; -1 where it reported none, None where it reported nothing.
+        """The sampler's experts of the first tokens, [rows, layers, k], read-only; None where it reported nothing.
 
         Raises:
             DamagedSample: as `read`.
         """
-        body, prompt_length, length, shape = self._map(ref)
+        body, prompt_length, length, (*shape, item_bytes) = self._map(ref)
         if not shape[0]:
             return None
-        routes = np.full((length, *shape[1:]), -1, np.int16)
-        routes[: shape[0]] = body[8 * length - 4 * prompt_length :].view("<i2").reshape(shape)
-        return routes
+        return body[8 * length - 4 * prompt_length :].view(ROUTE_TYPES[item_bytes]).reshape(shape)
 
     def _append(self, record: bytes) -> str:
         """Write a record behind the last whole one; returns its place."""
@@ -190,8 +194,12 @@ class SampleStore:
                 self._file = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         self._end = 0
 
-    def _map(self, ref: SampleRef) -> tuple[np.ndarray, int, int, tuple[int, int, int]]:
-        """The checked body of a record, the length of its prompt and of all of it, and the shape of its routes."""
+    def _map(self, ref: SampleRef) -> tuple[np.ndarray, int, int, tuple[int, int, int, int]]:
+        """The checked body of a record, the length of its prompt and of all of it, shape and item size of its routes.
+
+        Raises:
+            DamagedSample: as `read`.
+        """
         name, offset = _place(ref)
         file = self.directory / name
         try:
@@ -211,14 +219,15 @@ class SampleStore:
                 f"{ref.prompt_length} + {ref.answer_length}"
             )
         length = prompt_length + answer_length
-        rows, layers, chosen = shape
-        wanted = 4 * (length + answer_length) + 2 * rows * layers * chosen
+        rows, layers, chosen, item_bytes = shape
+        wanted = 4 * (length + answer_length) + item_bytes * rows * layers * chosen
         body = whole[offset + HEADER.size : offset + HEADER.size + wanted]
-        if len(body) != wanted or rows > length or _checksum(body, (rows, layers, chosen)) != checksum:
+        fits = len(body) == wanted and rows <= length and (not rows or item_bytes in ROUTE_TYPES)
+        if not fits or _checksum(body, (rows, layers, chosen)) != checksum:
             raise DamagedSample(
                 f"sample {file} is damaged: the checksum at byte {offset} does not fit the {len(body)} bytes behind it"
             )
-        return body, prompt_length, length, (rows, layers, chosen)
+        return body, prompt_length, length, (rows, layers, chosen, item_bytes)
 
 
 @lru_cache(maxsize=MAPPED_FILES)

@@ -126,6 +126,7 @@ def vllm_arguments(recipe: Recipe, model: Path, host: str, port: int, has_gpu: b
         # Development mode would log a growing stack for every request that a dead engine leaves: 300 MB for 500.
         "--no-log-error-stack",
         # The last is asked first.
+        "--middleware=gspo_megatron.inference.route_stream.RouteStream",
         "--middleware=gspo_megatron.inference.weight_guard.WeightGuard",
         "--middleware=gspo_megatron.transport.auth.KeyGuard",
     ]
@@ -185,8 +186,11 @@ def serve(arguments: list[str], index: int) -> None:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     if current_platform.is_cpu():
+        from gspo_megatron.inference.route_recorder import record_on_cpu
+
         fork_workers()
         make_stage_inputs()
+        record_on_cpu()
     bind_forked_children()
     vllm_plugin.register()
     parsed: argparse.Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)  # type: ignore[assignment]

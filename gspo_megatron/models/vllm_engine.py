@@ -49,6 +49,7 @@ def engine_arguments(recipe: Recipe, model: Path, has_gpu: bool, sleeps: bool, l
         "hf_overrides": {"head_dtype": "float32"},
         "enable_prefix_caching": rollout.prefix_caching,
         "enable_expert_parallel": rollout.expert_parallel,
+        "enable_return_routed_experts": recipe.objective.replay == "sampler" and not loaded,
         "worker_extension_cls": "gspo_megatron.inference.vllm_worker.WorkerExtension",
         "weight_transfer_config": {"backend": BACKEND},
         **_device_arguments(recipe, has_gpu, sleeps and not loaded),

@@ -15,7 +15,7 @@ from gspo_megatron.cluster.machines import DEVICES
 from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.refusal import refuse
 from gspo_megatron.models import load_recipe
-from gspo_megatron.plan.run_plan import Plan, add_contents, add_not_built, make_plan, with_placement
+from gspo_megatron.plan.run_plan import Plan, add_contents, make_plan, with_placement
 
 
 def add_arguments(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -126,7 +126,7 @@ def _run(namespace: argparse.Namespace) -> int:
         from gspo_megatron.plan.search_text import print_search
 
         return print_search(with_placement(recipe, namespace.nodes, namespace.gpu), searched, namespace.json)
-    plan = add_not_built(add_contents(make_plan(recipe, namespace.nodes, namespace.gpu)))
+    plan = add_contents(make_plan(recipe, namespace.nodes, namespace.gpu))
     _print(plan, namespace)
     return REFUSED if plan.refused else 0
 

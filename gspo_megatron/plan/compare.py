@@ -13,7 +13,7 @@ from gspo_megatron.config.refusal import refuse
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.models import load_recipe
 from gspo_megatron.plan.estimate.calibration import TIME_RANGE
-from gspo_megatron.plan.run_plan import Plan, add_not_built, make_plan
+from gspo_megatron.plan.run_plan import Plan, make_plan
 from gspo_megatron.plan.search import Least, search
 from gspo_megatron.plan.suggest import apply
 from gspo_megatron.plan.units import between
@@ -106,7 +106,7 @@ def _row(name: str, path: Path, overrides: list[str], searched: Least | None) ->
             found = search(recipe, searched)[0]
             if found.layouts and found.servers:
                 recipe = apply(recipe, found.change)
-        plan = add_not_built(make_plan(recipe))
+        plan = make_plan(recipe)
     except RecipeError as error:
         first = error.findings[0]
         said = f"{first.code}: {first.key}: {first.message}; {first.fix}"

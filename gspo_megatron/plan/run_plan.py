@@ -32,7 +32,6 @@ from gspo_megatron.plan.rules import (
     run_directory,
     settings,
 )
-from gspo_megatron.plan.rules.not_built import not_built
 from gspo_megatron.types import Finding
 
 SEVERITIES = ("error", "warning", "info")
@@ -85,11 +84,6 @@ def make_plan(recipe: Recipe, nodes: int | None = None, gpu: GpuKind | None = No
     """
     recipe = with_placement(recipe, nodes, gpu)
     return _plan(recipe, machines.machine_of(recipe), runs_here)
-
-
-def add_not_built(plan: Plan) -> Plan:
-    """Add what the training loop does not support yet: `gspo train` refuses it."""
-    return replace(plan, findings=tuple(by_severity([*plan.findings, *not_built(plan.recipe)])))
 
 
 def add_contents(plan: Plan) -> Plan:

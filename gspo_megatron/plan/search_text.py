@@ -9,7 +9,7 @@ from typing import Any
 
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.plan.estimate.calibration import TIME_RANGE
-from gspo_megatron.plan.run_plan import add_not_built, make_plan
+from gspo_megatron.plan.run_plan import make_plan
 from gspo_megatron.plan.search import Candidate, Found, Least, Servers, search
 from gspo_megatron.plan.suggest import apply
 from gspo_megatron.plan.units import between, overrides_text
@@ -24,7 +24,7 @@ def print_search(recipe: Recipe, least: Least, as_json: bool) -> int:
     first = found[0]
     fits = bool(first.layouts and (first.servers or first.machine.is_cpu))
     # The search sees layouts only: the rest of the recipe has rules of its own.
-    planned = add_not_built(make_plan(apply(recipe, first.change))).findings if fits else ()
+    planned = make_plan(apply(recipe, first.change)).findings if fits else ()
     said = [finding for finding in planned if finding.severity != "info"]
     refused = any(finding.severity == "error" for finding in said)
     if as_json:

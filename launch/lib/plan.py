@@ -17,7 +17,6 @@ import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -32,7 +31,6 @@ from gspo_megatron.config.recipe_paths import absolute_path, paths_of, short_pat
 from gspo_megatron.config.secret_text import SECRET
 from gspo_megatron.models import load_recipe, load_resolved
 from gspo_megatron.own_directory import refuse_unwritable
-from gspo_megatron.plan.rules.not_built import not_built
 from gspo_megatron.plan.run_plan import make_plan, read_contents
 from gspo_megatron.run_dir import ATTEMPT, AttemptDir, RunDir
 from gspo_megatron.types import Finding
@@ -106,19 +104,16 @@ def load_for_job(
 
 
 def say_findings(recipe: Recipe, drawing: bool) -> None:
-    """What the planner says of the recipe, and what the loop cannot run yet. A drawing needs no loop: there it warns.
+    """What the planner says of the recipe and of its files; a drawing says only what refuses it.
 
     Raises:
         RecipeError: the run must not start.
     """
-    planned, unbuilt = list(make_plan(recipe, runs_here=not drawing).findings), not_built(recipe)
-    if drawing:
-        planned = [finding for finding in planned if finding.severity == "error"]
-        unbuilt = [replace(finding, severity="warning") for finding in unbuilt]
-    refuse_errors([*planned, *unbuilt])
+    planned = make_plan(recipe, runs_here=not drawing).findings
+    refuse_errors(planned)
     contents = read_contents(recipe, runs_here=not drawing)
     refuse_errors(contents)
-    for finding in (*planned, *unbuilt, *([] if drawing else contents)):
+    for finding in () if drawing else (*planned, *contents):
         print(finding, file=sys.stderr)
 
 

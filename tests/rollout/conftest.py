@@ -74,13 +74,14 @@ def server_command(run_dir: Path, port: int, *more: str) -> list[str]:
     return [sys.executable, "-m", "gspo_megatron.inference.server", *where, *more]
 
 
-def make_run_dir(directory: Path, server_nodes: int | None = None, **rollout: float) -> Path:
+def make_run_dir(directory: Path, server_nodes: int | None = None, replay: str = "off", **rollout: Any) -> Path:
     """A run directory that a server can start from, with some keys of `rollout` changed."""
     directory.mkdir(parents=True, exist_ok=True)
     recipe = make_recipe()
     sections = {
         "rollout": recipe.rollout.model_copy(update=rollout),
         "placement": recipe.placement.model_copy(update={"server_nodes": server_nodes}),
+        "objective": recipe.objective.model_copy(update={"replay": replay}),
     }
     save_resolved(recipe.model_copy(update=sections), directory / "recipe.resolved.yaml")
     write_config(directory / "model")

@@ -104,6 +104,13 @@ class Oracle:
         wanted = torch.tensor(list(token_ids[1:]))[:, None]
         return logits.log_softmax(-1)[:-1].gather(1, wanted)[:, 0].numpy()
 
+    @torch.no_grad()
+    def routes(self, token_ids: Sequence[int]) -> np.ndarray:
+        """The experts that each token chooses, in the order of their numbers, [length, layers, k]."""
+        logits = self.model(torch.tensor([list(token_ids)]), output_router_logits=True).router_logits
+        chosen = [layer.topk(ARCH.num_experts_per_tok, dim=1).indices.sort(dim=1).values for layer in logits]
+        return torch.stack(chosen, dim=1).numpy()
+
     def probes(self) -> list[tuple[list[int], list[float]]]:
         """Four fixed sequences with this model's log-probs."""
         rows = np.random.default_rng(0).integers(4, VOCAB, size=(4, 16)).tolist()

@@ -124,7 +124,7 @@ def _sum(stage: StageMemory, kind: str) -> int:
 def disk_bytes(recipe: Recipe, arch: Architecture, batch: BatchPlan) -> dict[str, int]:
     """Return the bytes that a run writes to its directory, by kind."""
     parameters = flops.parameters(arch)
-    routes = flops.route_bytes(arch) if recipe.objective.replay != "off" else 0
+    routes = flops.route_bytes(arch) if recipe.objective.replay == "sampler" else 0
     checkpoint, steps = recipe.checkpoint, recipe.trainer.max_steps
     weights = parameters * ITEM_BYTES[recipe.model.dtype]
     exports = steps // checkpoint.export_every if checkpoint.export_every else 0
@@ -133,7 +133,7 @@ def disk_bytes(recipe: Recipe, arch: Architecture, batch: BatchPlan) -> dict[str
     kept = min(steps, recipe.rollout.keep_samples or steps)
     # A step has an index and a file of tokens; a checkpoint begins another one.
     files = 2 * kept + (kept // checkpoint.every if checkpoint.every else 0) + 1
-    samples = batch.expected_tokens_per_batch * (9 + 2 * routes) + batch.sequences * INDEX_BYTES
+    samples = batch.expected_tokens_per_batch * (9 + routes) + batch.sequences * INDEX_BYTES
     return {
         f"{states} training states": states * parameters * STATE_BYTES,
         f"{exports + 1} exported models": (exports + 1) * weights,

@@ -191,13 +191,9 @@ def _replay(recipe: Recipe, spec: ObjectiveSpec, arch: Architecture, machine: Ma
     if spec.replay != "sampler":
         return
     rollout = recipe.rollout
-    if machine.is_cpu:
-        yield Finding(
-            "replay-needs", "error", "objective.replay",
-            "sampler requires vLLM's second model runner, which runs on a GPU only",
-            "use objective.replay=trainer",
-        )  # fmt: skip
     for key, value, wanted in (
+        # Its first model runner records none on a GPU. Without a GPU it is the only one, and we record there.
+        ("model_runner", "v2" if machine.is_cpu else rollout.model_runner or "v2", "v2"),
         ("prefix_caching", rollout.prefix_caching, True),
         ("pipeline_parallel", rollout.pipeline_parallel, 1),
         ("decode_context_parallel", rollout.decode_context_parallel, 1),

@@ -9,12 +9,14 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+import numpy as np
 from aiohttp import web
 
 from gspo_megatron.controller.server_client import ServerClient
 from gspo_megatron.models.vllm_layout import ServerLayout
 from gspo_megatron.transport.auth import has_key
 from gspo_megatron.transport.messages import ServerIdentity, StreamState
+from gspo_megatron.transport.route_frames import HEADER, write_frame
 from gspo_megatron.transport.update_messages import WorkerLayout, WorkerReport
 from gspo_megatron.types import Problem, Prompt
 
@@ -50,6 +52,8 @@ class FakeServer:
         """Answers wait before this token."""
         self.break_off_at = -1
         """Streams end without a reason before this token."""
+        self.mark = 0
+        """Expert of every token in the second of two layers; in the first it is the token's position."""
         self.delay = 0.0
         """Seconds a token takes."""
         self.device = "node 1 card 0"
@@ -109,6 +113,8 @@ class FakeServer:
         await response.prepare(request)
         token, spans, reason, aborts = len(body["token_ids"]), [], None, self.aborts
         planned = [token] * self.length(body) if self.ids is None else list(self.ids(body))
+        routed = body["sampling_params"].get("routed_experts_prompt_start")
+        assert (routed is None) == (HEADER not in request.headers)
         stops = [number for number, one in enumerate(planned, 1) if one in body["sampling_params"]["stop_token_ids"]]
         wanted = min(len(planned), body["sampling_params"]["max_tokens"], *stops[:1])
         for number, token in enumerate(planned[:wanted]):
@@ -124,6 +130,11 @@ class FakeServer:
                 spans.append({"version": self.version, "start": number})
             spans[-1]["end"] = number + 1
             self.tokens += 1
+            if routed is not None:
+                now = len(body["token_ids"]) + number
+                rows = [[[position], [self.mark]] for position in range(routed, now)]
+                await response.write(write_frame(np.array(rows, np.uint8)))
+                routed = now
             await self._send(response, [token], None, None)
         ended = "stop" if self.ids is not None and wanted in stops else self.reason
         await self._send(response, [], reason or ended, spans)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gspo_megatron.data.samples import pad_routes
 from gspo_megatron.data.store import HEADER, DamagedSample, SampleStore
 from gspo_megatron.types import Problem, Prompt, Response, SampleRef, Segment
 
@@ -47,7 +48,7 @@ def test_a_sample_comes_back_as_it_was(tmp_path: Path, length: int) -> None:
 
 def test_records_follow_each_other_in_one_file(stored: tuple[SampleStore, SampleRef, Path]) -> None:
     store, first, file = stored
-    routes = np.arange(7 * 3, dtype=np.int16).reshape(7, 3, 1)
+    routes = np.arange(7 * 3, dtype=np.uint8).reshape(7, 3, 1)
     refs = [first, *(store.write(PROMPT, replace(make_response(4), routes=routes), 0.5) for _ in range(3))]
     places = [int(ref.path.partition("@")[2]) for ref in refs]
     assert places == sorted(set(places)) and all(place % 4 == 0 for place in places)
@@ -148,13 +149,21 @@ def test_every_token_has_a_log_prob(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", [0, 1])
-def test_routes_come_back_and_what_is_missing_of_them_is_absent(tmp_path: Path, missing: int) -> None:
+@pytest.mark.parametrize(("kind", "largest"), [(np.uint8, 255), (np.uint16, 511)])
+def test_routes_come_back_and_what_is_missing_of_them_is_absent(
+    tmp_path: Path, missing: int, kind: type[np.unsignedinteger], largest: int
+) -> None:
     store = SampleStore(tmp_path)
-    routes = np.arange(7 * 2 * 3, dtype=np.int16).reshape(7, 2, 3)
-    routes[1] = -1
+    routes = np.random.default_rng(0).integers(0, largest + 1, (7, 2, 3)).astype(kind)
+    routes[0, 0, 0] = largest
     ref = store.write(PROMPT, replace(make_response(4), routes=routes[: 7 - missing]), 0.5)
     found = store.read_routes(ref)
-    assert found is not None and found.shape == (7, 2, 3)
-    assert np.array_equal(found[: 7 - missing], routes[: 7 - missing]) and (found[7 - missing :] == -1).all()
+    assert found is not None and found.dtype == kind and np.array_equal(found, routes[: 7 - missing])
+    padded = pad_routes(found, 7)
+    assert padded is not None and padded.dtype == np.int16
+    assert np.array_equal(padded[: 7 - missing], found) and (padded[7 - missing :] == -1).all()
     assert np.array_equal(store.read(ref)[2], make_response(4).logprobs)
+    written = store.directory / "written_000001.bin"
+    plain = HEADER.size + 4 * (7 + 4)
+    assert written.stat().st_size == plain + routes[: 7 - missing].nbytes, "one byte a choice up to 256 experts"
     assert store.read_routes(store.write(PROMPT, make_response(5), 0.5)) is None
