@@ -68,7 +68,7 @@ async def test_a_server_that_sends_too_few_or_none_is_a_fault() -> None:
 
 
 def test_rows_stay_those_of_their_tokens() -> None:
-    """However tokens are sampled, put in, cut, abandoned and begun anew under another prompt."""
+    """However tokens are sampled, put in, cut, abandoned and started anew under another prompt."""
     for number in range(int(os.environ.get("GSPO_FUZZ", "1000")) // 10):
         draw = random.Random(number)
         generation, mark = Generation(make_prompt(0, range(draw.randint(1, 4))), 0), 0
