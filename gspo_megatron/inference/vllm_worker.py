@@ -81,6 +81,7 @@ class ShardTransferEngine(WeightTransferEngine[JoinInfo, ReceiveInfo]):
             parallel.pipeline_parallel_size,
             parallel.data_parallel_size,
             parallel.enable_expert_parallel,
+            expert_width(self.model),
         )
 
     @property
@@ -158,6 +159,14 @@ class ShardTransferEngine(WeightTransferEngine[JoinInfo, ReceiveInfo]):
         if self.channel is not None:
             self.channel.close()
         self.channel = None
+
+
+def expert_width(model: torch.nn.Module) -> int:
+    """The field of `ServerLayout`: what the kernels that vLLM has chosen for this device make of a slice."""
+    shapes = [layer.moe_config for layer in model.modules() if isinstance(layer, RoutedExperts)]
+    if not shapes or shapes[0].intermediate_size_per_partition == shapes[0].intermediate_size_per_partition_unpadded:
+        return 0
+    return shapes[0].intermediate_size_per_partition
 
 
 def refuse_other_model(

@@ -13,6 +13,13 @@ from gspo_megatron.config.model_section import Architecture
 
 VOCABULARY_PADDING = 64
 """vLLM pads the vocabulary to a multiple of this before it cuts it (`DEFAULT_VOCAB_PADDING_SIZE`)."""
+EXPERT_TILE = 128
+"""vLLM 0.32's experts on Blackwell (FlashInfer's TRT-LLM) pad the width that a rank holds to a multiple of this."""
+
+
+def pad_experts(width: int) -> int:
+    """What those kernels make of a width. Source: vLLM's `fused_moe/oracle/unquantized.py`."""
+    return -(-width // EXPERT_TILE) * EXPERT_TILE
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +34,8 @@ class ServerLayout:
     """Attention replicas within the server; experts are spread over tensor * data ranks."""
     expert_parallel: bool = False
     """Whole experts on each of the tensor * data ranks, instead of a slice of every expert."""
+    expert_width: int = 0
+    """Intermediate columns of an expert on a rank where kernels pad them (`pad_experts`); 0 = they do not."""
 
     @property
     def world(self) -> int:

@@ -37,7 +37,7 @@ def server_layer(
 
 
 def _experts(arch: Architecture, layout: ServerLayout, prefix: str, index: int) -> Iterator[ServerParameter]:
-    """w13 [experts, 2 * width, hidden]: gate over up; w2 [experts, hidden, width]."""
+    """w13 [experts, 2 * width, hidden]: gate over up; w2 [experts, hidden, width]; padding is behind each part."""
     ranks, hidden = layout.tensor * layout.data, arch.hidden_size
     experts, width, slot = range(arch.num_experts), arch.moe_intermediate_size, 0
     if layout.expert_parallel:
@@ -48,8 +48,9 @@ def _experts(arch: Architecture, layout: ServerLayout, prefix: str, index: int) 
     else:
         width, slot = share_of(width, ranks, "moe_intermediate_size"), index
     rows = (slot * width, (slot + 1) * width)
+    padded = layout.expert_width or width
     gate_up = tuple(
-        ServerPiece(f"{prefix}{expert}.{part}_proj.weight", rows, (0, hidden), (place, half * width, 0))
+        ServerPiece(f"{prefix}{expert}.{part}_proj.weight", rows, (0, hidden), (place, half * padded, 0))
         for place, expert in enumerate(experts)
         for half, part in enumerate(("gate", "up"))
     )
@@ -57,5 +58,5 @@ def _experts(arch: Architecture, layout: ServerLayout, prefix: str, index: int) 
         ServerPiece(f"{prefix}{expert}.down_proj.weight", (0, hidden), rows, (place, 0, 0))
         for place, expert in enumerate(experts)
     )
-    yield ServerParameter(f"{prefix}routed_experts.w13_weight", (len(experts), 2 * width, hidden), gate_up)
-    yield ServerParameter(f"{prefix}routed_experts.w2_weight", (len(experts), hidden, width), down)
+    yield ServerParameter(f"{prefix}routed_experts.w13_weight", (len(experts), 2 * padded, hidden), gate_up)
+    yield ServerParameter(f"{prefix}routed_experts.w2_weight", (len(experts), hidden, padded), down)

@@ -16,6 +16,7 @@ from gspo_megatron.models import architecture_of
 from gspo_megatron.models.hf_table import hf_shapes
 from gspo_megatron.plan.estimate import decode, flops
 from gspo_megatron.plan.estimate.batch import PROMPT_SHARE, BatchPlan
+from gspo_megatron.plan.estimate.padded_experts import padding_bytes
 from gspo_megatron.plan.estimate.practice import OURS, Practice
 from gspo_megatron.types import ITEM_BYTES, Finding
 
@@ -112,7 +113,8 @@ def plan_rollout(
     if machine.is_cpu:
         room = int(rollout.kv_cache_gib * GIB) // devices
     else:
-        room = max(0, int(machine.device.memory * rollout.gpu_memory_fraction) - weights - SERVER_BYTES)
+        room = int(machine.device.memory * rollout.gpu_memory_fraction) - weights - SERVER_BYTES
+        room = max(0, room - padding_bytes(recipe, arch, machine))
     longest = rollout.max_prompt_tokens + rollout.max_answer_tokens
     held = int(room / (per_device * _lengths(recipe, practice)[1]))
     wanted = batch.sequences / (1 - practice.rates.dropped_groups if samples_again(recipe) else 1)

@@ -9,6 +9,8 @@ from gspo_megatron.cluster.machines import BLACKWELL, HOPPER, Machine
 from gspo_megatron.config.engine_keys import ACT_ON_CPU
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.models.server_cuts import EXPERT_TILE
+from gspo_megatron.plan.estimate.padded_experts import UNPADDED, expert_widths, pads_experts
 from gspo_megatron.plan.rules import server_start
 from gspo_megatron.plan.units import value_text
 from gspo_megatron.types import Finding
@@ -19,10 +21,6 @@ CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Sizes of attention heads on a CPU. Source: vLLM 0.32's `v1/attention/backends/cpu_attn.py`."""
 CPU_TILE = 32
 """The same for the hidden size of experts: `fused_moe/experts/cpu_moe.py`."""
-TILE = 128
-"""Width to a multiple of which they pad."""
-UNPADDED = "triton"
-"""Kernels of the experts that pad nothing."""
 
 
 def findings(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[Finding]:
@@ -40,9 +38,7 @@ def findings(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[F
     yield from server_start.findings(recipe, machine)
     if str(vllm.get("kv_cache_dtype", "")).startswith("fp8"):
         yield from _rounded_keys(recipe)
-    # There vLLM 0.32 takes kernels that pad the width of an expert. Source: its `oracle/unquantized.py`, and a reload
-    # of its CUDA classes at capability 10.0.
-    if machine.device.kind in BLACKWELL:
+    if pads_experts(recipe, machine):
         yield from _padded_experts(recipe, arch, machine)
 
 
@@ -140,16 +136,20 @@ def _rounded_keys(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _padded_experts(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[Finding]:
-    """Experts that vLLM would pad, which the transfer of weights does not know."""
-    rollout = recipe.rollout
-    parts = 1 if rollout.expert_parallel else rollout.tensor_parallel
-    width = arch.moe_intermediate_size // parts
-    if not arch.num_experts or not width % TILE or rollout.vllm.given().get("moe_backend") == UNPADDED:
-        return
-    yield Finding(
-        "experts-padded", "error", "rollout.tensor_parallel",
-        f"{rollout.tensor_parallel} cuts experts to a width of {width}, which vLLM pads to {-(-width // TILE) * TILE} "
-        f"on a {machine.device.kind.upper()}: the weight update writes unpadded experts",
-        f"set rollout.expert_parallel=true (whole experts of {arch.moe_intermediate_size}), a tensor_parallel that "
-        f"leaves a multiple of {TILE}, or rollout.vllm.moe_backend={UNPADDED}",
-    )  # fmt: skip
+    """What the kernels of experts on Blackwell cost, and what they do not take."""
+    rollout, kind = recipe.rollout, machine.device.kind.upper()
+    if recipe.model.dtype != "bfloat16" and arch.num_experts:
+        yield Finding(
+            "experts-type", "error", "model.dtype",
+            f"{recipe.model.dtype}: the experts that vLLM takes on a {kind} refuse all weights but bfloat16",
+            f"set it to bfloat16, or rollout.vllm.moe_backend={UNPADDED}",
+        )  # fmt: skip
+    width, padded = expert_widths(recipe, arch)
+    if width != padded:
+        yield Finding(
+            "experts-padded", "warning", "rollout.tensor_parallel",
+            f"{rollout.tensor_parallel} cuts experts to a width of {width}, which vLLM pads to {padded} on a {kind}: "
+            f"they take {padded / width:.2f} times the memory and the reading",
+            f"set rollout.expert_parallel=true (whole experts of {arch.moe_intermediate_size}), a tensor_parallel that "
+            f"leaves a multiple of {EXPERT_TILE}, or rollout.vllm.moe_backend={UNPADDED}",
+        )  # fmt: skip

@@ -102,13 +102,24 @@ def test_shapes_that_a_cpu_server_refuses_are_named(key: str, value: int) -> Non
 
 
 @pytest.mark.parametrize("gpu", ["b200", "b300", "gb200"])
-def test_padded_experts_are_refused(gpu: str) -> None:
+def test_padded_experts_are_said_and_counted(gpu: str) -> None:
     """Experts of 768 over 4 ranks are 192 wide; vLLM makes them 256 there."""
     base = [f"placement.gpu={gpu}", "placement.gpus_per_node=4", "rollout.tensor_parallel=4", "rollout.servers=4"]
     assert codes(GPU, *base)["experts-padded"] == "rollout.tensor_parallel"
-    for remedy in ("rollout.expert_parallel=true", "rollout.vllm.moe_backend=triton", "rollout.tensor_parallel=2"):
+    remedies = ("rollout.expert_parallel=true", "rollout.vllm.moe_backend=triton", "rollout.tensor_parallel=2")
+    for remedy in remedies:
         assert "experts-padded" not in codes(GPU, *base, remedy)
     assert "experts-padded" not in codes(GPU, *base, "placement.gpu=h200")
+    # 48 layers of 128 experts, 3 matrices of 2048 x 64 values of padding, two bytes each.
+    padding = 48 * 128 * 3 * 2048 * 64 * 2
+    plans = [make_plan(load_recipe(Path(GPU), [*base, *more])).rollout for more in ([], [remedies[1]])]
+    assert plans[0] and plans[1] and plans[1].kv_room - plans[0].kv_room == padding
+
+
+def test_experts_of_another_type_are_refused_on_blackwell() -> None:
+    base = ["placement.gpu=b200", "model.dtype=float32"]
+    assert codes(GPU, *base)["experts-type"] == "model.dtype"
+    assert "experts-type" not in codes(GPU, *base, "rollout.vllm.moe_backend=triton")
 
 
 @pytest.mark.parametrize("path", sorted(Path("recipes").glob("*.yaml")), ids=lambda path: path.stem)

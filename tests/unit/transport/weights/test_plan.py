@@ -4,6 +4,7 @@ by vLLM's documented sharding."""
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -134,6 +135,10 @@ def server_model(
             gate, up, down = (np.array_split(part, ranks)[index] for part in (gate, up, down))
         else:
             gate, up, down = cut(gate, 1, index, ranks), cut(up, 1, index, ranks), cut(down, 2, index, ranks)
+        if layout.expert_width:
+            more = layout.expert_width - gate.shape[1]
+            gate, up = (np.pad(part, ((0, 0), (0, more), (0, 0)), constant_values=np.nan) for part in (gate, up))
+            down = np.pad(down, ((0, 0), (0, 0), (0, more)), constant_values=np.nan)
         model[f"{mlp}experts.routed_experts.w13_weight"] = np.concatenate([gate, up], 1)
         model[f"{mlp}experts.routed_experts.w2_weight"] = down
     return model
@@ -212,12 +217,16 @@ def trainers(draw, arch: Architecture) -> Layout:
 @st.composite
 def server_layouts(draw, arch: Architecture) -> list[ServerLayout]:
     def one() -> ServerLayout:
-        return ServerLayout(
+        layout = ServerLayout(
             draw(st.sampled_from([1, 2, 4])),
             draw(st.sampled_from([1, 2, 3])),
             draw(st.sampled_from([1, 2])) if arch.num_experts else 1,
             bool(arch.num_experts) and draw(st.booleans()),
         )
+        if not arch.num_experts or draw(st.booleans()):
+            return layout
+        width = arch.moe_intermediate_size // (1 if layout.expert_parallel else layout.tensor * layout.data)
+        return replace(layout, expert_width=width + draw(st.integers(1, 5)))
 
     return [one() for _ in range(draw(st.integers(1, 3)))]
 
