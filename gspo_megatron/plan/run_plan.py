@@ -12,7 +12,7 @@ from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.placement_section import GpuKind
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.parallel import Layout
-from gspo_megatron.plan import suggest
+from gspo_megatron.plan import neighbours, suggest
 from gspo_megatron.plan.estimate import batch, memory, rollout, step_time
 from gspo_megatron.plan.estimate.batch import BatchPlan
 from gspo_megatron.plan.estimate.memory import StageMemory
@@ -173,7 +173,10 @@ def _resources(
     found += [spare[0]] if spare else []
     shares = {"memory-to-spare": spare[1] if spare else 0.0, "experts-cross-nodes": work.exchange_seconds}
     raised = {finding.code for finding in found}
+    near = [] if _refuses(found) else list(neighbours.findings(recipe, where, work.seconds_per_step))
+    found += [finding for finding, _ in near]
     shares = {code: seconds / work.seconds_per_step for code, seconds in shares.items() if code in raised}
+    shares |= {finding.code: share for finding, share in near}
     return {"memory": stages, "rollout": servers, "compute": work, "shares": shares}
 
 
