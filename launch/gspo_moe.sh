@@ -24,7 +24,7 @@ trap 'echo "gspo: gspo_moe.sh, line $LINENO: \`$BASH_COMMAND\` failed; correct t
 describe_job() { # waits for a slurmctld that restarts, 15 minutes at most
     local tries
     for tries in {450..0}; do
-        scontrol show job -o "$SLURM_JOB_ID" && return
+        scontrol show job "$SLURM_JOB_ID" && return
         [ "$tries" = 0 ] || sleep 2
     done
     return 1
@@ -35,7 +35,8 @@ find_home() { # the checkout; SLURM runs a copy of this file from its spool dire
     home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
     if [ ! -f "$home/launch/lib/site.sh" ] && [ -n "${SLURM_JOB_ID:-}" ]; then
         record=$(describe_job)
-        prefix=${record#* Command=}
+        # At the start of a line: a job's name may hold these words too.
+        prefix=${record##*$'\n   Command='}
         prefix=${prefix%%/launch/gspo_moe.sh*}
         home=$SLURM_SUBMIT_DIR
         [ -f "$prefix/launch/lib/site.sh" ] && home=$prefix

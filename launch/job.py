@@ -19,13 +19,15 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from gspo_megatron.cluster.attempts import newest_checkpoint, read_bad_nodes
+from gspo_megatron.cluster.attempts import count_restarts, newest_checkpoint, read_bad_nodes, remove_key
+from gspo_megatron.cluster.child_processes import hear_of_ends
 from gspo_megatron.cluster.events import CountRestart, Exit, Interrupted, Print, StopRequested, Watched
 from gspo_megatron.cluster.exit_codes import BY_SIGNAL, FAILED, OK, REFUSED, STOPPED
 from gspo_megatron.cluster.slurm_allocation import Allocation
 from gspo_megatron.cluster.slurm_backend import KINDS, Place, SlurmBackend
 from gspo_megatron.cluster.slurm_commands import (
     describe_job,
+    exclusion_fault,
     is_preempted,
     queue_again,
     read_field,
@@ -34,7 +36,7 @@ from gspo_megatron.cluster.slurm_commands import (
 )
 from gspo_megatron.cluster.supervisor import Rules, Supervisor, supervise
 from gspo_megatron.run_dir import AttemptDir, RunDir
-from launch.lib.attempt import claim_attempt, remove_key, wait_for_slurm, write_key
+from launch.lib.attempt import claim_attempt, wait_for_slurm, write_key
 from launch.lib.granted_job import HOME, Job, find_job, print_commands
 from launch.lib.job_arguments import Arguments, read_arguments
 from launch.lib.plan_request import Refused, ask_plan, role_step
@@ -65,6 +67,7 @@ class UserEnds(BaseException):
 
 def main(words: Sequence[str]) -> int:
     """Entry. Exit codes: gspo_megatron/cluster/exit_codes.py."""
+    hear_of_ends()
     try:
         arguments = read_arguments(words[1:], Path(words[0]))
         job_id = os.environ.get("SLURM_JOB_ID", "")
@@ -163,11 +166,11 @@ class Attempt:
 
     def _go_elsewhere(self, place: Place, max_restarts: int) -> int:
         """Queue the job again without the nodes whose hardware must not be used."""
-        bad = read_bad_nodes(place.run_dir)
-        used = len(place.run.restarts.read_text().splitlines()) if place.run.restarts.is_file() else 0
-        if used >= max_restarts or read_field(describe_job(place.job), "Requeue") != "1":
-            words = f"not queued again; to go on without {','.join(bad)} (--exclude): {self._resume}"
-            print(f"gspo: {words}", flush=True)
+        bad, used, record = read_bad_nodes(place.run_dir), count_restarts(place.run_dir), describe_job(place.job)
+        why = exclusion_fault(record, bad)
+        if why or used >= max_restarts or read_field(record, "Requeue") != "1":
+            because = f", because {why}" if why else ""
+            print(f"gspo: not queued again{because}; to go on without {','.join(bad)} (--exclude): {self._resume}")
             return REFUSED
         print(f"gspo: restart {used + 1} of at most {max_restarts}, without {','.join(bad)}", flush=True)
         SlurmBackend(place).perform(CountRestart("hardware that must not be used"))

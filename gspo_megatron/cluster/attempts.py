@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gspo_megatron.cluster.shared_files import read_shared, retry_stale
-from gspo_megatron.run_dir import CHECKPOINT, CheckpointDir, RunDir, complete_checkpoints
+from gspo_megatron.run_dir import CHECKPOINT, AttemptDir, CheckpointDir, RunDir, complete_checkpoints
 
 ATTEMPT_VARIABLE = "GSPO_ATTEMPT"
 """Environment of every role of a job: the attempt that it belongs to."""
@@ -105,6 +105,20 @@ def read_bad_nodes(run_dir: Path) -> list[str]:
     lines = read_shared(file).splitlines() if file.is_file() else []
     found = [match[1] for line in lines if (match := re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]*) .+", line, re.ASCII))]
     return list(dict.fromkeys(found))
+
+
+def count_restarts(run_dir: Path) -> int:
+    """Restarts of a run after crashes, over all attempts; 0 where nobody has recorded any."""
+    file = RunDir(run_dir).restarts
+    return len(read_shared(file).splitlines()) if file.is_file() else 0
+
+
+def remove_key(attempt: Path) -> None:
+    """Take the key away; without it nothing can be asked of what may still run."""
+    try:
+        AttemptDir(attempt).key.unlink(missing_ok=True)
+    except OSError as error:
+        print(f"gspo: {AttemptDir(attempt).key} cannot be removed ({error.strerror}); remove it", flush=True)
 
 
 def replacement(run_dir: Path) -> str | None:

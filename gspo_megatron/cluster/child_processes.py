@@ -23,6 +23,11 @@ def die_with_parent(parent: int | None = None) -> None:
         os._exit(1)
 
 
+def hear_of_ends() -> None:
+    """Be told how children end. A parent that ignored SIGCHLD hands that on, and every exit code would be 0."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 def bind_forked_children() -> None:
     """Let every process forked from this one, and from those, die with its own parent."""
     parents: list[int] = []

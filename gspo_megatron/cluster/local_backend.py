@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from gspo_megatron.cluster.attempts import newest_checkpoint
+from gspo_megatron.cluster.child_processes import hear_of_ends
 from gspo_megatron.cluster.events import (
     Decision,
     Ended,
@@ -128,6 +129,7 @@ def run_roles(
         0 when every trainer rank ended well; STOPPED when they saved themselves because they were asked to stop; 130 or
         143 after Ctrl-C or SIGTERM; 1 when a role failed.
     """
+    hear_of_ends()
     log_dir.mkdir(parents=True, exist_ok=True)
     with scratch_directory() as scratch:
         backend = LocalBackend([_with_scratch(role, scratch) for role in roles], log_dir)

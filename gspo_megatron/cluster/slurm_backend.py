@@ -15,7 +15,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from gspo_megatron.cluster import slurm_commands
-from gspo_megatron.cluster.attempts import newest_checkpoint, read_attempt, read_bad_nodes
+from gspo_megatron.cluster.attempts import (
+    count_restarts,
+    newest_checkpoint,
+    read_attempt,
+    read_bad_nodes,
+    remove_key,
+)
 from gspo_megatron.cluster.events import (
     AskNodes,
     AskSlurm,
@@ -45,7 +51,7 @@ from gspo_megatron.cluster.slurm_commands import (
     queue_again,
     read_field,
 )
-from gspo_megatron.cluster.slurm_steps import Step, srun
+from gspo_megatron.cluster.slurm_steps import Step, reasons, srun
 from gspo_megatron.run_dir import AttemptDir, RunDir
 
 KINDS = ("rollout", "controller", "trainer")
@@ -56,8 +62,6 @@ FIRST_END = re.compile(r"error: [^ ]+: tasks? |Node failure on")
 TASK_END = re.compile(r"error: ([^ ]+): tasks? (\d*)[^:]*: (.*)")
 NODE_LOST = re.compile(r"Node failure on ([^ ]+)")
 KILLED = re.compile(r"Killed|Aborted|fault|error$")
-HARMLESS = re.compile("lacks support for cpu binding")
-"""What srun says of an option of ours where it changes nothing."""
 OWN_WORDS = re.compile(r"^[0-9: ]*$|^ *([0-9]+: )?(slurmstepd|srun)")
 """Lines of a log that are not the role's: empty, or SLURM's."""
 LOOK_SECONDS = 1.0
@@ -144,7 +148,7 @@ class SlurmBackend:
             with self.place.run.restarts.open("a") as file:
                 file.write(f"{when} attempt {self.place.number}: {decision.reason}\n")
         elif isinstance(decision, Requeue):
-            self.place.files.key.unlink(missing_ok=True)
+            remove_key(self.place.attempt)
             return [self._queue_again()]
         return []
 
@@ -154,7 +158,7 @@ class SlurmBackend:
 
     def explain(self, kind: str, code: int) -> str:
         """The end of the log of a kind of role, then one sentence: kind, node and reason."""
-        lines = [line for line in _lines(self.place.files.srun(kind)) if not HARMLESS.search(line)]
+        lines = reasons(_lines(self.place.files.srun(kind)))
         words = self._first_end(kind) or (lines[-1] if lines else "")
         task, lost = TASK_END.search(words), NODE_LOST.search(words)
         if task:
@@ -209,7 +213,7 @@ class SlurmBackend:
             process.wait()
 
     def _read_run_dir(self) -> RolesEnded:
-        newest, restarts = newest_checkpoint(self.place.run_dir), len(_lines(self.place.run.restarts))
+        newest, restarts = newest_checkpoint(self.place.run_dir), count_restarts(self.place.run_dir)
         # Read after the roles have ended: where the network is gone that takes a minute, and the attempt that runs
         # elsewhere may be done by then.
         return RolesEnded(newest, self.place.run.done.is_file(), self._replaced_by(), restarts)

@@ -22,6 +22,8 @@ REFUSALS = 3
 
 HOLDING = ("RUNNING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING", "CONFIGURING")
 """States of a job that has nodes and will go on."""
+FREE_TEXT = re.compile(r"(Command|WorkDir|StdErr|StdIn|StdOut|\w*Comment|Extra|MailUser|Container|SubmitLine)=")
+"""Lines of a record in which anything may stand."""
 NO_VALUE = ("(null)", "N/A", "None", "UNLIMITED", "Partition_Limit", "Unknown")
 """A record has these where there is no value."""
 
@@ -32,14 +34,27 @@ def expand_hosts(folded: str) -> list[str]:
 
 
 def describe_job(job: str, timeout: float | None = None) -> str:
-    """SLURM's record of a job, one line for each component; empty when slurmctld does not answer."""
-    return read_command("scontrol", "show", "job", "-d", "-o", job, timeout=timeout)
+    """SLURM's record of a job without what people write; empty when slurmctld does not answer.
+
+    Returns:
+        One line for each component: the fields that SLURM itself fills in.
+    """
+    components: list[list[str]] = []
+    for line in read_command("scontrol", "show", "job", "-d", job, timeout=timeout).splitlines():
+        if line.startswith("JobId="):
+            components.append([line.partition(" JobName=")[0]])
+        elif components and line.startswith(" ") and not FREE_TEXT.match(line.strip()):
+            components[-1].append(line.strip())
+    return "\n".join(" ".join(lines) for lines in components)
 
 
 def read_field(record: str, name: str) -> str:
-    """A field of a job's record; empty where it is absent, or SLURM has no value for it."""
-    match = re.search(rf"(?:^|\s){name}=(\S+)", record)
-    return match[1] if match and match[1] not in NO_VALUE else ""
+    """A field of a job's record, or of its first component's; empty where it is absent, or has no value.
+
+    The last one of that name counts: a job's name may hold lines that look like fields, and it stands first.
+    """
+    found = re.findall(rf"(?:^|\s){name}=(\S+)", record.partition("\n")[0])
+    return found[-1] if found and found[-1] not in NO_VALUE else ""
 
 
 def is_ending(record: str) -> bool:
@@ -97,13 +112,31 @@ def queue_again(job: str, without: Sequence[str]) -> None:
         time.sleep(RETRY_SECONDS)
 
 
+def exclusion_fault(record: str, nodes: Sequence[str]) -> str:
+    """Why SLURM could never start a job again without some nodes, as half a sentence; empty where it can."""
+    asked = expand_hosts(read_field(record, "ReqNodeList") or ",")
+    if named := [node for node in nodes if node in asked]:
+        return f"--nodelist asks for {', '.join(named)}"
+    partition = read_field(record, "Partition")
+    described = read_command("scontrol", "show", "partition", partition)
+    has = {host for folded in re.findall(r"^ *Nodes=(\S+)", described, re.MULTILINE) for host in expand_hosts(folded)}
+    left = len(has - {*nodes, *expand_hosts(read_field(record, "ExcNodeList") or ",")})
+    wanted = re.match(r"\d+", read_field(record, "NumNodes"))
+    if not has or wanted is None or left >= int(wanted[0]):
+        return ""
+    return f"partition {partition} has {left} other node{'s' * (left != 1)} and the job takes {wanted[0]}"
+
+
 def _exclude(job: str, nodes: Sequence[str]) -> None:
     """SLURM accepts this for a job that waits, not for one that runs."""
     # One name that SLURM does not know makes it refuse all of them.
     known = [node for node in nodes if read_command("scontrol", "show", "node", node)]
     if gone := sorted(set(nodes) - set(known)):
         print(f"gspo: not excluded, because SLURM knows no such node: {', '.join(gone)}", flush=True)
-    if known:
-        before = read_field(describe_job(job), "ExcNodeList")
+    record = describe_job(job)
+    if known and (fault := exclusion_fault(record, known)):
+        print(f"gspo: not excluded, because {fault}: {', '.join(known)}", flush=True)
+    elif known:
+        before = read_field(record, "ExcNodeList")
         names = ",".join([*([before] if before else []), *known])
         subprocess.run(("scontrol", "update", f"JobId={job}", f"ExcNodeList={names}"), stdin=subprocess.DEVNULL)

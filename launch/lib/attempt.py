@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from gspo_megatron.cluster import slurm_commands
+from gspo_megatron.cluster.attempts import remove_key
 from gspo_megatron.cluster.shared_files import replace_text, retry_stale
 from gspo_megatron.cluster.slurm_commands import running_jobs
 from gspo_megatron.run_dir import ATTEMPT, AttemptDir, RunDir
@@ -88,11 +89,3 @@ def write_key(attempt: Path) -> None:
     handle = retry_stale(lambda: os.open(AttemptDir(attempt).key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     with os.fdopen(handle, "w") as file:
         file.write(secrets.token_hex(16))
-
-
-def remove_key(attempt: Path) -> None:
-    """Take the key away; without it nothing can be asked of what may still run."""
-    try:
-        AttemptDir(attempt).key.unlink(missing_ok=True)
-    except OSError as error:
-        print(f"gspo: {AttemptDir(attempt).key} cannot be removed ({error.strerror}); remove it", flush=True)

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 from gspo_megatron.cluster.command_output import read_command
 from gspo_megatron.cluster.slurm_allocation import drop_options, read_allocation, resume_options
 from gspo_megatron.cluster.slurm_commands import describe_job
-from gspo_megatron.cluster.slurm_steps import Step
+from gspo_megatron.cluster.slurm_steps import SLURM_WORDS, Step, reasons
 from gspo_megatron.cluster.visible_devices import VARIABLE, select_devices
 from launch.lib.attempt import wait_for_slurm
 from launch.lib.plan_request import Plan, Refused
@@ -58,7 +59,8 @@ def find_job(job_id: str, name: str, settings: Settings) -> tuple[Job, Settings]
         settings: of the site.
 
     Raises:
-        Refused: SLURM's commands are not there, or several tasks of an srun run this script.
+        Refused: SLURM's commands are not there, srun does not take the site's options, or several tasks of an srun run
+            this script.
     """
     for program in ("scontrol", "squeue", "srun"):
         if shutil.which(program) is None:
@@ -72,11 +74,28 @@ def find_job(job_id: str, name: str, settings: Settings) -> tuple[Job, Settings]
     allocation = read_allocation(os.environ, record, read_command("scontrol", "show", "topology"))
     drop_options(os.environ, allocation.is_heterogeneous)
     settings = replace(settings, allocation=allocation)
+    try_arguments(settings)
     options = resume_options(record, allocation.gpus, header_number(SCRIPT.read_text(), "gpus-per-node"))
     gpus = settings.gpus or allocation.gpus or list_gpus(settings)
     if allocation.gpus:
         settings = replace(settings, allocation=replace(allocation, gpus=min(gpus, allocation.gpus)))
     return Job(job_id, allocation.hosts, gpus, allocation.apart, tuple(options), name), settings
+
+
+def try_arguments(settings: Settings) -> None:
+    """Run a step with the site's options of srun, before any step whose failure could have another reason.
+
+    Raises:
+        Refused: it fails; with srun's words.
+    """
+    if not settings.srun_arguments:
+        return
+    step = settings.srun_outside(Step("options", settings.allocation.hosts[:1]), ("true",))
+    done = subprocess.run(step, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        said = [line for line in reasons(done.stderr.splitlines()) if SLURM_WORDS.match(line)]
+        why = said[-1] if said else f"srun ended with {done.returncode}"
+        raise Refused(f"GSPO_SRUN_ARGS={shlex.join(settings.srun_arguments)}: {why}; correct it in the site file")
 
 
 def list_gpus(settings: Settings) -> int:

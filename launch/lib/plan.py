@@ -96,6 +96,12 @@ def load_for_job(
         )  # fmt: skip
     facts: dict[str, Any] = {"nodes": len(names), "gpus_per_node": gpus or hosts.CPU_RANKS}
     run = {"directory": recipe.run.directory or absolute_path(f"runs/{recipe.run.name}-{job}", called_in)}
+    if "\\" in str(run["directory"]):
+        raise refuse(
+            "not-for-slurm", "run.directory",
+            f"{run['directory']} holds a backslash, after which SLURM names the logs of all nodes alike",
+            "name a directory without",
+        )  # fmt: skip
     sections = {"placement": recipe.placement.model_copy(update=facts), "run": recipe.run.model_copy(update=run)}
     recipe = recipe.model_copy(update=sections)
     # What does not fit the nodes makes the plan's own findings noise.

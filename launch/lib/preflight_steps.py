@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from gspo_megatron.cluster.slurm_steps import Step
+from gspo_megatron.cluster.slurm_steps import Step, reasons
 from gspo_megatron.run_dir import AttemptDir
 from launch.lib.plan_request import Plan, Refused, in_trainer
 from launch.lib.settings import Settings
 
 LOOK_SECONDS = 0.2
-SLURM_WORDS = re.compile(r"^(srun|slurmstepd)")
 LOOK = """\
 fail() { echo "$SLURMD_NODENAME: $*" >&2; sleep 1; exit 2; } # srun drops what a task writes in its last moment
 cd "$1" 2>/dev/null || fail "$1 is not there; put the checkout on a file system that all nodes share"
@@ -57,8 +55,7 @@ def check_nodes(plan: Plan, settings: Settings, attempt: Path) -> None:
             running.append(subprocess.Popen(line, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
     if not _all_end_well(running):
         lines = [line for text in texts for line in text.read_text(errors="replace").splitlines()]
-        own = [line for line in lines if not SLURM_WORDS.match(line)]
-        print("\n".join(own or lines), file=sys.stderr, flush=True)
+        print("\n".join(reasons(lines)), file=sys.stderr, flush=True)
         raise Refused("")
     judge = in_trainer(settings, plan.first_host, ("-m", "launch.lib.plan", "judge", str(attempt)))
     code = subprocess.run(judge, stdin=subprocess.DEVNULL).returncode

@@ -11,6 +11,12 @@ export PATH=${PATH%:.} HOME=${HOME:-~}
 readonly gspo_site=${GSPO_SITE:-$gspo_home/launch/site.sh}
 # Within the EXIT trap bash counts lines from 1 again.
 gspo_line=1
+# `exec` with a program; with redirections only it changes the shell's own files.
+readonly gspo_exec='^((builtin|command) +)*exec +(-[acl]+ +)*[^-<>{&0-9]'
+# What SLURM says of the job.
+gspo_job=()
+for gspo_name in "${!SLURM_@}"; do gspo_job+=("$gspo_name=${!gspo_name}"); done
+readonly gspo_job
 
 gspo_refuse() { # one sentence, exit 2
     trap - DEBUG ERR EXIT
@@ -38,6 +44,20 @@ exit() { # the site file may have an EXIT trap of its own, which replaces ours
     gspo_ended
 }
 
+gspo_look() { # SOURCE LINE COMMAND: where the site file is, and whether it is about to become another program
+    [[ $1 != "$gspo_site" || $2 -lt $gspo_line ]] || gspo_line=$2
+    [[ $BASH_SUBSHELL != 0 || ! $3 =~ $gspo_exec ]] ||
+        gspo_refuse "the site file $gspo_site, line $gspo_line: \`$3\` would take the place of the job's script; call it without exec"
+}
+
+gspo_restore() { # facts of the job, which no site file means to change, and what signals do
+    local pair
+    for pair in ${gspo_job[@]+"${gspo_job[@]}"}; do
+        [ -n "$(printenv "${pair%%=*}")" ] || export "${pair?}"
+    done
+    trap - {1..31}
+}
+
 gspo_check_file() { # what would end in a bare line of bash's, or in values with an invisible character
     local fault
     [ ! -d "$gspo_site" ] || gspo_refuse "the site file $gspo_site is a directory; name a file in GSPO_SITE"
@@ -62,7 +82,7 @@ gspo_check_result() { # what the next script could not work with; exports the se
 if [ -e "$gspo_site" ]; then
     gspo_check_file
     set -T # the traps also see the lines of functions and of files that it reads
-    trap '[[ ${BASH_SOURCE[0]-} != "$gspo_site" || $LINENO -lt $gspo_line ]] || gspo_line=$LINENO' DEBUG
+    trap 'gspo_look "${BASH_SOURCE[0]-}" "$LINENO" "$BASH_COMMAND"' DEBUG
     trap 'gspo_command_failed $? "$LINENO" "$BASH_COMMAND"' ERR
     trap gspo_ended EXIT
     # An empty argument: `shift` and `set --` of the site file are its own. Without -eu: module systems need that.
@@ -74,4 +94,5 @@ elif [ -n "${GSPO_SITE:-}" ]; then
     gspo_refuse "GSPO_SITE=$gspo_site does not exist; correct it, or unset it"
 fi
 gspo_check_result
+gspo_restore
 exec "$BASH" "${gspo_next[@]}"

@@ -9,7 +9,15 @@ refuse() { # one sentence, exit 2
     exit 2
 }
 
+refuse_relative() { # NAMES of variables with a path: the processes of a run do not start in one directory
+    local name
+    for name; do
+        case ${!name:-/} in /*) ;; *) refuse "$name=${!name} is not an absolute path; correct it in the site file or the environment" ;; esac
+    done
+}
+
 set_environment() { # why each is set: launch/README.md
+    refuse_relative TMPDIR TRITON_CACHE_DIR TORCHINDUCTOR_CACHE_DIR VLLM_CACHE_ROOT FLASHINFER_WORKSPACE_BASE HF_HOME
     GSPO_ROLLOUT_IMAGE=${GSPO_ROLLOUT_IMAGE:-${GSPO_IMAGE:-}}
     GSPO_VENV=${GSPO_VENV:-.venv}
     GSPO_ROLLOUT_VENV=${GSPO_ROLLOUT_VENV:-$GSPO_VENV}

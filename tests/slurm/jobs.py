@@ -7,7 +7,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,10 +53,11 @@ class Workplace:
         options: Sequence[str],
         recipe: str = TINY,
         cwd: Path | str = ROOT,
+        directory: str = "",
         **environment: str,
     ) -> Job:
-        """`sbatch OPTIONS launch/gspo_moe.sh RECIPE OVERRIDES` with a run directory of this name."""
-        run_dir = self.directory / name
+        """`sbatch OPTIONS launch/gspo_moe.sh RECIPE OVERRIDES` with a run directory of this name, or another one."""
+        run_dir = self.directory / (directory or name)
         log = self.directory / f"{name}.log"
         settings = {"GSPO_SITE": "/dev/null", "GSPO_VENV": sys.prefix, **environment}
         where = (f"run.directory={run_dir}", f"cold_start.cache={self.cold_start}")
@@ -65,10 +66,10 @@ class Workplace:
         self.jobs.append(job)
         return job
 
-    def cheap(self, name: str, *overrides: str, options: Sequence[str], **environment: str) -> Job:
+    def cheap(self, name: str, *overrides: str, options: Sequence[str], directory: str = "", **environment: str) -> Job:
         """The same with small processes as roles (`tests/slurm/cheap`), so that a job is done in seconds."""
         environment = {"PYTHONPATH": str(CHEAP), **environment}
-        return self.submit(name, *SMALL, *overrides, options=options, **environment)
+        return self.submit(name, *SMALL, *overrides, options=options, directory=directory, **environment)
 
     def resume(self, job: Job, name: str, **environment: str) -> Job:
         """Submit what a job's log says that resumes it."""
@@ -145,17 +146,20 @@ class Job:
     def wait_for_step(self, step: int, timeout: float = START) -> None:
         """Wait until the checkpoint of a step is complete. Raises LabError if the job ends before."""
         marker = self.run_dir / "checkpoints" / f"step_{step:06d}" / "COMPLETE"
-
-        def reached() -> bool:
-            if not marker.exists() and self.lab.job(self.id)["JobState"] in ("FAILED", "COMPLETED"):
-                raise LabError(f"job {self.id} ended before step {step}: {self.last_line()}")
-            return marker.exists()
-
-        wait_for(reached, timeout, f"checkpoint of step {step}", pause=0.25)
+        self._wait(marker.exists, timeout, f"checkpoint of step {step}")
 
     def wait_for_words(self, words: str, timeout: float = START) -> None:
-        """Wait until its log holds some words."""
-        wait_for(lambda: words in self.text(), timeout, f"{words!r} (the job's last words: {self.last_line()})")
+        """Wait until its log holds some words. Raises LabError if the job ends before."""
+        self._wait(lambda: words in self.text(), timeout, repr(words))
+
+    def _wait(self, ask: Callable[[], bool], timeout: float, what: str) -> None:
+        def reached() -> bool:
+            ended = self.lab.job(self.id)["JobState"] in ("FAILED", "COMPLETED")
+            if not ask() and ended:
+                raise LabError(f"job {self.id} ended before {what}: {self.text()[-2000:]}")
+            return ask()
+
+        wait_for(reached, timeout, f"{what} (the job's last words: {self.last_line()})", pause=0.25)
 
     def checkpointed(self) -> int:
         """The newest step whose checkpoint is complete; 0 without any."""
@@ -203,8 +207,7 @@ class Job:
 
     def wait_for_attempt(self, number: int, timeout: float = 600) -> None:
         """Wait until an attempt is planned. SLURM needs some 25 s to miss a node, and 6 to queue a job again."""
-        plan = self.attempt(number) / "plan.json"
-        wait_for(plan.exists, timeout, f"attempt {number} (the job's last words: {self.last_line()})")
+        self._wait((self.attempt(number) / "plan.json").exists, timeout, f"attempt {number}")
 
     def attempt(self, number: int) -> Path:
         """Directory of an attempt."""

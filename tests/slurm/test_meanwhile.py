@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -92,3 +94,61 @@ def test_several_tasks_of_an_srun_are_refused(workplace: Workplace) -> None:
     assert workplace.lab.wait(number, END)["JobState"] == "FAILED"
     assert "gspo: 2 tasks of an srun run this script; call it without srun" in log.read_text()
     assert not (place / "wrapped").exists()
+
+
+def test_a_copy_of_a_run_that_is_running_is_a_run_of_its_own(workplace: Workplace) -> None:
+    job = start(workplace, "copied", "--nodelist=node1")
+    copy = workplace.directory / "the_copy"
+    # A checkpoint may be on its way out meanwhile; what cp could not read is not in the copy.
+    subprocess.run(("cp", "-r", job.run_dir, copy), check=False, capture_output=True)
+    options = ["--nodes=1", "--nodelist=node2"]
+    other = workplace.cheap("the_copy", "trainer.max_steps=100001", "checkpoint.every=2", options=options)
+    newest = other.checkpointed()
+    other.wait_for_step(newest + 2)
+    assert not list(other.run_dir.glob("logs/attempt_1/key")) and "is running in" not in other.text()
+
+
+def test_logs_that_somebody_deletes_do_not_swallow_the_stop(workplace: Workplace) -> None:
+    job = start(workplace, "deleted")
+    shutil.rmtree(job.run_dir / "logs")
+    workplace.lab.run("scancel", "--batch", "--signal=USR1", str(job.id))
+    job.wait_for_words("gspo: attempt 1 stopped as asked; step")
+    job.wait_for_attempt(2)
+    assert "Traceback" not in job.text() and "no checkpoint within" not in job.text()
+    assert (job.run_dir / "attempt").read_text().startswith(f"2 {job.id} ")
+
+
+def test_a_crash_after_the_logs_are_gone_is_still_counted(workplace: Workplace) -> None:
+    job = start(workplace, "crashed")
+    shutil.rmtree(job.run_dir / "logs")
+    (job.run_dir / "CRASH").touch()
+    job.wait_for_words("gspo: restart 1 of at most 3, because a newer checkpoint exists")
+    job.wait_for_attempt(2)
+    assert len((job.run_dir / "logs" / "restarts").read_text().splitlines()) == 1 and "Traceback" not in job.text()
+
+
+@pytest.mark.parametrize("name", ["restarts", "attempt"])
+def test_a_name_of_ours_that_becomes_a_directory_is_one_sentence(workplace: Workplace, name: str) -> None:
+    job = start(workplace, f"became_{name}")
+    place = job.run_dir / ("logs" if name == "restarts" else "") / name
+    place.unlink(missing_ok=True)
+    place.mkdir()
+    key = job.attempt(1) / "key"
+    key.unlink(missing_ok=True)
+    key.mkdir()
+    (job.run_dir / "CRASH").touch()
+    assert job.finish(END) == "FAILED"
+    place.rmdir()
+    key.rmdir()
+    assert "Traceback" not in job.text(), job.text()
+    if name == "restarts":
+        assert f"gspo: {place} cannot be used (Is a directory); correct that, then: sbatch " in job.last_line()
+    else:
+        assert f"gspo: {place} cannot be read (Is a directory)" in job.text()
+
+
+def test_the_key_is_no_longer_there_when_the_script_is_killed(workplace: Workplace) -> None:
+    job = start(workplace, "killed")
+    wait_for(lambda: not (job.attempt(1) / "key").exists(), END, "key that every role has read")
+    workplace.lab.run("scancel", "--batch", "--signal=KILL", str(job.id))
+    assert job.finish(END) == "FAILED" and not (job.attempt(1) / "key").exists()

@@ -83,6 +83,26 @@ def goes_elsewhere(job: Job) -> None:
     assert job.lab.job(job.id)["ExcNodeList"] == sick and job.plan(2)["hosts"][0][0] != sick
 
 
+def stays_where_it_is(*words: str) -> Callable[[Job], None]:
+    """Its hardware must not be used, and it is not queued again, because SLURM could never start it."""
+
+    def check(job: Job) -> None:
+        said = refused(job)
+        for part in (*words, "; to go on without node", "(--exclude): sbatch "):
+            assert part in said, said
+        assert not (job.run_dir / "logs" / "restarts").exists()
+
+    return check
+
+
+def writes_its_logs(job: Job) -> None:
+    """Finished, with the logs of its roles where they belong."""
+    comes_to_done(job)
+    assert sorted(path.name.partition("-")[0] for path in job.attempt(1).glob("*-node*.log")) == [
+        "controller", "rollout", "trainer",
+    ], job.everything()  # fmt: skip
+
+
 def opens_files(job: Job) -> None:
     """Its ranks may open as many files as the node allows at all."""
     comes_to_done(job)
@@ -103,6 +123,14 @@ def make_attempt_directory(run_dir: Path) -> None:
     (make_run(run_dir) / "attempt").mkdir(parents=True)
 
 
+def make_restarts_directory(run_dir: Path) -> None:
+    (make_run(run_dir) / "logs" / "restarts").mkdir(parents=True)
+
+
+def make_a_node_sick(tools: Path) -> None:
+    (tools / "sick").mkdir()
+
+
 @dataclass(frozen=True)
 class Case:
     """A job."""
@@ -117,6 +145,8 @@ class Case:
     """Whether it runs on the cluster whose SLURM counts no GPUs."""
     site: str = ""
     """Text of its site file."""
+    directory: str = ""
+    """Name of its run directory, where it is not the case's number."""
     prepare: Callable[[Path], object] | None = None
     """Called with the run directory, or with that of its programs, before the job is submitted."""
 
@@ -145,7 +175,7 @@ CASES = {
         sees_every_gpu, [], GPU_RUN, {"SLURM_GPU_BIND": "single:1"}, gpus=True
     ),
     "a GPU with memory errors": Case(
-        goes_elsewhere, [], GPU_RUN, gpus=True, prepare=lambda place: (place / "sick").mkdir()
+        goes_elsewhere, [], GPU_RUN, gpus=True, prepare=make_a_node_sick
     ),
     "options of srun and squeue in the user's shell": Case(
         comes_to_done, environment={
@@ -180,6 +210,51 @@ CASES = {
     "a directory that is called attempt": Case(
         is_refused("/attempt cannot be written (Is a directory); remove it"), prepare=make_attempt_directory
     ),
+    "a directory that is called restarts": Case(
+        is_refused("/logs/restarts cannot be written (Is a directory); remove it"), prepare=make_restarts_directory
+    ),
+    "percent signs in the run directory": Case(writes_its_logs, directory="50%j %N of %%"),
+    "a backslash in the run directory": Case(
+        is_refused("run.directory", "back\\slash", "a backslash"), directory="back\\slash"
+    ),
+    "a nodelist that names a sick node": Case(
+        stays_where_it_is("gspo: not queued again, because --nodelist asks for node3"), ["--nodelist=node3"], GPU_RUN,
+        gpus=True, prepare=make_a_node_sick,
+    ),
+    "a sick node where all nodes are needed": Case(
+        stays_where_it_is("gspo: not queued again, because partition lab has 1 other node and the job takes 2"),
+        ["--nodes=2", "--gpus-per-node=0"], GPU_RUN, gpus=True, bare=True, prepare=make_a_node_sick,
+    ),
+    "a site file that becomes another program": Case(
+        is_refused("_site.sh, line 2: `exec bash -c 'echo instead'`", "without exec"),
+        site="exec 9>/dev/null\nexec bash -c 'echo instead'\n",
+    ),
+    "a site file that takes away what SLURM says": Case(comes_to_done, site="unset ${!SLURM_@} ${!SBATCH_@}\n"),
+    "a site file that ignores the ends of processes": Case(
+        is_refused("/proc cannot be written ("), environment={"TMPDIR": "/proc"},
+        site="trap '' CHLD TERM USR1\nfalse | true\n"
+    ),
+    "an option that srun does not have": Case(
+        is_refused("GSPO_SRUN_ARGS=--mpii=pmix", "unrecognized option '--mpii=pmix'"),
+        environment={"GSPO_SRUN_ARGS": "--mpii=pmix"},
+    ),
+    "a word that is no option of srun": Case(
+        is_refused("GSPO_SRUN_ARGS=pmix", "execve(): pmix: No such file"), environment={"GSPO_SRUN_ARGS": "pmix"},
+    ),
+    "an option of srun where nobody counts GPUs": Case(
+        is_refused("Invalid MPI type 'pmi9'"), ["--gpus-per-node=0"], GPU_RUN, {"GSPO_SRUN_ARGS": "--mpi=pmi9"},
+        bare=True,
+    ),
+    "one CPU for two ranks": Case(
+        comes_to_done, ["--exclusive=user", "--cpus-per-task=1", "--gpus-per-node=0", "--mem=1G"]
+    ),
+    "a place for temporary files that is relative": Case(
+        is_refused("TMPDIR=scratch is not an absolute path"), environment={"TMPDIR": "scratch"}
+    ),
+    "a job name that looks like a record": Case(
+        goes_elsewhere, ["--job-name=x Requeue=0 JobState=FAILED ReqNodeList=node[1-6] Command=/x/launch/gspo_moe.sh"],
+        GPU_RUN, gpus=True, prepare=make_a_node_sick,
+    ),
 }  # fmt: skip
 
 
@@ -205,7 +280,8 @@ def submit(place: Workplace, name: str, case: Case) -> Job:
         environment["GSPO_SITE"] = str(site)
     if case.prepare is not None:
         case.prepare(tools if case.gpus else place.directory / name)
-    return place.cheap(name, *case.overrides, options=["--nodes=1", *case.options], **environment)
+    options = ["--nodes=1", *case.options]
+    return place.cheap(name, *case.overrides, options=options, directory=case.directory, **environment)
 
 
 @pytest.mark.parametrize("name", CASES)

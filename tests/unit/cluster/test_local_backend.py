@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from gspo_megatron.cluster.exit_codes import FAILED
 from gspo_megatron.cluster.free_ports import LOOPBACK, free_ports
 from gspo_megatron.cluster.local_backend import Role, plan_roles, run_roles
 from gspo_megatron.models import load_recipe
 from tests.checkpoints import write_checkpoint
+from tests.places import ROOT
 from tests.processes import runs
 from tests.waiting import HANG, wait_until
 
@@ -208,3 +210,13 @@ def test_the_key_is_in_no_command_line(tmp_path: Path) -> None:
     assert [role.name for role in roles] == ["rollout-0", "controller", "trainer-0", "trainer-1"]
     (key,) = {role.environment["GSPO_JOB_KEY"] for role in roles}
     assert not any(key in argument for role in roles for argument in role.command)
+
+
+def test_a_shell_that_ignores_the_ends_of_processes_hides_no_failure(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from gspo_megatron.cluster.local_backend import Role, run_roles\n"
+        "sys.exit(run_roles([Role('trainer-0', ('false',))], Path(sys.argv[1]) / 'logs' / 'attempt_1'))\n"
+    )
+    words = ["bash", "-c", "trap '' CHLD; exec \"$@\"", "ignoring", sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == FAILED and "trainer-0 failed" in done.stderr, done

@@ -53,6 +53,12 @@ def test_gpus_by_whatever_names_them(environment: dict[str, str], described: str
     assert named_gpus(environment, described) == gpus
 
 
+def test_more_tasks_than_cpus_share_them() -> None:
+    words = srun(Step("trainer", ("n1",), 2), ("true",), Allocation(("n1",), cpus=(1,)))
+    assert "--overcommit" in words and "--cpus-per-task=1" in words
+    assert "--overcommit" not in srun(Step("trainer", ("n1",), 2), ("true",), Allocation(("n1",), cpus=(2,)))
+
+
 TREE = """SwitchName=leaf1 Level=0 LinkSpeed=1 Nodes=n1,n4
 SwitchName=leaf2 Level=0 LinkSpeed=1 Nodes=n2,n3,n5
 SwitchName=top Level=1 LinkSpeed=1 Nodes=n1,n2,n3,n4,n5 Switches=leaf[1-2]

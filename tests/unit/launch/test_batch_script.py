@@ -13,7 +13,7 @@ from tests.places import ROOT
 SCONTROL = """#!/bin/bash
 echo asked >>"{folder}/asked"
 [ "$(wc -l <"{folder}/asked")" -gt {fails} ] || {{ echo 'Unable to contact slurm controller' >&2; exit 1; }}
-echo 'JobId=7 Command={command} WorkDir=/'
+printf '%s\n' 'JobId=7 JobName=x   Command=/y' '   JobState=RUNNING' '   Command={command}' '   WorkDir=/'
 """
 
 

@@ -91,6 +91,22 @@ def test_without_arguments_the_flagship_runs_and_a_recipe_of_the_caller_is_found
     assert (found.recipe, found.nodes, found.overrides) == (str(tmp_path / "mine.yaml"), 3, ("a.b=c=d",))
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--dry-run", "--nodes=0"), "--nodes=0 is no number of nodes; write for example --nodes=4"),
+        (("--dry-run", "--nodes=99999999"), "--nodes=99999999 is no number of nodes"),
+        (("--dry-run", "--nodes="), "--nodes= is no number of nodes"),
+        (("--dry-run", "--nodes"), "--nodes is no number of nodes"),
+        (("--dry-run", "--gpus-per-node=few"), "--gpus-per-node=few is no number of gpus-per-node"),
+        (("--nodes=4",), "--nodes=4 after the script is of --dry-run; sbatch's own options go before the script"),
+    ],
+)
+def test_sizes_that_are_none_or_would_not_count_are_refused(words: tuple[str, ...], said: str) -> None:
+    with pytest.raises(Refused, match=re.escape(said)):
+        read_arguments(words, ROOT)
+
+
 def test_two_jobs_that_start_in_one_second_get_different_attempts_and_one_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

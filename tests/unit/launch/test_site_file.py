@@ -44,6 +44,9 @@ CLEAN = r"shell ehuB  shopt -u nullglob shopt -u failglob $' \t\n' builtin umask
         ("trap 'echo bye >&2' EXIT\nexit 0\n", 2, "ended the script; correct the line"),
         ("trap - EXIT\n\nexit 3\n", 3, "ended the script; correct the line"),
         ("set -euo pipefail\nA=1\nfalse\n", 3, "ended the script; correct the line"),
+        ("A=1\nexec bash -l\n", 2, "`exec bash -l` would take the place of the job's script; call it without exec"),
+        ("A=1\nf() { builtin exec -a x $SHELL; }\n\nf\n", 4, "would take the place of the job's script"),
+        ("A=1\n\neval 'exec env'\n", 3, "`exec env` would take the place of the job's script"),
         ("refuse() { :; }\nhome=/nowhere\nmodule load x\n", 3, "command not found"),
     ],
 )
@@ -79,7 +82,8 @@ def test_a_directory_is_no_site_file(tmp_path: Path) -> None:
     "text",
     ["IFS=,", "cd /", "home=/nowhere", "set -- a b", "shift 0", "trap : EXIT DEBUG ERR", "set -xfC 2>/dev/null",
      "shopt -s nullglob failglob", "readonly GSPO_VENV=x", "readonly name=1 fault site_file", "cd() { exit; }",
-     "set -euo pipefail", "return 0\nset -n", "exec 5</dev/null"],
+     "set -euo pipefail", "return 0\nset -n", "exec 5</dev/null", "exec 3>&1 {other}</dev/null", "(exec true)",
+     "B=$(exec echo 1)", "trap '' CHLD USR1 TERM HUP", "set -u; trap 'false' USR1"],
 )  # fmt: skip
 def test_nothing_that_it_does_to_its_shell_reaches_ours(tmp_path: Path, text: str) -> None:
     done = load(tmp_path, f"A=1\nexport A\n{text}\n")
@@ -87,6 +91,21 @@ def test_nothing_that_it_does_to_its_shell_reaches_ours(tmp_path: Path, text: st
     assert done.returncode == 0, done.stderr
     assert said[0].startswith("venv=") and said[0].endswith(" a=1 arguments=one two words"), done.stdout
     assert said[1].startswith(CLEAN), said[1]
+
+
+def test_what_slurm_says_of_the_job_stays(tmp_path: Path) -> None:
+    text = "unset ${!SLURM_@}\nSLURM_RESTART_COUNT=\nexport -n SLURM_PROCID=0\nexport SLURM_CONF=/other\nIFS=_\n"
+    says = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "a  b=c\n_", "SLURM_RESTART_COUNT": "2", "SLURM_CONF": "/etc/slurm"}
+    done = load(tmp_path, text, **says, SLURM_PROCID="0")
+    lines = set(done.stdout.splitlines())
+    expected = {
+        "SLURM_JOB_ID=7",
+        "SLURM_JOB_NAME=a  b=c",
+        "SLURM_RESTART_COUNT=2",
+        "SLURM_PROCID=0",
+        "SLURM_CONF=/other",
+    }
+    assert done.returncode == 0 and expected <= lines, done
 
 
 def test_limits_and_umask_are_meant_and_inherited(tmp_path: Path) -> None:
