@@ -180,13 +180,22 @@ class Attempt:
         """Say where the script itself failed and how to go on, and end the roles."""
         if self._backend is not None:
             self._backend.end_steps()
+        resume = self._resume or "submit the same command again"
+        if isinstance(error, OSError) and self._owns(error.filename):
+            # A file of the run, which people and file systems change: no fault of ours.
+            print(f"gspo: {error.filename} cannot be used ({error.strerror}); correct that, then: {resume}", flush=True)
+            return FAILED
         traceback.print_exception(type(error), error, error.__traceback__)
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(str(HOME))]
         where = f" at {Path(frames[-1].filename).relative_to(HOME)}:{frames[-1].lineno}" if frames else ""
         words = " ".join(str(error).split())
-        resume = self._resume or "submit the same command again"
         print(f"gspo: the job script failed{where}: {type(error).__name__}: {words}; to go on: {resume}", flush=True)
         return FAILED
+
+    def _owns(self, file: object) -> bool:
+        """Whether a file is one of the run directory."""
+        run_dir = AttemptDir(self._attempt).run.path if self._attempt is not None else None
+        return run_dir is not None and file is not None and run_dir in Path(os.fsdecode(str(file))).parents
 
     def _run(self) -> int:
         self.name = task_name(self.job_id) if "SLURM_ARRAY_TASK_ID" in os.environ else self.job_id
@@ -205,7 +214,8 @@ class Attempt:
         attempt = self._attempt = plan.attempt
         claim_attempt(plan, job.id)
         resume = self._resume = print_commands(job, plan, arguments, attempt, settings.called_in)
-        place = Place(self.name, plan.run_dir, attempt, plan.number, settings.allocation, plan.steps["trainer"].tasks)
+        tasks = [plan.steps["trainer"].tasks, sum(plan.steps[kind].tasks for kind in KINDS)]
+        place = Place(self.name, plan.run_dir, attempt, plan.number, settings.allocation, *tasks)
         try:
             check_nodes(plan, settings, attempt)
         except SickNodes:

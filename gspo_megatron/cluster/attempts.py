@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,36 @@ class Attempt:
     """The newest attempt, from 1."""
     job: str
     """SLURM job that it runs in."""
+    place: str = ""
+    """Directory that this was written in (`name_place`); empty of an earlier version's."""
+
+
+def name_place(run_dir: Path) -> str:
+    """What tells a directory from its copies: number of its inode, and path."""
+    return f"{run_dir.stat().st_ino} {os.path.realpath(run_dir)}"
+
+
+def is_copied(run_dir: Path, place: str) -> bool:
+    """Whether what was written in another directory has come here with a copy of it.
+
+    A directory that was moved, or that has other names on other nodes, has the number of its inode still; one whose
+    file system numbers anew at each mount has its path.
+    """
+    number, _, path = place.partition(" ")
+    mine = name_place(run_dir).partition(" ")
+    return bool(place) and number != mine[0] and path != mine[2]
+
+
+def write_job(attempt: Path, run_dir: Path, job: str) -> None:
+    """Record the SLURM job of an attempt."""
+    AttemptDir(attempt).job.write_text(f"{job} {name_place(run_dir)}")
+
+
+def read_jobs(run_dir: Path, attempts: Iterable[Path]) -> list[str]:
+    """SLURM jobs of attempts, without those that a copy has brought, which belong to the run that was copied."""
+    files = [file for attempt in attempts if (file := AttemptDir(attempt).job).is_file()]
+    records = [read_shared(file).strip().partition(" ") for file in files]
+    return [job for job, _, place in records if not is_copied(run_dir, place)]
 
 
 def newest_checkpoint(run_dir: Path) -> int:
@@ -84,7 +114,7 @@ def read_attempt(run_dir: Path) -> Attempt | None:
     """The newest attempt of a run; None before the first.
 
     Raises:
-        ValueError: the file is there but cannot be read, or does not hold two words, a number and a job.
+        ValueError: the file is there but cannot be read, or does not hold a number, a job and a directory.
     """
     file = RunDir(run_dir).attempt
     try:
@@ -93,10 +123,10 @@ def read_attempt(run_dir: Path) -> Attempt | None:
         return None
     except OSError as error:
         raise ValueError(f"{file} cannot be read ({error.strerror}); remove it") from None
-    match = re.fullmatch(r"(\d{1,9}) (\S+)\s*", text, re.ASCII)
+    match = re.fullmatch(r"(\d{1,9}) (\S+)(?: (\d+ .+))?\s*", text, re.ASCII | re.DOTALL)
     if match is None:
         raise ValueError(f"{file} holds {text[:40]!r}, not the number of an attempt and its job; remove the file")
-    return Attempt(int(match[1]), match[2])
+    return Attempt(int(match[1]), match[2], (match[3] or "").rstrip("\n"))
 
 
 def read_bad_nodes(run_dir: Path) -> list[str]:

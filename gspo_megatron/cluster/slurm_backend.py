@@ -5,6 +5,7 @@ What follows from an end is decided by `supervisor.py`. Runs on the batch node, 
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import BinaryIO
 
 from gspo_megatron.cluster import slurm_commands
 from gspo_megatron.cluster.attempts import (
@@ -51,19 +53,14 @@ from gspo_megatron.cluster.slurm_commands import (
     queue_again,
     read_field,
 )
-from gspo_megatron.cluster.slurm_steps import Step, reasons, srun
+from gspo_megatron.cluster.slurm_steps import Step, srun
+from gspo_megatron.cluster.slurm_words import KILLED, first_end, read_end
 from gspo_megatron.run_dir import AttemptDir, RunDir
 
 KINDS = ("rollout", "controller", "trainer")
 """In the order in which they are started and looked at: the end of a server takes the others with it."""
-TASK_LINE = re.compile(r"^ *(\d+: *)?trainer-\d+ on .*, process ", re.MULTILINE)
-"""What launch/lib/task.py prints once it holds USR1 back; with `--label` srun puts the rank in front."""
-FIRST_END = re.compile(r"error: [^ ]+: tasks? |Node failure on")
-TASK_END = re.compile(r"error: ([^ ]+): tasks? (\d*)[^:]*: (.*)")
-NODE_LOST = re.compile(r"Node failure on ([^ ]+)")
-KILLED = re.compile(r"Killed|Aborted|fault|error$")
-OWN_WORDS = re.compile(r"^[0-9: ]*$|^ *([0-9]+: )?(slurmstepd|srun)")
-"""Lines of a log that are not the role's: empty, or SLURM's."""
+TASK_LINE = re.compile(r"^ *(?:\d+: *)?((?:trainer|rollout)-\d+(?:\.\d+)?|controller) on .*, process ", re.MULTILINE)
+"""What launch/lib/task.py prints once it has the key and holds USR1 back; `--label` of srun puts a number in front."""
 LOOK_SECONDS = 1.0
 NODES_SECONDS = 40.0
 
@@ -81,6 +78,8 @@ class Place:
     allocation: Allocation
     """All nodes of the job."""
     trainer_ranks: int
+    tasks: int = 0
+    """Processes of all roles."""
 
     @property
     def files(self) -> AttemptDir:
@@ -101,26 +100,29 @@ class SlurmBackend:
         self.signals: list[Event] = []
         """What the handlers of this process have received."""
         self._steps: dict[str, subprocess.Popen[bytes]] = {}
+        self._words: dict[str, BinaryIO] = {}
+        """What srun has written about each step. Held open: people delete logs."""
         self._reported: set[str] = set()
-        self._is_ready = False
+        self._started: set[str] = set()
+        """Tasks that hold USR1 back and have read the key. People may clear their logs later."""
 
     def start(self, kind: str, command: Sequence[str]) -> None:
         """Start the step of a kind of role.
 
         What srun writes itself (which task of which node ended, and how) is kept apart from the tasks' output.
         """
-        with self.place.files.srun(kind).open("wb") as log:
-            self._steps[kind] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        log = self._words[kind] = self.place.files.srun(kind).open("a+b")
+        self._steps[kind] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
     def observe(self) -> list[Event]:
         """Signals that have come, and steps that have ended."""
         events, self.signals[:] = list(self.signals), []
-        self._is_ready = self._is_ready or self._count_ready() >= self.place.trainer_ranks
+        self._look_for_starts()
         ended = [kind for kind in KINDS if kind in self._steps and self._steps[kind].poll() is not None]
         for kind in ended:
             if kind not in self._reported:
                 self._reported.add(kind)
-                killed = KILLED.search(self._first_end(kind)) is not None
+                killed = KILLED.search(first_end(self._read_words(kind))) is not None
                 events.append(Ended(kind, self._code(kind), killed))
         # Of several codes srun returns the highest: the first rank that stops as asked gets the others killed.
         if ended and "trainer" not in self._reported and self._stopped_as_asked():
@@ -145,6 +147,7 @@ class SlurmBackend:
             print(self.explain(decision.name, decision.code), flush=True)
         elif isinstance(decision, CountRestart):
             when = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+            self.place.run.logs.mkdir(exist_ok=True)
             with self.place.run.restarts.open("a") as file:
                 file.write(f"{when} attempt {self.place.number}: {decision.reason}\n")
         elif isinstance(decision, Requeue):
@@ -158,35 +161,26 @@ class SlurmBackend:
 
     def explain(self, kind: str, code: int) -> str:
         """The end of the log of a kind of role, then one sentence: kind, node and reason."""
-        lines = reasons(_lines(self.place.files.srun(kind)))
-        words = self._first_end(kind) or (lines[-1] if lines else "")
-        task, lost = TASK_END.search(words), NODE_LOST.search(words)
-        if task:
-            node, reason = task[1], task[3]
-        elif lost:
-            node, reason = lost[1], "the node is lost"
-        else:
-            node, reason = "", f"{words or 'it wrote nothing'} (srun ended with {code})"
-        log, shown = self._log_of(kind, node), ""
-        where = f" on {node}" if node else ""
-        if log is not None:
-            lines = _lines(log)
-            shown = "".join(f"  {kind}{where[3:]} | {line}\n" for line in lines[-15:])
-            own = _own_words(lines, task[2] if task else "")
-            # What the role wrote says more than its exit code; a killed one wrote nothing about it.
-            if reason.startswith("Exited") and own:
-                reason = re.sub(r"^ *[0-9]*: ", "", own[-1])
-        return f"{shown}gspo: {kind} failed{where}: {reason} (log: {log or self.place.attempt})"
+        end = read_end(self._read_words(kind), code)
+        log = self._log_of(kind, end.node)
+        where = f" on {end.node}" if end.node else ""
+        lines = [] if log is None else _lines(log)
+        shown = "".join(f"  {kind}{where[3:]} | {line}\n" for line in lines[-15:])
+        return f"{shown}gspo: {kind} failed{where}: {end.reason_by(lines)} (log: {log or self.place.attempt})"
 
     def _code(self, kind: str) -> int:
         return STOPPED if kind == "trainer" and self._stopped_as_asked() else self._steps[kind].returncode
 
     def _stopped_as_asked(self) -> bool:
-        return any(f"exit code {STOPPED}" in line for line in _lines(self.place.files.srun("trainer")))
+        return any(f"exit code {STOPPED}" in line for line in self._read_words("trainer"))
 
-    def _first_end(self, kind: str) -> str:
-        """What srun wrote about its first task that ended badly."""
-        return next((line for line in _lines(self.place.files.srun(kind)) if FIRST_END.search(line)), "")
+    def _read_words(self, kind: str) -> list[str]:
+        handle = self._words[kind].fileno()
+        try:
+            text = os.pread(handle, os.fstat(handle).st_size, 0)
+        except OSError:  # deleted by another node
+            return []
+        return text.decode(errors="replace").splitlines()
 
     def _log_of(self, kind: str, node: str) -> Path | None:
         """The log of a kind of role on a node, or its newest; None for a step that could not start."""
@@ -194,15 +188,26 @@ class SlurmBackend:
         logs = sorted(self.place.attempt.glob(f"{kind}-*.log"), key=lambda path: path.stat().st_mtime)
         return named if named in logs else (logs[-1] if logs else None)
 
-    def _count_ready(self) -> int:
-        """Trainer ranks that hold USR1 back until they can act on it."""
-        logs = self.place.attempt.glob("trainer-*.log")
-        return sum(len(TASK_LINE.findall(path.read_text(errors="replace"))) for path in logs)
+    def _look_for_starts(self) -> None:
+        """Which tasks have started. The key is taken away once all have: nobody reads it again.
+
+        So it does not outlive an attempt whose script is killed.
+        """
+        if len(self._started) >= max(self.place.tasks, self.place.trainer_ranks):
+            return
+        for kind in KINDS:
+            for path in self.place.attempt.glob(f"{kind}-*.log"):
+                self._started.update(TASK_LINE.findall("\n".join(_lines(path))))
+        if len(self._started) == self.place.tasks:
+            remove_key(self.place.attempt)
 
     def _send_stop(self) -> None:
-        """USR1 to all trainer ranks, once each holds it back; earlier it would end one. People may clear logs later."""
+        """USR1 to all trainer ranks, once each holds it back; earlier it would end one."""
         trainer = self._steps.get("trainer")
-        if trainer is not None and self._is_ready:
+        if (
+            trainer is not None
+            and sum(name.startswith("trainer") for name in self._started) >= self.place.trainer_ranks
+        ):
             trainer.send_signal(signal.SIGUSR1)
 
     def end_steps(self) -> None:
@@ -252,23 +257,16 @@ class SlurmBackend:
             return False
         allocation = self.place.allocation
         command = srun(Step("alive", allocation.hosts), ("true",), allocation)
-        with self.place.files.srun("alive").open("wb") as log:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-            try:
-                return process.wait(NODES_SECONDS) != 0
-            except subprocess.TimeoutExpired:
-                process.terminate()
-                process.wait()
-                return True
-
-
-def _own_words(lines: Sequence[str], task: str) -> list[str]:
-    """What the task that ended first has written; of all tasks where none is named.
-
-    The others write too when they lose it, and a node has one log.
-    """
-    own = [line for line in lines if not OWN_WORDS.search(line)]
-    return [line for line in own if task and re.match(rf" *{task}: ", line)] or own
+        # What it says, "Killed" for example, is no line for the job's own log.
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            return process.wait(NODES_SECONDS) != 0
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.wait()
+            return True
 
 
 def _lines(path: Path) -> list[str]:

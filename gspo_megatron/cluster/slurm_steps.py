@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from gspo_megatron.cluster.slurm_allocation import Allocation
-
-SLURM_WORDS = re.compile("srun|slurmstepd")
-"""What lines of SLURM itself begin with."""
-CONSEQUENCES = re.compile(
-    r"(srun|slurmstepd)\S*: (error: (\S+: tasks? |\*\*\*)|Terminating|Job step aborted|[Ff]orc|interrupt|First task|"
-    r"cluster configuration lacks support for cpu binding)"
-)
-"""Lines of SLURM that say that tasks have ended, or of an option of ours that it changes nothing: no reasons."""
 
 
 @dataclass(frozen=True)
@@ -35,20 +25,6 @@ class Step:
         return self.each * len(self.hosts)
 
 
-def reasons(lines: Iterable[str]) -> list[str]:
-    """What a step and SLURM have said, without SLURM's lines that only follow from it; all where nothing is left."""
-    lines = list(lines)
-    return [line for line in lines if line.strip() and not CONSEQUENCES.match(line)] or lines
-
-
-def log_pattern(directory: Path, name: str) -> str:
-    """A file of that directory as srun's --output takes it: in the name `%N` is the node, the directory is as it is.
-
-    There is no pattern for a directory with a backslash: srun then replaces nothing.
-    """
-    return f"{str(directory).replace('%', '%%')}/{name}"
-
-
 def srun(
     step: Step, command: Sequence[str], allocation: Allocation, extra: Sequence[str] = (), output: str = ""
 ) -> list[str]:
@@ -62,7 +38,7 @@ def srun(
         command: program and arguments.
         allocation: of the job.
         extra: flags of pyxis and of the site, which come last and so count.
-        output: pattern of the files of the tasks' output (`log_pattern`); empty = where srun's own output goes.
+        output: file of the tasks' output, `%N` for the node; empty = where srun's own output goes.
     """
     component = allocation.component(step.kind)
     cpus = allocation.cpus[component]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from gspo_megatron.cluster import slurm_commands
-from gspo_megatron.cluster.attempts import remove_key
+from gspo_megatron.cluster.attempts import name_place, remove_key
 from gspo_megatron.cluster.shared_files import replace_text, retry_stale
 from gspo_megatron.cluster.slurm_commands import running_jobs
 from gspo_megatron.run_dir import ATTEMPT, AttemptDir, RunDir
@@ -36,7 +36,7 @@ def claim_attempt(plan: Plan, job: str) -> None:
         raise Refused("run.directory: {}; {}".format(*in_use(plan.run_dir, holder)))
     newest = RunDir(plan.run_dir).attempt
     try:
-        replace_text(newest, f"{plan.number} {job}\n")
+        replace_text(newest, f"{plan.number} {job} {name_place(plan.run_dir)}\n")
     except OSError as error:
         raise Refused(f"{newest} cannot be written ({error.strerror}); remove it") from None
     for number, path in ATTEMPT.find(RunDir(plan.run_dir).logs).items():

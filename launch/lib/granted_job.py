@@ -14,7 +14,8 @@ from pathlib import Path
 from gspo_megatron.cluster.command_output import read_command
 from gspo_megatron.cluster.slurm_allocation import drop_options, read_allocation, resume_options
 from gspo_megatron.cluster.slurm_commands import describe_job
-from gspo_megatron.cluster.slurm_steps import SLURM_WORDS, Step, reasons
+from gspo_megatron.cluster.slurm_steps import Step
+from gspo_megatron.cluster.slurm_words import SLURM_WORDS, reasons
 from gspo_megatron.cluster.visible_devices import VARIABLE, select_devices
 from launch.lib.attempt import wait_for_slurm
 from launch.lib.plan_request import Plan, Refused

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from gspo_megatron.cluster import hosts, placement
+from gspo_megatron.cluster.attempts import read_attempt, read_jobs, write_job
 from gspo_megatron.cluster.exit_codes import REFUSED
 from gspo_megatron.cluster.hosts import Host, Kind, Ports, Spread, Task
 from gspo_megatron.cluster.shared_files import read_shared, replace_text, retry_stale
@@ -41,6 +42,8 @@ from launch.lib.text import fold
 
 WRITTEN = ("run.directory", "cold_start.cache")
 """Paths of a recipe that a run writes to; it reads the others."""
+PATTERN = "%\\"
+"""What srun does not take as it is in the name of a file. Escaped, some versions of it fail to open the file."""
 ENVIRONMENT = re.compile(r"(SLURM|NCCL|GLOO|UCX|FI|CUDA|OMP|TORCH|VLLM|TRITON|GSPO|HF_HOME|TMPDIR|PATH|LD_LIBRARY)")
 
 
@@ -96,12 +99,9 @@ def load_for_job(
         )  # fmt: skip
     facts: dict[str, Any] = {"nodes": len(names), "gpus_per_node": gpus or hosts.CPU_RANKS}
     run = {"directory": recipe.run.directory or absolute_path(f"runs/{recipe.run.name}-{job}", called_in)}
-    if "\\" in str(run["directory"]):
-        raise refuse(
-            "not-for-slurm", "run.directory",
-            f"{run['directory']} holds a backslash, after which SLURM names the logs of all nodes alike",
-            "name a directory without",
-        )  # fmt: skip
+    if found := sorted(set(PATTERN) & set(str(run["directory"]))):
+        fault = f"{run['directory']} holds {' and '.join(found)}, which srun reads as a pattern in the names of logs"
+        raise refuse("not-for-slurm", "run.directory", fault, "name a directory without")
     sections = {"placement": recipe.placement.model_copy(update=facts), "run": recipe.run.model_copy(update=run)}
     recipe = recipe.model_copy(update=sections)
     # What does not fit the nodes makes the plan's own findings noise.
@@ -225,10 +225,15 @@ def make_attempt(run: RunDir, job: str) -> tuple[int, Path, list[str]]:
     """
     fresh = AttemptDir(run.logs / f".attempt.{job}.{os.getpid()}")
     fresh.preflight.mkdir(parents=True)
-    fresh.job.write_text(job)
+    write_job(fresh.path, run.path, job)
+    try:
+        newest = read_attempt(run.path)
+    except ValueError:  # said by refuse_other_job
+        newest = None
     while True:
-        older = [AttemptDir(path) for path in ATTEMPT.find(run.logs).values()]
-        number = run.next_attempt()
+        older = list(ATTEMPT.find(run.logs).values())
+        # Logs may have been deleted: an attempt on a node that is cut off must still find a larger number than its own.
+        number = max(run.next_attempt(), newest.number + 1 if newest else 1)
         path = run.attempt_logs(number).path
         try:
             # Fails where a job that started in the same second was quicker: the directory is there and not empty.
@@ -237,7 +242,7 @@ def make_attempt(run: RunDir, job: str) -> tuple[int, Path, list[str]]:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-    return number, path, retry_stale(lambda: [attempt.job.read_text() for attempt in older if attempt.job.is_file()])
+    return number, path, retry_stale(lambda: read_jobs(run.path, older))
 
 
 def judge_attempt(attempt: Path) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gspo_megatron.cluster.slurm_steps import Step, log_pattern
+from gspo_megatron.cluster.slurm_steps import Step
 from launch.lib.settings import Settings
 
 
@@ -85,5 +85,5 @@ def in_trainer(settings: Settings, host: str, words: Sequence[str], drawing: boo
 def role_step(kind: str, plan: Plan, settings: Settings, attempt: Path, log: bool = False) -> list[str]:
     """The srun of a kind of role."""
     command = (settings.python(kind), "-m", "launch.lib.task", str(attempt), kind)
-    output = log_pattern(attempt, f"{kind}-%N.log") if log else ""
+    output = f"{attempt}/{kind}-%N.log" if log else ""
     return settings.srun(plan.steps[kind], command, output)

@@ -9,7 +9,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from gspo_megatron.cluster.slurm_steps import Step, reasons
+from gspo_megatron.cluster.slurm_steps import Step
+from gspo_megatron.cluster.slurm_words import reasons
 from gspo_megatron.run_dir import AttemptDir
 from launch.lib.plan_request import Plan, Refused, in_trainer
 from launch.lib.settings import Settings

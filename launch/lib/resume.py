@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gspo_megatron.cluster.attempts import read_attempt
+from gspo_megatron.cluster.attempts import is_copied, read_attempt
 from gspo_megatron.config.loading import refuse
 from launch.lib.attempt import in_use
 
@@ -25,7 +25,7 @@ def refuse_other_job(run_dir: Path, job: str, running: Sequence[str], earlier: S
     except ValueError as error:
         print(f"warning: {error}", file=sys.stderr)
         newest = None
-    holders = [*earlier, *([newest.job] if newest else [])]
+    holders = [*earlier, *([newest.job] if newest and not is_copied(run_dir, newest.place) else [])]
     holder = next((holder for holder in holders if holder != job and holder in running), None)
     if holder is not None:
         raise refuse("run-in-use", "run.directory", *in_use(run_dir, holder))

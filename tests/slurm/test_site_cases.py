@@ -83,6 +83,17 @@ def goes_elsewhere(job: Job) -> None:
     assert job.lab.job(job.id)["ExcNodeList"] == sick and job.plan(2)["hosts"][0][0] != sick
 
 
+def warns(*words: str) -> Callable[[Job], None]:
+    """Finished, with warnings."""
+
+    def check(job: Job) -> None:
+        comes_to_done(job)
+        for part in words:
+            assert part in job.text(), job.text()
+
+    return check
+
+
 def stays_where_it_is(*words: str) -> Callable[[Job], None]:
     """Its hardware must not be used, and it is not queued again, because SLURM could never start it."""
 
@@ -93,14 +104,6 @@ def stays_where_it_is(*words: str) -> Callable[[Job], None]:
         assert not (job.run_dir / "logs" / "restarts").exists()
 
     return check
-
-
-def writes_its_logs(job: Job) -> None:
-    """Finished, with the logs of its roles where they belong."""
-    comes_to_done(job)
-    assert sorted(path.name.partition("-")[0] for path in job.attempt(1).glob("*-node*.log")) == [
-        "controller", "rollout", "trainer",
-    ], job.everything()  # fmt: skip
 
 
 def opens_files(job: Job) -> None:
@@ -141,6 +144,8 @@ class Case:
     environment: Mapping[str, str] = field(default_factory=dict)
     gpus: bool = False
     """Whether nvidia-smi lists eight GPUs on every node."""
+    tools: Mapping[str, str] = field(default_factory=dict)
+    """What other programs of a node say."""
     bare: bool = False
     """Whether it runs on the cluster whose SLURM counts no GPUs."""
     site: str = ""
@@ -176,6 +181,11 @@ CASES = {
     ),
     "a GPU with memory errors": Case(
         goes_elsewhere, [], GPU_RUN, gpus=True, prepare=make_a_node_sick
+    ),
+    "what DCGM and the kernel's log say of the GPUs": Case(
+        warns("preflight: warning: ", "kernel's log has Xid 79 of GPU 0000:1a:00", "dcgmi health reports a warning"),
+        [], GPU_RUN, gpus=True,
+        tools={"dmesg": "[7.0] NVRM: Xid (PCI:0000:1a:00): 79, pid=1", "dcgmi": "| Overall Health | Warning |"},
     ),
     "options of srun and squeue in the user's shell": Case(
         comes_to_done, environment={
@@ -213,9 +223,11 @@ CASES = {
     "a directory that is called restarts": Case(
         is_refused("/logs/restarts cannot be written (Is a directory); remove it"), prepare=make_restarts_directory
     ),
-    "percent signs in the run directory": Case(writes_its_logs, directory="50%j %N of %%"),
+    "percent signs in the run directory": Case(
+        is_refused("run.directory: ", "/50%j of holds %, which srun reads as a pattern"), directory="50%j of"
+    ),
     "a backslash in the run directory": Case(
-        is_refused("run.directory", "back\\slash", "a backslash"), directory="back\\slash"
+        is_refused("run.directory", "back\\slash holds \\, which srun reads as a pattern"), directory="back\\slash"
     ),
     "a nodelist that names a sick node": Case(
         stays_where_it_is("gspo: not queued again, because --nodelist asks for node3"), ["--nodelist=node3"], GPU_RUN,
@@ -272,6 +284,9 @@ def submit(place: Workplace, name: str, case: Case) -> Job:
     environment = {"PATH": SYSTEM, **case.environment}
     if case.gpus:
         tools.mkdir()
+        for program, said in case.tools.items():
+            (tools / program).write_text(f"#!/bin/bash\necho '{said}'\n")
+            (tools / program).chmod(0o755)
         (tools / "nvidia-smi").write_text(NVIDIA_SMI)
         (tools / "nvidia-smi").chmod(0o755)
         environment["PATH"] = f"{tools}:{SYSTEM}"

@@ -43,6 +43,25 @@ def test_a_node_with_other_packages_is_named_with_the_module_that_fails(workplac
     assert "node1: `import" not in said
 
 
+def test_each_fault_of_a_node_has_its_own_cure(workplace: Workplace) -> None:
+    lab, run_dir = workplace.lab, make_run(workplace.directory / "faults")
+    hosts = workplace.directory / "hosts_of_node2"
+    hosts.write_text("127.0.0.1 localhost\n10.77.0.1 control\n10.77.0.11 node1\nfd00::12 node2\n")
+    change = (
+        f"mount -o remount,size=64m /dev/shm && mount --bind {run_dir} {run_dir} && mount -o remount,bind,ro {run_dir}"
+        f" && mount --bind {hosts} /etc/hosts"
+    )
+    lab.run(*lab.on("node2"), "sh", "-c", change)
+    try:
+        options = ["--nodes=2", "--nodelist=node[1-2]"]
+        said = refused(workplace.submit("faults", *SMALL, "trainer.ranks=2", options=options))
+    finally:
+        lab.run(*lab.on("node2"), "sh", "-c", f"umount /etc/hosts {run_dir}; mount -o remount,size=50% /dev/shm")
+    assert f"node2: {run_dir}/logs/attempt_1 cannot be written (Read-only file system); mount it writable" in said
+    assert "node2: /dev/shm has 0.06 GiB free, 1 is needed; mount it larger" in said
+    assert "the name node2 has no IPv4 address (IPv6 only" in said and "node1: " not in said, said
+
+
 def test_a_mistake_in_the_site_file_is_the_log_s_last_line(workplace: Workplace) -> None:
     site = workplace.directory / "site.sh"
     site.write_text("# a site\nmodule load cuda\n")
@@ -78,5 +97,5 @@ def test_copies_that_a_user_keeps_in_the_run_directory_are_left_alone(workplace:
     (run_dir / "attempt").touch()
     job = workplace.submit("copies", *NO_GPU, options=["--nodes=2"])
     assert f"warning: {run_dir}/attempt holds '', not the number of an attempt" in refused(job)
-    assert job.attempt(1).is_dir() and (run_dir / "attempt").read_text() == f"1 {job.id}\n"
+    assert job.attempt(1).is_dir() and (run_dir / "attempt").read_text().startswith(f"1 {job.id} ")
     assert (run_dir / "checkpoints" / "step_000002_best" / "COMPLETE").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from gspo_megatron.cluster import slurm_commands
+from gspo_megatron.cluster.attempts import read_attempt, remove_key, replacement
 from gspo_megatron.cluster.exit_codes import FAILED, REFUSED
 from gspo_megatron.cluster.slurm_steps import Step
 from gspo_megatron.config import RecipeError
@@ -20,16 +22,23 @@ from gspo_megatron.run_dir import RunDir
 from launch import job as script
 from launch.lib import attempt as files
 from launch.lib import job_arguments
-from launch.lib.attempt import claim_attempt, remove_key, write_key
+from launch.lib.attempt import claim_attempt, write_key
 from launch.lib.granted_job import Job, print_commands
 from launch.lib.job_arguments import FLAGSHIP, read_arguments
 from launch.lib.plan import load_for_job, make_attempt
 from launch.lib.plan_request import Plan, Refused, ask_plan
 from launch.lib.probe import find_broken_modules
+from launch.lib.resume import refuse_other_job
 from launch.lib.settings import Settings
 from tests.places import ROOT
 
 RECIPE = "recipes/tiny_moe.yaml"
+
+
+def newest_of(run_dir: Path) -> tuple[int, str]:
+    newest = read_attempt(run_dir)
+    assert newest is not None
+    return newest.number, newest.job
 
 
 def plan_of(run_dir: Path, number: int, earlier: tuple[str, ...] = ()) -> Plan:
@@ -118,7 +127,7 @@ def test_two_jobs_that_start_in_one_second_get_different_attempts_and_one_is_ref
     claim_attempt(plan_of(tmp_path, 1), "7")
     with pytest.raises(Refused, match=r"job 7 is running in .*; wait for it .*singleton.*, or `scancel 7` first"):
         claim_attempt(plan_of(tmp_path, 2, ("7",)), "8")
-    assert (tmp_path / "attempt").read_text() == "1 7\n", "the first must not be replaced"
+    assert newest_of(tmp_path) == (1, "7"), "the first must not be replaced"
     assert not second[1].exists() and (logs / "latest").resolve() == first[1]
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
     third = make_attempt(RunDir(tmp_path), "9")
@@ -135,7 +144,7 @@ def test_a_job_that_has_ended_or_is_started_again_holds_nothing(
     number, _, earlier = make_attempt(RunDir(tmp_path), "7")
     monkeypatch.setattr(files, "running_jobs", lambda: ["7"])
     claim_attempt(plan_of(tmp_path, number, tuple(earlier)), "7")
-    assert (tmp_path / "attempt").read_text() == "3 7\n"
+    assert newest_of(tmp_path) == (3, "7")
 
 
 def test_the_key_is_readable_by_the_user_only_whatever_the_umask(tmp_path: Path) -> None:
@@ -262,15 +271,70 @@ def test_a_directory_that_a_user_calls_latest_stays(
     monkeypatch.setattr(files, "running_jobs", lambda: ["7"])
     claim_attempt(plan_of(tmp_path, number), "7")
     assert f"logs/latest is not ours and stays; the newest attempt is {attempt}" in capsys.readouterr().out
-    assert (tmp_path / "attempt").read_text() == "1 7\n"
+    assert newest_of(tmp_path) == (1, "7")
 
 
+def test_the_jobs_of_a_copied_run_do_not_hold_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, copy, moved = tmp_path / "run", tmp_path / "the copy", tmp_path / "moved"
+    number, _, _ = make_attempt(RunDir(run), "7")
+    monkeypatch.setattr(files, "running_jobs", lambda: ["7", "8", "9"])
+    claim_attempt(plan_of(run, number), "7")
+    shutil.copytree(run, copy, symlinks=True)
+    refuse_other_job(copy, "8", ["7", "8"])
+    number, _, earlier = make_attempt(RunDir(copy), "8")
+    assert (number, earlier) == (2, [])
+    refuse_other_job(copy, "8", ["7", "8"], earlier)
+    claim_attempt(plan_of(copy, number), "8")
+    with pytest.raises(RecipeError, match="job 8 is running in "):
+        refuse_other_job(copy, "9", ["7", "8", "9"])
+    run.rename(moved)
+    with pytest.raises(RecipeError, match=f"job 7 is running in {moved}; wait for it"):
+        refuse_other_job(moved, "9", ["7", "9"])
+    assert make_attempt(RunDir(moved), "9")[2] == ["7"]
+    # As earlier versions have written it.
+    (copy / "attempt").write_text("2 7\n")
+    (copy / "logs" / "attempt_2" / "job").write_text("7")
+    with pytest.raises(RecipeError, match="job 7 is running in "):
+        refuse_other_job(copy, "9", ["7", "9"])
+    assert make_attempt(RunDir(copy), "9")[2] == ["7"]
+
+
+def test_an_attempt_after_the_logs_were_deleted_replaces_the_older_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "attempt").write_text("3 7\n")
+    number, _, _ = make_attempt(RunDir(tmp_path), "8")
+    monkeypatch.setattr(files, "running_jobs", lambda: ["8"])
+    claim_attempt(plan_of(tmp_path, number), "8")
+    monkeypatch.setenv("GSPO_ATTEMPT", "3")
+    assert replacement(tmp_path) == f"attempt 3 was replaced by attempt 4 of {tmp_path}"
+
+
+RUN, HERE = "/nowhere/run", "gspo: the job script failed at tests/unit/launch/test_job.py"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            FileNotFoundError(2, "No such file or directory", "/elsewhere/file"),
+            rf"{HERE}:\d+: FileNotFoundError: .*; to go on: sbatch again",
+        ),
+        (
+            RuntimeError("why"),
+            rf"{HERE}:\d+: RuntimeError: why; to go on: sbatch again",
+        ),
+        (
+            IsADirectoryError(21, "Is a directory", f"{RUN}/logs/restarts"),
+            f"gspo: {RUN}/logs/restarts cannot be used \\(Is a directory\\); correct that, then: sbatch again",
+        ),
+    ],
+)
 def test_a_failure_of_the_script_itself_says_where_and_how_to_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = Settings.read(ROOT, ROOT)
     attempt = script.Attempt(read_arguments((RECIPE,), ROOT), settings, "7")
-    (tmp_path / "key").write_text("secret")
     ended: list[bool] = []
 
     class Steps:
@@ -278,9 +342,9 @@ def test_a_failure_of_the_script_itself_says_where_and_how_to_go_on(
             ended.append(True)
 
     def fail() -> int:
-        attempt._attempt, attempt._resume, attempt._backend = tmp_path, "sbatch again", Steps()  # type: ignore[assignment]
-        files.replace_text(tmp_path / "missing" / "attempt", "")
-        return 0
+        attempt._attempt, attempt._resume = Path(RUN) / "logs" / "attempt_1", "sbatch again"
+        attempt._backend = Steps()  # type: ignore[assignment]
+        raise error
 
     handlers = [signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)]
     monkeypatch.setattr(attempt, "_run", fail)
@@ -289,12 +353,9 @@ def test_a_failure_of_the_script_itself_says_where_and_how_to_go_on(
     finally:
         for number, handler in zip((signal.SIGUSR1, signal.SIGTERM), handlers, strict=True):
             signal.signal(number, handler)
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert re.fullmatch(
-        r"gspo: the job script failed at gspo_megatron/cluster/shared_files.py:\d+: FileNotFoundError: .*; "
-        "to go on: sbatch again", last
-    )  # fmt: skip
-    assert ended == [True] and not (tmp_path / "key").exists()
+    printed = capsys.readouterr()
+    assert re.fullmatch(said, printed.out.splitlines()[-1]), printed.out
+    assert ended == [True] and ("Traceback" in printed.err) == ("job script failed" in printed.out)
 
 
 @pytest.mark.parametrize(("used", "requeue", "code"), [(0, "1", -signal.SIGKILL), (3, "1", REFUSED), (0, "0", REFUSED)])
