@@ -180,21 +180,35 @@ class Attempt:
         """Say where the script itself failed and how to go on, and end the roles."""
         if self._backend is not None:
             self._backend.end_steps()
-        resume = self._resume or "submit the same command again"
         if isinstance(error, OSError) and self._owns(error.filename):
             # A file of the run, which people and file systems change: no fault of ours.
-            print(f"gspo: {error.filename} cannot be used ({error.strerror}); correct that, then: {resume}", flush=True)
+            print(
+                f"gspo: {error.filename} cannot be used ({error.strerror}); correct that, then: {self._go_on}",
+                flush=True,
+            )
             return FAILED
         traceback.print_exception(type(error), error, error.__traceback__)
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(str(HOME))]
         where = f" at {Path(frames[-1].filename).relative_to(HOME)}:{frames[-1].lineno}" if frames else ""
         words = " ".join(str(error).split())
-        print(f"gspo: the job script failed{where}: {type(error).__name__}: {words}; to go on: {resume}", flush=True)
+        print(
+            f"gspo: the job script failed{where}: {type(error).__name__}: {words}; to go on: {self._go_on}", flush=True
+        )
         return FAILED
+
+    @property
+    def _go_on(self) -> str:
+        """What to type."""
+        return self._resume or "submit the same command again"
+
+    @property
+    def _run_dir(self) -> Path | None:
+        """The run, once it is known."""
+        return None if self._attempt is None else AttemptDir(self._attempt).run.path
 
     def _owns(self, file: object) -> bool:
         """Whether a file is one of the run directory."""
-        run_dir = AttemptDir(self._attempt).run.path if self._attempt is not None else None
+        run_dir = self._run_dir
         return run_dir is not None and file is not None and run_dir in Path(os.fsdecode(str(file))).parents
 
     def _run(self) -> int:
@@ -258,14 +272,12 @@ class Attempt:
         """End the roles, which a signal to this script alone leaves running in the allocation."""
         if self._backend is not None:
             self._backend.end_steps()
-        resume = self._resume or "submit the same command again"
-        print(f"gspo: ended by {signal.Signals(number).name}; to go on: {resume}", flush=True)
+        print(f"gspo: ended by {signal.Signals(number).name}; to go on: {self._go_on}", flush=True)
         return BY_SIGNAL + number
 
     def _end_by_slurm(self) -> int:
-        run_dir = AttemptDir(self._attempt).run.path if self._attempt is not None else None
         supervisor = self._supervisor or Supervisor([], Rules(SETTLE, queue=True))
-        newest = newest_checkpoint(run_dir) if run_dir is not None else 0
+        newest = newest_checkpoint(self._run_dir) if self._run_dir is not None else 0
         for decision in supervisor.handle(Interrupted(signal.SIGTERM, newest), 0.0):
             if isinstance(decision, Print):
                 print(f"gspo: {decision.text}", flush=True)

@@ -16,7 +16,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import BinaryIO
 
-from gspo_megatron.cluster import slurm_commands
 from gspo_megatron.cluster.attempts import (
     count_restarts,
     newest_checkpoint,
@@ -46,7 +45,7 @@ from gspo_megatron.cluster.exit_codes import STOPPED
 from gspo_megatron.cluster.shared_files import retry_stale
 from gspo_megatron.cluster.slurm_allocation import Allocation
 from gspo_megatron.cluster.slurm_commands import (
-    SLURM_SECONDS,
+    await_answer,
     describe_job,
     is_ending,
     is_preempted,
@@ -78,7 +77,7 @@ class Place:
     allocation: Allocation
     """All nodes of the job."""
     trainer_ranks: int
-    tasks: int = 0
+    tasks: int
     """Processes of all roles."""
 
     @property
@@ -104,7 +103,9 @@ class SlurmBackend:
         """What srun has written about each step. Held open: people delete logs."""
         self._reported: set[str] = set()
         self._started: set[str] = set()
-        """Tasks that hold USR1 back and have read the key. People may clear their logs later."""
+        """Tasks that hold USR1 back and have read the key."""
+        self._all_started = False
+        self._began_with = newest_checkpoint(place.run_dir)
 
     def start(self, kind: str, command: Sequence[str]) -> None:
         """Start the step of a kind of role.
@@ -191,23 +192,22 @@ class SlurmBackend:
     def _look_for_starts(self) -> None:
         """Which tasks have started. The key is taken away once all have: nobody reads it again.
 
-        So it does not outlive an attempt whose script is killed.
+        So it does not outlive an attempt whose script is killed. Where people have cleared the logs, a new checkpoint
+        says that all have started.
         """
-        if len(self._started) >= max(self.place.tasks, self.place.trainer_ranks):
+        if self._all_started:
             return
         for kind in KINDS:
             for path in self.place.attempt.glob(f"{kind}-*.log"):
                 self._started.update(TASK_LINE.findall("\n".join(_lines(path))))
-        if len(self._started) == self.place.tasks:
+        if len(self._started) >= self.place.tasks or newest_checkpoint(self.place.run_dir) > self._began_with:
+            self._all_started = True
             remove_key(self.place.attempt)
 
     def _send_stop(self) -> None:
         """USR1 to all trainer ranks, once each holds it back; earlier it would end one."""
-        trainer = self._steps.get("trainer")
-        if (
-            trainer is not None
-            and sum(name.startswith("trainer") for name in self._started) >= self.place.trainer_ranks
-        ):
+        trainer, ready = self._steps.get("trainer"), sum(name.startswith("trainer") for name in self._started)
+        if trainer is not None and (self._all_started or ready >= self.place.trainer_ranks):
             trainer.send_signal(signal.SIGUSR1)
 
     def end_steps(self) -> None:
@@ -233,19 +233,13 @@ class SlurmBackend:
 
     def _await_slurm(self) -> Event:
         """A slurmctld that restarts knows nothing of the nodes, and queues nothing."""
-        deadline, waited = time.monotonic() + SLURM_SECONDS, False
-        while True:
-            record = describe_job(self.place.job)
-            replaced_by = self._replaced_by()
-            if record or replaced_by is not None:
-                requeues = read_field(record, "Requeue") == "1"
-                return SlurmAnswered(requeues, replaced_by, is_preempted(record), is_ending(record))
-            if not waited:
-                print("gspo: slurmctld does not answer; waiting for it", flush=True)
-                waited = True
-            if time.monotonic() > deadline:
-                return SlurmSilent()
-            time.sleep(slurm_commands.RETRY_SECONDS)
+        return await_answer(self._ask_slurm) or SlurmSilent()
+
+    def _ask_slurm(self) -> SlurmAnswered | None:
+        record, replaced_by = describe_job(self.place.job), self._replaced_by()
+        if not record and replaced_by is None:
+            return None
+        return SlurmAnswered(read_field(record, "Requeue") == "1", replaced_by, is_preempted(record), is_ending(record))
 
     def _queue_again(self) -> RequeueRefused:
         queue_again(self.place.job, read_bad_nodes(self.place.run_dir))

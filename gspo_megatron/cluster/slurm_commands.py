@@ -6,10 +6,12 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from gspo_megatron.cluster.command_output import read_command
 
+T = TypeVar("T")
 SLURM_SECONDS = 900.0
 """How long a slurmctld that does not answer is waited for."""
 RETRY_SECONDS = 2.0
@@ -55,6 +57,26 @@ def read_field(record: str, name: str) -> str:
     """
     found = re.findall(rf"(?:^|\s){name}=(\S+)", record.partition("\n")[0])
     return found[-1] if found and found[-1] not in NO_VALUE else ""
+
+
+def await_answer(ask: Callable[[], T | None]) -> T | None:
+    """What slurmctld answers; waits for one that restarts, because no answer does not mean that nothing runs.
+
+    Args:
+        ask: returns None while there is no answer.
+
+    Returns:
+        None when it does not answer for `SLURM_SECONDS`.
+    """
+    deadline, waited = time.monotonic() + SLURM_SECONDS, False
+    while True:
+        answer = ask()
+        if answer is not None or time.monotonic() > deadline:
+            return answer
+        if not waited:
+            print("gspo: slurmctld does not answer; waiting for it", flush=True)
+            waited = True
+        time.sleep(RETRY_SECONDS)
 
 
 def is_ending(record: str) -> bool:

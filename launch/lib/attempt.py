@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from gspo_megatron.cluster import slurm_commands
 from gspo_megatron.cluster.attempts import name_place, remove_key
 from gspo_megatron.cluster.shared_files import replace_text, retry_stale
-from gspo_megatron.cluster.slurm_commands import running_jobs
+from gspo_megatron.cluster.slurm_commands import await_answer, running_jobs
 from gspo_megatron.run_dir import ATTEMPT, AttemptDir, RunDir
 from launch.lib.plan_request import Plan, Refused
 
@@ -66,22 +64,11 @@ def in_use(run_dir: Path, holder: str) -> tuple[str, str]:
 
 
 def wait_for_slurm(ask: Callable[[], T | None]) -> T:
-    """What slurmctld answers; waits for one that restarts, because no answer does not mean that nothing runs.
-
-    Raises:
-        Refused: it does not answer for long.
-    """
-    deadline, waited = time.monotonic() + slurm_commands.SLURM_SECONDS, False
-    while True:
-        answer = ask()
-        if answer is not None:
-            return answer
-        if not waited:
-            print("gspo: slurmctld does not answer; waiting for it", flush=True)
-            waited = True
-        if time.monotonic() > deadline:
-            raise Refused("slurmctld does not answer, so it is not known what runs; submit again when it does")
-        time.sleep(slurm_commands.RETRY_SECONDS)
+    """What slurmctld answers. Raises Refused when it does not for long."""
+    answer = await_answer(ask)
+    if answer is None:
+        raise Refused("slurmctld does not answer, so it is not known what runs; submit again when it does")
+    return answer
 
 
 def write_key(attempt: Path) -> None:

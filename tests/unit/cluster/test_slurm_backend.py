@@ -21,7 +21,7 @@ from gspo_megatron.cluster.slurm_backend import KINDS, Place, SlurmBackend
 from gspo_megatron.cluster.supervisor import Rules, Supervisor, supervise
 run_dir, grace, trainer = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
 attempt = run_dir / "logs" / "attempt_1"
-backend = SlurmBackend(Place("7", run_dir, attempt, 1, Allocation(("n1", "n2")), 2))
+backend = SlurmBackend(Place("7", run_dir, attempt, 1, Allocation(("n1", "n2")), 2, 4))
 signal.signal(signal.SIGUSR1, lambda *_: backend.signals.append(StopRequested()))
 commands = {"rollout": ("sleep", "300"), "controller": ("sleep", "300"), "trainer": ("bash", "-c", trainer)}
 slurm_commands.RETRY_SECONDS = 0.1

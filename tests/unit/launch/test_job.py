@@ -377,7 +377,7 @@ def test_a_job_with_bad_nodes_is_queued_again_without_them(tmp_path: Path, used:
         "here = Path.cwd()\n"
         "attempt = Attempt(read_arguments(('recipes/tiny_moe.yaml',), here), Settings.read(here, here), '7')\n"
         "attempt._resume = 'sbatch again'\n"
-        "sys.exit(attempt._go_elsewhere(Place('7', run, run / 'logs' / 'attempt_1', 1, Allocation(), 2), 3))"
+        "sys.exit(attempt._go_elsewhere(Place('7', run, run / 'logs' / 'attempt_1', 1, Allocation(), 2, 4), 3))"
     )
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-c", program, str(tmp_path)]
