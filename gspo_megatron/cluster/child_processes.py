@@ -24,7 +24,7 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 def hear_of_ends() -> None:
-    """Be told how children end. A parent that ignored SIGCHLD hands that on, and every exit code would be 0."""
+    """Receive the exit codes of children. A parent that ignored SIGCHLD hands that on, and each would be 0."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
