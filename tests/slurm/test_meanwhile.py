@@ -141,7 +141,7 @@ def test_a_name_of_ours_that_becomes_a_directory_is_one_sentence(workplace: Work
     key.rmdir()
     assert "Traceback" not in job.text(), job.text()
     if name == "restarts":
-        assert f"gspo: {place} cannot be used (Is a directory); correct that, then: sbatch " in job.last_line()
+        assert f"gspo: {place} cannot be used (Is a directory); correct that, then: sbatch " in job.text()
     else:
         assert f"gspo: {place} cannot be read (Is a directory)" in job.text()
 
