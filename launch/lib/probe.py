@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from gspo_megatron.cluster.command_output import TOOL_SECONDS, read_command
+from gspo_megatron.cluster.exit_codes import REFUSED
 from gspo_megatron.cluster.gpu_parts import cuda_fault, engine_fault
 from gspo_megatron.cluster.shared_files import read_shared, replace_text
 from gspo_megatron.cluster.visible_devices import VARIABLE, select_devices
 from gspo_megatron.run_dir import AttemptDir
-from launch.lib.probe_health import describe_health, raise_limits, scratch
+from launch.lib.probe_health import describe_health, places, raise_limits, scratch
 
 PACKAGES = {
     "trainer": ("torch", "megatron-core", "transformer-engine", "transformers"),
@@ -40,6 +41,8 @@ MODULES = {
 """What a role imports. megatron.core and vllm take ten seconds each: their versions are compared instead."""
 MEETING_SECONDS = 120.0
 """How long nodes wait for each other: containers start at different speeds."""
+LAST_WORDS_SECONDS = 1.0
+"""srun drops what a task writes in its last moment."""
 SIOCGIFADDR = 0x8915
 FIX_IPV6 = "name an interface with an IPv4 address in GSPO_INTERFACE (site file), or give the node one"
 FIX_INTERFACE = "set GSPO_INTERFACE in the site file (`ip -br addr` lists interfaces)"
@@ -81,9 +84,15 @@ def main() -> None:
 
 
 def write(folder: Path, report: dict[str, Any]) -> None:
-    """A report appears whole."""
-    name = f"{report['kind']}-{report['host']}.json"
-    replace_text(folder / name, json.dumps(report, indent=1))
+    """A report appears whole. Where this node cannot write it, its faults go to standard error, and the probe ends."""
+    file = folder / f"{report['kind']}-{report['host']}.json"
+    try:
+        replace_text(file, json.dumps(report, indent=1))
+    except OSError as error:
+        faults = report["faults"] or [f"{file} cannot be written ({error.strerror}); {places(folder)[str(folder)]}"]
+        print("\n".join(f"{report['host']}: {fault}" for fault in faults), file=sys.stderr, flush=True)
+        time.sleep(LAST_WORDS_SECONDS)
+        sys.exit(REFUSED)
 
 
 def find_address(faults: list[str]) -> str:
