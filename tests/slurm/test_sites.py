@@ -52,14 +52,11 @@ def test_each_fault_of_a_node_has_its_own_cure(workplace: Workplace) -> None:
     lab.run(*lab.on("node2"), "sh", "-c", change)
     try:
         options = ["--nodes=2", "--nodelist=node[1-2]"]
-        job = workplace.submit("faults", *SMALL, "trainer.ranks=2", options=options)
-        said = refused(job)
+        said = refused(workplace.submit("faults", *SMALL, "trainer.ranks=2", options=options))
         lab.run(*lab.on("node2"), "umount", str(run_dir))
-        again = refused(workplace.resume(job, "faults_again"))
+        again = refused(workplace.submit("again", *SMALL, "trainer.ranks=2", options=options, directory="faults"))
     finally:
-        lab.run(
-            *lab.on("node2"), "sh", "-c", f"umount {run_dir}; umount /etc/hosts; mount -o remount,size=50% /dev/shm"
-        )
+        lab.run(*lab.on("node2"), "sh", "-c", "umount /etc/hosts; mount -o remount,size=50% /dev/shm")
     assert f"node2: {run_dir}/logs/attempt_1 cannot be written (Read-only file system); mount it writable" in said
     assert "node2: /dev/shm has 0.06 GiB free, 1 is needed; mount it larger" in again, again
     for text in (said, again):
