@@ -138,6 +138,11 @@ class RolloutSection(Section):
     """Arguments of vLLM's EngineArgs, passed on as they are. `gspo plan RECIPE --explain-engines` shows what differs
     from vLLM's defaults."""
 
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Tokens of the longest prompt with the longest response to it."""
+        return self.max_prompt_tokens + self.max_answer_tokens
+
     def answer_limit(self, step: int) -> int:
         """Return the longest response, in tokens, to a prompt that is started for this step."""
         stages = (stage.max_answer_tokens for stage in self.length_stages if step <= stage.until_step)

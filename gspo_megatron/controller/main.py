@@ -53,7 +53,7 @@ def build(recipe: Recipe, run_dir: Path, host: str, urls: list[str], key: str, l
     from gspo_megatron.data.tokenizers import load_tokenizer
 
     rollout = recipe.rollout
-    context = rollout.max_prompt_tokens + rollout.max_answer_tokens
+    context = rollout.max_sequence_tokens
     tokenizer = load_tokenizer(recipe.tokenizer, recipe.model.path)
     vocab = recipe.arch.vocab_size
     # Before the connections: a broken prompt file or reward ends the controller with its sentence as the last line.

@@ -146,7 +146,7 @@ def encode_demonstrations(
         RecipeError: a line that is no demonstration, with file, line and fault.
     """
     assert recipe.cold_start is not None and recipe.cold_start.path is not None
-    found, longest = EncodedDemonstrations(), longest_demonstration(recipe)
+    found, longest = EncodedDemonstrations(), recipe.rollout.max_sequence_tokens
     writer = PromptWriter(recipe.tokenizer, tokenizer)
     for number, line in enumerate(read_demonstrations(recipe.cold_start.path)):
         if most is not None and number >= most and found.samples:
@@ -174,11 +174,6 @@ def encode_demonstrations(
     return found
 
 
-def longest_demonstration(recipe: Recipe) -> int:
-    """Tokens that prompt and response of this recipe may have together."""
-    return recipe.rollout.max_prompt_tokens + recipe.rollout.max_answer_tokens
-
-
 def draw_demonstrations(
     recipe: Recipe, tokenizer: Tokenizer, holds_out: Callable[[str], bool], count: int
 ) -> tuple[list[Sample], list[Finding]]:
@@ -192,7 +187,7 @@ def draw_demonstrations(
         RecipeError: as `encode_demonstrations`; a line that cannot be trained on.
     """
     encoded = encode_demonstrations(recipe, tokenizer, holds_out)
-    findings = encoded.findings(longest_demonstration(recipe))
+    findings = encoded.findings(recipe.rollout.max_sequence_tokens)
     if any(finding.severity == "error" for finding in findings):
         raise RecipeError(findings)
     drawn: list[Sample] = []

@@ -17,7 +17,7 @@ from gspo_megatron.config.plugins import load_object
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.config.task_sections import ColdStartSection
 from gspo_megatron.data.demonstrations import build_demonstrations
-from gspo_megatron.data.own_demonstrations import encode_demonstrations, longest_demonstration
+from gspo_megatron.data.own_demonstrations import encode_demonstrations
 from gspo_megatron.data.problems import every_problem, open_problems
 from gspo_megatron.data.stream import HELD_OUT, PromptStream
 from gspo_megatron.data.tokenizers import HuggingFaceTokenizer, Tokenizer, load_tokenizer
@@ -153,7 +153,7 @@ def _demonstration_findings(
             return []
         most = None if runs_here else DEMONSTRATIONS
         encoded = encode_demonstrations(recipe, tokenizer, stream.holds_out, most)
-        return encoded.findings(longest_demonstration(recipe))
+        return encoded.findings(recipe.rollout.max_sequence_tokens)
     try:
         build_demonstrations(stream.training_problems(1, "cold_start"), section, tokenizer, stream.write)
     except RecipeError:

@@ -37,7 +37,7 @@ def engine_arguments(recipe: Recipe, model: Path, has_gpu: bool, sleeps: bool, l
         "tensor_parallel_size": rollout.tensor_parallel,
         "pipeline_parallel_size": rollout.pipeline_parallel,
         "decode_context_parallel_size": rollout.decode_context_parallel,
-        "max_model_len": rollout.max_prompt_tokens + rollout.max_answer_tokens,
+        "max_model_len": rollout.max_sequence_tokens,
         "max_num_seqs": rollout.max_concurrency,
         "stream_interval": rollout.stream_interval,
         "load_format": "safetensors" if loaded else "dummy",
@@ -66,7 +66,7 @@ def _device_arguments(recipe: Recipe, has_gpu: bool, sleeps: bool) -> dict[str, 
         "kv_cache_memory_bytes": int(rollout.kv_cache_gib * GIB),
         # vllm 0.32 dies on a seeded request whose prompt is cut into chunks ("CPU Generator does not use offset").
         "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(MIN_STEP_TOKENS, rollout.max_prompt_tokens + rollout.max_answer_tokens),
+        "max_num_batched_tokens": max(MIN_STEP_TOKENS, rollout.max_sequence_tokens),
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterator
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -14,6 +13,7 @@ from pydantic.fields import FieldInfo
 from gspo_megatron.config.refusal import key_text, refuse
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.models.registry import architecture_class
+from gspo_megatron.plan.units import value_text
 
 
 def explain(key: str, recipe: Recipe | None = None) -> str:
@@ -88,21 +88,13 @@ def _field_text(key: str, field: FieldInfo, value: Any, given: bool) -> str:
     meaning, _, source = " ".join((field.description or "no description").split()).partition(" Source: ")
     lines = [key, f"  {meaning}"]
     lines.append(f"  type      {_type_words(field.annotation)}{_bounds(field)}")
-    default = "none: it must be set" if field.is_required() else _written(field.get_default(call_default_factory=True))
-    lines.append(f"  default   {default}")
+    default = None if field.is_required() else value_text(field.get_default(call_default_factory=True))
+    lines.append(f"  default   {default or 'none: it must be set'}")
     if source:
         lines.append(f"  from      {source.rstrip('.')}")
     if given:
-        lines.append(f"  here      {_written(value)}")
+        lines.append(f"  here      {value_text(value)}")
     return "\n".join(lines)
-
-
-def _written(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, str) and not value.isprintable():
-        return json.dumps(value)
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _type_words(annotation: Any) -> str:

@@ -171,7 +171,7 @@ _PLAIN = {
 
 def _layouts(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[dict[str, Any]]:
     """Yield candidate layouts: TP inside a node, sizes that divide, enough tokens per rank."""
-    longest = recipe.rollout.max_prompt_tokens + recipe.rollout.max_answer_tokens
+    longest = recipe.rollout.max_sequence_tokens
     for pipeline in _divisors(machine.ranks, min(arch.num_hidden_layers, MOST_STAGES)):
         ends = layout.even_ends(pipeline, arch.num_hidden_layers)
         if ends is None:

@@ -76,7 +76,7 @@ def apply(recipe: Recipe, change: Change) -> Recipe:
 
 def _changes(recipe: Recipe, machine: Machine) -> Iterator[Change]:
     trainer = recipe.trainer
-    longest = recipe.rollout.max_prompt_tokens + recipe.rollout.max_answer_tokens
+    longest = recipe.rollout.max_sequence_tokens
     if trainer.recompute == "none":
         yield {"trainer.recompute": "selective"}
     if trainer.recompute != "full":

@@ -49,7 +49,7 @@ def many(count: int, noun: str) -> str:
 
 def value_text(value: Any) -> str:
     """Format a value as a recipe and an override take it: `true` and `null`, not `True` and `None`."""
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) and value.isprintable() else json.dumps(value, default=str)
 
 
 def overrides_text(change: Mapping[str, Any]) -> str:

@@ -84,7 +84,7 @@ class Identity:
 def identity_of(recipe: Recipe, run_dir: Path) -> Identity:
     """What the servers of this run must be."""
     model, rollout = recipe.model, recipe.rollout
-    context = rollout.max_prompt_tokens + rollout.max_answer_tokens
+    context = rollout.max_sequence_tokens
     return Identity(read_run_id(run_dir), hash_vocabulary(recipe), recipe.arch, model.dtype, context)
 
 

@@ -74,7 +74,7 @@ def plan_batch(recipe: Recipe, layout: Layout) -> BatchPlan:
     """Compute the sizes of one rollout batch."""
     batch, rollout, capacity = recipe.batch, recipe.rollout, recipe.trainer.micro_batch_tokens
     multiple = layout.pad_multiple
-    longest = round_up(rollout.max_prompt_tokens + rollout.max_answer_tokens, multiple)
+    longest = round_up(rollout.max_sequence_tokens, multiple)
     answer = min(rollout.expected_answer_tokens or rollout.max_answer_tokens / 2, rollout.max_answer_tokens)
     expected = min(float(longest), rollout.max_prompt_tokens * PROMPT_SHARE + answer + (multiple - 1) / 2)
     sequences = batch.prompts * batch.answers

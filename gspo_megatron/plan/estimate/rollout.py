@@ -115,7 +115,7 @@ def plan_rollout(
     else:
         room = int(machine.device.memory * rollout.gpu_memory_fraction) - weights - SERVER_BYTES
         room = max(0, room - padding_bytes(recipe, arch, machine))
-    longest = rollout.max_prompt_tokens + rollout.max_answer_tokens
+    longest = rollout.max_sequence_tokens
     held = int(room / (per_device * _lengths(recipe, practice)[1]))
     wanted = batch.sequences / (1 - practice.rates.dropped_groups if samples_again(recipe) else 1)
     training = _sampling(recipe, arch, machine, held, wanted, recipe.batch.answers, practice)

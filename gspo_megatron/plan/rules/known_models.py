@@ -68,7 +68,7 @@ def _scaling(recipe: Recipe, arch: Architecture) -> Iterator[Finding]:
     original = scaling.get("original_max_position_embeddings")
     if scaling.get("rope_type") != "yarn" or original is None:
         return
-    longest = recipe.rollout.max_prompt_tokens + recipe.rollout.max_answer_tokens
+    longest = recipe.rollout.max_sequence_tokens
     reach, key = float(original) * float(scaling.get("factor", 1)), "model.architecture.rope_scaling"
     facts = published_facts(recipe.model.path.name) if recipe.model.path else {}
     native = max(float(original), facts.get("max_position_embeddings", 0))

@@ -39,14 +39,13 @@ def _error(name: str, message: str, fix: str) -> Finding:
     return Finding("server-refuses", "error", f"rollout.vllm.{name}", message, fix)
 
 
-def _longest(recipe: Recipe) -> int:
-    """The model length that the servers are started with, tokens."""
-    return recipe.rollout.max_prompt_tokens + recipe.rollout.max_answer_tokens
-
-
 def _scheduler(recipe: Recipe, given: dict[str, Any]) -> Iterator[Finding]:
     """Source: `config/scheduler.py`, `verify_max_model_len`."""
-    tokens, most, longest = given.get("max_num_batched_tokens"), recipe.rollout.max_concurrency, _longest(recipe)
+    tokens, most, longest = (
+        given.get("max_num_batched_tokens"),
+        recipe.rollout.max_concurrency,
+        recipe.rollout.max_sequence_tokens,
+    )
     if tokens is None:
         # vLLM then takes what its other settings need.
         return
@@ -64,7 +63,11 @@ def _scheduler(recipe: Recipe, given: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _blocks(recipe: Recipe, machine: Machine, given: dict[str, Any]) -> Iterator[Finding]:
-    size, count, longest = given.get("block_size"), given.get("num_gpu_blocks_override"), _longest(recipe)
+    size, count, longest = (
+        given.get("block_size"),
+        given.get("num_gpu_blocks_override"),
+        recipe.rollout.max_sequence_tokens,
+    )
     if size is not None and not machine.is_cpu and size % BLOCK_MULTIPLE:
         yield _error(
             "block_size", f"{size} is no multiple of {BLOCK_MULTIPLE}, which the attention's kernels want",

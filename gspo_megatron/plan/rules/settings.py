@@ -49,7 +49,7 @@ def findings(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[F
 
 def _context(recipe: Recipe, arch: Architecture) -> Iterator[Finding]:
     rollout = recipe.rollout
-    longest, native = rollout.max_prompt_tokens + rollout.max_answer_tokens, arch.max_position_embeddings
+    longest, native = rollout.max_sequence_tokens, arch.max_position_embeddings
     if longest <= native:
         return
     scaling = arch.rope_scaling or {}

@@ -18,7 +18,6 @@ from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.data.own_demonstrations import (
     draw_demonstrations,
     encode_demonstrations,
-    longest_demonstration,
     make_demonstration,
 )
 from gspo_megatron.data.stream import PromptStream
@@ -60,7 +59,7 @@ def turns(*messages: dict[str, Any]) -> dict[str, Any]:
 def encoded(recipe: Recipe, tokenizer: Tokenizer = CHAT) -> list[tuple[str, str]]:
     """Text of each sample, and that of its trained tokens, stop ids as `/`."""
     found = encode_demonstrations(recipe, tokenizer, never)
-    assert not found.findings(longest_demonstration(recipe))
+    assert not found.findings(recipe.rollout.max_sequence_tokens)
 
     def text(ids: np.ndarray) -> str:
         return "".join("/" if i in tokenizer.stop_ids else tokenizer.decode([i]) for i in ids.tolist())

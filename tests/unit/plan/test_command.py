@@ -175,7 +175,7 @@ def test_every_key_is_explained() -> None:
 
 
 def test_every_chosen_default_names_its_source() -> None:
-    neutral = {"null", "0", "1", "0.0", "1.0", "false", "none", "off", "run", "()", "{}"}
+    neutral = {"null", "0", "1", "0.0", "1.0", "false", "none", "off", "run", "[]", "{}"}
     for key in all_keys():
         shown = explain(key)
         lines = dict(line.split(maxsplit=1) for line in shown.splitlines() if line.startswith("  default"))
