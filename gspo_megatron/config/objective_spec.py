@@ -60,8 +60,6 @@ class ObjectiveSpec(Axes):
             return f"kl={self.kl} compares every sequence with the reference policy"
         if self.trust not in TRUST_RULES:
             return "a trust rule of your own may give a gradient where the advantage is 0"
-        if self.replay == "sampler":
-            return "replay=sampler measures the router on every sequence"
         return ""
 
     @property
@@ -87,8 +85,8 @@ class ObjectiveSpec(Axes):
             return f"correction={list(self.correction)} compares them with the sampler's"
         if self.kl != "none":
             return f"kl={self.kl} weighs by them"
-        if self.replay != "off":
-            return f"replay={self.replay} takes the experts of their pass"
+        if self.replay == "trainer":
+            return "replay=trainer takes the experts of their pass"
         return ""
 
     def describe(self, sequences: int | None = None, updates: int | None = None) -> str:

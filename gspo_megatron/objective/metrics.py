@@ -98,10 +98,15 @@ def compared_sums(packed: Packed, sums: Sums, is_compared: bool) -> dict[str, Te
     return found if is_compared else {name: torch.zeros_like(entry) for name, entry in found.items()}
 
 
+def length_bucket(num_tokens: Tensor) -> Tensor:
+    """[S] int64, place in `BUCKET_NAMES`, of [S] lengths."""
+    # log2 / 2 - 3 is 0 at 64 tokens and rises by one with every factor of four.
+    return (torch.log2(num_tokens.clamp(min=1)) / 2 - 3).ceil().clamp(0, len(BUCKET_NAMES) - 1).long()
+
+
 def _log_s_sums(packed: Packed, log_s: Tensor) -> dict[str, Tensor]:
     share = packed.local_share()
-    # log2 / 2 - 3 is 0 at 64 tokens and rises by one with every factor of four.
-    bucket = (torch.log2(packed.num_tokens.clamp(min=1)) / 2 - 3).ceil().clamp(0, len(BUCKET_NAMES) - 1).long()
+    bucket = length_bucket(packed.num_tokens)
     magnitude = torch.log10(log_s.abs().clamp(min=10.0 ** (SMALLEST_EXPONENT - 1))) - SMALLEST_EXPONENT
     # A NaN would become an index out of bounds, which on a GPU ends the process; nonfinite_tokens counts it.
     step = (magnitude * BINS_PER_DECADE).floor().clamp(-1, SIDE_BINS - 1).nan_to_num(-1.0).long() + 1

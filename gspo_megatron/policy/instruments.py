@@ -6,12 +6,13 @@ Every number is of trained tokens, summed over all ranks. L = layers of the mode
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gspo_megatron.objective.metrics import BUCKET_NAMES
 from gspo_megatron.policy.microbatch import MicroBatch
 from gspo_megatron.policy.policy import Policy
 from gspo_megatron.policy.replay import ABSENT, Routes, from_stored
@@ -32,8 +33,8 @@ class RouterInstruments:
         self._load = self._zeros(self.num_layers, max(1, self.num_experts))
         self._changes: list[Tensor] = []
         self._probe_changes = self._zeros(2, self.num_layers)
-        self._disagreement = self._zeros(2, self.num_layers)
-        self._bytes = self._zeros(2)
+        self._disagreement = self._zeros(2, self.num_layers, len(BUCKET_NAMES))
+        self._bytes = self._zeros(3)
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=self.policy.device)
@@ -50,11 +51,11 @@ class RouterInstruments:
             self._bytes[1] += sum(len(batch.token_ids) for batch in batches)
 
     def add_update(self, batches: Sequence[MicroBatch], routes: Sequence[Routes | None]) -> None:
-        """Take from the training pass that just ended how far its choices are from the old weights'.
+        """Take from the training pass that just ended how far its choices are from those that it was given.
 
         Args:
             batches: what was trained on.
-            routes: of the old weights; None where they were not recorded.
+            routes: of the old weights, or of the sampler; None where there were none.
         """
         if not self.num_experts:
             return
@@ -63,20 +64,31 @@ class RouterInstruments:
         first = next((entry for entry in routes if entry is not None), None)
         changes = self._zeros(2, self.num_layers)
         if first is not None:
+            changed = self.policy.routing.changes()
             for number, layer in enumerate(self.policy.routing.layers):
-                changes[0, layer] = self.policy.routing.changes()[number]
+                changes[0, layer] = changed[number].sum()
                 changes[1, layer] = rows * first.chosen[number].shape[1]
         self._changes.append(changes)
 
-    def add_disagreement(self, batches: Sequence[MicroBatch]) -> None:
-        """Take from the scoring pass that just ended how far its own choices were from the sampler's."""
-        for number, layer in enumerate(self.policy.routing.layers):
-            self._disagreement[0, layer] += self.policy.routing.changes()[number]
-        for batch, counted in zip(batches, self.policy.routing.counted_rows(batches), strict=True):
-            if batch.routes is not None:
-                reported = self.policy.routing.of_this_rank(batch.routes)[counted] != ABSENT
-                for layer in self.policy.routing.layers:
-                    self._disagreement[1, layer] += reported[:, layer].sum()
+    def add_disagreement(self, batches: Sequence[MicroBatch], which: Collection[int]) -> None:
+        """Take from the pass of the old weights that just ended how far its own choices were from the sampler's.
+
+        Args:
+            batches: of the pass.
+            which: micro-batches that count: those that were given the sampler's choices.
+        """
+        routing = self.policy.routing
+        for changed, layer in zip(routing.changes(which), routing.layers, strict=True):
+            self._disagreement[0, layer] += changed
+        for batch in (batches[index] for index in which):
+            if batch.routes is None:
+                continue
+            reported = routing.of_this_rank(batch.routes) != ABSENT
+            counted, bucket = routing.of_this_rank(batch.loss_mask), routing.of_this_rank(batch.length_buckets())
+            for layer in routing.layers:
+                found = (reported[:, layer] & counted[:, None]).sum(1).double()
+                self._disagreement[1, layer].index_add_(0, bucket, found)
+                self._bytes[2] += reported[:, layer].sum() * (1 if self.num_experts <= 256 else 2)
 
     def probe(self, batch: MicroBatch) -> None:
         """Route a fixed batch under the present weights and count what changed since the last time."""
@@ -106,13 +118,18 @@ class RouterInstruments:
             for piece, part in zip(flat.cpu().split([part.numel() for part in parts]), parts, strict=True)
         ]
         found = _load_metrics(load)
-        found |= _share("probe_changed", probe) | _share("sampler_disagreement", disagreement)
+        found |= _share("probe_changed", probe) | _share("sampler_disagreement", disagreement.sum(2))
+        for name, (changed, choices) in zip(BUCKET_NAMES, disagreement.sum(1).T.tolist(), strict=True):
+            if choices:
+                found[f"{PREFIX}sampler_disagreement/{name}"] = changed / choices
         for index, (changed, choices) in enumerate(changes):
             if choices.any():
                 found[f"{PREFIX}changed/minibatch_{index}"] = float(changed.sum() / choices.sum())
         found |= _share("changed", changes[-1]) if changes else {}
         found[f"{PREFIX}route_bytes_per_token"] = float(size[0] / size[1].clamp(min=1))
         found[f"{PREFIX}route_bytes"] = float(size[0])
+        if size[2]:
+            found[f"{PREFIX}sampler_route_bytes"] = float(size[2])
         found[f"{PREFIX}route_seconds"] = self.policy.routing.take_seconds()
         self._start()
         return found

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gspo_megatron.data.packing import PackedBatch
+from gspo_megatron.objective.metrics import length_bucket
 from gspo_megatron.parallel import Coordinates, Layout
 from gspo_megatron.policy.attention import PackedBatchParams, plan_buckets, positions_of, zigzag_indices
 
@@ -37,6 +38,11 @@ class MicroBatch:
     """The pack as Megatron wants it: global padded lengths."""
     routes: Tensor | None = None
     """[T_local, layers, k] int16, the sampler's experts, -1 = not recorded; None = it reported none."""
+
+    def length_buckets(self) -> Tensor:
+        """[T_local] int64, place in the objective's `BUCKET_NAMES` of the padded length of each token's sequence."""
+        buckets = length_bucket(self.params.cu_seqlens_q.diff())
+        return buckets.repeat_interleave(self.cu_seqlens.diff(), output_size=len(self.token_ids))
 
 
 def place(batch: PackedBatch, layout: Layout, at: Coordinates, device: torch.device) -> MicroBatch:

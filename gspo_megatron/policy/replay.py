@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from gspo_megatron.objective.metrics import BUCKET_NAMES
 from gspo_megatron.policy.microbatch import MicroBatch
 
 ABSENT = -1
@@ -71,11 +72,12 @@ class RouterSeam:
         self.routes: Sequence[Tensor | None] | None = None
         self.replays = False
         self.counted: list[Tensor] | None = None
+        self.buckets: list[Tensor] | None = None
         self.recorded: dict[int, Tensor] | None = None
         self.margins: list[Tensor] | None = None
         self.index: int | None = None
         self.again: deque[int] = deque()
-        self.changed: Tensor | None = None
+        self.changed: dict[int, Tensor] = {}
         self.known: Tensor | None = None
         self.skipped = 0
 
@@ -116,11 +118,12 @@ class RouterSeam:
         return from_stored(stored)
 
     def _count_changes(self, index: int, chosen: Tensor, target: Tensor) -> None:
-        """Choices of counted rows that the recorded ones do not hold."""
-        assert self.counted is not None
+        """Choices of counted rows that the recorded ones do not hold, by the length of their sequences."""
+        assert self.counted is not None and self.buckets is not None
         moved = (chosen[:, :, None] != target[:, None, :]).all(2) & (target != ABSENT).any(1, keepdim=True)
-        changed = (moved & self.counted[index][:, None]).sum()
-        self.changed = changed if self.changed is None else self.changed + changed
+        changed = (moved & self.counted[index][:, None]).sum(1)
+        none = torch.zeros(len(BUCKET_NAMES), dtype=torch.float64, device=chosen.device)
+        self.changed[index] = none.index_add(0, self.buckets[index], changed.double())
 
     def _observe(self, index: int, scores: Tensor, chosen: Tensor) -> None:
         if self.recorded is not None:
@@ -175,10 +178,11 @@ class Routing:
         """
         self._trains = trains
         counted = self.counted_rows(batches)
+        buckets = None if routes is None else [self.of_this_rank(batch.length_buckets()) for batch in batches]
         for number, seam in enumerate(self.seams):
             seam.rest()
             seam.routes = None if routes is None else [entry and entry.chosen[number] for entry in routes]
-            seam.replays, seam.counted, seam.margins = replays, counted, margins
+            seam.replays, seam.counted, seam.buckets, seam.margins = replays, counted, buckets, margins
             seam.recorded = {} if records else None
         yield
         for seam in self.seams:
@@ -187,7 +191,7 @@ class Routing:
                     f"layer {seam.layer} recomputed {len(routes) - len(seam.again)} of {len(routes)} micro-batches; "
                     "its recorded routes went to the wrong ones"
                 )
-            seam.routes, seam.counted, seam.margins = None, None, None
+            seam.routes, seam.counted, seam.buckets, seam.margins = None, None, None, None
             seam.again.clear()
 
     @contextlib.contextmanager
@@ -254,9 +258,17 @@ class Routing:
             seam.seconds = 0.0
         return total
 
-    def changes(self) -> list[Tensor | int]:
-        """[L] choices of the last run that differ from the routes that it was given."""
-        return [0 if seam.changed is None else seam.changed for seam in self.seams]
+    def changes(self, which: Collection[int] | None = None) -> list[Tensor]:
+        """[L] of [length buckets], float64: choices of the last run that differ from the routes that it was given.
+
+        Args:
+            which: micro-batches that count; None = all.
+        """
+        none = torch.zeros(len(BUCKET_NAMES), dtype=torch.float64)
+        parts = [
+            [part for index, part in seam.changed.items() if which is None or index in which] for seam in self.seams
+        ]
+        return [torch.stack(mine).sum(0) if mine else none for mine in parts]
 
 
 def _install(router: Any, num_experts: int) -> RouterSeam:

@@ -35,7 +35,10 @@ class ScoredMicroBatch:
     batch: MicroBatch
     """What the forward pass reads."""
     routes: Routes | None
-    """Experts that the old policy chose; empty for a dense model. None = the training pass records them."""
+    """Experts that the old policy chose; empty for a dense model. Where no pass of it came before, those of the sampler
+    if they are replayed, else None."""
+    is_routed: bool
+    """Whether a pass of the old policy chose `routes`; otherwise the training pass records what it chooses."""
     old: Scored | None
     """Log-probs under the old policy: the weights at the start of the rollout batch. None off the last stage and where
     they were not scored: see `MiniBatch.old_logprobs`."""

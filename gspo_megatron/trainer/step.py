@@ -21,13 +21,13 @@ from gspo_megatron.policy.microbatch import MicroBatch
 from gspo_megatron.policy.offload import bytes_at_rest
 from gspo_megatron.policy.policy import OptimizerSettings, Policy, Scored
 from gspo_megatron.policy.reference import ReferenceWeights
-from gspo_megatron.policy.replay import Routes
 from gspo_megatron.run_dir import RunDir
 from gspo_megatron.run_log import RunLog
 from gspo_megatron.trainer import failure_dump, response_advantages
 from gspo_megatron.trainer.batches import Batcher, MiniBatch, ScoredMicroBatch, TrainingMicroBatch, charge_divergence
 from gspo_megatron.trainer.failure_dump import TrainedUpdate, write_dump
 from gspo_megatron.trainer.metric_sums import TOKEN_ENTROPY, count_left_out, reduce_sums, zero_sums
+from gspo_megatron.trainer.old_policy import OldPolicy
 from gspo_megatron.trainer.trained_responses import choose_trained
 from gspo_megatron.trainer.training_loss import make_loss
 from gspo_megatron.transport.controller_client import ControllerClient
@@ -50,6 +50,7 @@ class Trainer:
         self.takes_turns = takes_turns(recipe)
         self.sender = WeightSender(policy.device, shares=not recipe.placement.rollout_nodes)
         self.routers = RouterInstruments(policy)
+        self.old = OldPolicy(recipe, policy, self.routers)
         self.reference: ReferenceWeights | None = None
         self.version = -1
         self.updates = 0
@@ -139,41 +140,13 @@ class Trainer:
         minibatches = []
         for number, (part, (members, batches)) in enumerate(zip(parts, placed, strict=True)):
             with self.log.time("old_logprobs"):
-                old, routes = self._score_old(batches, is_first=number == 0)
+                old = self.old.score(batches, is_first=number == 0)
             totals = response_advantages.count(part)
             left_out = response_advantages.count([ref for ref in part if ref in silent])
-            columns = zip(members, batches, routes, old, self._reference(batches), strict=True)
-            micro_batches = [ScoredMicroBatch(*values) for values in columns]
+            scores = (old.routes, old.is_routed, old.logprobs, self._reference(batches))
+            micro_batches = [ScoredMicroBatch(*values) for values in zip(members, batches, *scores, strict=True)]
             minibatches.append(MiniBatch(micro_batches, totals, left_out, is_first=number == 0))
         return minibatches
-
-    def _score_old(
-        self, batches: Sequence[MicroBatch], is_first: bool
-    ) -> tuple[list[Scored | None], list[Routes | None]]:
-        """Log-probs and routes of each micro-batch under the old policy, as far as something reads them.
-
-        The first mini-batch is trained on before any update, so its training pass gives the same. One micro-batch of it
-        is scored nevertheless: it proves that the two passes agree.
-        """
-        if not self.recipe.scores_old_policy:
-            return [None] * len(batches), [None] * len(batches)
-        scored = batches[:1] if is_first and self.recipe.skips_zero_gradients else batches
-        # Scored on the very micro-batches that are trained on, so that the first ratio is exactly 1.
-        old = self.policy.score(scored, records=True, routes=self._reported(scored))
-        # Where the sampler reported no choice for a token, the router's own choice is replayed.
-        routes = self.policy.routing.recorded(len(scored))
-        if self.spec.replay == "sampler":
-            self.routers.add_disagreement(scored)
-        if len(scored) == len(batches):
-            self.routers.add_load(batches, routes)
-        later = [None] * (len(batches) - len(scored))
-        return [*self._each(old, scored), *later], [*routes, *later]
-
-    def _reported(self, batches: Sequence[MicroBatch]) -> list[Routes] | None:
-        """The sampler's routes, where they are to be replayed."""
-        arch = self.recipe.arch
-        reports = self.spec.replay == "sampler"
-        return self.policy.routing.reported(batches, arch.num_experts_per_tok) if reports else None
 
     def keep_reference(self) -> None:
         """Keep the present weights as the reference policy, where the objective has one."""
@@ -218,7 +191,7 @@ class Trainer:
         self._trained_on.append(TrainedUpdate(self.updates, minibatch, logprobs))
         batches = [micro.batch for micro in minibatch.micro_batches]
         routes = [micro.routes for micro in minibatch.micro_batches]
-        records = None in routes
+        fresh = [index for index, micro in enumerate(minibatch.micro_batches) if not micro.is_routed]
         with self.log.time("train"):
             sums, norm, taken = self.policy.train(
                 batches,
@@ -226,11 +199,13 @@ class Trainer:
                 lr,
                 routes=routes,
                 replays=self.spec.replay != "off",
-                records=records,
+                records=bool(fresh),
                 skips=self.recipe.skips_clipped,
             )
-        if records:
+        if fresh:
             self.routers.add_load(batches, self.policy.routing.recorded(len(batches)))
+        if self.spec.replay == "sampler" and minibatch.is_first:
+            self.routers.add_disagreement(batches, fresh)
         self.routers.add_update(batches, routes)
         self.probe_routers()
         self.log.add({"grad_norm": norm, "learning_rate": lr})
@@ -269,7 +244,7 @@ class Trainer:
         minibatches = reduce_sums(sums, self._zero_sums)
         whole = add_sums(minibatches)
         entropy = float(whole[TOKEN_ENTROPY]) / max(float(whole["tokens"]), 1.0)
-        self.log.add(finalize_step(minibatches) | {TOKEN_ENTROPY: entropy} | self.routers.reduce())
+        self.log.add(finalize_step(minibatches) | {TOKEN_ENTROPY: entropy} | self.routers.reduce() | self.old.reduce())
         self.log.add({"weight_version": self.version, "updates": self.updates, "skipped_updates": self.skipped})
         for finding in runtime_warnings(self.spec, self.log.row()):
             self.log.warn(finding)

@@ -115,5 +115,7 @@ def record(store: SampleStore, prompt: int, sample: int) -> SampleRef:
     ids = generator.integers(0, VOCABULARY, PROMPT_LENGTH + length).astype(np.int32)
     logprobs = generator.normal(-4.5, 0.1, length).astype(np.float32)
     reward = float(generator.integers(0, 2))
-    answer = Response(prompt, sample, ids[PROMPT_LENGTH:], logprobs, (Segment(0, 0, length),), "stop")
+    # Two of eight experts in each of four layers, as recipes/tiny_moe.yaml has them.
+    routes = generator.random((PROMPT_LENGTH + length - 1, 4, 8)).argsort(-1)[..., :2].astype(np.uint8)
+    answer = Response(prompt, sample, ids[PROMPT_LENGTH:], logprobs, (Segment(0, 0, length),), "stop", routes)
     return store.write(asked(prompt, tuple(ids[:PROMPT_LENGTH].tolist())), answer, reward)

@@ -50,23 +50,26 @@ def run_case(name: str, overrides: list[str], directory: Path, device: torch.dev
     scored = policy.score(batches, records=True)
     routes = policy.routing.recorded(len(batches))
     moved, _ = differentiate(policy, batches, routes, scored)
-    unchanged = float(sum(policy.routing.changes()))
+    unchanged = float(sum(part.sum() for part in policy.routing.changes()))
     # One alone, as probes are scored: an interleaved schedule needs more.
     moved += sum(float((now.logprobs != scored[0].logprobs).sum()) for now in policy.score(batches[:1]))
     policy.load(random_pieces(arch, CHANGED))
     _, replayed = differentiate(policy, batches, routes, scored)
-    missed = float(sum(policy.routing.changes()))
+    missed = float(sum(part.sum() for part in policy.routing.changes()))
     _, free = differentiate(policy, batches, None, scored)
     counts = torch.tensor([moved, unchanged, missed, float(sum(entry.num_bytes for entry in routes))])
     dist.all_reduce(counts)
-    if dist.get_rank() == 0:
-        result = {"counts": counts, "replayed": replayed, "free": free}
-        torch.save(result, directory / f"{name}.pt")
+    result = {"counts": counts, "replayed": replayed, "free": free}
     torch.save(describe(policy, batches, routes, mine), directory / f"{name}-routes-{dist.get_rank()}.pt")
     reported = [replace(sample, routes=reported_routes(arch, sample)) for sample in samples]
     batches = policy.place([collate([reported[i] for i in members], policy.layout.pad_multiple) for members in mine])
-    policy.score(batches, routes=policy.routing.reported(batches, arch.num_experts_per_tok), records=True)
+    given = policy.routing.reported(batches, arch.num_experts_per_tok)
+    scored = policy.score(batches, routes=given, records=True)
     routes = policy.routing.recorded(len(batches))
+    _, twice = differentiate(policy, batches, routes, scored)
+    _, at_once = differentiate(policy, batches, given, scored)
+    if dist.get_rank() == 0:
+        torch.save(result | {"twice": twice, "at once": at_once}, directory / f"{name}.pt")
     torch.save(describe(policy, batches, routes, mine), directory / f"{name}-reported-{dist.get_rank()}.pt")
 
 

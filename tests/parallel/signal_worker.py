@@ -80,7 +80,7 @@ def run_case(directory: Path, case: dict[str, Any], skips: int, device: torch.de
         step_optimizer(policy, gradients)
         refs = references(trainer, REWARDS[case["rewards"]])
         score, asked = policy.score, list[int]()
-        policy.score = lambda batches, **named: asked.append(len(batches)) or score(batches, **named)
+        policy.score = lambda batches, **named: asked.extend([len(batches)] * bool(named)) or score(batches, **named)
         scored = trainer.score_old_policy(refs)
         policy.score = score
         first, second = trainer.assign_advantages(refs, scored)

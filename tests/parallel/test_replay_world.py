@@ -112,6 +112,14 @@ def test_routes_that_a_sampler_reported_are_used_and_the_others_chosen(
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_a_training_pass_replays_them_without_a_pass_before_it(case: str, results: Path) -> None:
+    """Rows without any are routed as the scoring pass routed them, in the recomputation too."""
+    found = torch.load(results / f"{case}.pt", weights_only=True)
+    assert found["twice"].keys() == found["at once"].keys()
+    assert all(torch.equal(found["twice"][name], gradient) for name, gradient in found["at once"].items())
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_equal_weights_move_no_log_prob(case: str, results: Path) -> None:
     moved, changed, missed, _ = torch.load(results / f"{case}.pt", weights_only=True)["counts"].tolist()
     assert (moved, changed) == (0, 0)

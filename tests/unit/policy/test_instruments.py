@@ -42,7 +42,14 @@ def policy(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def batch(trained: list[bool], routes: torch.Tensor | None = None) -> Any:
     mask = torch.tensor(trained)
-    return SimpleNamespace(loss_mask=mask, token_ids=torch.zeros(len(mask)), routes=routes)
+    buckets = torch.arange(len(mask))
+    return SimpleNamespace(
+        loss_mask=mask, token_ids=torch.zeros(len(mask)), routes=routes, length_buckets=lambda: buckets
+    )
+
+
+def changed(*by_length: int) -> torch.Tensor:
+    return torch.tensor([*by_length, *[0] * (7 - len(by_length))], dtype=torch.float64)
 
 
 def stored(*layers: list[list[int]]) -> Routes:
@@ -67,7 +74,7 @@ def test_changes_of_updates_and_of_the_probe(policy: Any) -> None:
     routes = stored([[0, 1]] * 2, [[0, 1]] * 2)
     for changes in ((0, 0), (1, 3)):
         for seam, count in zip(policy.routing.seams, changes, strict=True):
-            seam.changed = torch.tensor(count)
+            seam.changed = {0: changed(count)}
         instruments.add_update([batch([True, True])], [routes])
     probe = batch([False, True])
     for choices in ([[[0, 1], [0, 1]], [[0, 1], [2, 3]]], [[[2, 3], [1, 0]], [[0, 1], [2, 0]]]):
@@ -84,12 +91,20 @@ def test_changes_of_updates_and_of_the_probe(policy: Any) -> None:
 def test_disagreement_with_the_sampler_counts_what_it_reported(policy: Any) -> None:
     instruments = RouterInstruments(policy)
     reported = torch.tensor([[[0, 1], [0, 1]], [[ABSENT, ABSENT], [2, 3]], [[0, 1], [0, 1]]])
-    for seam, count in zip(policy.routing.seams, (1, 1), strict=True):
-        seam.changed = torch.tensor(count)
-    instruments.add_disagreement([batch([True, True, False], reported)])
+    for seam, counts in zip(policy.routing.seams, ((1, 0), (0, 1)), strict=True):
+        # The second micro-batch was scored without them.
+        seam.changed = {0: changed(*counts), 1: changed(5)}
+    given = batch([True, True, False], reported)
+    instruments.add_disagreement([given, given], [0])
     found = instruments.reduce()
     assert found["experts/sampler_disagreement/layer_0"] == 0.5
     assert found["experts/sampler_disagreement/layer_1"] == 0.25
+    assert found["experts/sampler_disagreement"] == pytest.approx(2 / 6)
+    # Rows 0 and 1 lie in sequences of different lengths; row 2 is not trained.
+    assert found["experts/sampler_disagreement/le_64"] == 0.25
+    assert found["experts/sampler_disagreement/le_256"] == 0.5
+    assert "experts/sampler_disagreement/le_1024" not in found
+    assert found["experts/sampler_route_bytes"] == 10, "of every token that was reported, trained or not"
 
 
 def test_a_dense_model_has_none(policy: Any) -> None:

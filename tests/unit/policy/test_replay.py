@@ -26,7 +26,8 @@ def routing() -> tuple[Routing, RouterSeam]:
 
 
 def batch(trained: list[bool]) -> Any:
-    return SimpleNamespace(loss_mask=torch.tensor(trained))
+    buckets = torch.zeros(len(trained), dtype=torch.int64)
+    return SimpleNamespace(loss_mask=torch.tensor(trained), length_buckets=lambda: buckets)
 
 
 def routes(*rows: list[list[int]]) -> list[Routes]:
@@ -56,7 +57,9 @@ def test_changes_are_counted_at_trained_tokens_with_and_without_replay() -> None
         given = routes([[3, 1], [0, 4], [4, 5]])
         with found.run([batch([True, True, False])], trains=True, routes=given, replays=replays), found.forward(0, 0):
             seam.get_replay_topk(SCORES, TOPK)
-        assert [int(count) for count in found.changes()] == [1], "the order does not count, untrained tokens do not"
+        assert [part.tolist() for part in found.changes()] == [[1, 0, 0, 0, 0, 0, 0]], (
+            "the order does not count, untrained tokens do not"
+        )
 
 
 def test_choices_are_sorted_and_recorded() -> None:

@@ -13,6 +13,7 @@ import torch
 from gspo_megatron.config import RecipeError
 from gspo_megatron.models import parse_recipe
 from gspo_megatron.objective import BatchTotals, group_advantages
+from gspo_megatron.trainer.old_policy import OldScores
 from gspo_megatron.trainer.step import Trainer
 from gspo_megatron.types import Masked, SampleRef
 from tests.unit.controller.group_batches import recipe
@@ -53,9 +54,8 @@ def make_trainer(**objective: Any) -> Trainer:
     trainer.log = Log()  # type: ignore[assignment]  # in place of a RunLog, which writes into a run directory
     trainer.reference = None
     # Off the last stage: no log-probs, which nothing here depends on.
-    routing = SimpleNamespace(recorded=lambda count: [None] * count)
-    trainer.policy = SimpleNamespace(score=lambda *a, **k: [], routing=routing, is_last_stage=False)  # type: ignore[assignment]
-    trainer.routers = SimpleNamespace(add_load=lambda *a: None)  # type: ignore[assignment]
+    trainer.policy = SimpleNamespace(is_last_stage=False)  # type: ignore[assignment]
+    trainer.old = SimpleNamespace(score=lambda batches, is_first: OldScores([None], [None], [True]))  # type: ignore[assignment]
     return trainer
 
 
