@@ -13,3 +13,8 @@ async def score(problem: Mapping[str, Any], response: RewardInput) -> dict[str, 
     """1 for the right answer, and what it cost."""
     await asyncio.sleep(0)
     return {"right": float(response.answer == problem["answer"]), "_tokens": len(response.token_ids)}
+
+
+def first_token(problem: Mapping[str, Any], response: RewardInput) -> float:
+    """Differs within every group, whatever the weights."""
+    return float(response.token_ids[0] % 2)
