@@ -45,7 +45,7 @@ RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "tiny_moe.yaml"
 BAND = 3e-4
 STEP = (
     "cold_start=null", "model.dtype=bfloat16", "objective.replay=sampler", "optimizer.lr=0", "trainer.max_steps=1",
-    "evaluation.every=0", "evaluation.problems=0", "weight_update.canary_bound=0.1", "checkpoint.every=0",
+    "evaluation.every=0", "evaluation.problems=0", "weight_update.canary_bound=20", "checkpoint.every=0",
 )  # fmt: skip
 KEPT = ("experts/sampler_disagreement", "mismatch_sampled/")
 """Beginnings of the names of the metrics of the bfloat16 trainer that make the table."""

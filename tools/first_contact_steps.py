@@ -129,6 +129,13 @@ STEPS = (
         why_not="on a CPU it is `make train`, which takes minutes",
     ),
     Step(
+        "routes", "a whole run that replays the experts that vLLM chose",
+        _train("recipes/tiny_moe.yaml", *SMALL_RUN, "objective.replay=sampler",
+               "run.directory=runs/first_contact_routes"),
+        "set objective.replay=trainer; vLLM's log names a kernel that records no routes",
+        why_not="on a CPU it is tests/rollout/test_routes_job.py",
+    ),
+    Step(
         "one-node", "a whole run over every GPU of the node: data-parallel trainer, a server on each GPU",
         _train("recipes/tiny_moe.yaml", *SMALL_RUN, "rollout.servers=2", "run.directory=runs/first_contact_node"),
         "set NCCL_DEBUG=INFO; then gspo train with trainer.ranks=1", gpus=2,
