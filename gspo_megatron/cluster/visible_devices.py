@@ -27,12 +27,27 @@ class Gpu:
     """What nvidia-smi calls it, e.g. `NVIDIA H100 80GB HBM3`; empty for a part of a GPU."""
 
 
+def query_gpus(*fields: str, timeout: float | None = TOOL_SECONDS, through: Sequence[str] = ()) -> list[list[str]]:
+    """What nvidia-smi says of each GPU, whoever may use it; empty where it says nothing.
+
+    Args:
+        fields: of its `--query-gpu`; only the last may hold commas.
+        timeout: seconds.
+        through: command that runs it elsewhere, as srun.
+
+    Returns:
+        A row for each GPU: its UUID, and the fields.
+    """
+    query = f"--query-gpu={','.join(('uuid', *fields))}"
+    listed = read_command(*through, "nvidia-smi", query, "--format=csv,noheader,nounits", timeout=timeout)
+    rows = [[cell.strip() for cell in line.split(",", len(fields))] for line in listed.splitlines()]
+    return [row for row in rows if len(row) == 1 + len(fields)]
+
+
 def list_gpus() -> list[Gpu]:
     """The GPUs that this process may use; empty without a GPU or nvidia-smi."""
-    query = ("nvidia-smi", "--query-gpu=uuid,name", "--format=csv,noheader")
-    listed = read_command(*query, timeout=TOOL_SECONDS).splitlines()
-    rows = [line.split(",", 1) for line in listed if line.count(",") >= 1]
-    uuids, models = [row[0].strip() for row in rows], [row[1].strip() for row in rows]
+    rows = query_gpus("name")
+    uuids, models = [row[0] for row in rows], [row[1] for row in rows]
     names = select_devices(os.environ.get(VARIABLE), uuids)
     return [Gpu(name, "" if (place := _place_of(name, uuids)) is None else models[place]) for name in names]
 

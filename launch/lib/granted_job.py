@@ -16,7 +16,7 @@ from gspo_megatron.cluster.slurm_allocation import drop_options, read_allocation
 from gspo_megatron.cluster.slurm_commands import describe_job
 from gspo_megatron.cluster.slurm_steps import Step
 from gspo_megatron.cluster.slurm_words import SLURM_WORDS, reasons
-from gspo_megatron.cluster.visible_devices import VARIABLE, select_devices
+from gspo_megatron.cluster.visible_devices import VARIABLE, query_gpus, select_devices
 from launch.lib.attempt import wait_for_slurm
 from launch.lib.plan_request import Plan, Refused
 from launch.lib.settings import Settings
@@ -101,9 +101,9 @@ def try_arguments(settings: Settings) -> None:
 
 def list_gpus(settings: Settings) -> int:
     """GPUs that nvidia-smi lists on the first node, for a site whose SLURM does not count them."""
-    query = ("nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader")
-    listed = read_command(*settings.srun_outside(Step("gpus", settings.allocation.hosts[:1]), query))
-    return len(select_devices(os.environ.get(VARIABLE), listed.split()))
+    through = settings.srun_outside(Step("gpus", settings.allocation.hosts[:1]), ())
+    uuids = [uuid for (uuid,) in query_gpus(timeout=None, through=through)]
+    return len(select_devices(os.environ.get(VARIABLE), uuids))
 
 
 def print_commands(job: Job, plan: Plan, arguments: Sequence[str], attempt: Path, called_in: Path) -> str:

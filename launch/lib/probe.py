@@ -22,11 +22,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gspo_megatron.cluster.command_output import TOOL_SECONDS, read_command
 from gspo_megatron.cluster.exit_codes import REFUSED
 from gspo_megatron.cluster.gpu_parts import cuda_fault, engine_fault
 from gspo_megatron.cluster.shared_files import read_shared, replace_text
-from gspo_megatron.cluster.visible_devices import VARIABLE, select_devices
+from gspo_megatron.cluster.visible_devices import VARIABLE, query_gpus, select_devices
 from gspo_megatron.run_dir import AttemptDir
 from launch.lib.probe_health import describe_health, places, raise_limits, scratch
 
@@ -187,9 +186,7 @@ def find_commit() -> str:
 
 def find_gpus() -> list[dict[str, Any]]:
     """Name, driver and memory in use of every GPU that this task may use."""
-    query = ("nvidia-smi", "--query-gpu=uuid,name,driver_version,memory.used", "--format=csv,noheader,nounits")
-    listed = read_command(*query, timeout=TOOL_SECONDS).splitlines()
-    rows = [[cell.strip() for cell in line.split(",")] for line in listed if line.count(",") == 3]
+    rows = query_gpus("name", "driver_version", "memory.used")
     seen = select_devices(os.environ.get(VARIABLE), [row[0] for row in rows])
     # Parts of a GPU are not listed; what can be said of them is said of the whole.
     shown = [row for place, row in enumerate(rows) if _is_seen(place, row[0], seen)]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo_megatron.cluster.command_output import read_command
+from gspo_megatron.cluster.visible_devices import query_gpus
 
 MIN_FILES = 4096
 """Open files that a role may need: every response in flight is a connection."""
@@ -94,12 +95,10 @@ def find_adapters() -> list[str]:
     return found
 
 
-def query_gpus() -> dict[str, dict[str, str]]:
+def find_gpu_health() -> dict[str, dict[str, str]]:
     """Health of every GPU that nvidia-smi lists, by UUID; empty where it knows none of it."""
-    command = ("nvidia-smi", f"--query-gpu=uuid,{','.join(GPU_FIELDS.values())}", "--format=csv,noheader,nounits")
-    lines = read_command(*command, timeout=HEALTH_SECONDS).splitlines()
-    rows = [[cell.strip() for cell in line.split(",")] for line in lines]
-    return {row[0]: dict(zip(GPU_FIELDS, row[1:], strict=True)) for row in rows if len(row) == 1 + len(GPU_FIELDS)}
+    rows = query_gpus(*GPU_FIELDS.values(), timeout=HEALTH_SECONDS)
+    return {uuid: dict(zip(GPU_FIELDS, fields, strict=True)) for uuid, *fields in rows}
 
 
 def find_xids() -> list[str]:
@@ -122,7 +121,7 @@ def describe_health(attempt: Path) -> dict[str, Any]:
         "faults": [*find_unwritable(places(attempt)), *faults],
         "warnings": warnings,
         "adapters": adapters,
-        "gpu_health": query_gpus(),
+        "gpu_health": find_gpu_health(),
         "xids": find_xids(),
         "dcgm": ask_dcgm(),
     }

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch.lib import probe, probe_health
-from launch.lib.probe_health import ask_dcgm, find_adapters, find_limits, find_unwritable, find_xids, query_gpus
+from launch.lib.probe_health import ask_dcgm, find_adapters, find_gpu_health, find_limits, find_unwritable, find_xids
 from tests.places import ROOT
 
 
@@ -63,7 +63,7 @@ def test_locked_memory_matters_only_to_rdma(monkeypatch: pytest.MonkeyPatch) -> 
 def test_without_any_tool_nothing_is_known(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tools))
     monkeypatch.setattr(probe_health, "INFINIBAND", tools / "none")
-    assert (query_gpus(), find_xids(), ask_dcgm(), find_adapters()) == ({}, [], "", [])
+    assert (find_gpu_health(), find_xids(), ask_dcgm(), find_adapters()) == ({}, [], "", [])
 
 
 def test_what_the_tools_say_is_read(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +74,7 @@ def test_what_the_tools_say_is_read(tools: Path, monkeypatch: pytest.MonkeyPatch
     state.mkdir(parents=True)
     (state / "state").write_text("4: ACTIVE\n")
     monkeypatch.setattr(probe_health, "INFINIBAND", tools / "infiniband")
-    assert query_gpus()["GPU-2"] == {
+    assert find_gpu_health()["GPU-2"] == {
         "uncorrected": "5", "remap_failed": "Yes", "remap_pending": "[N/A]", "persistence": "Disabled"
     }  # fmt: skip
     assert find_xids() == ["0000:1a:00 79"], "an Xid 13 is the program's own fault"
@@ -85,7 +85,7 @@ def test_what_the_tools_say_is_read(tools: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_tool_that_fails_or_hangs_says_nothing(tools: Path, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
     monkeypatch.setattr(probe_health, "HEALTH_SECONDS", 0.5)
     tool(tools, "nvidia-smi", f"echo 'GPU-1, 0, No, No, Enabled'; {end}")
-    assert query_gpus() == {}
+    assert find_gpu_health() == {}
 
 
 def test_a_node_with_ipv6_only_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
