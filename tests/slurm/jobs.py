@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -154,10 +155,13 @@ class Job:
 
     def _wait(self, ask: Callable[[], bool], timeout: float, what: str) -> None:
         def reached() -> bool:
-            ended = self.lab.job(self.id)["JobState"] in ("FAILED", "COMPLETED")
-            if not ask() and ended:
+            if ask():
+                return True
+            # Without an answer where slurmctld is down.
+            record = self.lab.run("scontrol", "show", "job", "-o", str(self.id), check=False).stdout
+            if re.search(r" JobState=(FAILED|COMPLETED) Reason=", record) and not ask():
                 raise LabError(f"job {self.id} ended before {what}: {self.text()[-2000:]}")
-            return ask()
+            return False
 
         wait_for(reached, timeout, f"{what} (the job's last words: {self.last_line()})", pause=0.25)
 
@@ -178,6 +182,12 @@ class Job:
             except (FileNotFoundError, ProcessLookupError):
                 continue
         raise LabError(f"trainer-{rank} of job {self.id} does not run")
+
+    def key(self) -> str:
+        """The job's key, as its roles have it."""
+        variables = Path(f"/proc/{self.rank(0)}/environ").read_bytes().split(b"\0")
+        (key,) = [value.removeprefix(b"GSPO_JOB_KEY=") for value in variables if value.startswith(b"GSPO_JOB_KEY=")]
+        return key.decode()
 
     @contextmanager
     def frozen(self, ranks: int = 2) -> Iterator[None]:
