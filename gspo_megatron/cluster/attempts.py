@@ -132,7 +132,7 @@ def read_attempt(run_dir: Path) -> Attempt | None:
 def read_bad_nodes(run_dir: Path) -> list[str]:
     """Nodes that no attempt of a run may use; a line that the preflight has not written is left alone."""
     file = RunDir(run_dir).bad_nodes
-    lines = read_shared(file).splitlines() if file.is_file() else []
+    lines = read_shared(file).splitlines() if retry_stale(file.is_file) else []
     found = [match[1] for line in lines if (match := re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]*) .+", line, re.ASCII))]
     return list(dict.fromkeys(found))
 
@@ -140,7 +140,7 @@ def read_bad_nodes(run_dir: Path) -> list[str]:
 def count_restarts(run_dir: Path) -> int:
     """Restarts of a run after crashes, over all attempts; 0 where nobody has recorded any."""
     file = RunDir(run_dir).restarts
-    return len(read_shared(file).splitlines()) if file.is_file() else 0
+    return len(read_shared(file).splitlines()) if retry_stale(file.is_file) else 0
 
 
 def remove_key(attempt: Path) -> None:

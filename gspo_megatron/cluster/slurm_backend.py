@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -42,7 +43,7 @@ from gspo_megatron.cluster.events import (
     SlurmSilent,
 )
 from gspo_megatron.cluster.exit_codes import STOPPED
-from gspo_megatron.cluster.shared_files import retry_stale
+from gspo_megatron.cluster.shared_files import read_shared, retry_stale
 from gspo_megatron.cluster.slurm_allocation import Allocation
 from gspo_megatron.cluster.slurm_commands import (
     await_answer,
@@ -264,4 +265,7 @@ class SlurmBackend:
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text(errors="replace").splitlines() if path.is_file() else []
+    """Of a log, which people may delete at any moment."""
+    with suppress(FileNotFoundError):
+        return read_shared(path).splitlines()
+    return []

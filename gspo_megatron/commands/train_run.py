@@ -106,7 +106,7 @@ def claim_run(run_dir: Path) -> None:
     claim_directory(run_dir, RUN, KEY)
     run = RunDir(run_dir)
     for file in (run.attempt, run.restarts, run.bad_nodes, run.metrics, run.done, run.recipe, run.objective):
-        if file.is_dir():
+        if retry_stale(file.is_dir):
             raise refuse("cannot-write", KEY, f"{file} cannot be written (Is a directory)", "remove it")
     with refuse_unwritable(run_dir, KEY):
         # Written again by this run, which goes on from there: said now rather than then.
