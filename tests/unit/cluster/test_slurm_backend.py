@@ -197,3 +197,26 @@ def test_a_job_that_slurm_is_ending_is_not_counted_and_not_queued_again(tmp_path
     done = run(tmp_path, "checkpoint 000003; exit 1", STATE=state, PREEMPTED="2026-11-30T06:33:15")
     assert done.returncode == 143 and done.stdout.splitlines()[-1].startswith("gspo: SLURM ends this attempt"), done
     assert "scontrol requeue" not in done.stdout and not (tmp_path / "logs" / "restarts").exists()
+
+
+def test_deleted_logs_do_not_hide_how_the_trainers_ended(tmp_path: Path) -> None:
+    words = 'echo "srun: error: n1: task 0: Exited with exit code 85" >&2'
+    ends = f"trap 'checkpoint 000002; rm -r $RUN/logs; {words}; exit 137' USR1"
+    done = run(tmp_path, f"{ends}; kill -USR1 $PPID; {READY}; while :; do sleep 0.1; done")
+    assert done.returncode == REQUEUED and "attempt 1 stopped as asked; step 2 is checkpointed" in done.stdout, done
+    done = run(tmp_path, "checkpoint 000003; rm -r $RUN/logs; exit 9")
+    assert done.returncode == REQUEUED and "restart 1 of at most 1" in done.stdout, done
+    assert (tmp_path / "logs" / "restarts").read_text().count("\n") == 1
+
+
+OTHERS = (
+    "for name in rollout-0 controller; do echo $name on n1 '(10.0.0.1), process 8' >$attempt/${name%-*}-n1.log; done"
+)
+
+
+@pytest.mark.parametrize("starts", [f"{READY}; {OTHERS}", "checkpoint 000002"])
+def test_the_key_goes_once_all_have_read_it_or_a_checkpoint_says_so(tmp_path: Path, starts: str) -> None:
+    (tmp_path / "logs" / "attempt_1").mkdir(parents=True)
+    (tmp_path / "logs" / "attempt_1" / "key").write_text("secret")
+    done = run(tmp_path, f"{starts}; until [ ! -e $attempt/key ]; do sleep 0.05; done; touch $RUN/DONE")
+    assert done.returncode == 0, done
