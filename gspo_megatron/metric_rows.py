@@ -1,4 +1,4 @@
-"""The rows of metrics.jsonl, read back."""
+"""The rows of metrics.jsonl and warnings.jsonl, read back."""
 
 from __future__ import annotations
 
@@ -16,11 +16,22 @@ def read_rows(run_dir: Path) -> list[dict[str, Any]]:
     Raises:
         RecipeError: a line before the last is no row. The last may be cut off by a crash, and does not count.
     """
-    file = RunDir(run_dir).metrics
+    return [row for _, row in sorted({row["step"]: row for row in _read(RunDir(run_dir).metrics)}.items())]
+
+
+def read_warnings(run_dir: Path) -> list[dict[str, Any]]:
+    """The warnings of a run in the order in which they were printed: `step`, and the fields of a `Finding`.
+
+    Raises:
+        RecipeError: as `read_rows`.
+    """
+    return _read(RunDir(run_dir).warnings)
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
     # A run of 0 steps that evaluates nothing records nothing.
     lines = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else [""]
-    rows = [_read_row(file, number, line) for number, line in enumerate(lines[:-1], 1)]
-    return [row for _, row in sorted({row["step"]: row for row in rows}.items())]
+    return [_read_row(file, number, line) for number, line in enumerate(lines[:-1], 1)]
 
 
 def _read_row(file: Path, number: int, line: str) -> dict[str, Any]:

@@ -1,11 +1,6 @@
 """The names in a run directory: one property a file, and one strict parser of the numbered names.
 
-A run directory also holds what a user puts there. Only a name that this module would have written is parsed:
-`step_000012` is a checkpoint. `step_000012_best`, `step_12` and `attempt_1_old` are foreign: they are neither read nor
-deleted.
-
-Runs under Python 3.9 with the standard library alone: the job script of a batch node reads it.
-"""
+A name that it would not have written (`step_12`) is a user's. Runs under a batch node's Python 3.9 without packages."""
 
 from __future__ import annotations
 
@@ -175,6 +170,16 @@ class RunDir:
         return self.path / "sinks"
 
     @property
+    def warnings(self) -> Path:
+        """Named warnings of the running job, one object each."""
+        return self.path / "warnings.jsonl"
+
+    @property
+    def provenance(self) -> Path:
+        """With which code and packages the run was started, one object a start."""
+        return self.path / "provenance.jsonl"
+
+    @property
     def examples(self) -> Path:
         """Responses of the last evaluation to three problems."""
         return self.path / "examples.json"
@@ -198,11 +203,6 @@ class RunDir:
     def plot(self) -> Path:
         """Accuracy, reward and clip fraction by step."""
         return self.path / "accuracy.png"
-
-    @property
-    def experts_plot(self) -> Path:
-        """What the routers did, by layer and step."""
-        return self.path / "experts.png"
 
     @property
     def page(self) -> Path:

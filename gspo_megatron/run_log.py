@@ -11,6 +11,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gspo_megatron.cluster.shared_files import replace_text
 from gspo_megatron.cluster.watchdog import Pulse
-from gspo_megatron.metric_rows import read_rows
+from gspo_megatron.metric_rows import read_rows, read_warnings
 from gspo_megatron.run_dir import RunDir
 from gspo_megatron.sinks.sink_threads import Sinks
 from gspo_megatron.types import Finding, printable
@@ -95,10 +96,13 @@ class RunLog:
         self._row: dict[str, float] = {}
         self._seconds: dict[str, float] = defaultdict(float)
         self._board: Any = None
+        self._number = 0
 
     def __enter__(self) -> Self:
         # Remove a line that a crash cut off before the next one is appended to it.
         self.rewind(sys.maxsize)
+        if self.owns_terminal:
+            self.run_dir.warnings.touch()  # without it nobody knows whether there was none
         self._open_board()
         if self.live:
             self.bars.start()
@@ -137,6 +141,7 @@ class RunLog:
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
         """Collect a row, then write it to metrics.jsonl, TensorBoard and the terminal."""
+        self._number = number
         self._row, self._seconds = {}, defaultdict(float)
         with self.time("step"):
             yield
@@ -156,9 +161,12 @@ class RunLog:
         self.console.print(text, markup=False)
 
     def warn(self, finding: Finding) -> None:
-        """Print a named warning of the running job."""
+        """Print a named warning of the running job, and keep it with its step."""
         if finding.severity != "info":
             self.console.print(str(finding), markup=False, style="yellow")
+        if self.owns_terminal:
+            with self.run_dir.warnings.open("a") as file:
+                file.write(json.dumps({"step": self._number, **asdict(finding)}) + "\n")
 
     def evaluation(self, step: int, found: Mapping[str, Any]) -> None:
         """Record a held-out evaluation in the step's row, or before the first step in a row of its own."""
@@ -171,11 +179,12 @@ class RunLog:
             self._write(0)
 
     def rewind(self, step: int) -> None:
-        """Remove the rows after the step that the run resumes from, in TensorBoard too."""
-        file = self.run_dir.metrics
-        if self.owns_terminal and file.is_file():
-            kept = [row for row in read_rows(self.run_dir.path) if row["step"] <= step]
-            replace_text(file, "".join(json.dumps(row) + "\n" for row in kept))
+        """Remove the rows and warnings after the step that the run resumes from, in TensorBoard too."""
+        run = self.run_dir
+        for file, read in ((run.metrics, read_rows), (run.warnings, read_warnings)):
+            if self.owns_terminal and file.is_file():
+                kept = [row for row in read(run.path) if row["step"] <= step]
+                replace_text(file, "".join(json.dumps(row) + "\n" for row in kept))
         if self._board is not None:
             self._board.close()
             self._open_board(purge_step=step + 1)

@@ -13,7 +13,7 @@ from gspo_megatron.run_dir import RunDir
 
 def add_arguments(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the `report` command to the parser."""
-    parser = subparsers.add_parser("report", help="write the plots and report.html of a run directory")
+    parser = subparsers.add_parser("report", help="write report.html of a run directory, also while it runs")
     parser.add_argument("run_dir", type=read_path)
 
 
@@ -23,7 +23,7 @@ def run(chosen: argparse.Namespace) -> int:
 
 
 def report(run_dir: Path) -> int:
-    """Write the plots and the page again from what a run recorded."""
+    """Write the plot and the page from what a run recorded so far."""
     metrics = RunDir(run_dir).metrics
     if not metrics.is_file():
         print(f"{run_dir} holds no {metrics.name}; give the directory that `gspo train` printed", file=sys.stderr)

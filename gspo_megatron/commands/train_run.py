@@ -25,6 +25,7 @@ from gspo_megatron.own_directory import HUGGING_FACE, RUN, claim_directory, refu
 from gspo_megatron.plan import check
 from gspo_megatron.plan.named_files import write_digests
 from gspo_megatron.plan.run_plan import read_contents
+from gspo_megatron.report.provenance import record_start
 from gspo_megatron.run_dir import EXPORT, RunDir
 from gspo_megatron.types import Finding
 
@@ -123,6 +124,7 @@ def prepare_run(recipe: Recipe) -> Path:
     claim_run(run.path)
     with refuse_unwritable(run.path, KEY):
         run.done.unlink(missing_ok=True)  # a finished run that is to have more steps
+        record_start(run)
         run.model.mkdir(parents=True, exist_ok=True)
         save_resolved(recipe, run.recipe)
         batch = recipe.batch

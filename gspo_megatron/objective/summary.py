@@ -27,7 +27,7 @@ PER_MINIBATCH = ("clip_fraction_sequences", "clip_left_sequences", "clip_right_s
                  "clip_left_tokens", "clip_right_tokens", "log_s_abs_max", "log_s_p50")  # fmt: skip
 LEFT_OUT = "left_out_"
 """Begins the names of the sums that count what is in no pass because its gradient is 0: `tokens`, `sequences`."""
-_QUANTILES = {"p01": 0.01, "p50": 0.50, "p99": 0.99}
+_QUANTILES = {"p01": 0.01, "p10": 0.10, "p50": 0.50, "p90": 0.90, "p99": 0.99}
 
 
 def finalize_metrics(sums: Sums) -> dict[str, float]:
@@ -102,9 +102,12 @@ def group_metrics(rewards: Tensor, group_ids: Tensor, bounds: tuple[float, float
     unit = 2.0 ** min(max(math.frexp(max(map(abs, every), default=0.0))[1], -1000), 1000)
     mean = sum(r / unit for r in every) / max(len(every), 1)
     flat = [members[0] for members in groups.values() if are_equal(members)]
+    means = [sum(r / unit for r in members) / len(members) for members in groups.values()]
+    middle = sum(means) / num_groups
     return {
         "reward_mean": mean * unit,
         "reward_std": math.sqrt(sum((r / unit - mean) ** 2 for r in every) / max(len(every), 1)) * unit,
+        "reward_group_std": math.sqrt(sum((m - middle) ** 2 for m in means) / max(len(means) - 1, 1)) * unit,
         "groups": float(len(groups)),
         "zero_variance_groups": len(flat) / num_groups,
         "solved_groups": sum(reward >= bounds[1] for reward in flat) / num_groups,

@@ -1,4 +1,4 @@
-"""The plots of a run: accuracy, reward and clip fraction; and the expert choices of the routers, layer by layer."""
+"""The plot of a run for a README: accuracy, reward and clip fraction."""
 
 from __future__ import annotations
 
@@ -8,10 +8,6 @@ from typing import Any
 from gspo_megatron.metric_rows import read_rows
 from gspo_megatron.run_dir import RunDir
 
-EXPERTS = {
-    "experts/probe_changed": "expert choices changed by one update",
-    "experts/load_max_over_mean": "busiest expert over the mean",
-}
 CLIP = "clip_fraction_sequences"
 
 
@@ -67,36 +63,3 @@ def write_plot(run_dir: Path) -> Path:
     figure.savefig(RunDir(run_dir).plot, dpi=130)
     pyplot.close(figure)
     return RunDir(run_dir).plot
-
-
-def write_expert_plot(run_dir: Path) -> Path | None:
-    """Draw RUN_DIR/experts.png, a line a layer; None for a run without experts."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = read_rows(run_dir)
-    last = next((row for row in reversed(rows) if any(name in row for name in EXPERTS)), None)
-    if last is None:
-        return None
-    figure, axes = pyplot.subplots(2, 1, figsize=(7.5, 6.0), sharex=True)
-    for axis, (name, title) in zip(axes, EXPERTS.items(), strict=True):
-        layers = sorted(
-            (key for key in last if key.startswith(f"{name}/layer_")), key=lambda key: int(key.split("_")[-1])
-        )
-        for index, key in enumerate(layers):
-            # The middle of the map: its ends vanish on a white page, or on a dark one, which inverts the plot.
-            shade = pyplot.colormaps["viridis"](0.15 + 0.6 * index / max(1, len(layers) - 1))
-            labelled = index in (0, len(layers) - 1) or len(layers) <= 8
-            axis.plot(*curve(rows, key), color=shade, label=f"layer {index}" if labelled else None)
-        axis.set_ylabel(title)
-        axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(loc="upper right", frameon=False, fontsize="small", ncols=2)
-    axes[1].set_xlabel("rollout batch")
-    figure.tight_layout()
-    figure.savefig(RunDir(run_dir).experts_plot, dpi=130)
-    pyplot.close(figure)
-    return RunDir(run_dir).experts_plot

@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gspo_megatron.cli import main
-from gspo_megatron.commands.answer_list import AnswerFilter, AnswerReader, read_interval
+from gspo_megatron.commands.answer_list import read_interval
 from gspo_megatron.config import save_resolved
 from gspo_megatron.data.sample_index import INDEX
 from gspo_megatron.data.store import SampleStore
 from gspo_megatron.data.tokenizers import SentencePieceTokenizer
 from gspo_megatron.models import load_recipe
+from gspo_megatron.report.answer_reader import AnswerFilter, AnswerReader
 from gspo_megatron.run_dir import RunDir
 from gspo_megatron.types import Problem, Prompt, Response, SampleRef, Segment, StopReason
 from tests.places import ROOT

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gspo_megatron.cli import main
-from gspo_megatron.report.page import write_report
-from gspo_megatron.report.plots import curve, describe_evaluations, read_rows, write_expert_plot, write_plot
+from gspo_megatron.report.page import read_plotly, write_report
+from gspo_megatron.report.page_data import read_run
+from gspo_megatron.report.plots import curve, describe_evaluations, read_rows, write_plot
 from gspo_megatron.run_log import RunLog
+from gspo_megatron.types import Finding
+
+PLOTLY = read_plotly()
 
 EVALUATION = {
     "accuracy": 0.25, "mean_reward": 0.25, "mean_length": 9.0, "unscored": 0,
@@ -37,6 +43,11 @@ def run_dir(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def held_by(page: str) -> dict[str, Any]:
+    """The data of a page."""
+    return json.loads(page.partition('id="run">')[2].partition("</script>")[0])
+
+
 def test_rows_hold_metrics_and_seconds(run_dir: Path) -> None:
     rows = read_rows(run_dir)
     assert [row["step"] for row in rows] == [0, 1, 2]
@@ -59,10 +70,12 @@ def test_a_run_that_goes_on_forgets_the_later_rows(run_dir: Path) -> None:
     assert [row["step"] for row in read_rows(run_dir)] == [0, 1]
 
 
-def test_report_is_one_page_with_the_plot_and_escaped_answers(run_dir: Path) -> None:
+def test_the_page_loads_nothing_and_holds_texts_as_data(run_dir: Path) -> None:
     assert write_plot(run_dir).stat().st_size > 10_000
     page = write_report(run_dir).read_text()
-    assert "data:image/png;base64," in page and "&lt;b&gt;3&lt;/b&gt;" in page and "<b>3</b>" not in page
+    assert "\\u003cb>3\\u003c/b>" in page and "<b>3</b>" not in page
+    assert "default-src 'none'" in page and "connect-src 'none'" in page
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", page.replace(PLOTLY, ""))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +99,7 @@ def test_the_page_says_how_the_evaluations_sampled(
     assert describe_evaluations(read_rows(tmp_path)) == said
     write_plot(tmp_path)
     last = said.split("then ")[-1]
-    assert f"last evaluation (step {len(evaluations) - 1}, {last})" in write_report(tmp_path).read_text()
+    assert read_run(tmp_path)["evaluated"]["about"] == f"step {len(evaluations) - 1}, {last}"
 
 
 def test_a_run_that_recorded_nothing_has_a_page(tmp_path: Path) -> None:
@@ -98,18 +111,48 @@ def test_rows_of_an_older_run_claim_nothing() -> None:
 
 
 def test_texts_keep_their_lines_and_every_character(run_dir: Path) -> None:
-    said = {"question": "a\n  b", "answer_text": "x" * 5000 + "\nline & <i>\ud800", "reward": 0.5}
+    said = {"question": "a\n  b", "answer_text": "x" * 5000 + "\nline & <i>\ud800</script>$\\\\frac12$", "reward": 0.5}
     (run_dir / "examples.json").write_text(json.dumps([said]))
-    write_plot(run_dir)
     page = write_report(run_dir).read_text(encoding="utf-8")
-    assert '<p class="said">a\n  b</p>' in page and "\nline &amp; &lt;i&gt;?</p>" in page
+    assert held_by(page)["evaluated"]["items"] == [said]
 
 
-def test_the_page_fits_a_narrow_and_a_dark_screen(run_dir: Path) -> None:
-    write_plot(run_dir)
-    page = write_report(run_dir).read_text()
-    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
-    assert "prefers-color-scheme: dark" in page and '<div class="scroll"><table>' in page
+def test_the_page_is_of_a_run_that_goes_on(run_dir: Path) -> None:
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "reward_m')
+    assert read_run(run_dir)["steps"]["total"] == 3
+
+
+def test_what_is_not_finite_is_left_out(run_dir: Path) -> None:
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "grad_norm": NaN, "reward_mean": 0.5, "loss": Infinity}\n')
+    found = held_by(write_report(run_dir).read_text())
+    assert found["series"]["grad_norm"]["x"] == [1, 2] and found["series"]["reward_mean"]["x"] == [1, 2, 3]
+    assert "loss" not in found["series"] and found["steps"]["rows"][-1][6] is None
+
+
+def test_each_warning_is_kept_with_its_first_step(tmp_path: Path) -> None:
+    finding = Finding("mostly-clipped", "warning", "objective.clip_low", "60% are clipped", "lower optimizer.lr")
+    error = Finding("nonfinite-logprobs", "error", "objective", "3 tokens", "run check_values")
+    with RunLog(tmp_path, owns_terminal=True) as log:
+        assert read_run(tmp_path)["health"] == []
+        for step in (1, 2, 3):
+            with log.step(step):
+                log.add(ROW)
+                if step > 1:
+                    log.warn(finding)
+        log.warn(error)
+    assert [(one["code"], one["first"], one["last"], one["count"]) for one in read_run(tmp_path)["health"]] == [
+        ("nonfinite-logprobs", 3, 3, 1), ("mostly-clipped", 2, 3, 2)
+    ]  # fmt: skip
+    RunLog(tmp_path, owns_terminal=True).rewind(2)
+    assert [(one["code"], one["count"]) for one in read_run(tmp_path)["health"]] == [("mostly-clipped", 1)]
+
+
+def test_a_run_of_an_earlier_version_does_not_claim_to_be_healthy(run_dir: Path) -> None:
+    (run_dir / "warnings.jsonl").unlink()
+    found = read_run(run_dir)
+    assert found["health"] is None and any("no list of its warnings" in note for note in found["notes"])
 
 
 def test_rewards_outside_0_to_1_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,17 +178,3 @@ def test_a_refused_recipe_exits_2_with_a_finding_a_line(capsys: pytest.CaptureFi
 
 def test_examples_are_json(run_dir: Path) -> None:
     assert json.loads((run_dir / "examples.json").read_text())[0]["reward"] == 1.0
-
-
-def test_the_experts_are_drawn_layer_by_layer_where_there_are_any(run_dir: Path) -> None:
-    assert write_expert_plot(run_dir) is None
-    changed = {
-        f"experts/{name}/layer_{layer}": 0.1 * layer
-        for name in ("probe_changed", "load_max_over_mean")
-        for layer in (0, 1)
-    }
-    metrics = run_dir / "metrics.jsonl"
-    rows = [json.loads(line) | changed | {"experts/probe_changed": 0.1} for line in metrics.read_text().splitlines()]
-    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    write_plot(run_dir)
-    assert "changed expert choices" in write_report(run_dir).read_text()
