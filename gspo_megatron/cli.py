@@ -17,6 +17,7 @@ from gspo_megatron.commands import (
     hook_check,
     prompt_report,
     run_report,
+    run_watch,
     train_run,
 )
 from gspo_megatron.config import RecipeError
@@ -27,6 +28,7 @@ COMMANDS: dict[str, ModuleType] = {
     "plan": plan_command,
     "eval": evaluation_run,
     "answers": answer_list,
+    "watch": run_watch,
     "report": run_report,
     "convert": conversion,
     "debug": failure_debug,

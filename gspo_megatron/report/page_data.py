@@ -32,17 +32,19 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def read_run(run_dir: Path, live: bool = False) -> Json:
+def read_run(run_dir: Path, live: bool = False, rows: list[dict[str, Any]] | None = None) -> Json:
     """All that the page shows of a run.
 
     Args:
         run_dir: its directory; files may be missing, or be written meanwhile.
         live: a server answers for its responses, so that none are drawn.
+        rows: of metrics.jsonl in order of step, where they are at hand.
 
     Raises:
         RecipeError: metrics.jsonl is damaged.
     """
-    run, rows, notes = RunDir(run_dir), read_rows(run_dir), list[str]()
+    run, notes = RunDir(run_dir), list[str]()
+    rows = read_rows(run_dir) if rows is None else rows
     recipe = _load_recipe(run, notes)
     table = read_series(rows)
     derive(table, recipe)
