@@ -11,12 +11,12 @@ from typing import Any
 from gspo_megatron.config import Recipe, RecipeError
 from gspo_megatron.metric_rows import read_rows, read_warnings
 from gspo_megatron.models import load_resolved
-from gspo_megatron.report.instruments import derive, make_figures
 from gspo_megatron.report.intervals import wilson
 from gspo_megatron.report.panels import Json, number
 from gspo_megatron.report.plots import describe_evaluations
 from gspo_megatron.report.provenance import read_starts
 from gspo_megatron.report.response_pages import Catalogue
+from gspo_megatron.report.run_figures import derive, make_figures
 from gspo_megatron.report.run_state import RunState, duration, read_state
 from gspo_megatron.report.series import MOST_POINTS, Series, read_series
 from gspo_megatron.run_dir import ATTEMPT, RunDir

@@ -21,11 +21,11 @@ from gspo_megatron.config import save_resolved
 from gspo_megatron.data.store import SampleStore
 from gspo_megatron.data.tokenizers import SentencePieceTokenizer
 from gspo_megatron.models import load_recipe
-from gspo_megatron.report.instruments import derive, make_figures
 from gspo_megatron.report.intervals import bootstrap, of_mean, wilson
 from gspo_megatron.report.page import write_report
 from gspo_megatron.report.page_data import read_run
 from gspo_megatron.report.response_pages import Catalogue, Query
+from gspo_megatron.report.run_figures import derive, make_figures
 from gspo_megatron.report.series import MOST_POINTS, Series, read_series, thin_band
 from gspo_megatron.run_dir import RunDir
 from gspo_megatron.types import Masked, Problem, Prompt, Response, Segment, StopReason
