@@ -218,10 +218,10 @@ CASES = {
         keeps_what_is_not_ours, prepare=make_latest_directory
     ),
     "a directory that is called attempt": Case(
-        is_refused("/attempt cannot be written (Is a directory); remove it"), prepare=make_attempt_directory
+        is_refused("/attempt is a directory; a run keeps a file of that name"), prepare=make_attempt_directory
     ),
     "a directory that is called restarts": Case(
-        is_refused("/logs/restarts cannot be written (Is a directory); remove it"), prepare=make_restarts_directory
+        is_refused("/logs/restarts is a directory; a run keeps a file of that name"), prepare=make_restarts_directory
     ),
     "percent signs in the run directory": Case(
         is_refused("run.directory: ", "/50%j of holds %, which srun reads as a pattern"), directory="50%j of"

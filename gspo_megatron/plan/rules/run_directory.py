@@ -6,7 +6,17 @@ from collections.abc import Iterator
 
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.own_directory import RUN, directory_fault
+from gspo_megatron.run_dir import RunDir
 from gspo_megatron.types import Finding
+
+DIRECTORIES = frozenset(
+    {
+        "sinks", "tensorboard", "samples", "model", "tokenizer", "checkpoints", "final", "heartbeat", "alarms", "logs",
+    }
+)  # fmt: skip
+"""Names of RunDir that are directories; the others are files."""
+LINK = "latest"
+"""A link for people; whatever else has its name stays."""
 
 
 def findings(recipe: Recipe) -> Iterator[Finding]:
@@ -21,3 +31,10 @@ def findings(recipe: Recipe) -> Iterator[Finding]:
     if fault:
         fix = "name a directory that is missing or empty, or one that a run made"
         yield Finding("directory-not-ours", "error", "run.directory", fault, fix)
+        return
+    for name in (name for name, member in vars(RunDir).items() if isinstance(member, property) and name != LINK):
+        place, wants_directory = getattr(RunDir(path), name), name in DIRECTORIES
+        if place.exists() and place.is_dir() != wants_directory:
+            kinds = ("a directory", "a file") if wants_directory else ("a file", "a directory")
+            message = f"{place} is {kinds[1]}; a run keeps {kinds[0]} of that name"
+            yield Finding("directory-not-ours", "error", "run.directory", message, "move it elsewhere")
