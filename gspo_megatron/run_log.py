@@ -95,6 +95,8 @@ class RunLog:
         self.pulse = Pulse()
         self._row: dict[str, float] = {}
         self._seconds: dict[str, float] = defaultdict(float)
+        self._between = False
+        """Whether a step was written: what is timed between two steps belongs to the later one."""
         self._board: Any = None
         self._number = 0
 
@@ -142,11 +144,15 @@ class RunLog:
     def step(self, number: int) -> Iterator[None]:
         """Collect a row, then write it to metrics.jsonl, TensorBoard and the terminal."""
         self._number = number
-        self._row, self._seconds = {}, defaultdict(float)
+        if not self._between:
+            self._seconds.clear()  # what comes before the first step belongs to none
+        self._row = {}
         with self.time("step"):
             yield
         self._write(number)
         self._print(number)
+        self._seconds.clear()
+        self._between = True
 
     def add(self, values: Mapping[str, float]) -> None:
         """Put values into the step's row."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any, get_args
 
 from gspo_megatron.cluster.exit_codes import OK, REFUSED
-from gspo_megatron.commands.recipe_arguments import read_path
+from gspo_megatron.config.recipe_paths import read_path
 from gspo_megatron.report.answer_reader import NO_STEP, AnswerFilter, AnswerReader
 from gspo_megatron.run_dir import RunDir
 from gspo_megatron.types import StopReason, printable

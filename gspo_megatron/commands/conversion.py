@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gspo_megatron.cluster.exit_codes import OK, REFUSED
-from gspo_megatron.commands.recipe_arguments import add_overrides, read_path
+from gspo_megatron.commands.recipe_arguments import add_overrides
+from gspo_megatron.config.recipe_paths import read_path
 from gspo_megatron.models import load_recipe
 
 

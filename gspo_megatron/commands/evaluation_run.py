@@ -14,11 +14,11 @@ from pathlib import Path
 from gspo_megatron.cluster.exit_codes import REFUSED
 from gspo_megatron.cluster.local_backend import plan_evaluation, run_roles
 from gspo_megatron.commands.evaluated_weights import EvaluatedWeights, find_weights, read_evaluation_recipe
-from gspo_megatron.commands.recipe_arguments import add_recipe, read_path
+from gspo_megatron.commands.recipe_arguments import add_recipe
 from gspo_megatron.commands.train_run import is_refused
 from gspo_megatron.config import Recipe, save_resolved
 from gspo_megatron.config.loading import RecipeError, refuse
-from gspo_megatron.config.recipe_paths import absolute_path, short_path
+from gspo_megatron.config.recipe_paths import absolute_path, read_path, short_path
 from gspo_megatron.models import weight_files
 from gspo_megatron.own_directory import EVALUATION, claim_directory, refuse_unwritable
 from gspo_megatron.plan import check_evaluation

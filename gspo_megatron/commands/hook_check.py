@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from typing import NoReturn, TextIO
 
 from gspo_megatron.cluster.exit_codes import OK, REFUSED
-from gspo_megatron.commands.recipe_arguments import add_overrides, read_path
+from gspo_megatron.commands.recipe_arguments import add_overrides
 from gspo_megatron.config.hook_samples import Samples
 from gspo_megatron.config.hooks import HOOKS, Hook, check_contract, recognise_hook
 from gspo_megatron.config.plugins import load_object
+from gspo_megatron.config.recipe_paths import read_path
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.config.secret_text import hide_secrets
 from gspo_megatron.models import load_recipe

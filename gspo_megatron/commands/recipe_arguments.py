@@ -3,18 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from gspo_megatron.config.recipe_paths import absolute_path
-
-
-def read_path(text: str) -> Path:
-    """Read a path on the command line by the rule of the recipe's paths: the type of every such argument."""
-    try:
-        made = absolute_path(text)
-        return made if text.startswith("~") else Path(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+from gspo_megatron.config.recipe_paths import read_path
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:

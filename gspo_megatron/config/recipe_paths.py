@@ -7,6 +7,7 @@ and the nodes of a cluster read the same files. `$NAME` is not expanded.
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,6 +52,15 @@ def absolute_path(text: str | Path, directory: Path | None = None) -> Path:
     # `..` behind a link is not the directory that the text shows.
     collapsed = os.path.normpath(made)
     return Path(collapsed if os.path.realpath(collapsed) == os.path.realpath(made) else made)
+
+
+def read_path(text: str) -> Path:
+    """Read a path on the command line by the rule of the recipe's paths: the type of every such argument."""
+    try:
+        made = absolute_path(text)
+        return made if text.startswith("~") else Path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def absolute_reference(text: str, directory: Path | None = None) -> str:

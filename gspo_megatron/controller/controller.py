@@ -28,7 +28,7 @@ from gspo_megatron.controller.servers import Refused, ServerSet
 from gspo_megatron.controller.state import describe_groups, forget_lost_members, read_groups, store_generations
 from gspo_megatron.controller.weight_update import WeightUpdater
 from gspo_megatron.data.store import SampleStore
-from gspo_megatron.run_dir import RunDir
+from gspo_megatron.run_dir import NumberedName, RunDir
 from gspo_megatron.transport.messages import (
     ControllerState,
     ControllerStatus,
@@ -44,6 +44,8 @@ from gspo_megatron.types import Prompt, SampleRef, StopReason
 log = logging.getLogger(__name__)
 RECEIVED_TOKENS = "received_tokens"
 """File of the sample store."""
+IN_FLIGHT = NumberedName("in_flight", 8)
+"""Stores of the responses that a checkpoint has in flight, by prompts taken."""
 KEPT_STATES = 3
 """Checkpoints of which unfinished responses are kept; the trainer keeps fewer."""
 NO_WEIGHTS = "no server has weights yet; send them with /weights/begin and /weights/finish first"
@@ -224,9 +226,9 @@ class Controller:
             stream = StreamState.model_validate(self._prompts.state())
         # A power failure after the checkpoint must not take what it refers to.
         await asyncio.to_thread(self._store.seal)
-        name = f"carried-{accounting.taken.prompts:08d}"
+        name = IN_FLIGHT.name(accounting.taken.prompts)
         stored = await asyncio.to_thread(store_generations, responses, self._store.beside(name)) if responses else []
-        self._store.prune("carried-", KEPT_STATES)
+        self._store.prune(IN_FLIGHT, KEPT_STATES)
         return ControllerState(
             stream=stream, groups=tuple(groups), accounting=accounting, store=name, generations=tuple(stored)
         )

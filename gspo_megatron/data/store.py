@@ -133,9 +133,9 @@ class SampleStore:
         """Another store in the same run directory."""
         return SampleStore(self.directory.parent / name)
 
-    def prune(self, prefix: str, keep: int) -> None:
-        """Remove the stores beside this one that have this prefix, all but the last `keep`."""
-        for old in sorted(self.directory.parent.glob(f"{prefix}*"))[:-keep]:
+    def prune(self, names: NumberedName, keep: int) -> None:
+        """Remove the stores beside this one that have such names, all but the last `keep`."""
+        for old in [*names.find(self.directory.parent).values()][:-keep]:
             shutil.rmtree(old, ignore_errors=True)
 
     def holds(self, ref: SampleRef) -> bool:

@@ -8,11 +8,11 @@ import os
 import sys
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 from gspo_megatron.cluster.exit_codes import REFUSED
 from gspo_megatron.cluster.machines import DEVICES
 from gspo_megatron.config.loading import RecipeError
+from gspo_megatron.config.recipe_paths import read_path
 from gspo_megatron.config.refusal import refuse
 from gspo_megatron.models import load_recipe
 from gspo_megatron.plan.run_plan import Plan, add_contents, make_plan, with_placement
@@ -26,7 +26,7 @@ def add_arguments(subparsers: argparse._SubParsersAction[argparse.ArgumentParser
         description="Print layout, batch sizes, memory, time and every fault of a recipe. "
         "Exit 0 = would run, 2 = refused.",
     )
-    parser.add_argument("recipe", type=Path, nargs="?", help="YAML recipe, e.g. recipes/tiny_moe.yaml")
+    parser.add_argument("recipe", type=read_path, nargs="?", help="YAML recipe, e.g. recipes/tiny_moe.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides: trainer.max_steps=10")
     parser.add_argument("--nodes", type=_positive, help="number of nodes, instead of placement.nodes")
     parser.add_argument("--gpu", choices=sorted(DEVICES), help="kind of GPU, instead of placement.gpu")

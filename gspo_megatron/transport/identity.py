@@ -21,7 +21,7 @@ from gspo_megatron.transport.messages import ServerIdentity
 
 RUN_VARIABLE = "GSPO_RUN_ID"
 TOKENIZER_VARIABLE = "GSPO_TOKENIZER_HASH"
-"""Set by `rollout.server` in its own environment, which vLLM's workers inherit; they answer for the server."""
+"""Set by `inference/server.py` in its own environment, which vLLM's workers inherit; they answer for the server."""
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json")
 """What decides ids in a Hugging Face directory; its chat template is read by the controller alone."""
 UNUSED = {"initializer_range"}

@@ -99,7 +99,7 @@ class Accounting(WireMessage):
     taken: TokenCount
     """Handed to the trainer."""
     dropped: dict[str, TokenCount]
-    """By reason: `cut`, `too-stale`, `equal-rewards`, `server-lost`, `attempt-lost`."""
+    """By reason: `cut`, `too-stale`, `equal-rewards`, `agent-branch`, `server-lost`, `attempt-lost`."""
     in_flight: Annotated[TokenCount, json_key("carried")]
     """In groups that no batch has taken yet."""
 
@@ -126,7 +126,7 @@ class RolloutBatch(WireMessage):
     accounting: Accounting
     unscored: dict[str, int]
     """Responses of this batch without a score of their own, by the kind of fault: `raised`, `out-of-time`, `died`,
-    `not-started`, `environment`."""
+    `not-started`, `environment-KIND`, `agent-KIND`."""
     skipped_prompts: dict[str, int]
     """Problems that the prompt stream has passed over, by reason."""
 

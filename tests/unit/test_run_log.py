@@ -49,6 +49,22 @@ def test_parts_add_up_within_a_step_and_start_anew(tmp_path: Path) -> None:
     assert "seconds/train" not in second
 
 
+def test_what_takes_time_between_two_steps_is_of_the_later_one(tmp_path: Path) -> None:
+    with RunLog(tmp_path, owns_terminal=True) as log:
+        with log.time("sync"):
+            pass  # before the first step: of none
+        with log.step(1):
+            log.add(ROW)
+        with log.time("checkpoint"):
+            time.sleep(0.02)
+        with log.step(2):
+            log.add(ROW)
+        with log.step(3):
+            log.add(ROW)
+    parts = [{name for name in row if name.startswith("seconds/")} for row in read_rows(tmp_path)]
+    assert parts == [{"seconds/step"}, {"seconds/step", "seconds/checkpoint"}, {"seconds/step"}]
+
+
 def test_a_line_that_a_crash_cut_off_is_forgotten(tmp_path: Path) -> None:
     write_steps(tmp_path, 1, 2)
     file = RunDir(tmp_path).metrics

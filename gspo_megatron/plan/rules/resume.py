@@ -15,7 +15,7 @@ from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.metric_rows import read_rows
 from gspo_megatron.models import load_resolved
-from gspo_megatron.plan.named_files import MODEL, OWN_CODE, digest_files, read_digests
+from gspo_megatron.plan.named_files import DEMONSTRATIONS, MODEL, OWN_CODE, TOKENIZER, digest_files, read_digests
 from gspo_megatron.run_dir import CheckpointDir, RunDir, complete_checkpoints
 from gspo_megatron.types import Finding
 
@@ -50,6 +50,11 @@ MAY_CHANGE = (
 files (`named_files.py`), which may lie elsewhere too."""
 MUST_STAY = ("trainer.aux_loss_coefficient", "rollout.vllm.kv_cache_dtype")
 """Exceptions from MAY_CHANGE."""
+WHAT = {
+    MODEL: "config.json or weights", DEMONSTRATIONS: "demonstrations",
+    TOKENIZER: "tokenizer, chat template or stop ids",
+}  # fmt: skip
+"""What `compare_files` compares, beside code of the user's own."""
 
 
 def findings(recipe: Recipe) -> Iterator[Finding]:
@@ -128,8 +133,7 @@ def compare_files(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator
             fix = "nothing to do if that is meant; acknowledge it to say why"
             yield Finding("resume-other-code", "warning", key, message, fix)
         else:
-            what = "config.json" if key == MODEL else "tokenizer, chat template or stop ids"
-            message = f"the {what} there is not what the run began with"
+            message = f"the {WHAT[key]} there are not what the run began with"
             fix = "put the files back as they were, or start another run from its weights (model.path)"
             yield Finding("resume-other-files", "error", key, message, fix)
 

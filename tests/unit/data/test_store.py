@@ -12,6 +12,7 @@ import pytest
 
 from gspo_megatron.data.samples import pad_routes
 from gspo_megatron.data.store import HEADER, DamagedSample, SampleStore
+from gspo_megatron.run_dir import NumberedName
 from gspo_megatron.types import Problem, Prompt, Response, SampleRef, Segment
 
 PROMPT = Prompt(12, Problem("p", "q", {}), (5, 6, 7))
@@ -167,3 +168,12 @@ def test_routes_come_back_and_what_is_missing_of_them_is_absent(
     plain = HEADER.size + 4 * (7 + 4)
     assert written.stat().st_size == plain + routes[: 7 - missing].nbytes, "one byte a choice up to 256 experts"
     assert store.read_routes(store.write(PROMPT, make_response(5), 0.5)) is None
+
+
+def test_old_stores_are_removed_and_what_a_user_copied_stays(tmp_path: Path) -> None:
+    names = NumberedName("in_flight", 8)
+    for name in (*(names.name(number) for number in (8, 64, 100_000_000)), "in_flight_00000008_best", "in_flight_8"):
+        (tmp_path / name).mkdir()
+    SampleStore(tmp_path / "samples").prune(names, 2)
+    left = {path.name for path in tmp_path.iterdir()} - {"samples"}
+    assert left == {"in_flight_00000064", "in_flight_100000000", "in_flight_00000008_best", "in_flight_8"}
