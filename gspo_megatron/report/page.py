@@ -13,6 +13,8 @@ from gspo_megatron.report.panels import Json
 from gspo_megatron.run_dir import RunDir
 
 ASSETS = Path(__file__).parent / "assets"
+MADE_BY = '<meta name="generator" content="gspo-megatron">'
+"""In the first lines of every page of ours."""
 SCRIPTS = ("figures.js", "responses.js", "live.js", "page.js")
 
 
@@ -43,7 +45,7 @@ def make_page(data: Json, scripts: tuple[str, ...]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        f'{MADE_BY}<meta http-equiv="Content-Security-Policy" content="{policy}">'
         f"<title>{title}</title><style>{_asset('page.css')}</style></head>"
         f'<body><div id="root"><h1>{title}</h1><p>{words}</p>'
         "<noscript><p>The figures of this page are drawn by its scripts, which are switched off.</p></noscript></div>"

@@ -26,18 +26,19 @@ const short = value => value === null || value === undefined ? ""
 
 /** Plotly's traces of one of ours. */
 function drawTrace(trace, series, place, dense) {
-  const name = trace.name, plain = colour(`c${place % 8}`);
+  const name = trace.name, tint = `c${(trace.colour ?? place) % 8}`, plain = colour(tint);
   if (trace.kind === "line") {
     const { x, y } = series[trace.series];
     const shade = trace.shade === null ? plain : mix("first", "last", trace.shade);
+    const group = trace.group ? { legendgroup: trace.group, showlegend: trace.first, opacity: 0.75 } : {};
     const mode = x.length < 3 ? "markers" : x.length <= 60 ? "lines+markers" : "lines";
-    return [{ x, y, name, mode, line: { color: shade, width: dense ? 1.4 : 2 }, marker: { color: shade, size: 5 } }];
+    return [{ x, y, name, mode, ...group, line: { color: shade, width: dense ? 1.4 : 2 }, marker: { color: shade, size: 5 } }];
   }
   if (trace.kind === "band") {
     const edge = { mode: "lines", line: { width: 0 }, hoverinfo: "skip", legendgroup: name };
     return [
       { x: trace.x, y: trace.low, ...edge, showlegend: false },
-      { x: trace.x, y: trace.high, name, ...edge, fill: "tonexty", fillcolor: faint("c0", trace.depth ? 0.3 : 0.16) },
+      { x: trace.x, y: trace.high, name, ...edge, fill: "tonexty", fillcolor: faint(trace.colour === undefined ? "c0" : tint, trace.depth ? 0.3 : 0.16) },
     ];
   }
   if (trace.kind === "points") {
@@ -50,7 +51,7 @@ function drawTrace(trace, series, place, dense) {
       marker: { color: plain, size: 8, symbol: "diamond" }, error_y: bars }];
   }
   if (trace.kind === "area")
-    return [{ x: trace.x, y: trace.y, name, mode: "lines", stackgroup: "all", line: { width: 0.6, color: plain }, fillcolor: faint(`c${place % 8}`, 0.6) }];
+    return [{ x: trace.x, y: trace.y, name, mode: "lines", stackgroup: "all", line: { width: 0.6, color: plain }, fillcolor: faint(tint, 0.6) }];
   const scale = [[0, colour("heat0")], [0.5, colour("heat1")], [1, colour("heat2")]];
   return [{ type: "heatmap", x: trace.x, y: trace.y, z: trace.z, colorscale: scale, hovertemplate: "step %{x}, layer %{y}: %{z:.3g}<extra></extra>",
     colorbar: { thickness: 10, outlinewidth: 0, tickfont: { size: 11 } } }];
