@@ -40,7 +40,7 @@ class Settings:
         """The settings of this process's environment. Raises ValueError for one that cannot be read."""
         get = os.environ.get
         venv, image = get("GSPO_VENV") or ".venv", get("GSPO_IMAGE") or ""
-        return cls(
+        found = cls(
             home,
             called_in,
             {"trainer": venv, "rollout": get("GSPO_ROLLOUT_VENV") or venv},
@@ -51,6 +51,18 @@ class Settings:
             _words("GSPO_SRUN_ARGS"),
             _seconds_or_count("GSPO_GPUS_PER_NODE", "0"),
         )
+        cut = [place for place in found.places if {",", ":"} & set(str(place))]
+        if cut and any(found.images.values()):
+            raise ValueError(
+                f"{cut[0]} holds a comma or a colon, which pyxis reads as the end of a path; "
+                "rename it, or submit from elsewhere"
+            )
+        return found
+
+    @property
+    def places(self) -> list[Path]:
+        """What an image sees without the site's mounts: the checkout, and where the command was started."""
+        return [self.home] if self.called_in.is_relative_to(self.home) else [self.home, self.called_in]
 
     def python(self, kind: str) -> str:
         """The interpreter of a role; in an image it is the one on the PATH."""
@@ -66,8 +78,7 @@ class Settings:
         image = self.images[environment_of(kind)]
         if not image:
             return []
-        places = [self.home] if self.called_in.is_relative_to(self.home) else [self.home, self.called_in]
-        mounts = ",".join([*(f"{place}:{place}" for place in places), *([self.mounts] if self.mounts else [])])
+        mounts = ",".join([*(f"{place}:{place}" for place in self.places), *([self.mounts] if self.mounts else [])])
         return [
             f"--container-image={image}",
             f"--container-mounts={mounts}",
@@ -92,7 +103,7 @@ def environment_of(kind: str) -> str:
 
 def _seconds_or_count(name: str, default: str) -> int:
     text = os.environ.get(name) or default
-    if not text.isdigit():
+    if not (text.isascii() and text.isdigit()):
         raise ValueError(f"{name}={text} is not a whole number; correct it in the site file or the environment")
     return int(text)
 

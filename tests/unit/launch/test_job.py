@@ -183,10 +183,21 @@ def test_a_run_directory_that_cannot_be_written_is_one_sentence(
     assert "Traceback" not in done.stderr
 
 
-def test_a_number_that_is_none_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GSPO_GRACE", "4m")
-    with pytest.raises(ValueError, match="GSPO_GRACE=4m is not a whole number; correct it in the site file"):
+@pytest.mark.parametrize("text", ["4m", "-1", "\N{SUPERSCRIPT TWO}", "1.5", " 4"])
+def test_a_number_that_is_none_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("GSPO_GRACE", text)
+    with pytest.raises(ValueError, match=f"GSPO_GRACE={text} is not a whole number; correct it in the site file"):
         Settings.read(ROOT, ROOT)
+
+
+@pytest.mark.parametrize("name", ["a,b", "a:b"])
+def test_a_directory_that_pyxis_would_cut_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    Settings.read(ROOT, tmp_path / name)
+    monkeypatch.setenv("GSPO_ROLLOUT_IMAGE", "/images/vllm.sqsh")
+    with pytest.raises(ValueError, match=f"/{name} holds a comma or a colon, which pyxis reads as the end of a path"):
+        Settings.read(ROOT, tmp_path / name)
 
 
 def test_a_package_that_cannot_be_imported_is_a_fault_with_its_reason(
