@@ -38,8 +38,8 @@ def bare(lab: Lab) -> Iterator[Workplace]:
 @pytest.fixture(autouse=True)
 def _nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
-    if "workplace" in request.fixturenames:
-        place = request.getfixturevalue("workplace")
+    for name in {"workplace", "bare"} & set(request.fixturenames):
+        place = request.getfixturevalue(name)
         place.cancel_all()
         check_nothing_left(place)
 

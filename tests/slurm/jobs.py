@@ -89,7 +89,7 @@ class Workplace:
     @contextmanager
     def keeping(self, jobs: Iterable[Job]) -> Iterator[None]:
         """Jobs that run until the end of this context, whatever tests end meanwhile."""
-        self.kept = {job.id for job in jobs}
+        self.kept = {job.id for job in jobs if job.lab is self.lab}
         try:
             yield
         finally:

@@ -11,6 +11,7 @@ import pytest
 
 from tests.slurm.jobs import CHEAP, END, ROOT, SCRIPT, SMALL, TINY, Job, Workplace, make_run, refused
 from tests.slurm.lab.cluster import LabError, wait_for
+from tests.slurm.leftovers import check_nothing_left
 
 pytestmark = pytest.mark.timeout(900)
 LAST = 40
@@ -45,6 +46,7 @@ def preempted(workplace: Workplace) -> Iterator[dict[str, Job]]:
         workplace.lab.submit(*urgent)
     with workplace.keeping(jobs.values()):
         yield jobs
+    check_nothing_left(workplace)
 
 
 @pytest.mark.parametrize("name", PREEMPTED)

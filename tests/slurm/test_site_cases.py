@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.jobs import END, Job, Workplace, make_run, refused
+from tests.slurm.leftovers import check_nothing_left
 
 pytestmark = pytest.mark.timeout(900)
 STEPS = "trainer.max_steps=4"
@@ -275,8 +276,10 @@ def jobs(workplace: Workplace, bare: Workplace) -> Iterator[dict[str, Job]]:
     submitted = {}
     for number, (name, case) in enumerate(CASES.items()):
         submitted[name] = submit(bare if case.bare else workplace, f"case{number}", case)
-    with workplace.keeping(submitted.values()):
+    with workplace.keeping(submitted.values()), bare.keeping(submitted.values()):
         yield submitted
+    for place in (workplace, bare):
+        check_nothing_left(place)
 
 
 def submit(place: Workplace, name: str, case: Case) -> Job:
