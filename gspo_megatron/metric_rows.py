@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import from_json
+
 from gspo_megatron.cluster.shared_files import retry_stale
 from gspo_megatron.config.refusal import refuse
 from gspo_megatron.run_dir import RunDir
@@ -74,11 +76,18 @@ def read_warnings(run_dir: Path) -> list[dict[str, Any]]:
     return RowReader(RunDir(run_dir).warnings).read()
 
 
+def _parse_slowly(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
 def _read_row(file: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        row = None
+        row = from_json(line)
+    except ValueError:  # or half of a surrogate pair, which this parser refuses
+        row = _parse_slowly(line)
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         raise refuse(
             "metrics-damaged", "run.directory",

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from gspo_megatron.cluster.exit_codes import OK, REFUSED
-from gspo_megatron.commands.recipe_arguments import read_path
+from gspo_megatron.config.recipe_paths import read_path
 
 PAGE = "comparison.html"
 """Where the page goes, in the directory in which the command is started."""

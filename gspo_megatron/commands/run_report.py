@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gspo_megatron.cluster.exit_codes import OK, REFUSED
 from gspo_megatron.config.recipe_paths import read_path
+from gspo_megatron.metric_rows import read_rows
 from gspo_megatron.run_dir import RunDir
 
 
@@ -31,6 +32,11 @@ def report(run_dir: Path) -> int:
     from gspo_megatron.report.page import write_report
     from gspo_megatron.report.plots import write_plot
 
-    write_plot(run_dir)
-    print(write_report(run_dir))
+    try:
+        rows = read_rows(run_dir)
+        write_plot(run_dir, rows)
+        print(write_report(run_dir, rows))
+    except OSError as error:  # a mount that may only be read
+        print(f"{error.filename or run_dir}: {error.strerror or error}; copy the directory", file=sys.stderr)
+        return REFUSED
     return OK

@@ -6,6 +6,7 @@ import html
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from gspo_megatron.cluster.shared_files import replace_text
 from gspo_megatron.report.page_data import read_run
@@ -18,10 +19,15 @@ MADE_BY = '<meta name="generator" content="gspo-megatron">'
 SCRIPTS = ("figures.js", "responses.js", "live.js", "page.js")
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write RUN_DIR/report.html from the files of the run directory, also while the run goes on."""
+def write_report(run_dir: Path, rows: list[dict[str, Any]] | None = None) -> Path:
+    """Write RUN_DIR/report.html from the files of the run directory, also while the run goes on.
+
+    Args:
+        run_dir: its directory.
+        rows: of metrics.jsonl in order of step, where they are at hand.
+    """
     page = RunDir(run_dir).page
-    replace_text(page, make_page(read_run(run_dir), SCRIPTS))
+    replace_text(page, make_page(read_run(run_dir, rows=rows), SCRIPTS))
     return page
 
 

@@ -54,14 +54,12 @@ def read_run(run_dir: Path, live: bool = False, rows: list[dict[str, Any]] | Non
             f"Of {len(rows):,} steps a line shows the lowest and the highest value of each of {MOST_POINTS // 2 - 1} "
             "stretches; every value is in metrics.jsonl."
         )
-    if not run.warnings.is_file():
-        notes.append("This run kept no list of its warnings; they are in the log of trainer rank 0.")
     return {
         "title": run_dir.absolute().name,
         "objective": _read(run.objective),
         "state": {"kind": state.kind, "text": state.text},
         "tiles": _tiles(table, state),
-        "health": group_warnings(read_warnings(run_dir)) if run.warnings.is_file() else None,
+        "health": _health(run, notes),
         "notes": notes,
         "figures": make_figures(table, recipe),
         "series": {
@@ -77,6 +75,18 @@ def read_run(run_dir: Path, live: bool = False, rows: list[dict[str, Any]] | Non
         "live": live,
         "footer": f"{run_dir.absolute()}, read {time.strftime('%Y-%m-%d %H:%M:%S %Z')}.",
     }
+
+
+def _health(run: RunDir, notes: list[str]) -> list[Json] | None:
+    """The warnings; None with a note where they are not known."""
+    if not run.warnings.is_file():
+        notes.append("This run kept no list of its warnings; they are in the log of trainer rank 0.")
+        return None
+    try:
+        return group_warnings(read_warnings(run.path))
+    except (RecipeError, OSError, KeyError) as error:
+        notes.append(f"The list of warnings cannot be read: {error}")
+        return None
 
 
 def group_warnings(warnings: Sequence[Mapping[str, Any]]) -> list[Json]:

@@ -30,14 +30,14 @@ def describe_evaluations(rows: list[dict[str, Any]]) -> str:
     return ", then ".join(texts)
 
 
-def write_plot(run_dir: Path) -> Path:
-    """Draw RUN_DIR/accuracy.png from metrics.jsonl."""
+def write_plot(run_dir: Path, rows: list[dict[str, Any]] | None = None) -> Path:
+    """Draw RUN_DIR/accuracy.png from the rows of metrics.jsonl, which are read where they are not at hand."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = read_rows(run_dir)
+    rows = read_rows(run_dir) if rows is None else rows
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(7.5, 6.0), sharex=True, height_ratios=(3, 2))
     held_out = ", ".join(filter(None, ("held-out accuracy", describe_evaluations(rows))))
     above.plot(*curve(rows, "eval/accuracy"), "o-", color="#1b6ca8", label=held_out)

@@ -139,7 +139,8 @@ class Catalogue:
         from gspo_megatron.data.sample_index import list_steps
 
         steps = list_steps(self._run.samples)
-        chosen = {steps[end - 1] for _, end in stretches(len(steps), min(len(steps), SAMPLE_STEPS))} | set(steps[:1])
+        count = min(len(steps), SAMPLE_STEPS)
+        chosen = {steps[at * (len(steps) - 1) // max(1, count - 1)] for at in range(count)}
         found = list(self.samples(chosen.__contains__))
         drawn: list[StoredSample] = []
         for step in sorted(chosen):

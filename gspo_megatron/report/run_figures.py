@@ -15,6 +15,7 @@ TIMES = {
     "rollout": "rollout", "take_over": "take over devices", "pack": "pack", "old_logprobs": "old log-probs",
     "reference": "reference log-probs", "train": "train", "probe": "probe routers", "export": "export",
     "sync": "weight update", "evaluate": "evaluate",
+    "checkpoint": "copy of a checkpoint", "check": "check", "stop": "stop",
 }  # fmt: skip
 """Parts of a step, in their order."""
 
@@ -78,7 +79,7 @@ def _ratio(table: Table, recipe: Recipe | None) -> Json | None:
             by_step.band(steps, lows, highs, text, depth)
             by_step.said += [describe(text.split(" to ")[at], table[name]) for at, name in enumerate(names)]
     by_step.line(table, "log_s_p50", "median")
-    by_length = Panel("By length of the response, last step", "log s")
+    by_length = Panel("By tokens of the response, last step", "log s")
     buckets = _buckets(table)
     for bucket in buckets:
         names = [f"log_s_{q}/{bucket}" for q in ("p01", "p50", "p99")]
@@ -88,7 +89,7 @@ def _ratio(table: Table, recipe: Recipe | None) -> Json | None:
             one = {"kind": "points", "name": text, "x": [text], "y": [middle], "low": [low], "high": [high]}
             by_length.traces.append(one)
             by_length.said.append(f"{text}: median {middle:.2g}, 1 % {low:.2g}, 99 % {high:.2g}")
-    over_steps = Panel("99 % quantile by step and length", "log s")
+    over_steps = Panel("99 % quantile by step and tokens of the response", "log s")
     noise = Panel("Noise: root mean square of log s times root of length", "nats per root token")
     for place, bucket in enumerate(buckets):
         over_steps.line(table, f"log_s_p99/{bucket}", _tokens_of(bucket), shade_of(place, len(buckets)))
@@ -111,7 +112,7 @@ def _buckets(table: Table) -> list[str]:
 
 def _tokens_of(bucket: str) -> str:
     side, _, tokens = bucket.partition("_")
-    return ("up to " if side == "le" else "above ") + f"{int(tokens):,} tokens"
+    return ("to " if side == "le" else "above ") + f"{int(tokens):,}"
 
 
 def _add_clip_band(panel: Panel, recipe: Recipe | None) -> None:

@@ -28,9 +28,8 @@ class Series:
             return self
         kept = {0, len(self.steps) - 1}
         for start, end in stretches(len(self.steps), (most - 2) // 2):
-            part = range(start, end)
-            kept.add(min(part, key=self.values.__getitem__))
-            kept.add(max(part, key=self.values.__getitem__))
+            part = self.values[start:end]
+            kept |= {start + part.index(min(part)), start + part.index(max(part))}
         order = sorted(kept)
         return Series([self.steps[at] for at in order], [self.values[at] for at in order])
 
@@ -58,6 +57,8 @@ def read_series(rows: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
 
 def align(*several: Series) -> tuple[list[int], list[list[float]]]:
     """The steps at which all were recorded, and the values of each there."""
+    if all(one.steps == several[0].steps for one in several):
+        return several[0].steps, [one.values for one in several]
     tables = [dict(zip(one.steps, one.values, strict=True)) for one in several]
     steps = [step for step in several[0].steps if all(step in table for table in tables)]
     return steps, [[table[step] for step in steps] for table in tables]

@@ -34,6 +34,12 @@ def test_a_last_line_that_was_cut_off_does_not_count(tmp_path: Path, end: str) -
     assert [row["step"] for row in read_rows(tmp_path)] == [1, 2]
 
 
+def test_numbers_that_are_not_finite_and_odd_texts_are_rows(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": NaN, "grad_norm": Infinity, "said": "\\ud800"}\n')
+    row = read_rows(tmp_path)[0]
+    assert row["loss"] != row["loss"] and row["grad_norm"] == float("inf") and row["said"] == "\ud800"
+
+
 def test_the_later_row_of_a_step_counts(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(ROWS + '{"step": 1, "loss": 5.0}\n')
     assert [row["loss"] for row in read_rows(tmp_path)] == [5.0, 2.0]

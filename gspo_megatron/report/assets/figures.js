@@ -32,7 +32,7 @@ function drawTrace(trace, series, place, dense) {
     const shade = trace.shade === null ? plain : mix("first", "last", trace.shade);
     const group = trace.group ? { legendgroup: trace.group, showlegend: trace.first, opacity: 0.75 } : {};
     const mode = x.length < 3 ? "markers" : x.length <= 60 ? "lines+markers" : "lines";
-    return [{ x, y, name, mode, ...group, line: { color: shade, width: dense ? 1.4 : 2 }, marker: { color: shade, size: 5 } }];
+    return [{ x, y, name, mode, ...group, line: { color: shade, width: x.length > 200 ? 1 : dense ? 1.4 : 2 }, marker: { color: shade, size: 5 } }];
   }
   if (trace.kind === "band") {
     const edge = { mode: "lines", line: { width: 0 }, hoverinfo: "skip", legendgroup: name };
@@ -48,7 +48,7 @@ function drawTrace(trace, series, place, dense) {
     };
     const mode = trace.x.length > 1 ? "lines+markers" : "markers";
     return [{ x: trace.x, y: trace.y, name, mode, line: { color: plain, dash: "dot", width: 1.5 },
-      marker: { color: plain, size: 8, symbol: "diamond" }, error_y: bars }];
+      marker: { color: plain, size: trace.x.length > 20 ? 5 : 8, symbol: "diamond" }, error_y: bars }];
   }
   if (trace.kind === "area")
     return [{ x: trace.x, y: trace.y, name, mode: "lines", stackgroup: "all", line: { width: 0.6, color: plain }, fillcolor: faint(tint, 0.6) }];
@@ -74,7 +74,7 @@ function layOut(panel) {
     xaxis: { ...axis, title: hasSteps ? { text: "step", standoff: 4 } : undefined, showgrid: false, zeroline: false, type: hasSteps ? "linear" : "category" },
     yaxis: { ...axis, type: panel.log ? "log" : "linear", zeroline: false, rangemode: panel.from_zero && !isHeat ? "tozero" : "normal", title: { text: isHeat ? "layer" : panel.unit, standoff: 6 },
       dtick: isHeat && panel.traces[0].y.length <= 12 ? 1 : undefined, exponentformat: "e", minexponent: 4 },
-    showlegend: !isHeat && panel.traces.length > 1, legend: { orientation: "h", y: -0.2, yanchor: "top", x: 0, font: { size: 11.5 } },
+    showlegend: !isHeat && hasSteps && panel.traces.length > 1, legend: { orientation: "h", y: -0.2, yanchor: "top", x: 0, font: { size: 11.5 } },
     shapes, annotations, dragmode: false,
   };
 }
@@ -114,7 +114,9 @@ function makePanel(panel, series) {
   } }, make("summary", { text: "In words and numbers", "aria-label": `In words and numbers: ${panel.title}` }));
   plot.draw = () => {
     const dense = panel.traces.length > 6;
-    const traces = panel.traces.flatMap((trace, place) => drawTrace(trace, series, place, dense));
+    const named = Math.ceil(panel.traces.length / 6);  // of many lines in an order, some are named
+    const traces = panel.traces.flatMap((trace, place) => drawTrace(trace, series, place, dense).map(one =>
+      dense && trace.shade > 0 && trace.shade < 1 && place % named ? { ...one, showlegend: false } : one));
     Plotly.react(plot, traces, layOut(panel), { responsive: true, displayModeBar: false });
     plot.drawn = true;
   };

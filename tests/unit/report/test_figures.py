@@ -133,7 +133,7 @@ def test_every_figure_is_made_and_described(run: RunDir) -> None:
     assert band["y"] == pytest.approx(math.log1p(-RECIPE.objective.clip_low))
     assert band["to"] == pytest.approx(math.log1p(RECIPE.objective.clip_high))
     lengths = [trace["name"] for trace in figures["ratio"]["panels"][1]["traces"]]
-    assert lengths == ["up to 64 tokens", "up to 256 tokens", "above 65,536 tokens"]
+    assert lengths == ["to 64", "to 256", "above 65,536"]
     heat = figures["routers"]["panels"][0]["traces"][0]
     assert heat["y"] == [0, 1, 2, 3] and heat["z"][2][4] == row(5)["experts/load_max_over_mean/layer_2"]
     clipped = figures["clipping"]["panels"]
@@ -206,6 +206,17 @@ def test_long_responses_are_cut_in_the_middle_and_say_so(run: RunDir) -> None:
     sample = next(one for one in catalogue.samples() if one.ref.answer_length == 7)
     one = catalogue.read(sample, head=3, tail=2)
     assert (len(one["tokens"]), one["left_out"], one["tokens"][-1][0]) == (5, 2, "</s>")
+
+
+def test_the_drawn_sample_is_as_stated(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    save_resolved(RECIPE, run.recipe)
+    add_samples(run, steps=30, prompts=5, answers=8)
+    total, items = Catalogue(run).draw()
+    steps = sorted({one["step"] for one in items})
+    assert (len(steps), steps[0], steps[-1]) == (20, 1, 30) and total == 20 * 40
+    assert [sum(one["step"] == step for one in items) for step in steps] == [16] * 20
+    assert Catalogue(run).draw() == (total, items)
 
 
 def test_responses_that_are_gone_leave_their_metadata(run: RunDir, tmp_path: Path) -> None:
