@@ -52,6 +52,8 @@ def advantages(
             out.append(centered[i])
         elif kind == "rloo":
             out.append(reward - (sum(peers) - reward) / (len(peers) - 1))
+        elif kind == "maxrl":
+            out.append(reward / (sum(peers) / len(peers)) - 1)
         elif kind == "std":
             mean = sum(peers) / len(peers)
             out.append(centered[i] / (math.sqrt(sum((r - mean) ** 2 for r in peers) / (len(peers) - ddof)) + eps))

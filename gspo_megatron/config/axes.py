@@ -19,9 +19,10 @@ Correction = Literal["tis", "mis", "icepop", "geometric_mask", "sequence_product
 class Axes(Section):
     """Every axis of the objective. The defaults are GSPO as published."""
 
-    advantage: Literal["std", "mean", "rloo", "batch_std"] = "std"
+    advantage: Literal["std", "mean", "rloo", "batch_std", "maxrl"] = "std"
     """How rewards r of a group become advantages. `std`: (r - mean) / std. `mean`: r - mean.
     `rloo`: r - mean of the other responses. `batch_std`: (r - group mean) / std of the batch.
+    `maxrl`: (r - mean) / mean, for rewards of at least 0 (MaxRL, arXiv 2602.02710).
 
     Source: GSPO, arXiv 2507.18071, eq. 6.
     """

@@ -10,6 +10,7 @@ _ADVANTAGES = {
     "mean": "advantage r - group mean",
     "rloo": "advantage r - mean of the others",
     "batch_std": "advantage (r - group mean) / batch std",
+    "maxrl": "advantage (r - mean) / mean",
 }
 _FILTERS = {"dynamic_sampling": "groups of equal rewards replaced"}
 

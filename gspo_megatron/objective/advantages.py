@@ -14,7 +14,7 @@ from torch import Tensor
 def group_advantages(
     rewards: Tensor,
     group_ids: Tensor,
-    normalize: Literal["std", "mean", "rloo", "batch_std"] = "std",
+    normalize: Literal["std", "mean", "rloo", "batch_std", "maxrl"] = "std",
     ddof: int = 0,
     eps: float = 0.0,
 ) -> Tensor:
@@ -26,11 +26,18 @@ def group_advantages(
         rewards: [N].
         group_ids: [N] any integers; equal ids are one group.
         normalize: std = (r - mean) / (std + eps); mean = r - mean; rloo = r - mean of the others;
-            batch_std = (r - group mean) / (std of those over the whole batch + eps).
+            batch_std = (r - group mean) / (std of those over the whole batch + eps); maxrl = (r - mean) / mean, for
+            rewards of at least 0 (MaxRL, arXiv 2602.02710: with rewards 0 and 1 the gradient of log pass rate).
         ddof: degrees of freedom taken off in the std.
         eps: added to the std.
+
+    Raises:
+        ValueError: shapes that differ, a reward that is not finite, or below 0 with maxrl.
     """
     _check_rewards(rewards, group_ids)
+    if normalize == "maxrl" and bool((rewards < 0).any()):
+        least = float(rewards.min())
+        raise ValueError(f"advantage=maxrl divides by the mean reward, and one is {least:g}; keep them at least 0")
     group, num_groups = number_groups(group_ids)
     size = _per_group(torch.ones_like(rewards, dtype=torch.float64), group, num_groups)
     # Each group in units of its own: squares and sums of rewards near 1e-200 or 1e200 are numbers too.
@@ -38,13 +45,16 @@ def group_advantages(
     values = rewards.double() * _power_of_two(-exponents[group])
     # Rewards of 0.1 have a rounded mean and with it a std of 1e-17: only the spread tells an exactly equal group.
     flat = equal_groups(values, group, num_groups)[group]
-    centered = torch.where(flat, 0.0, values - (_per_group(values, group, num_groups) / size)[group])
+    mean = (_per_group(values, group, num_groups) / size)[group]
+    centered = torch.where(flat, 0.0, values - mean)
     if normalize == "rloo":
         centered = centered * (size / (size - 1).clamp(min=1))[group]
     elif normalize == "std":
         variance = _per_group(centered.square(), group, num_groups) / (size - ddof).clamp(min=1)
         divisor = variance.sqrt() + eps * _power_of_two(-exponents)
         centered = torch.where(flat, 0.0, centered / divisor[group])
+    elif normalize == "maxrl":
+        centered = torch.where(flat, 0.0, centered / mean)
     elif normalize == "batch_std":
         spread = exponents[group][~flat]
         unit = spread.max() if len(spread) else spread.new_zeros(())
@@ -52,7 +62,7 @@ def group_advantages(
         variance = centered.square().sum() / max(centered.numel() - ddof, 1)
         centered = torch.where(flat, 0.0, centered / (variance.sqrt() + eps * _power_of_two(-unit)))
     elif normalize != "mean":
-        raise ValueError(f"normalize={normalize} is not known; use std, mean, rloo or batch_std")
+        raise ValueError(f"normalize={normalize} is not known; use std, mean, rloo, batch_std or maxrl")
     if normalize in ("mean", "rloo"):
         centered = centered * _power_of_two(exponents[group])
     dtype = rewards.dtype if rewards.is_floating_point() else torch.float64

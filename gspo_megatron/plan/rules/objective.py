@@ -205,6 +205,13 @@ def _groups(spec: ObjectiveSpec, answers: int | None) -> Iterator[Finding]:
             f"with 1 response per prompt advantage={spec.advantage} compares nothing: every advantage is 0",
             "set it to 2 or more, e.g. 8",
         )  # fmt: skip
+    below = {"overlong=soft": spec.overlong == "soft", "kl_in=reward": spec.kl != "none" and spec.kl_in == "reward"}
+    for name in (name for name, is_set in below.items() if spec.advantage == "maxrl" and is_set):
+        yield _say(
+            "rewards-below-zero", "error", "advantage",
+            f"maxrl divides by the mean reward, and {name} takes from rewards",
+            f"use advantage=std, or leave {name.split('=')[0]} unset",
+        )  # fmt: skip
 
 
 def _own(spec: ObjectiveSpec) -> bool:

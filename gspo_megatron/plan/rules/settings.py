@@ -42,6 +42,7 @@ def findings(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[F
     yield from _staleness(recipe, spec)
     yield from long_tail.findings(recipe)
     yield from _replay(recipe, spec, arch, machine)
+    yield from _rewards(recipe, spec)
     yield from _offload(recipe, machine)
     yield from _small_print(recipe, arch, machine)
     yield from engines.findings(recipe, arch, machine)
@@ -177,6 +178,13 @@ def _staleness(recipe: Recipe, spec: ObjectiveSpec) -> Iterator[Finding]:
             f"tokens up to {allowed} versions old are trained on as if the current weights had sampled them",
             "set objective.correction to tis or icepop, or max_staleness=0",
         )  # fmt: skip
+
+
+def _rewards(recipe: Recipe, spec: ObjectiveSpec) -> Iterator[Finding]:
+    low, high = recipe.reward.bounds
+    if spec.advantage == "maxrl" and low < 0:
+        message = f"[{low:g}, {high:g}] lets a reward be below 0, and objective.advantage=maxrl divides by their mean"
+        yield Finding("rewards-below-zero", "error", "reward.bounds", message, f"set it to [0, {high:g}]")
 
 
 def _replay(recipe: Recipe, spec: ObjectiveSpec, arch: Architecture, machine: Machine) -> Iterator[Finding]:

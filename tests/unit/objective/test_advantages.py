@@ -25,7 +25,7 @@ from tests.unit.objective.cases import EXAMPLES, as_rows, loss_inputs, random_an
 SCORES = st.sampled_from([0.0, 0.1, 0.3, 0.7, 1.0])
 
 
-@pytest.mark.parametrize("kind", ["std", "mean", "rloo", "batch_std"])
+@pytest.mark.parametrize("kind", ["std", "mean", "rloo", "batch_std", "maxrl"])
 @pytest.mark.parametrize("ddof", [0, 1])
 @EXAMPLES
 @given(data=st.lists(st.tuples(SCORES, st.integers(-2, 3)), min_size=2, max_size=12))
@@ -35,7 +35,7 @@ def test_ragged_groups_in_any_order(kind: Any, ddof: int, data: list[tuple[float
     assert got.tolist() == pytest.approx(reference.advantages(rewards, groups, kind, ddof), abs=1e-10)
 
 
-@pytest.mark.parametrize("kind", ["std", "mean", "rloo", "batch_std"])
+@pytest.mark.parametrize("kind", ["std", "mean", "rloo", "batch_std", "maxrl"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("reward", [0.0, 0.1, 1.0, 1 / 3])
 def test_equal_rewards_and_single_answers_give_exactly_zero(kind: Any, dtype: torch.dtype, reward: float) -> None:
@@ -45,6 +45,26 @@ def test_equal_rewards_and_single_answers_give_exactly_zero(kind: Any, dtype: to
     assert got.dtype == dtype
     assert got[:8].tolist() == [0.0] * 8
     assert got[8] > 0 > got[9]
+
+
+def test_maxrl_is_the_gradient_of_the_log_pass_rate() -> None:
+    """Of a policy with one parameter: sum of A grad log p over all outcomes, each as often as it comes up."""
+    logit = torch.tensor(-1.0, dtype=torch.float64, requires_grad=True)
+    rate = torch.sigmoid(logit)
+    (wanted,) = torch.autograd.grad(rate.log(), logit, retain_graph=True)
+    hits = torch.autograd.grad(rate.log(), logit, retain_graph=True)[0]
+    misses = torch.autograd.grad((1 - rate).log(), logit)[0]
+    many = 100_000
+    rewards = torch.zeros(many, dtype=torch.float64)
+    rewards[: round(many * float(rate))] = 1.0
+    advantages = group_advantages(rewards, torch.zeros(many), "maxrl")
+    got = (advantages * torch.where(rewards > 0, hits, misses)).mean()
+    assert float(got) == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_maxrl_refuses_a_negative_reward() -> None:
+    with pytest.raises(ValueError, match=r"advantage=maxrl divides by the mean reward, and one is -0\.5"):
+        group_advantages(torch.tensor([1.0, -0.5]), torch.tensor([0, 0]), "maxrl")
 
 
 def test_rewards_may_be_integers_or_absent() -> None:

@@ -175,6 +175,13 @@ def test_two_objectives_have_two_sentences() -> None:
         ("dapo", {"overlong": "soft"}, {}, "overlong-buffer-missing"),
         ("dapo", {"overlong": "soft", "overlong_buffer": 9999}, {}, "overlong-buffer-too-long"),
         ("gspo", {}, {"answers": 1}, "group-of-one"),
+        ("gspo", {"advantage": "maxrl", "overlong": "soft", "overlong_buffer": 20}, {}, "rewards-below-zero"),
+        (
+            "gspo",
+            {"advantage": "maxrl", "kl": "k3", "kl_coefficient": 0.1, "kl_in": "reward"},
+            {},
+            "rewards-below-zero",
+        ),
         ("gspo", {"kl_coefficient": 0.1}, {}, "objective-key-inert"),
         ("cispo", {"clip_low": 0.1}, {}, "objective-key-inert"),
         ("gspo", {"tis_cap": 5.0}, {}, "objective-key-inert"),
