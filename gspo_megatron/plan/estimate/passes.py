@@ -28,7 +28,8 @@ class Passes:
     recomputed: float = 1.0
     """Share of a forward pass that is computed again: 1 with `trainer.recompute=full`."""
     scores_first: bool = True
-    """Whether the first mini-batch is scored. Its check, one micro-batch a rank, is not counted."""
+    """Whether the first mini-batch is scored. Its check, one micro-batch a rank, is not counted, nor is the same
+    micro-batch once more where the sampler's routes are replayed."""
     scores_later: bool = True
     """Whether the others are: not with `objective.ratio_reference=sampler`."""
 

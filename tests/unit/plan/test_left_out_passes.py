@@ -36,6 +36,7 @@ def test_what_stays_in_the_passes_is_said(overrides: list[str], code: str, words
     [
         (["trainer.recompute=full"], 2.6475),
         (["trainer.recompute=full", "objective.ratio_reference=sampler"], 2.1975),
+        (["trainer.recompute=full", "objective.ratio_reference=sampler", "objective.replay=sampler"], 2.1975),
         # Whole micro-batches only, which a plan does not count on.
         (["trainer.recompute=full", "trainer.pipeline_parallel=2", "trainer.ranks=2"], 2.85),
         (["trainer.recompute=full", "objective.preset=grpo"], 2.85),
