@@ -37,10 +37,12 @@ def vllm(**more: object) -> VllmMap:
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
-    """One as the product starts it, and one that takes prompts in parts of 16 tokens."""
+    """One as the product starts it, and one over two workers that takes prompts in parts of 16 tokens."""
     plain = make_run_dir(tmp_path_factory.mktemp("plain"), replay="sampler", vllm=vllm())
     parts = vllm(enable_chunked_prefill=True, max_num_batched_tokens=16)
-    cut = make_run_dir(tmp_path_factory.mktemp("parts"), replay="sampler", vllm=parts, max_concurrency=8)
+    cut = make_run_dir(
+        tmp_path_factory.mktemp("parts"), replay="sampler", vllm=parts, max_concurrency=8, tensor_parallel=2
+    )
     with running_servers(plain, cut) as found:
         yield found
 
@@ -129,9 +131,6 @@ def test_routes_of_three_versions_in_one_response(servers, start: Starter, oracl
 
 
 def test_prompts_of_the_prefix_cache_and_prompts_in_parts_have_their_routes(servers, start: Starter, oracles) -> None:
-    _, link = start(servers, 8, False)
-    update(link, 0, oracles[0])
-
     async def ask(server: Server, number: int) -> np.ndarray:
         client = ServerClient(server.url, KEY, VOCAB, 64, 4)
         generation = Generation(LONG, number)
@@ -147,6 +146,7 @@ def test_prompts_of_the_prefix_cache_and_prompts_in_parts_have_their_routes(serv
         return rows[:40]
 
     for server in servers:
+        update(start([server], 8, False)[1], 0, oracles[0])
         first, second = (asyncio.run(ask(server, number)) for number in (0, 1))
         assert np.array_equal(first, second)
         hits = [line for line in server.ask("GET", "/metrics").text.splitlines() if "prefix_cache_hits_total{" in line]
