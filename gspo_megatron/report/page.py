@@ -69,8 +69,12 @@ def _asset(name: str) -> str:
 
 
 def read_plotly() -> str:
-    """Plotly's script, of its Python package, which is not imported."""
+    """Plotly's script, of its Python package, which is not imported.
+
+    Empty where the package is missing: a run must not fail at its end for want of plots. The page then says so, and
+    shows the numbers.
+    """
     spec = find_spec("plotly")
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("plotly is not installed; run `make setup`", name="plotly")
+        return ""
     return (Path(spec.origin).parent / "package_data" / "plotly.min.js").read_text(encoding="utf-8")

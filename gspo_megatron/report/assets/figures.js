@@ -113,12 +113,17 @@ function makePanel(panel, series) {
     if (numbers.open && numbers.children.length === 1) numbers.append(make("p", { class: "about", text: panel.text }), makeTable(tabulate(panel, series), panel.title));
   } }, make("summary", { text: "In words and numbers", "aria-label": `In words and numbers: ${panel.title}` }));
   plot.draw = () => {
+    plot.drawn = true;
+    if (typeof Plotly === "undefined") {
+      plot.replaceWith(make("p", { class: "about", text: "Not drawn: the package plotly is not installed where this page was written (make setup installs it)." }));
+      numbers.open = true;
+      return;
+    }
     const dense = panel.traces.length > 6;
     const named = Math.ceil(panel.traces.length / 6);  // of many lines in an order, some are named
     const traces = panel.traces.flatMap((trace, place) => drawTrace(trace, series, place, dense).map(one =>
       dense && trace.shade > 0 && trace.shade < 1 && place % named ? { ...one, showlegend: false } : one));
     Plotly.react(plot, traces, layOut(panel), { responsive: true, displayModeBar: false });
-    plot.drawn = true;
   };
   whenNear.observe(plot);
   return make("figure", {}, make("h3", { text: panel.title }), plot, numbers);

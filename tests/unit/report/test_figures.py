@@ -231,6 +231,20 @@ def test_responses_that_are_gone_leave_their_metadata(run: RunDir, tmp_path: Pat
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, which draws the page")
+def test_without_plotly_the_page_has_words_and_numbers(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert CHROMIUM is not None
+    monkeypatch.setattr("gspo_megatron.report.page.find_spec", lambda name: None)
+    page = write_report(run.path)
+    assert page.stat().st_size < 1e6
+    words = (CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000", "--dump-dom")
+    done = subprocess.run(
+        (*words, "--window-size=1200,9000", page.as_uri()), capture_output=True, text=True, timeout=300
+    )
+    assert "plotly is not installed" in done.stdout and "mean reward: " in done.stdout
+    assert f"<td>{row(12)['grad_norm']:.5g}</td>" in done.stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, which draws the page")
 def test_the_page_in_a_browser(run: RunDir) -> None:
     assert CHROMIUM is not None
     page = write_report(run.path)
