@@ -102,7 +102,7 @@ function tabulate(panel, series) {
 
 function makeTable([head, rows], caption) {
   const body = rows.map(row => make("tr", {}, ...row.map(value => make("td", { text: typeof value === "string" ? value : short(value) }))));
-  return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": caption },
+  return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `${caption}, table` },
     make("table", {}, make("thead", {}, make("tr", {}, ...head.map(text => make("th", { scope: "col", text })))), make("tbody", {}, ...body)));
 }
 
