@@ -61,7 +61,7 @@ def _git_state() -> str:
     if not commit:
         return ""
     files = len((changed or "").splitlines())
-    return f"{commit[:10]} on {branch}, " + (f"{files} files changed" if files else "no file changed")
+    return f"{commit[:10]} on {branch}, " + {0: "no file", 1: "1 file"}.get(files, f"{files} files") + " changed"
 
 
 def _git(*words: str) -> str | None:

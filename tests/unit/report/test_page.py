@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from gspo_megatron.cli import main
 from gspo_megatron.report.page import read_plotly, write_report
 from gspo_megatron.report.page_data import read_run
 from gspo_megatron.report.plots import curve, describe_evaluations, read_rows, write_plot
+from gspo_megatron.run_dir import RunDir
 from gspo_megatron.run_log import RunLog
 from gspo_megatron.types import Finding
 
@@ -178,3 +181,26 @@ def test_a_refused_recipe_exits_2_with_a_finding_a_line(capsys: pytest.CaptureFi
 
 def test_examples_are_json(run_dir: Path) -> None:
     assert json.loads((run_dir / "examples.json").read_text())[0]["reward"] == 1.0
+
+
+def test_each_start_records_versions_and_git(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gspo_megatron.report import provenance
+
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    monkeypatch.setattr(provenance, "CHECKOUT", checkout)
+    assert provenance.describe_code()["git"] == ""  # no checkout of ours, whatever lies above
+    author = ("-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "init.defaultBranch=trunk")
+    (checkout / "file").write_text("1")
+    for words in (("init", "-q"), ("add", "file"), ("commit", "-qm", "one")):
+        subprocess.run(("git", *author, "-C", str(checkout), *words), check=True)
+    assert provenance.describe_code()["git"].endswith(" on trunk, no file changed")
+    (checkout / "file").write_text("2")
+    run = RunDir(run_dir)
+    provenance.record_start(run)
+    provenance.record_start(run)
+    with run.provenance.open("a") as file:
+        file.write('{"at": "20')
+    facts = dict(read_run(run_dir)["facts"])
+    assert "on trunk, 1 file changed" in facts["Code"] and "2 times" in facts["Started"]
+    assert f"torch {version('torch')}" in facts["Packages"]
