@@ -87,9 +87,8 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids. An id without a piece (a model's padding rows can be sampled) becomes the unknown piece."""
-        unknown = self._model.unk_id()
         kept = (int(i) for i in ids if i not in self.stop_ids)
-        return self._model.decode([i if 0 <= i < self.vocab_size else unknown for i in kept])
+        return self._model.decode([i if 0 <= i < self.vocab_size else self._model.unk_id() for i in kept])
 
     def encode_text(self, text: str) -> list[int]:
         """Return the ids of the text. Raises ValueError on a character that the vocabulary lacks."""
@@ -102,8 +101,9 @@ class SentencePieceTokenizer:
         return ids
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """Return each piece, its blanks as blanks."""
-        return [self._model.id_to_piece(one).replace("\u2581", " ") for one in ids]
+        """Return each piece, its blanks as blanks; the unknown one for an id without."""
+        known = (one if 0 <= one < self.vocab_size else self._model.unk_id() for one in ids)
+        return [self._model.id_to_piece(one).replace("\u2581", " ") for one in known]
 
     def _piece(self, piece: str) -> int:
         found = self._model.piece_to_id(piece)
@@ -241,9 +241,9 @@ class HuggingFaceTokenizer:
         return "".join(self._model.decode(list(run)) if known else "\ufffd" * len(list(run)) for known, run in runs)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """Return the text of each id, or the token's name where its bytes are no whole characters."""
+        """Return the text of each id, or the token's name where its bytes are no whole characters, or U+FFFD."""
         texts = [self._model.decode([one]) for one in ids]
-        names = self._model.convert_ids_to_tokens(list(ids))
+        names = [name or "\ufffd" for name in self._model.convert_ids_to_tokens(list(ids))]
         return [name if not text or "\ufffd" in text else text for text, name in zip(texts, names, strict=True)]
 
 

@@ -167,3 +167,12 @@ TURNS = {
 def test_the_token_that_ends_a_turn_is_read_off_the_template(tmp_path: Path, template: str) -> None:
     end = HuggingFaceTokenizer(save_tokenizer(tmp_path, template)).turn_end()
     assert (end and end[0]) == TURNS[template]
+
+
+def test_an_id_of_a_row_without_a_token_has_a_text_for_people(tmp_path: Path) -> None:
+    """A model has more rows than its tokenizer has tokens, and random weights sample them."""
+    hugging_face = HuggingFaceTokenizer(save_tokenizer(tmp_path))
+    for tokenizer in (TOKENIZER, hugging_face):
+        size = tokenizer.vocab_size
+        texts = tokenizer.pieces([size - 1, size, size + 1000])
+        assert len(texts) == 3 and all(isinstance(text, str) and text for text in texts)
