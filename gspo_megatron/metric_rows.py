@@ -12,6 +12,9 @@ from gspo_megatron.cluster.shared_files import retry_stale
 from gspo_megatron.config.refusal import refuse
 from gspo_megatron.run_dir import RunDir
 
+BLANKS = " \t\r\ufeff"
+"""What an editor leaves in a line without a row, the mark of an encoding included."""
+
 
 class RowReader:
     """The rows of a file that grows: each call reads what is new. A file that was replaced or cut is read anew."""
@@ -22,7 +25,7 @@ class RowReader:
 
     def _forget(self) -> None:
         self._rows: list[dict[str, Any]] = []
-        self._end, self._identity = 0, (0, 0)
+        self._end, self._lines, self._identity = 0, 0, (0, 0)
 
     def read(self) -> list[dict[str, Any]]:
         """All rows so far, in the order of the file.
@@ -47,8 +50,9 @@ class RowReader:
             file.seek(self._end)
             whole, end, _ = file.read().rpartition(b"\n")
         lines = whole.decode("utf-8", "replace").split("\n") if end else []
-        known = len(self._rows)
-        rows = [_read_row(self._file, number, line) for number, line in enumerate(lines, known + 1)]
+        numbered = list(enumerate(lines, self._lines + 1))
+        rows = [_read_row(self._file, number, line) for number, line in numbered if line.strip(BLANKS)]
+        self._lines += len(lines)
         self._end += len(whole) + len(end)
         return rows
 
@@ -59,7 +63,18 @@ def read_rows(run_dir: Path) -> list[dict[str, Any]]:
     Raises:
         RecipeError: as `RowReader.read`.
     """
-    return by_step(RowReader(RunDir(run_dir).metrics).read())
+    file = RunDir(run_dir).metrics
+    rows = by_step(RowReader(file).read())
+    for row in rows:
+        text = next((name for name, value in row.items() if isinstance(value, str | list | dict)), None)
+        if text is not None or row["step"] < 0:
+            name = text or "step"
+            raise refuse(
+                "metrics-damaged", "run.directory",
+                f"{file} has {name}={str(row[name])[:40]!r} in the row of step {row['step']}; metrics are numbers",
+                "remove the line, or put the file back",
+            )  # fmt: skip
+    return rows
 
 
 def by_step(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -85,7 +100,7 @@ def _parse_slowly(line: str) -> Any:
 
 def _read_row(file: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        row = from_json(line)
+        row = from_json(line.strip(BLANKS))
     except ValueError:  # or half of a surrogate pair, which this parser refuses
         row = _parse_slowly(line)
     if not isinstance(row, dict) or type(row.get("step")) is not int:

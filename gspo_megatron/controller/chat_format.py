@@ -43,7 +43,7 @@ class ChatRequest:
     messages: tuple[dict[str, Any], ...]
     tools: tuple[dict[str, Any], ...]
     reads_calls: bool
-    """False with `tool_choice=none`: calls stay text."""
+    """False with `tool_choice=none` or without tools: calls stay text."""
     max_tokens: int | None
     """Most tokens of this turn; None = as many as the response has left."""
     stream: bool
@@ -114,7 +114,7 @@ def read_request(body: bytes) -> ChatRequest:
     return ChatRequest(
         messages=_read_messages(given.get("messages")),
         tools=tuple(tools),
-        reads_calls=choice == "auto",
+        reads_calls=bool(tools) and choice == "auto",
         max_tokens=min(limits, default=None),
         stream=bool(given.get("stream")),
         include_usage=isinstance(options, dict) and bool(options.get("include_usage")),

@@ -9,9 +9,10 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 
+from gspo_megatron.cluster.attempts import find_checkpoint
 from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.plugins import load_object
 from gspo_megatron.config.schema import Recipe
@@ -21,6 +22,7 @@ from gspo_megatron.data.own_demonstrations import encode_demonstrations
 from gspo_megatron.data.problems import every_problem, open_problems
 from gspo_megatron.data.stream import HELD_OUT, PromptStream
 from gspo_megatron.data.tokenizers import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from gspo_megatron.run_dir import CheckpointDir, RunDir
 from gspo_megatron.types import Finding
 
 DEMONSTRATIONS = 100
@@ -56,10 +58,23 @@ def check_prompts(recipe: Recipe, runs_here: bool) -> list[Finding]:
         if tokenizer is None:
             open_problems(data, needs_answer=not recipe.reward.is_own)
         else:
-            found += _prompt_findings(recipe, PromptStream(recipe, tokenizer), tokenizer, runs_here)
+            stream = PromptStream(recipe, tokenizer)
+            refuse_other_problems(recipe, stream)
+            found += _prompt_findings(recipe, stream, tokenizer, runs_here)
         # Rewards lie beside this part.
         found += load_object("gspo_megatron.rewards.gold_check:gold_findings")(recipe, every_problem(recipe))
     return found
+
+
+def refuse_other_problems(recipe: Recipe, stream: PromptStream) -> None:
+    """Raise RecipeError if the run that this would resume has drawn from other problems."""
+    if recipe.run.directory is None:
+        return
+    newest, _ = find_checkpoint(RunDir(recipe.run.directory).checkpoints)
+    if newest is not None:
+        state = json.loads(CheckpointDir(newest).state.read_text(encoding="utf-8"))
+        with suppress(LookupError, TypeError):  # a state that is no state is named by the one who reads it whole
+            stream.refuse_other(state["controller"]["stream"]["fingerprint"])
 
 
 @contextmanager

@@ -157,8 +157,13 @@ class PromptStream:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken. Raises RecipeError for other problems, another seed or prompt limit."""
-        found = state["fingerprint"]
+        """Continue where `state` was taken. Raises RecipeError as `refuse_other`."""
+        self.refuse_other(state["fingerprint"])
+        self._index, self._position = state["index"], state["position"]
+        self.skipped = Counter(state["skipped"])
+
+    def refuse_other(self, found: str) -> None:
+        """Raise RecipeError if a checkpoint's fingerprint is of other problems, another seed or prompt limit."""
         if not found.startswith(BY_CONTENT):
             # The resume rule has compared the recipes; earlier versions kept nothing of the problems themselves.
             log.warning("the checkpoint is of an earlier version: whether its problems are these is not known")
@@ -170,8 +175,6 @@ class PromptStream:
                 "run.seed or rollout.max_prompt_tokens is another",
                 "put the files back as they were, or start another run from its weights (model.path)",
             )
-        self._index, self._position = state["index"], state["position"]
-        self.skipped = Counter(state["skipped"])
 
     def _draw(self, stage: str, position: int, skipped: Counter[str]) -> tuple[Problem, tuple[int, ...], int]:
         """Return the first usable problem at or after a position, its ids, and the position after it."""

@@ -10,22 +10,37 @@ from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
+from gspo_megatron.cluster.attempts import find_checkpoint
 from gspo_megatron.cluster.shared_files import retry_stale
 from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.metric_rows import read_rows
 from gspo_megatron.models import load_resolved
-from gspo_megatron.plan.named_files import DEMONSTRATIONS, MODEL, OWN_CODE, TOKENIZER, digest_files, read_digests
+from gspo_megatron.plan.named_files import DEMONSTRATIONS, OWN_CODE, WEIGHTS, Digests, digest_files, read_digests
 from gspo_megatron.run_dir import CheckpointDir, RunDir, complete_checkpoints
 from gspo_megatron.types import Finding
 
 MAY_CHANGE = (
     "run.directory",
+    "run.name",
     "placement.",
     "trainer.",
     "cold_start.cache",
     "data.path",
     "data.held_out_path",
+    "data.prompt_key",
+    "data.answer_key",
+    "data.tools_key",
+    "reward.judge.url",
+    "reward.judge.key_variable",
+    "reward.judge.at_once",
+    "reward.judge.request_seconds",
+    "reward.judge.attempts",
+    "reward.judge.prompt_price",
+    "reward.judge.answer_price",
+    "environment.seconds",
+    "agent.seconds",
+    "agent.concurrency",
     "rollout.servers",
     "rollout.tensor_parallel",
     "rollout.pipeline_parallel",
@@ -50,11 +65,8 @@ MAY_CHANGE = (
 files (`named_files.py`), which may lie elsewhere too."""
 MUST_STAY = ("trainer.aux_loss_coefficient", "rollout.vllm.kv_cache_dtype")
 """Exceptions from MAY_CHANGE."""
-WHAT = {
-    MODEL: "config.json or weights", DEMONSTRATIONS: "demonstrations",
-    TOKENIZER: "tokenizer, chat template or stop ids",
-}  # fmt: skip
-"""What `compare_files` compares, beside code of the user's own."""
+MOST = 6
+"""Keys that are named one by one; a run that differs in more is another run."""
 
 
 def findings(recipe: Recipe) -> Iterator[Finding]:
@@ -83,9 +95,26 @@ def findings(recipe: Recipe) -> Iterator[Finding]:
         read_rows(directory)
     except RecipeError as error:
         yield from error.findings
-    was, now = read_digests(run), dict(digest_files(recipe))
-    yield from compare_recipes(before, recipe, {*was} & {*now})
-    yield from compare_files(was, now)
+    yield from compare_checkpoints(run)
+    was, now = read_digests(run), digest_files(recipe)
+    starts_again = not holds_checkpoints or recipe.objective.kl != "none"
+    read_again = {key for key in now if key != DEMONSTRATIONS or starts_again}
+    yield from compare_recipes(before, recipe, {*was} & {*now}, record)
+    yield from compare_files(was, {key: now[key] for key in read_again}, starts_again)
+
+
+def compare_checkpoints(run: RunDir) -> Iterator[Finding]:
+    """Findings about checkpoints that cannot be resumed from."""
+    usable, faults = find_checkpoint(run.checkpoints)
+    for path, fault in faults.items():
+        what = f"{path.name} cannot be resumed from: {fault}"
+        if usable is None:
+            yield Finding(
+                "checkpoint-damaged", "error", "run.directory", what, "put its files back, or move it elsewhere"
+            )
+        else:
+            fix = f"nothing to do if the run may go on after {usable.name}"
+            yield Finding("checkpoint-damaged", "warning", "run.directory", what, fix)
 
 
 def find_record(run: RunDir) -> tuple[Path | None, bool]:
@@ -98,24 +127,30 @@ def find_record(run: RunDir) -> tuple[Path | None, bool]:
     return next((record for record in records if record.is_file()), None), bool(checkpoints)
 
 
-def compare_recipes(before: Recipe, recipe: Recipe, compared: Set[str]) -> Iterator[Finding]:
+def compare_recipes(before: Recipe, recipe: Recipe, compared: Set[str], record: Path) -> Iterator[Finding]:
     """Findings about keys that differ from those of the run that this would resume.
 
     Args:
         compared: keys whose files `compare_files` compares: where these lie may change.
+        record: the file that holds `before`.
     """
     directory = recipe.run.directory
     old, new = (flatten(one.model_dump(mode="json")) for one in (before, recipe))
+    other = []
     for key in sorted({*old, *new}):
         values = [one.get(key) for one in (old, new)]
         if key in compared:
             values = [str(value).rpartition(":")[2] if key in OWN_CODE else None for value in values]
         if values[0] != values[1] and not may_change(key):
-            yield Finding(
-                "resume-other-recipe", "error", key,
-                f"{new.get(key)} here, {old.get(key)} in {directory}, which this would resume",
-                "resume with the same recipe and overrides, or name another run.directory",
-            )  # fmt: skip
+            other.append(key)
+    fix = "resume with the same recipe and overrides, or name another run.directory"
+    if len(other) > MOST:
+        message = f"{record} is of another run: {len(other)} keys differ, {', '.join(other[:MOST])} among them"
+        yield Finding("resume-other-recipe", "error", "run.directory", message, fix)
+        return
+    for key in other:
+        message = f"{new.get(key)} here, {old.get(key)} in {directory}, which this would resume"
+        yield Finding("resume-other-recipe", "error", key, message, fix)
     steps = before.trainer.max_steps, recipe.trainer.max_steps
     if recipe.optimizer.schedule != "constant" and steps[0] != steps[1]:
         message = f"{steps[1]} here, {steps[0]} in {directory}: the learning rate of the steps to come changes with it"
@@ -123,17 +158,25 @@ def compare_recipes(before: Recipe, recipe: Recipe, compared: Set[str]) -> Itera
         yield Finding("resume-other-schedule", "warning", "trainer.max_steps", message, fix)
 
 
-def compare_files(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[Finding]:
-    """Findings about files that were edited since the run was started or resumed the last time."""
-    for key in sorted({*before} & {*now}):
-        if before[key] == now[key]:
+def compare_files(was: Digests, now: Digests, reads_weights: bool) -> Iterator[Finding]:
+    """Findings about files that were edited since the run was started or resumed the last time.
+
+    Args:
+        was: digests of that time.
+        now: digests of today.
+        reads_weights: whether the weights of the model are read again.
+    """
+    for key in sorted({*was} & {*now}):
+        parts = sorted(name for name in {*was[key], *now[key]} if was[key].get(name) != now[key].get(name))
+        parts = [name for name in parts if name != WEIGHTS or (reads_weights and WEIGHTS in now[key])]
+        if not parts:
             continue
         if key in OWN_CODE:
             message = "the file that it names was edited since the run last started: the steps to come run other code"
             fix = "nothing to do if that is meant; acknowledge it to say why"
             yield Finding("resume-other-code", "warning", key, message, fix)
         else:
-            message = f"the {WHAT[key]} there are not what the run began with"
+            message = f"not what the run began with: {', '.join(parts)}"
             fix = "put the files back as they were, or start another run from its weights (model.path)"
             yield Finding("resume-other-files", "error", key, message, fix)
 

@@ -11,9 +11,11 @@ import pytest
 
 from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.data.prompt_check import check_prompts
 from gspo_megatron.data.stream import PromptStream
 from gspo_megatron.data.tokenizers import load_tokenizer
 from gspo_megatron.models import load_recipe
+from tests.checkpoints import write_checkpoint
 from tests.places import ROOT
 
 SHIPPED = f"tokenizer.path={ROOT / 'recipes/tokenizers/arithmetic.model'}"
@@ -146,3 +148,21 @@ def test_a_stream_without_any_usable_prompt_stops(jsonl: tuple[str, ...]) -> Non
         stream.next(1)
     with pytest.raises(RecipeError, match="held-out-too-few"):
         stream.held_out(1)
+
+
+def test_a_run_whose_problems_changed_is_refused_before_it_starts(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    lines = [json.dumps({"prompt": f"{one} + 1", "answer": str(one + 1)}) for one in range(40)]
+    data.write_text("\n".join(lines))
+    words = ("data.source=jsonl", "data.task=null", "data.options={}", f"data.path={data}", "data.held_out=8",
+             "evaluation.problems=8", f"run.directory={tmp_path / 'run'}", "cold_start=null")  # fmt: skip
+    recipe = read_recipe(*words)
+    stream = PromptStream(recipe, load_tokenizer(recipe.tokenizer, None))
+    stream.next(3)
+    place = write_checkpoint(tmp_path / "run" / "checkpoints" / "step_000001")
+    state = json.loads((place / "state.json").read_text())
+    (place / "state.json").write_text(json.dumps(state | {"controller": {"stream": stream.state()}}))
+    assert not [one for one in check_prompts(recipe, runs_here=True) if one.severity == "error"]
+    data.write_text("\n".join([*lines[:-1], lines[-1].replace("40", "41")]))
+    found = [one.code for one in check_prompts(recipe, runs_here=True) if one.severity == "error"]
+    assert found == ["resume-other-data"]

@@ -10,11 +10,15 @@ import pytest
 from gspo_megatron.cli import main
 from gspo_megatron.commands.train_run import prepare_run
 from gspo_megatron.config import Recipe, save_resolved
+from gspo_megatron.config.agent_section import AgentSection
 from gspo_megatron.config.engine_sections import VllmMap
+from gspo_megatron.config.judge_section import JudgeSection
+from gspo_megatron.config.long_responses import EnvironmentSection
 from gspo_megatron.models import load_recipe
 from gspo_megatron.plan.rules.resume import MAY_CHANGE, MUST_STAY, findings, flatten
 from gspo_megatron.run_dir import RunDir
 from launch.lib.plan import load_for_job, say_findings
+from tests.checkpoints import RANK_FILE, write_checkpoint
 from tests.places import ROOT
 
 TINY = ROOT / "recipes" / "tiny_moe.yaml"
@@ -73,6 +77,10 @@ def test_every_name_in_the_lists_is_a_key(tmp_path: Path) -> None:
     passed_on = (f"rollout.vllm.{name}" for name in VllmMap.model_fields)
     keys = [*flatten(recipe(tmp_path).model_dump(mode="json")), *Recipe.model_fields, *passed_on]
     for name in (*MAY_CHANGE, *MUST_STAY):
+        section, _, rest = name.partition(".")
+        if rest and section in OPTIONAL:
+            assert rest.removeprefix("judge.") in OPTIONAL[section].model_fields, name
+            continue
         assert any(key.startswith(name) for key in keys), name
 
 
@@ -80,6 +88,10 @@ SCORE = "def score(problem, response):\n    return 1.0\n"
 NAMES = {
     "tokenizer.json": "{}", "chat_template.jinja": "{{ messages }}", "generation_config.json": '{"eos_token_id": 2}',
 }  # fmt: skip
+
+
+OPTIONAL = {"reward": JudgeSection, "environment": EnvironmentSection, "agent": AgentSection}
+"""Sections that the tiny recipe has not."""
 
 
 def own_recipe(place: Path, run: Path | None = None) -> Recipe:
@@ -103,6 +115,8 @@ def own_recipe(place: Path, run: Path | None = None) -> Recipe:
         ("model/additional_chat_templates/tools.jinja", "x", "error", "tokenizer.path"),
         ("my.py", SCORE.replace("1.0", "0.5"), "warning", "reward.name"),
         ("model/generation_config.json", '{"eos_token_id": 2, "temperature": 0.6}', None, ""),
+        ("model/generation_config.json", '{"eos_token_id": [2]}', None, ""),
+        ("model/tokenizer.json", '{ "model_max_length": 9 }', None, ""),
         ("model/notes.txt", "of the user's", None, ""),
         ("data.jsonl", "{}", None, ""),
     ],
@@ -158,11 +172,10 @@ def test_a_file_that_is_not_here_any_more_is_left_to_its_reader(tmp_path: Path) 
 
 def checkpoint(run: Path, step: int, of: Recipe | None) -> Path:
     made = RunDir(run).checkpoint(step)
-    made.path.mkdir(parents=True)
+    write_checkpoint(made.path)
     if of is not None:
         save_resolved(of, made.recipe)
-    made.marker.touch()
-    return made.recipe
+    return made.path
 
 
 def test_the_recipe_of_the_newest_checkpoint_decides(tmp_path: Path) -> None:
@@ -184,3 +197,55 @@ def test_metrics_that_cannot_be_read_are_found_before_the_start(tmp_path: Path) 
     prepare_run(recipe(tmp_path))
     RunDir(tmp_path).metrics.write_text("x{\n")
     assert [(one.code, one.severity) for one in findings(recipe(tmp_path))] == [("metrics-damaged", "error")]
+
+
+def test_what_differs_in_a_tokenizer_is_named(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    prepare_run(own_recipe(mine))
+    (mine / "model" / "chat_template.jinja").write_text("other")
+    (mine / "model" / "generation_config.json").write_text('{"eos_token_id": 7}')
+    (found,) = findings(own_recipe(mine))
+    assert found.message == "not what the run began with: chat_template.jinja, stop ids"
+
+
+def test_weights_count_only_where_they_are_read_again(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "tests" / "data" / "model", tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    words = ("objective.kl=k3", "objective.kl_coefficient=0.01")
+    for run, more in (("plain", ()), ("reference", words)):
+        weights.write_bytes(b"one" * 4096)
+        given = (f"model.path={tmp_path / 'model'}", *more)
+        prepare_run(recipe(tmp_path / run, *given))
+        weights.write_bytes(b"two" * 4096)
+        assert [one.key for one in findings(recipe(tmp_path / run, *given))] == ["model.path"]
+        checkpoint(tmp_path / run, 1, recipe(tmp_path / run, *given))
+        assert [one.key for one in findings(recipe(tmp_path / run, *given))] == (["model.path"] if more else [])
+
+
+def test_a_checkpoint_that_is_damaged_is_found_before_the_start(tmp_path: Path) -> None:
+    prepare_run(recipe(tmp_path))
+    checkpoint(tmp_path, 1, recipe(tmp_path))
+    (checkpoint(tmp_path, 2, recipe(tmp_path)) / RANK_FILE).write_bytes(b"")
+    (found,) = findings(recipe(tmp_path))
+    assert (found.code, found.severity) == ("checkpoint-damaged", "warning")
+    assert "step_000002 cannot be resumed from: rank_00000.safetensors has 0 bytes" in found.message
+    (RunDir(tmp_path).checkpoint(1).path / "state.json").write_text("{")
+    assert [one.severity for one in findings(recipe(tmp_path))] == ["error", "error"]
+
+
+def test_a_run_that_differs_in_many_keys_is_one_finding(tmp_path: Path) -> None:
+    prepare_run(recipe(tmp_path))
+    (found,) = findings(recipe(tmp_path, *CHANGES[:-1]))
+    assert found.key == "run.directory" and "is of another run: 9 keys differ, batch.prompts, " in found.message
+
+
+def test_a_package_of_the_user_s_own_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_scores").mkdir()
+    (tmp_path / "my_scores" / "__init__.py").write_text("")
+    (tmp_path / "my_scores" / "plain.py").write_text(SCORE)
+    monkeypatch.syspath_prepend(tmp_path)
+    named = (tmp_path / "run", "reward.name=my_scores.plain:score")
+    prepare_run(recipe(*named))
+    assert not list(findings(recipe(*named)))
+    (tmp_path / "my_scores" / "plain.py").write_text(SCORE.replace("1.0", "0.5"))
+    assert [(one.code, one.key) for one in findings(recipe(*named))] == [("resume-other-code", "reward.name")]
