@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import json
+import multiprocessing
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from gspo_megatron.config.agent_section import AgentSection
@@ -17,14 +21,16 @@ from gspo_megatron.config.hook_samples import NotedLine, Samples
 from gspo_megatron.config.plugins import describe_fault, source_of
 from gspo_megatron.config.task_sections import RewardSection
 from gspo_megatron.controller.agent_endpoint import AgentEndpoint
-from gspo_megatron.controller.agent_pool import STRETCH_SECONDS, prepare_process
+from gspo_megatron.controller.agent_pool import prepare_process
 from gspo_megatron.controller.agent_session import FULL
 from gspo_megatron.controller.chat_format import MODEL, ChatRequest, ChatTurn, RequestError
 from gspo_megatron.environments.agent_contract import ClientSettings
-from gspo_megatron.environments.tool_calls import CALL_END, CALL_START, read_turn
+from gspo_megatron.environments.tool_calls import CALL_END, CALL_START, TurnText, read_turn
 from gspo_megatron.rewards.reward_input import read_parts, weigh_parts
-from gspo_megatron.rewards.time_limit import OutOfTime, limit_time
 
+MOST_SECONDS = 60.0
+"""By the clock, of an agent that neither asks nor returns, where the recipe gives more; a busy machine needs some."""
+LOOK_SECONDS = 0.02
 PROBLEM = {"prompt": "What is 1 + 1?", "question": "What is 1 + 1?", "answer": "2"}
 MAX_TURNS = 12
 """Of an episode here, where the recipe has more: enough for every turn of `turns_of`."""
@@ -79,6 +85,20 @@ def _write_call(name: str, arguments: Mapping[str, Any]) -> str:
     return f"{CALL_START}\n{json.dumps({'name': name, 'arguments': arguments})}\n{CALL_END}"
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the process of the agent says of one episode."""
+
+    fault: str = ""
+    kind: str = ""
+    """What it returned, in words."""
+    missing: Any = None
+    """The field that it read and that the line has not."""
+    has_raised: bool = False
+    is_over: bool = False
+    """No further episode can be played."""
+
+
 @dataclass(slots=True)
 class TrialEpisode:
     """An episode whose turns are written beforehand."""
@@ -101,7 +121,8 @@ class TrialEpisode:
             raise RequestError(f"agent.max_turns={self.max_turns} requests were answered", FULL)
         write = self.turns[number] if number < len(self.turns) else answer
         self.said.append(" ".join(write.__name__.split("_")))
-        turn = read_turn(write(request))
+        text = write(request)
+        turn = read_turn(text) if request.reads_calls else TurnText(text, (), False)
         return ChatTurn(turn, "stop", prompt_tokens=8, pieces=(), logprobs=(), number=number, completion_tokens=8)
 
 
@@ -125,60 +146,116 @@ class TrialEpisodes:
 def try_agent(found: Any, samples: Samples | None = None) -> list[str]:
     """Run the agent through sample episodes of one problem. Raises ValueError with one fault a line.
 
+    It runs in a process of its own, as in training: what blocks, ends Python or never returns is ended with it.
+
     Args:
         found: the agent.
         samples: of whose problems the first is tried; None = the problem PROBLEM.
     """
-    prepare_process()
     line = dict(samples.draw(1)[0].line) if samples else PROBLEM
     section = samples.recipe.agent if samples else None
     section = section or AgentSection(program="agent:run")
+    here, there = multiprocessing.Pipe()
+    # A fork has the agent, which no name may lead to; no thread of ours runs yet.
+    child = multiprocessing.get_context("fork").Process(
+        target=serve_agent, args=(found, samples.recipe.reward if samples else None, there), daemon=True
+    )
+    child.start()
+    there.close()
     try:
-        with limit_time(STRETCH_SECONDS * len(EPISODES)) as restart:
-            return asyncio.run(_run(found, line, section, samples.recipe.reward if samples else None, restart))
-    except OutOfTime:
-        fault = f"took more than {STRETCH_SECONDS:g} s of processor time; await what takes long, a tool in a process"
-        raise ValueError(fault) from None
-    except _MissingField as missing:
-        return [f"reads problem[{missing.args[0]!r}], which the sample line lacks: give a recipe to run it on its data"]
+        return asyncio.run(_play(child, here, line, section, samples is None))
+    finally:
+        child.kill()
+        child.join()
 
 
-class _MissingField(Exception):
-    """The agent reads a field that the sample line has not."""
-
-
-async def _run(
-    found: Any,
-    line: Mapping[str, Any],
-    section: AgentSection,
-    reward: RewardSection | None,
-    restart: Callable[[], None],
+async def _play(
+    child: BaseProcess, pipe: Connection, line: Mapping[str, Any], section: AgentSection, is_sample: bool
 ) -> list[str]:
     episodes, faults, kinds = TrialEpisodes(), dict[str, None](), dict[str, None]()
     endpoint = AgentEndpoint(episodes)
     await endpoint.start()
     requests = full = 0
+    limit = min(section.seconds, MOST_SECONDS)
     try:
         for turns in EPISODES:
-            restart()
             episode = episodes.open(turns, min(section.max_turns, MAX_TURNS))
-            client = ClientSettings(episodes.base_url, episodes.key, MODEL)
-            given = NotedLine(line)
-            with _as_faults(faults, found, episode, given, reward is None):
-                returned = await asyncio.wait_for(_call(found, given, client), section.seconds)
-                kinds[_describe(returned, reward)] = None
-            if not episode.said:
-                faults["returned without a request: ask the model through client.base_url and client.api_key"] = None
+            pipe.send((line, ClientSettings(episodes.base_url, episodes.key, MODEL)))
+            outcome = await _wait(child, pipe, episode, limit)
             requests, full = requests + len(episode.said), full + episode.is_full
+            if is_sample and outcome.missing is not None:
+                what = f"reads problem[{outcome.missing!r}], which the sample line lacks"
+                return [f"{what}: give a recipe to run it on its data"]
+            if outcome.fault and not (episode.is_full and outcome.has_raised):
+                after = f"after the turn: {episode.said[-1]} " if episode.said else "before its first request "
+                faults[(after if outcome.has_raised else "") + outcome.fault] = None
+            elif not episode.said:
+                faults["returned without a request: ask the model through client.base_url and client.api_key"] = None
+            if outcome.kind:
+                kinds[outcome.kind] = None
+            if outcome.is_over:
+                break
     finally:
-        # A client that nobody closed closes itself here, and not on a loop that is gone.
-        gc.collect()
-        await asyncio.sleep(0)
         await endpoint.close()
     if faults:
         raise ValueError("\n".join(faults))
     ended = f"; {full} went on until no turn was left" if full else ""
     return [f"ran {len(EPISODES)} sample episodes of {requests} requests{ended}", *kinds]
+
+
+async def _wait(child: BaseProcess, pipe: Connection, episode: TrialEpisode, limit: float) -> Outcome:
+    """What came of an episode. Its clock starts again with every request."""
+    asked, since = 0, time.monotonic()
+    while not pipe.poll():
+        if len(episode.said) > asked:
+            asked, since = len(episode.said), time.monotonic()
+        if time.monotonic() - since > limit:
+            return Outcome(
+                f"did not return, nor ask again, within {limit:g} s: await what takes long (AsyncOpenAI, "
+                "asyncio.to_thread), and return at the end of the conversation", is_over=True,
+            )  # fmt: skip
+        await asyncio.sleep(LOOK_SECONDS)
+    try:
+        return pipe.recv()
+    except EOFError:
+        child.join()
+        return Outcome(f"ended its process (exit code {child.exitcode}); return, or raise an exception", is_over=True)
+
+
+def serve_agent(found: Any, reward: RewardSection | None, pipe: Connection) -> None:
+    """The process of the agent: one episode for each message, until the pipe is closed."""
+    prepare_process()
+    # One loop for all episodes, as in training: an agent may keep its client.
+    with asyncio.Runner() as runner, contextlib.suppress(EOFError):
+        while True:
+            line, client = pipe.recv()
+            pipe.send(_run_once(runner, found, NotedLine(line), client, reward))
+
+
+def _run_once(
+    runner: asyncio.Runner, found: Any, line: NotedLine, client: ClientSettings, reward: RewardSection | None
+) -> Outcome:
+    try:
+        returned = runner.run(found(line, client))
+    # The code is the user's own and may raise anything, the end of Python included.
+    except BaseException as error:
+        outcome = _raised(found, error, line)
+    else:
+        try:
+            outcome = Outcome(kind=_describe(returned, reward))
+        except ValueError as fault:
+            outcome = Outcome(str(fault))
+    if getattr(sys.stdout, "secrets", False) or getattr(sys.stderr, "secrets", False):
+        said = "printed the value of an environment variable that holds a secret; remove it from the output"
+        return Outcome(said, is_over=True)
+    return outcome
+
+
+def _raised(found: Any, error: BaseException, line: NotedLine) -> Outcome:
+    missing = error.args[0] if isinstance(error, KeyError) and error.args == tuple(line.missing[-1:]) else None
+    what = describe_fault(error, source_of(found))
+    fault = f"it raised {what}; reply to whatever the model says, or return"
+    return Outcome(fault, missing=missing, has_raised=True)
 
 
 def _describe(returned: Any, reward: RewardSection | None) -> str:
@@ -190,31 +267,3 @@ def _describe(returned: Any, reward: RewardSection | None) -> str:
     low, high = reward.bounds if reward else (0.0, 1.0)
     outside = "" if low <= score <= high else f", outside reward.bounds=[{low:g}, {high:g}] and clipped to it"
     return f"returned the score {score:g}{outside}"
-
-
-async def _call(found: Any, line: NotedLine, client: ClientSettings) -> Any:
-    """What the agent returns. An end of Python would take the loop along."""
-    try:
-        return await found(line, client)
-    except SystemExit as error:
-        raise RuntimeError(f"SystemExit: {error}") from None
-
-
-@contextlib.contextmanager
-def _as_faults(
-    faults: dict[str, None], found: Any, episode: TrialEpisode, line: NotedLine, is_sample: bool
-) -> Iterator[None]:
-    """Turn whatever an agent raises into a sentence; a request that is refused ends an episode, as in training."""
-    try:
-        yield
-    except TimeoutError:
-        faults["did not return within agent.seconds; return at the end of the conversation"] = None
-    # The code is the user's own and may raise anything.
-    except Exception as error:
-        if is_sample and isinstance(error, KeyError) and error.args == tuple(line.missing[-1:]):
-            raise _MissingField(error.args[0]) from None
-        if episode.is_full:
-            return
-        after = f"after the turn: {episode.said[-1]}" if episode.said else "before its first request"
-        what = describe_fault(error, source_of(found))
-        faults[f"{after} it raised {what}; reply to whatever the model says, or return"] = None

@@ -38,8 +38,13 @@ REPLY = ids_of("\n<|im_start|>user\n<tool_response>\n2\n</tool_response><|im_end
 QUESTION = {"role": "user", "content": "Calculate 1 + 1."}
 
 
+TOOL: Any = {"type": "function", "function": {"name": "calculate", "parameters": {"type": "object", "properties": {}}}}
+"""The template of these tests writes no tools."""
+
+
 async def ask(client: openai.AsyncOpenAI, messages: list[Any], **more: Any) -> Any:
-    completion = await client.chat.completions.create(model="policy", messages=messages, **more)
+    given = {"tools": [TOOL], **more}
+    completion = await client.chat.completions.create(model="policy", messages=messages, **given)
     return completion.choices[0].message
 
 

@@ -29,6 +29,8 @@ def test_a_request_is_read() -> None:
     read = read_request(request(temperature=0.3, max_tokens=7, user="me", tools=[{"a": 1}], stop=None))
     assert read.messages == (USER,) and read.max_tokens == 7 and read.overruled == ("temperature",)
     assert read.tools == ({"a": 1},) and read.reads_calls and not read.stream
+    assert not read_request(request()).reads_calls, "without tools nothing can be called"
+    assert not read_request(request(tools=[{"a": 1}], tool_choice="none")).reads_calls
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert read_request(request(messages=[{"role": "developer", "content": parts}])).messages == (
         {"role": "system", "content": "ab"},
