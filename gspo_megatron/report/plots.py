@@ -12,8 +12,8 @@ CLIP = "clip_fraction_sequences"
 
 
 def curve(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one metric, where it was recorded."""
-    values = [(row["step"], row[name]) for row in rows if name in row]
+    """Steps and values of one metric, where it was recorded; what is no number is left out."""
+    values = [(row["step"], row[name]) for row in rows if type(row.get(name)) in (int, float)]
     return [step for step, _ in values], [value for _, value in values]
 
 
