@@ -89,7 +89,7 @@ def stays_finished(recipe: Recipe) -> bool:
         raise refuse(
             "no-checkpoint", "trainer.max_steps",
             f"{wanted} extends the finished run of {done} steps in {run.path}, which holds no checkpoint to go on from",
-            f"start another run with model.path={run.final}",
+            f"start another run with model.path={run.final}" if run.final.is_dir() else "start another run",
         )  # fmt: skip
     print(f"{run.path} holds a finished run of {done} steps; it goes on after step {step}, to step {wanted}")
     return False

@@ -67,8 +67,12 @@ def test_a_finished_run_without_a_checkpoint_is_refused_and_stays(
 ) -> None:
     prepare_run(recipe(tmp_path, 4))
     RunDir(tmp_path).done.touch()
-    (write_checkpoint(RunDir(tmp_path).checkpoint(4).path) / "state.json").write_text("")
     words = ["train", str(TINY), "placement.gpu=cpu", f"run.directory={tmp_path}", "trainer.max_steps=8"]
     assert main(words) == 2
-    assert "error [no-checkpoint] trainer.max_steps: 8 extends the finished run of 4 steps" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "error [no-checkpoint] trainer.max_steps: 8 extends the finished run of 4 steps" in said
+    assert "final" not in said, "there is none to start from"
+    (write_checkpoint(RunDir(tmp_path).checkpoint(4).path) / "state.json").write_text("")
+    assert main(words) == 2
+    assert "error [checkpoint-damaged] run.directory: step_000004 cannot be resumed from" in capsys.readouterr().err
     assert RunDir(tmp_path).done.is_file()
