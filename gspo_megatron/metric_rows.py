@@ -34,7 +34,7 @@ class RowReader:
             RecipeError: a line before the last is no row. The last may be cut off by a crash, and does not count.
         """
         # A run of 0 steps that evaluates nothing records nothing.
-        if not self._file.is_file():
+        if not retry_stale(self._file.is_file):
             self._forget()
             return []
         new = retry_stale(self._read_new)  # may forget the rows so far

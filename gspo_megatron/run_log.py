@@ -30,6 +30,8 @@ PLAIN_INTERVAL = 15.0
 """Seconds between two progress lines where the output is no terminal."""
 EVALUATED = ("accuracy", "mean_reward", "mean_length", "unscored", "problems", "answers", "temperature")
 """What a row keeps of an evaluation: its results, and how it sampled."""
+UNSAID = ("step", "check", "stop")
+"""Parts of a step that its line leaves out: the whole, and questions that take no time."""
 LONGEST_EXAMPLE = 200
 """Characters that the terminal shows of a question or a response."""
 BAR_COLUMNS = (
@@ -229,7 +231,7 @@ class RunLog:
 
     def _print(self, number: int) -> None:
         row = self._row
-        parts = "  ".join(f"{part} {seconds:.1f}" for part, seconds in self._seconds.items() if part != "step")
+        parts = "  ".join(f"{part} {seconds:.1f}" for part, seconds in self._seconds.items() if part not in UNSAID)
         self.say(
             f"step {number:4d}  reward {row['reward_mean']:.3f}  length {row['answer_length']:.1f}  "
             f"clipped {row['clip_fraction_sequences']:.3f}  grad {row['grad_norm']:.2f}  "

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 
 from gspo_megatron.cluster.attempts import find_checkpoint
+from gspo_megatron.cluster.shared_files import read_shared
 from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.plugins import load_object
 from gspo_megatron.config.schema import Recipe
@@ -72,7 +73,7 @@ def refuse_other_problems(recipe: Recipe, stream: PromptStream) -> None:
         return
     newest, _ = find_checkpoint(RunDir(recipe.run.directory).checkpoints)
     if newest is not None:
-        state = json.loads(CheckpointDir(newest).state.read_text(encoding="utf-8"))
+        state = json.loads(read_shared(CheckpointDir(newest).state))
         with suppress(LookupError, TypeError):  # a state that is no state is named by the one who reads it whole
             stream.refuse_other(state["controller"]["stream"]["fingerprint"])
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gspo_megatron.cluster.shared_files import read_shared
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.models.tokenizer_files import stop_file, tokenizer_files, tokenizer_folders
 from gspo_megatron.run_dir import RunDir
@@ -41,7 +42,7 @@ def write_digests(recipe: Recipe, run: RunDir) -> None:
 def read_digests(run: RunDir) -> Digests:
     """The digests of the attempt before; empty where there is none, or a run of an earlier version."""
     try:
-        found = json.loads(run.named_files.read_text(encoding="utf-8"))
+        found = json.loads(read_shared(run.named_files))
     except (OSError, ValueError):
         return {}
     return {key: parts for key, parts in found.items() if isinstance(parts, dict)} if isinstance(found, dict) else {}

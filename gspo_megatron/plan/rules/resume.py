@@ -124,7 +124,7 @@ def find_record(run: RunDir) -> tuple[Path | None, bool]:
     """
     checkpoints = retry_stale(lambda: complete_checkpoints(run.checkpoints))
     records = [*(CheckpointDir(path).recipe for path in reversed(checkpoints)), run.recipe]
-    return next((record for record in records if record.is_file()), None), bool(checkpoints)
+    return next((record for record in records if retry_stale(record.is_file)), None), bool(checkpoints)
 
 
 def compare_recipes(before: Recipe, recipe: Recipe, compared: Set[str], record: Path) -> Iterator[Finding]:

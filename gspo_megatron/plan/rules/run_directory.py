@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from gspo_megatron.cluster.shared_files import retry_stale
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.own_directory import RUN, directory_fault
 from gspo_megatron.run_dir import RunDir
@@ -34,7 +35,7 @@ def findings(recipe: Recipe) -> Iterator[Finding]:
         return
     for name in (name for name, member in vars(RunDir).items() if isinstance(member, property) and name != LINK):
         place, wants_directory = getattr(RunDir(path), name), name in DIRECTORIES
-        if place.exists() and place.is_dir() != wants_directory:
+        if retry_stale(place.exists) and retry_stale(place.is_dir) != wants_directory:
             kinds = ("a directory", "a file") if wants_directory else ("a file", "a directory")
             message = f"{place} is {kinds[1]}; a run keeps {kinds[0]} of that name"
             yield Finding("directory-not-ours", "error", "run.directory", message, "move it elsewhere")
