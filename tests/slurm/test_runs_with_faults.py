@@ -102,7 +102,8 @@ def cut_a_node_off(place: Workplace) -> None:
             before = job.checkpointed()
         assert job.plan(2)["hosts"][0][0] != node
         replaced = "attempt 1 was replaced by attempt 2"
-        job.wait_for_words(f"gspo: {replaced}; this one ends")
+        # Its srun asks for slurmctld first; attempt 2 may be done by then.
+        wait_for(lambda: f"gspo: {replaced}; this one ends" in job.text(), START, "the script that was replaced")
     (log,) = job.attempt(1).glob("trainer-*.log")
     assert f"{replaced} of {job.run_dir}" in log.read_text()
     check_done(job, STEPS, afterwards=replaced)
