@@ -17,6 +17,7 @@ from gspo_megatron.data.store import SampleStore
 from gspo_megatron.data.stream import PromptStream
 from gspo_megatron.data.tokenizers import load_tokenizer
 from gspo_megatron.models import load_resolved
+from gspo_megatron.policy.snapshot import SAVE
 from gspo_megatron.run_dir import complete_checkpoints
 from tests.rollout import holds_responses, saves_again
 from tests.rollout.jobs import ANSWERS, PROMPTS, assert_all_ended, finish, rows_of, start
@@ -66,6 +67,7 @@ def test_what_was_restored_is_saved_again_bit_for_bit(run: tuple[Path, Path]) ->
     before, after = state_of(kept), state_of(again)
     # The first `sync` makes it the version that the servers had.
     assert after.pop("version") + 1 == before.pop("version") == before["step"]
+    assert after.pop(SAVE) != before.pop(SAVE), "each save has a token of its own"
     assert before["controller"]["groups"] and before["controller"]["drafts"], "nothing was under way"
     # What the first attempt sampled between its last save and its end is counted, and is no part of anything else.
     counts = after["controller"]["accounting"]
