@@ -17,6 +17,8 @@ StopReason = Literal["stop", "length", "repetition", "abort"]
 Severity = Literal["error", "warning", "info"]
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 """Bytes of one number of a type, by the name that recipes and torch give it."""
+ROUTE_TYPES = {1: "<u1", 2: "<u2"}
+"""numpy's type of the number of an expert that a sampler reports, by its bytes: one up to 256 experts."""
 
 
 def are_equal(rewards: Sequence[float]) -> bool:

@@ -106,9 +106,6 @@ def claim_run(run_dir: Path) -> None:
     """Make a run directory and mark it; a run may go on in its own. Raises RecipeError for a place that is not ours."""
     claim_directory(run_dir, RUN, KEY)
     run = RunDir(run_dir)
-    for file in (run.attempt, run.restarts, run.bad_nodes, run.metrics, run.done, run.recipe, run.objective):
-        if retry_stale(file.is_dir):
-            raise refuse("cannot-write", KEY, f"{file} cannot be written (Is a directory)", "remove it")
     with refuse_unwritable(run_dir, KEY):
         # Written again by this run, which goes on from there: said now rather than then.
         done = newest_checkpoint(run_dir)

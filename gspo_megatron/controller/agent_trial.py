@@ -33,7 +33,7 @@ MOST_SECONDS = 60.0
 LOOK_SECONDS = 0.02
 PROBLEM = {"prompt": "What is 1 + 1?", "question": "What is 1 + 1?", "answer": "2"}
 MAX_TURNS = 12
-"""Of an episode here, where the recipe has more: enough for every turn of `turns_of`."""
+"""Of an episode here, where the recipe has more: enough for the turns of EPISODES, and answers."""
 VALUES = {"string": "1 + 1", "integer": 1, "number": 1.0, "boolean": True, "array": [], "object": {}}
 """An argument of each JSON type."""
 

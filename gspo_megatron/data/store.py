@@ -29,7 +29,7 @@ import numpy as np
 
 from gspo_megatron.data.sample_index import INDEX, StepGroup, read_refs, write_index
 from gspo_megatron.run_dir import NumberedName
-from gspo_megatron.types import Prompt, Response, SampleRef
+from gspo_megatron.types import ROUTE_TYPES, Prompt, Response, SampleRef
 
 MAGIC = b"GSPO"
 FORMAT_VERSION = 1
@@ -38,8 +38,6 @@ WRITTEN = NumberedName("written", 6, ".bin")
 """Files of records, in the order in which they were opened."""
 AT = "@"
 """Between file and offset in a reference. Without it the file is one record, as earlier versions wrote it."""
-ROUTE_TYPES = {1: np.dtype("<u1"), 2: np.dtype("<u2")}
-"""Type of an expert number by its bytes."""
 MAPPED_FILES = 8
 """Files that a reader keeps mapped."""
 
@@ -69,7 +67,7 @@ class SampleStore:
             )
         ids = np.concatenate([np.asarray(prompt.token_ids, np.int32), np.asarray(answer.token_ids, np.int32)])
         routes = np.zeros((0, 0, 0), np.uint8) if answer.routes is None else answer.routes
-        kind = ROUTE_TYPES[routes.dtype.itemsize]
+        kind = np.dtype(ROUTE_TYPES[routes.dtype.itemsize])
         body = ids.astype("<i4").tobytes() + np.asarray(answer.logprobs, "<f4").tobytes()
         body += routes.astype(kind, copy=False).tobytes()
         lengths = (len(prompt.token_ids), len(answer.token_ids))

@@ -16,6 +16,8 @@ MODEL_NAME = "policy"
 MIN_STEP_TOKENS = 8192
 """Prompt tokens that one engine step takes in where there is no GPU."""
 GIB = 1 << 30
+RECORDS = "enable_return_routed_experts"
+"""Argument with which a server records the experts that its routers choose."""
 
 
 def engine_arguments(recipe: Recipe, model: Path, has_gpu: bool, sleeps: bool, loaded: bool = False) -> dict[str, Any]:
@@ -49,7 +51,7 @@ def engine_arguments(recipe: Recipe, model: Path, has_gpu: bool, sleeps: bool, l
         "hf_overrides": {"head_dtype": "float32"},
         "enable_prefix_caching": rollout.prefix_caching,
         "enable_expert_parallel": rollout.expert_parallel,
-        "enable_return_routed_experts": recipe.objective.replay == "sampler" and not loaded,
+        RECORDS: recipe.objective.replay == "sampler" and not loaded,
         "worker_extension_cls": "gspo_megatron.inference.vllm_worker.WorkerExtension",
         "weight_transfer_config": {"backend": BACKEND},
         **_device_arguments(recipe, has_gpu, sleeps and not loaded),

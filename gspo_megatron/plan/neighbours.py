@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from gspo_megatron.cluster.machines import Machine, machine_of
 from gspo_megatron.config.schema import Recipe
-from gspo_megatron.plan.estimate import batch, memory, rollout, step_time
-from gspo_megatron.plan.rules import layout, resources
-from gspo_megatron.plan.suggest import Change, apply
+from gspo_megatron.plan.estimate import rollout, step_time
+from gspo_megatron.plan.rules import resources
+from gspo_megatron.plan.suggest import Change, apply, build, refuses
 from gspo_megatron.plan.units import overrides_text
 from gspo_megatron.types import Finding
 
@@ -96,20 +96,13 @@ def _other_servers(recipe: Recipe) -> Iterator[Change]:
 def _seconds(recipe: Recipe) -> float | None:
     """Seconds of a step; None for what cannot be built or does not fit."""
     where, arch = machine_of(recipe), recipe.arch
-    if where.ranks <= 0 or _refuses(layout.findings(recipe.trainer, arch, where)):
+    built = build(recipe, where) if where.ranks > 0 else None
+    if built is None:
         return None
-    grid = layout.layout_of(recipe.trainer, where.ranks)
-    cut = batch.plan_batch(recipe, grid)
-    if _refuses(batch.findings(recipe, grid, cut)):
-        return None
-    stages = memory.stage_memory(recipe, grid, cut, where)
+    grid, cut, stages = built.layout, built.batch, built.stages
     servers = rollout.plan_rollout(recipe, arch, cut, where)
-    if _refuses(rollout.findings(recipe, arch, where, servers)):
+    if refuses(rollout.findings(recipe, arch, where, servers)):
         return None
     work = step_time.plan_compute(recipe, arch, grid, cut, servers, stages, where)
-    refused = _refuses(resources.findings(recipe, arch, where, cut, stages, servers, work))
+    refused = refuses(resources.findings(recipe, arch, where, cut, stages, servers, work))
     return None if refused else work.seconds_per_step
-
-
-def _refuses(found: Iterator[Finding]) -> bool:
-    return any(finding.severity == "error" for finding in found)

@@ -143,19 +143,15 @@ def _plan(recipe: Recipe, where: Machine, runs_here: bool) -> Plan:
     if where.ranks > 0:
         refused = list(layout.findings(recipe.trainer, arch, where))
         found += refused
-        if not _refuses(refused):
+        if not suggest.refuses(refused):
             grid = layout.layout_of(recipe.trainer, where.ranks)
             cut = batch.plan_batch(recipe, grid)
             misfits = list(batch.findings(recipe, grid, cut))
             found += misfits
             parts = {"layout": grid, "batch": cut}
-            if not _refuses(misfits):
+            if not suggest.refuses(misfits):
                 parts |= _resources(recipe, arch, where, grid, cut, found)
     return Plan(recipe, where, sentence, **parts, findings=tuple(_settle(found, recipe)))
-
-
-def _refuses(found: list[Finding]) -> bool:
-    return any(finding.severity == "error" for finding in found)
 
 
 def _resources(
@@ -173,7 +169,7 @@ def _resources(
     found += [spare[0]] if spare else []
     shares = {"memory-to-spare": spare[1] if spare else 0.0, "experts-cross-nodes": work.exchange_seconds}
     raised = {finding.code for finding in found}
-    near = [] if _refuses(found) else list(neighbours.findings(recipe, where, work.seconds_per_step))
+    near = [] if suggest.refuses(found) else list(neighbours.findings(recipe, where, work.seconds_per_step))
     found += [finding for finding, _ in near]
     shares = {code: seconds / work.seconds_per_step for code, seconds in shares.items() if code in raised}
     shares |= {finding.code: share for finding, share in near}

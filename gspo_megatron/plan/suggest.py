@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from gspo_megatron.cluster.machines import Machine, machine_of
@@ -25,9 +26,9 @@ def cheapest_change(recipe: Recipe, machine: Machine) -> str:
     for change in _changes(recipe, machine):
         changed = apply(recipe, change)
         where = machine_of(changed) if any(key.startswith("placement") for key in change) else machine
-        stages = _stages(changed, where)
-        if stages is not None and fits(stages, where):
-            peak = max(stage.peak_bytes for stage in stages)
+        built = build(changed, where)
+        if built is not None and fits(built.stages, where):
+            peak = max(stage.peak_bytes for stage in built.stages)
             return f"the cheapest change that fits: {overrides_text(change)} (about {peak / 1e9:.0f} GB)"
     return "no single change fits: take more nodes with more of PP, CP and EP (gspo plan --search lists layouts)"
 
@@ -52,17 +53,29 @@ def spare_recompute(recipe: Recipe, machine: Machine, grid: Layout, cut: BatchPl
     return None
 
 
-def _stages(recipe: Recipe, machine: Machine) -> list[StageMemory] | None:
-    """Return the memory of each stage, or None for a layout that cannot be built."""
-    arch = recipe.arch
-    found = list(layout.findings(recipe.trainer, arch, machine))
-    if any(finding.severity == "error" for finding in found):
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A layout that can be built."""
+
+    layout: Layout
+    batch: BatchPlan
+    stages: list[StageMemory]
+
+
+def build(recipe: Recipe, machine: Machine) -> Built | None:
+    """Return the layout of a recipe, its batch and the memory of each stage; None if it cannot be built."""
+    if refuses(layout.findings(recipe.trainer, recipe.arch, machine)):
         return None
     grid = layout.layout_of(recipe.trainer, machine.ranks)
     cut = batch.plan_batch(recipe, grid)
-    if any(finding.severity == "error" for finding in batch.findings(recipe, grid, cut)):
+    if refuses(batch.findings(recipe, grid, cut)):
         return None
-    return stage_memory(recipe, grid, cut, machine)
+    return Built(grid, cut, stage_memory(recipe, grid, cut, machine))
+
+
+def refuses(found: Iterable[Finding]) -> bool:
+    """Whether a finding is an error."""
+    return any(finding.severity == "error" for finding in found)
 
 
 def apply(recipe: Recipe, change: Change) -> Recipe:

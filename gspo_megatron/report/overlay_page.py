@@ -12,6 +12,7 @@ from rich.text import Text
 
 from gspo_megatron.cluster.shared_files import replace_text
 from gspo_megatron.report.intervals import over_seeds
+from gspo_megatron.report.metric_names import NAMES
 from gspo_megatron.report.page import MADE_BY, make_page
 from gspo_megatron.report.panels import Json, Panel, describe, figure, number
 from gspo_megatron.report.run_groups import (
@@ -37,12 +38,6 @@ OVERLAYS: dict[str, tuple[str, ...]] = {
     "Time": ("seconds/step", "tokens_per_second", "idle/trainers"),
 }
 """Figures of the page, by title: the metrics of their panels."""
-NAMES = OUTCOMES | {
-    "log_s_p01": "log s, 1 %", "log_s_p99": "log s, 99 %", "clip_fraction_tokens": "clipped tokens",
-    "experts/changed": "changed expert choices", "staleness_mean": "staleness",
-    "idle/trainers": "idle share of trainers",
-}  # fmt: skip
-"""Names of the metrics."""
 
 
 def write_comparison(runs: Sequence[ComparedRun], page: Path) -> None:
@@ -118,10 +113,10 @@ def _overlay(groups: Sequence[Group], metric: str) -> Panel:
 
 def _outcome_rows(groups: Sequence[Group], step: int) -> Iterator[tuple[str, list[list[str]]]]:
     """Of each metric that was recorded: a row a group with runs, mean, interval, difference, interval, each run."""
-    for metric, label in OUTCOMES.items():
+    for metric in OUTCOMES:
         found = outcomes(groups, metric, step)
         if found:
-            yield label, [_row(one) for one in found]
+            yield NAMES[metric], [_row(one) for one in found]
 
 
 def _row(one: Outcome) -> list[str]:

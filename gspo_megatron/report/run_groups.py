@@ -20,13 +20,11 @@ from gspo_megatron.run_dir import RunDir
 
 OF_THE_RUN = ("run.name", "run.seed", "run.directory", "cold_start.cache")
 """Keys in which the runs of a group may differ."""
-OUTCOMES = {
-    "eval/accuracy": "held-out accuracy", "reward_mean": "reward", "answer_length": "response length",
-    "truncated": "truncated", "clip_fraction_sequences": "clipped sequences", "grad_norm": "gradient norm",
-    "token_entropy": "entropy", "mismatch_k3": "mismatch k3", "experts/load_max_over_mean": "busiest expert",
-    "tokens_per_second": "trained tokens a second", "seconds/step": "seconds a step",
-}  # fmt: skip
-"""Metrics that are compared, with their names."""
+OUTCOMES = (
+    "eval/accuracy", "reward_mean", "answer_length", "truncated", "clip_fraction_sequences", "grad_norm",
+    "token_entropy", "mismatch_k3", "experts/load_max_over_mean", "tokens_per_second", "seconds/step",
+)  # fmt: skip
+"""Metrics that are compared."""
 LAST_SHARE = 10
 """The outcome is the mean over the last tenth of the steps; of an evaluation, the last one."""
 

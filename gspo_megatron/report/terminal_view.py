@@ -17,6 +17,7 @@ from rich.text import Text
 from gspo_megatron.config import RecipeError
 from gspo_megatron.metric_rows import RowReader, by_step
 from gspo_megatron.models import load_resolved
+from gspo_megatron.report.metric_names import NAMES
 from gspo_megatron.report.page_data import group_warnings
 from gspo_megatron.report.panels import number
 from gspo_megatron.report.run_state import SILENT_SECONDS, WAITS, RankState, RunState, duration, read_state
@@ -24,13 +25,11 @@ from gspo_megatron.run_dir import RunDir
 from gspo_megatron.types import printable
 
 LOOK_SECONDS = 2.0
-SHOWN = {
-    "eval/accuracy": "held-out accuracy", "reward_mean": "reward", "answer_length": "response length",
-    "truncated": "truncated", "clip_fraction_sequences": "clipped sequences", "log_s_p99": "log s, 99 %",
-    "grad_norm": "gradient norm", "mismatch_k3": "mismatch k3", "token_entropy": "entropy",
-    "experts/load_max_over_mean": "busiest expert", "staleness_mean": "staleness", "canary_largest": "canary, largest",
-}  # fmt: skip
-"""Metrics of the table, with their names."""
+SHOWN = (
+    "eval/accuracy", "reward_mean", "answer_length", "truncated", "clip_fraction_sequences", "log_s_p99", "grad_norm",
+    "mismatch_k3", "token_entropy", "experts/load_max_over_mean", "staleness_mean", "canary_largest",
+)  # fmt: skip
+"""Metrics of the table."""
 BACK = 10
 """Rows between the two values of a metric that are shown."""
 COLOURS = {"finished": "green", "running": "cyan", "stopped": "yellow"}
@@ -135,9 +134,9 @@ def _servers(state: RunState) -> Table:
 def _numbers(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The last value of each metric, and the one `BACK` recorded rows before."""
     table = Table("metric", "last", "step", f"{BACK} rows before", box=None, padding=(0, 2, 0, 0))
-    for name, label in SHOWN.items():
+    for name in SHOWN:
         found = [(row["step"], row[name]) for row in rows if name in row]
         if found:
             before = number(found[-1 - BACK][1]) if len(found) > BACK else ""
-            table.add_row(label, number(found[-1][1]), str(found[-1][0]), before)
+            table.add_row(NAMES[name], number(found[-1][1]), str(found[-1][0]), before)
     return table

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gspo_megatron.types import ROUTE_TYPES
+
 HEADER = "x-gspo-routes"
 """Header of a request whose response carries frames."""
 MARK = b"routes: "
-TYPES = {1: np.dtype("<u1"), 2: np.dtype("<u2")}
-"""Type of an expert number by its bytes: one up to 256 experts."""
 
 
 class FrameError(ValueError):
@@ -37,12 +37,12 @@ class Frame:
 
     def read(self, body: bytes) -> np.ndarray:
         """[rows, layers, k] of the `num_bytes` bytes behind the line."""
-        return np.frombuffer(body[: self.num_bytes], TYPES[self.item_bytes]).reshape(self.shape)
+        return np.frombuffer(body[: self.num_bytes], ROUTE_TYPES[self.item_bytes]).reshape(self.shape)
 
 
 def write_frame(rows: np.ndarray) -> bytes:
     """The frame of [rows, layers, k] expert numbers of one or two bytes."""
-    kind = TYPES[rows.dtype.itemsize]
+    kind = np.dtype(ROUTE_TYPES[rows.dtype.itemsize])
     first = MARK + " ".join(map(str, (*rows.shape, kind.itemsize))).encode()
     return b"\n".join((first, rows.astype(kind, copy=False).tobytes(), b""))
 
@@ -53,6 +53,6 @@ def read_frame(line: bytes) -> Frame | None:
         return None
     words = line[len(MARK) :].split()
     numbers = [int(word) for word in words if word.isdigit()]
-    if len(words) != 4 or len(numbers) != 4 or min(numbers) < 1 or numbers[3] not in TYPES:
+    if len(words) != 4 or len(numbers) != 4 or min(numbers) < 1 or numbers[3] not in ROUTE_TYPES:
         raise FrameError(f"{line[:100]!r} begins no frame of routes")
     return Frame((numbers[0], numbers[1], numbers[2]), numbers[3])

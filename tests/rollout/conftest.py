@@ -195,19 +195,25 @@ class ControllerThread:
 Starter = Callable[..., tuple[ControllerThread, ControllerClient]]
 
 
+def open_controller(
+    stack: ExitStack, servers: Sequence[Server], *given: Any, **how: Any
+) -> tuple[ControllerThread, ControllerClient]:
+    """A controller of some servers that is ready, and its client; the stack ends both."""
+    controller = ControllerThread([server.url for server in servers], *given, **how)
+    stack.callback(controller.stop)
+    client = ControllerClient(controller.url, KEY)
+    stack.callback(client.close)
+    client.wait_ready(HANG)
+    return controller, client
+
+
 @pytest.fixture
 def start_controller(server: Server, tmp_path: Path) -> Iterator[Starter]:
     """Starts a controller that is ready; it knows nothing of what earlier ones did to the servers."""
     with ExitStack() as stack:
 
         def start(*others: Server, **how: Any) -> tuple[ControllerThread, ControllerClient]:
-            urls = [server.url, *(other.url for other in others)]
-            controller = ControllerThread(urls, tmp_path / "samples", **how)
-            stack.callback(controller.stop)
-            client = ControllerClient(controller.url, KEY)
-            stack.callback(client.close)
-            client.wait_ready(HANG)
-            return controller, client
+            return open_controller(stack, (server, *others), tmp_path / "samples", **how)
 
         yield start
 

@@ -19,11 +19,10 @@ from gspo_megatron.data.store import SampleStore
 from gspo_megatron.transport.controller_client import ControllerClient
 from gspo_megatron.transport.messages import EvaluationRequest, RolloutRequest
 from gspo_megatron.types import Problem, Prompt, SampleRef
-from tests.rollout.conftest import ControllerThread, Server, make_run_dir, running_servers
+from tests.rollout.conftest import ControllerThread, Server, make_run_dir, open_controller, running_servers
 from tests.rollout.tiny import ARCH, KEY, VOCAB, Oracle, make_recipe
 from tests.rollout.updates import TRAINER, update
 from tests.shards import TrainerRanks
-from tests.waiting import HANG
 
 BLOCK = 32
 """Tokens of a block of the prefix cache."""
@@ -62,13 +61,7 @@ def start(tmp_path: Path) -> Iterator[Starter]:
 
         def start(servers: Sequence[Server], slots: int, overlaps: bool) -> tuple[ControllerThread, ControllerClient]:
             changed = recipe.model_copy(update=sections)
-            urls = [server.url for server in servers]
-            controller = ControllerThread(urls, tmp_path / "samples", changed, overlaps=overlaps, slots=slots)
-            stack.callback(controller.stop)
-            client = ControllerClient(controller.url, KEY)
-            stack.callback(client.close)
-            client.wait_ready(HANG)
-            return controller, client
+            return open_controller(stack, servers, tmp_path / "samples", changed, overlaps=overlaps, slots=slots)
 
         yield start
 
