@@ -21,6 +21,7 @@ from typing import NoReturn
 
 from gspo_megatron.cluster.attempts import count_restarts, newest_checkpoint, read_bad_nodes, remove_key
 from gspo_megatron.cluster.child_processes import hear_of_ends
+from gspo_megatron.cluster.end_words import not_queued_sentence
 from gspo_megatron.cluster.events import CountRestart, Exit, Interrupted, Print, StopRequested, Watched
 from gspo_megatron.cluster.exit_codes import BY_SIGNAL, FAILED, OK, REFUSED, STOPPED
 from gspo_megatron.cluster.slurm_allocation import Allocation
@@ -161,7 +162,7 @@ class Attempt:
         """Queue the job again, which ends this process; returns where SLURM does not."""
         self._queued = True
         queue_again(self.name, without)
-        print(f"gspo: SLURM does not queue this job again; to go on: {self._resume}", flush=True)
+        print(f"gspo: {not_queued_sentence(self._resume)}", flush=True)
         return REFUSED
 
     def _go_elsewhere(self, place: Place, max_restarts: int) -> int:

@@ -1,4 +1,4 @@
-"""What the end of an attempt says to type. Standard library of Python 3.9: a batch node reads it."""
+"""What an ended server or attempt says, and what to type. Standard library of Python 3.9: a batch node reads it."""
 
 from __future__ import annotations
 
@@ -25,3 +25,13 @@ def say_done(results: str, command: str) -> list[Decision]:
     """
     where, further = f"; results are in {results}", f"; to train further: {command}"
     return [Print(f"DONE{where if results else ''}{further if command else ''}")] if results or command else []
+
+
+def restart_sentence(name: str, left: int) -> str:
+    """What the log says of a server that is started again."""
+    return f"{name} ended and is started again; {left} more times"
+
+
+def not_queued_sentence(resume: str) -> str:
+    """What the log says where SLURM has refused to queue the job again."""
+    return f"SLURM does not queue this job again; to go on: {resume}"

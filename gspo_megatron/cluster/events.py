@@ -19,6 +19,8 @@ class Ended(Event):
     """Its exit code; of a local process that a signal ended, minus the signal's number."""
     killed: bool = False
     """Whether a signal ended it: then it is the cause, and others may have failed because of it."""
+    served: bool = True
+    """Of a server that may be started again: whether it has answered its health check."""
 
 
 @dataclass(frozen=True)

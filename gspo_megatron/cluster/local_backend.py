@@ -20,6 +20,7 @@ from types import FrameType
 
 from gspo_megatron.cluster.attempts import newest_checkpoint
 from gspo_megatron.cluster.child_processes import hear_of_ends
+from gspo_megatron.cluster.end_words import restart_sentence
 from gspo_megatron.cluster.events import (
     Decision,
     Ended,
@@ -37,7 +38,8 @@ from gspo_megatron.cluster.events import (
 from gspo_megatron.cluster.free_ports import LOOPBACK, free_ports, hold_ports
 from gspo_megatron.cluster.hosts import Host, Ports, Spread, Task, evaluation_tasks, tasks
 from gspo_megatron.cluster.scratch_directory import scratch_directory
-from gspo_megatron.cluster.supervisor import TRAINER, Rules, Supervisor, restart_sentence, supervise
+from gspo_megatron.cluster.server_health import ServerHealth
+from gspo_megatron.cluster.supervisor import TRAINER, Rules, Supervisor, supervise
 from gspo_megatron.cluster.visible_devices import VARIABLE, Gpu, list_gpus, name_devices
 from gspo_megatron.config.refusal import refuse
 from gspo_megatron.config.schema import Recipe
@@ -170,6 +172,7 @@ class LocalBackend:
         self._log_dir = log_dir
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._ended: set[str] = set()
+        self._health: dict[str, ServerHealth] = {}
         self._signals: list[Event] = []
 
     def interrupt(self, number: int, _: FrameType | None) -> None:
@@ -193,6 +196,8 @@ class LocalBackend:
                 start_new_session=True,  # Ctrl-C reaches this process only, which then ends the others in order
             )
         self._ended.discard(role.name)
+        if role.restarts:
+            self._health[name] = ServerHealth(LOOPBACK, role.ports[0])
 
     def observe(self) -> list[Event]:
         """Signals that have come, and roles that have ended."""
@@ -200,7 +205,10 @@ class LocalBackend:
         for name, process in self._running.items():
             if name not in self._ended and process.poll() is not None:
                 self._ended.add(name)
-                events.append(Ended(name, process.returncode, killed=process.returncode < 0))
+                served = name not in self._health or self._health[name].served
+                events.append(Ended(name, process.returncode, killed=process.returncode < 0, served=served))
+            elif name in self._health and name not in self._ended:
+                self._health[name].look()
         return events
 
     def perform(self, decision: Decision) -> list[Event]:

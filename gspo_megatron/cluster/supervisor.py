@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from gspo_megatron.cluster.end_words import say_done, say_resume
+from gspo_megatron.cluster.end_words import not_queued_sentence, say_done, say_resume
 from gspo_megatron.cluster.events import (
     AskNodes,
     AskSlurm,
@@ -80,14 +80,9 @@ class Phase(Enum):
     REQUEUING = "requeuing"
 
 
-def may_restart(left: int, served: bool = True, has_peer: bool = True) -> bool:
+def may_restart(left: int, served: bool, has_peer: bool = True) -> bool:
     """Whether a server that ended is started again: another one serves meanwhile, and this one has served."""
     return left > 0 and served and has_peer
-
-
-def restart_sentence(name: str, left: int) -> str:
-    """What the log says of a server that is started again."""
-    return f"{name} ended and is started again; {left} more times"
 
 
 class Supervisor:
@@ -126,7 +121,7 @@ class Supervisor:
         if isinstance(event, NodesAnswered) and self.phase is Phase.ASKING_NODES:
             return self._judge_failure(event.lost)
         if isinstance(event, RequeueRefused) and self.phase is Phase.REQUEUING:
-            return [Print(f"SLURM does not queue this job again; to go on: {self.rules.resume}"), Exit(STOPPED)]
+            return [Print(not_queued_sentence(self.rules.resume)), Exit(STOPPED)]
         return []
 
     def _interrupt(self, event: Interrupted) -> list[Decision]:
@@ -186,7 +181,8 @@ class Supervisor:
         decisions: list[Decision] = []
         for end in fresh:
             role = next(role for role in self.roles if role.name == end.name)
-            if self.phase is Phase.RUNNING and may_restart(self._left[role.name], has_peer=self._has_peer(role)):
+            left = self._left[role.name]
+            if self.phase is Phase.RUNNING and may_restart(left, end.served, self._has_peer(role)):
                 self._left[role.name] -= 1
                 del self._ended[role.name]
                 decisions.append(Restart(role.name, self._left[role.name]))

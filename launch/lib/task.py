@@ -19,17 +19,17 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NoReturn
 
+from gspo_megatron.cluster.end_words import restart_sentence
 from gspo_megatron.cluster.free_ports import hold_ports
 from gspo_megatron.cluster.scratch_directory import scratch_directory
+from gspo_megatron.cluster.server_health import ServerHealth
 from gspo_megatron.cluster.shared_files import read_shared
 from gspo_megatron.cluster.stop_signals import hold_back
-from gspo_megatron.cluster.supervisor import may_restart, restart_sentence
+from gspo_megatron.cluster.supervisor import may_restart
 from gspo_megatron.cluster.visible_devices import VARIABLE, list_gpus, name_devices
-from gspo_megatron.http_clients import direct_opener
 from gspo_megatron.run_dir import AttemptDir
 from launch.lib.probe_health import raise_limits
 
@@ -71,17 +71,19 @@ def keep(command: Sequence[str], task: dict[str, Any], address: str) -> NoReturn
     """Run a server; end badly once it was lost too often, or has ended without ever having served."""
     with scratch_directory() as scratch:
         environment = {**os.environ, **scratch}
-        child = subprocess.Popen(command, env=environment)
-        left, served = task["restarts"], False
+        left = task["restarts"]
         while True:
+            child = subprocess.Popen(command, env=environment)
+            # A part of a server that spans nodes cannot come back alone, and has no port of its own.
+            health = ServerHealth(address, task["ports"][0]) if left else None
             while child.poll() is None:
-                served = served or (left > 0 and serves(address, task["ports"][0]))
+                if health:
+                    health.look()
                 time.sleep(LOOK_SECONDS)
-            if not may_restart(left, served):
+            if not may_restart(left, health is not None and health.served):
                 break
             left -= 1
             print(f"gspo: {restart_sentence(task['name'], left)}", flush=True)
-            child, served = subprocess.Popen(command, env=environment), False
     end_as(child.returncode, task["name"])
 
 
@@ -96,14 +98,6 @@ def end_as(code: int, name: str) -> NoReturn:
         print(f"{name} ended without being asked to; its engine's last words are above", flush=True)
         code = 1
     sys.exit(code)
-
-
-def serves(address: str, port: int) -> bool:
-    """Whether a server answers its health check there."""
-    host = f"[{address}]" if ":" in address else address
-    with suppress(OSError, HTTPException):
-        return direct_opener().open(f"http://{host}:{port}/health", timeout=1).status == 200
-    return False
 
 
 if __name__ == "__main__":

@@ -98,13 +98,46 @@ def test_a_stop_that_is_asked_for_while_the_trainers_start_reaches_them(tmp_path
     asking.join()
 
 
+HEALTHY = """
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+{before}
+server = http.server.HTTPServer(("127.0.0.1", {port}), Handler)
+server.handle_request()
+{after}
+"""
+"""A server that answers one health check."""
+
+
+def healthy(port: int, before: str = "", after: str = "") -> tuple[str, ...]:
+    """What such a server does before it listens and after its answer."""
+    return python(HEALTHY.format(port=port, before=before, after=after))
+
+
 def test_a_lost_server_is_started_again_while_another_serves(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    port, other = free_ports(2)
     count = f"open({str(tmp_path / 'starts')!r}, 'a').write('x')"
-    dying, serving = Role("rollout-1", python(count), restarts=2), Role("rollout-0", SLEEP, restarts=2)
+    dying = Role("rollout-1", healthy(port, count), restarts=2, ports=(port,))
+    serving = Role("rollout-0", SLEEP, restarts=2, ports=(other,))
     assert run_roles([serving, dying, Role("trainer-0", SLEEP)], tmp_path / "logs") == 1
     assert (tmp_path / "starts").read_text() == "xxx"
     said = capfd.readouterr().err
     assert said.count("rollout-1 ended and is started again") == 2 and "rollout-1 failed" in said.splitlines()[-1]
+
+
+def test_a_server_that_never_served_is_not_started_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It would end in the same way; the second start of one that has served counts for itself."""
+    port, other = free_ports(2)
+    starts = tmp_path / "starts"
+    fails = f"import os\nopen({str(starts)!r}, 'a').write('x')\nif os.path.getsize({str(starts)!r}) > 1: sys.exit(3)"
+    dying = Role("rollout-1", healthy(port, fails), restarts=2, ports=(port,))
+    serving = Role("rollout-0", SLEEP, restarts=2, ports=(other,))
+    assert run_roles([serving, dying, Role("trainer-0", SLEEP)], tmp_path / "logs") == 1
+    assert starts.read_text() == "xx"
+    assert capfd.readouterr().err.count("rollout-1 ended and is started again") == 1
 
 
 def test_the_port_of_a_lost_server_is_free_again_for_it_alone(tmp_path: Path) -> None:
@@ -129,12 +162,14 @@ elif not os.fork():
     open({str(tmp_path / "child")!r}, "w").close()
 else:
     while not os.path.exists({str(tmp_path / "child")!r}): time.sleep(0.02)
+    taken, _ = server.accept()
+    taken.recv(4096), taken.sendall(b"HTTP/1.0 200 OK\\r\\n\\r\\n"), taken.close()
     os.kill(os.getpid(), signal.SIGKILL)
 time.sleep(3600)
 """
     trainer = f"import os, time\nwhile not os.path.exists({str(tmp_path / 'back')!r}): time.sleep(0.02)"
     server = Role("rollout-1", python(lost), restarts=1, ports=(port,))
-    roles = [Role("rollout-0", python(other), restarts=1), server, Role("trainer-0", python(trainer))]
+    roles = [Role("rollout-0", python(other)), server, Role("trainer-0", python(trainer))]
     assert run_roles(roles, tmp_path / "logs") == 0, (tmp_path / "logs" / "rollout-1.log").read_text()
 
 
