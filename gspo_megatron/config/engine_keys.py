@@ -21,7 +21,6 @@ MEGATRON_KEYS: Mapping[str, str] = MappingProxyType({
     "flash_attention_version": "Version of flash-attention that Transformer Engine takes.",
     "gradient_accumulation_fusion": "Matrix products of Transformer Engine add weight gradients to the float32 buffer.",
     "high_priority_a2a_comm_stream": "A stream of high priority for the exchange of tokens between experts.",
-    "memory_efficient_layer_norm": "Norms recompute their input from their output.",
     "moe_flex_dispatcher_backend": "Library of the flex dispatcher, which has to be installed.",
     "moe_flex_dispatcher_num_sms": "Multiprocessors that the flex dispatcher takes.",
     "moe_permute_fusion": "Fused kernels that sort tokens by expert.",
@@ -140,6 +139,7 @@ _UNFIT_MEGATRON = {
     "bypasses the router's record of choices, from which replay and the metrics of the experts are made": (
         "moe_router_fusion"
     ),
+    "acts on Apex's norms, and the layers here have Transformer Engine's": "memory_efficient_layer_norm",
     "is chosen by the model: the fused kernel silently loses YaRN's factor": "apply_rope_fusion",
     "needs micro-batches of one shape, and packs differ": (
         "cuda_graph_impl cuda_graph_modules cuda_graph_scope enable_cuda_graph external_cuda_graph tp_comm_overlap"

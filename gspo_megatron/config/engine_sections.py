@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -51,18 +51,22 @@ def arguments_of(engine: str) -> dict[str, dict[str, Any]]:
     return merged
 
 
-def _annotation(name: str, form: Mapping[str, Any]) -> Any:
+def _annotation(name: str, form: Mapping[str, Any], own: Collection[str]) -> Any:
     choices = NARROWED.get(name, tuple(form.get("choices", ())))
     if choices:
         one: Any = Literal[tuple(choices)]
         return tuple[one, ...] if form["type"].startswith("list") else one
     if "fields" in form:
-        return Annotated[dict[str, Any], AfterValidator(_holds_only(form["fields"]))]
+        return Annotated[dict[str, Any], AfterValidator(_holds_only(form["fields"], own))]
     return _TYPES[form["type"]]
 
 
-def _holds_only(names: list[str]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def _holds_only(names: list[str], own: Collection[str]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Check the fields of a mapping. What is an argument of its own (`own`) has one place: rules and plan read that."""
+
     def check(values: dict[str, Any]) -> dict[str, Any]:
+        if twice := next((name for name in values if name in names and name in own), None):
+            raise ValueError(f"{twice!r} is an argument of its own; move it there, out of this mapping")
         unknown = next((name for name in values if name not in names), None)
         if unknown is not None:
             close = difflib.get_close_matches(unknown[:100], names, n=1)
@@ -81,7 +85,7 @@ def _make(engine: str, keys: Mapping[str, str], title: str) -> type[EngineMap]:
     for name in sorted(keys):
         default = json.dumps(known[name]["default"])
         about = f"{keys[name]} null = as this package chooses; the library's own default: {default}. Source: {engine}."
-        fields[name] = (_annotation(name, known[name]) | None, Field(default=None, description=about))
+        fields[name] = (_annotation(name, known[name], known) | None, Field(default=None, description=about))
     made = create_model(title, __base__=EngineMap, __module__=__name__, __doc__=EngineMap.__doc__, **fields)
     made.refused = refused_keys(engine, known)
     return made

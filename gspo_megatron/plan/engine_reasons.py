@@ -47,7 +47,10 @@ MEGATRON: Mapping[str, Reason] = {
     "deallocate_pipeline_outputs": Reason("frees what a stage has sent", "megatron-core: usual settings"),
     "overlap_p2p_comm": Reason("interleaved stages send while they compute", "Megatron-LM, 2104.04473, section 2.2"),
     "batch_p2p_comm": Reason("the batched order swaps tensors of two interleaved stages", "policy/NOTES.md"),
-    "moe_token_dispatcher_type": Reason("packs differ in length, which allgather refuses", "megatron-core"),
+    "moe_token_dispatcher_type": Reason(
+        "packs differ in length, which allgather refuses; flex needs DeepEP or HybridEP, which the pins do not have, "
+        "and is then 1 to 3 % of a step faster", "megatron-core; NeMo-RL and slime take alltoall on H100"
+    ),
     "moe_router_dtype": Reason("a tie of bfloat16 would choose another expert", "Qwen3-MoE; policy/NOTES.md"),
     "moe_router_load_balancing_type": Reason("no balancing loss in reinforcement learning", "plan: aux-loss-on"),
     "moe_grouped_gemm": Reason("one kernel for all experts of a rank", "megatron-core: MoE guide"),

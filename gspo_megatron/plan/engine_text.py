@@ -17,7 +17,7 @@ from gspo_megatron.models.megatron_engine import (
     transformer_arguments,
 )
 from gspo_megatron.models.vllm_engine import engine_arguments
-from gspo_megatron.plan import engine_reasons
+from gspo_megatron.plan import engine_defaults, engine_reasons
 from gspo_megatron.plan.engine_reasons import Reason
 from gspo_megatron.plan.units import value_text
 
@@ -59,12 +59,31 @@ def explain_engines(recipe: Recipe) -> list[Row]:
     ]
 
 
+def kept_defaults(recipe: Recipe) -> list[Row]:
+    """The arguments that this run leaves at their library's default although others set them; none without a GPU."""
+    if machine_of(recipe).is_cpu:
+        return []
+    trainer = recipe.trainer
+    there = {
+        "": True, "experts": recipe.arch.num_experts > 0, "context": trainer.context_parallel > 1,
+        "tensor": trainer.tensor_parallel > 1,
+    }  # fmt: skip
+    set_here = {(row.engine, row.name) for row in explain_engines(recipe)}
+    return [
+        Row(engine, owner, name, default, default, f"{kept.why} ({kept.others})", kept.source)
+        for engine, table in (("megatron", engine_defaults.MEGATRON), ("vllm", engine_defaults.VLLM))
+        for name, kept in table.items()
+        for owner, default in [_default(engine, name)]
+        if there[kept.needs] and (engine, name) not in set_here
+    ]
+
+
 def print_engines(recipe: Recipe, as_json: bool = False) -> None:
     """Write the rows to standard output."""
-    rows = explain_engines(recipe)
+    rows, kept = explain_engines(recipe), kept_defaults(recipe)
     if as_json:
         fields = ("engine", "owner", "name", "value", "default", "why", "source")
-        print(json.dumps([{name: getattr(row, name) for name in fields} for row in rows], indent=1, default=str))
+        print(json.dumps([{name: getattr(row, name) for name in fields} for row in rows + kept], indent=1, default=str))
         return
     width = max(len(row.name) for row in rows)
     owner = ""
@@ -74,6 +93,16 @@ def print_engines(recipe: Recipe, as_json: bool = False) -> None:
             print(f"{row.engine}: {owner}, what differs from its defaults")
         value, default = value_text(row.value), value_text(row.default)
         print(f"  {row.name:<{width}}  {value} (default {default}): {row.why}. Source: {row.source}")
+    if kept:
+        print("left at the library's default, although others set it or a guide names it")
+    for row in kept:
+        print(f"  {row.name:<{width}}  {value_text(row.default)}: {row.why}. Source: {row.source}")
+
+
+def _default(engine: str, name: str) -> tuple[str, Any]:
+    """The class that has an argument, and its default."""
+    owner = next(owner for owner, arguments in SIGNATURES[engine].items() if name in arguments)
+    return owner, SIGNATURES[engine][owner][name]["default"]
 
 
 def _differing(

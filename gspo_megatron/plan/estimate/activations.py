@@ -14,6 +14,7 @@ from gspo_megatron.models.megatron_engine import recomputed_modules
 from gspo_megatron.models.registry import family_of
 from gspo_megatron.parallel import Layout
 from gspo_megatron.plan.estimate.batch import BatchPlan
+from gspo_megatron.plan.estimate.practice import practice_of
 from gspo_megatron.types import ITEM_BYTES
 
 PEAK_IMBALANCE, MEAN_IMBALANCE = 1.5, 1.1
@@ -28,13 +29,16 @@ class Shape(LayerShape):
     """`none`, `selective`, `full`."""
     modules: tuple[str, ...] = ()
     """Parts that `selective` repeats, in Megatron's words."""
+    exchanges_heads: bool = False
+    """Whether context-parallel ranks exchange heads, and not keys and values round a ring."""
 
     @classmethod
     def of(cls, recipe: Recipe, arch: Architecture, layout: Layout) -> Shape:
         """The layer that a recipe trains."""
         tokens = recipe.trainer.micro_batch_tokens / layout.context
         element, trainer = ITEM_BYTES[recipe.model.dtype], recipe.trainer
-        return cls(arch, layout, tokens, element, trainer.recompute, recomputed_modules(arch, trainer))
+        heads = practice_of(recipe).exchanges_heads
+        return cls(arch, layout, tokens, element, trainer.recompute, recomputed_modules(arch, trainer), heads)
 
     @property
     def attention_bytes(self) -> int:
@@ -58,11 +62,14 @@ class Shape(LayerShape):
 
     @property
     def work_bytes(self) -> int:
-        """What comes and goes in the fullest layer, and the keys and values on their way round the context ranks."""
-        wide, ring = family_of(self.arch).mixer_work(self, PEAK_IMBALANCE), 0.0
-        if self.layout.context > 1:
-            ring = 4 * self.tokens * 2 * self.groups * self.arch.head_dim
-        return int((wide + ring) * self.element)
+        """What comes and goes in the fullest layer, and what is on its way between the context ranks."""
+        wide, heads = family_of(self.arch).mixer_work(self, PEAK_IMBALANCE), 0.0
+        if self.layout.context > 1 and self.exchanges_heads:
+            # Queries, keys, values and output, as they are sent and as they arrive.
+            heads = 2 * 2 * (self.arch.num_attention_heads / self.layout.tensor + self.groups)
+        elif self.layout.context > 1:
+            heads = 4 * 2 * self.groups
+        return int((wide + heads * self.tokens * self.arch.head_dim) * self.element)
 
     @property
     def peak_bytes(self) -> int:

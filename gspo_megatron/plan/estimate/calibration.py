@@ -57,6 +57,16 @@ class Rates:
     """Products of large batches, and of prompts."""
     step_seconds: float = _constant(2e-3, 1e-3, 4e-3, "s", "vLLM 30B, TP1, H100: 13.2 ms", "2026-11-30")
     """Least time of a decoding step: launches, sampling, the server's loop."""
+    eager_seconds: float = _constant(
+        0.26e-3,
+        0.2e-3,
+        0.8e-3,
+        "s",
+        "Llama 3.1 8B, H100: 8.4 ms without graphs, cloudai.pt/tag/cuda-graphs",
+        "2026-11-30",
+    )
+    """Host time of a layer whose kernels are launched one by one. Qwen2.5-Omni's 28 layers on A800 take 22 ms (0.8):
+    vllm-omni#7960."""
     request_seconds: float = _constant(80e-6, 0.0, 80e-6, "s", TABLE, "2026-11-30", fitted=True)
     """Time of a decoding step for each response in it, on the host."""
     sum_seconds: float = _constant(6e-6, 4e-6, 15e-6, "s", "vLLM's one-shot all-reduce", "2026-11-30")

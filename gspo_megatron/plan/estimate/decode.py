@@ -8,7 +8,9 @@ from gspo_megatron.config.schema import Recipe
 from gspo_megatron.plan.estimate import flops
 from gspo_megatron.plan.estimate.batch import PROMPT_SHARE
 from gspo_megatron.plan.estimate.layer_time import link_speed
+from gspo_megatron.plan.estimate.padded_experts import padded_share
 from gspo_megatron.plan.estimate.practice import OURS, Practice
+from gspo_megatron.plan.estimate.server_steps import launch_seconds, prompt_tokens
 from gspo_megatron.types import ITEM_BYTES
 
 SUM_PER_RANK = 2e-6
@@ -44,17 +46,21 @@ def step_seconds(
     share = max(1.0, batch / stages)
     met = 1 - (1 - arch.num_experts_per_tok / arch.num_experts) ** share if arch.num_experts else 1.0
     chosen = arch.num_hidden_layers * arch.num_experts_per_tok * flops.expert_parameters(arch)
-    experts = arch.num_hidden_layers * arch.num_experts * flops.expert_parameters(arch)
+    padded = padded_share(recipe, arch, machine)
+    experts = arch.num_hidden_layers * arch.num_experts * flops.expert_parameters(arch) * padded
     embedding = 0 if arch.tie_word_embeddings else arch.vocab_size * arch.hidden_size
     weights = (flops.active_parameters(arch) - chosen - embedding + experts * met) * element / tensor
     cache = share * context * kv_bytes(recipe, arch) / kv_shards(recipe, arch)
-    done = share * (flops.linear_flops(arch) + 2 * flops.quadratic_flops(arch) * context) / tensor
+    linear = flops.linear_flops(arch) + (padded - 1) * flops.mixer_flops(arch)
+    done = share * (linear + 2 * flops.quadratic_flops(arch) * context) / tensor
     read = (weights + cache) / (device.bandwidth * rates.server_share)
     busy = max(read, done / (device.matmul * rates.server_product_share))
     # Sums after attention and after the experts; ranks that share the KV also gather queries and scatter outputs.
     sums = 4 if rollout.decode_context_parallel > 1 else 2
     exchange = sums * arch.num_hidden_layers * _sum_seconds(arch, machine, tensor, share, element, practice)
-    return busy + exchange + rates.step_seconds * stages + rates.request_seconds * batch
+    # Without a captured graph the host launches each kernel while the GPU computes; the slower of both counts.
+    ready = max(busy + exchange, launch_seconds(recipe, arch, machine, share, rates))
+    return ready + rates.step_seconds * stages + rates.request_seconds * batch
 
 
 def _sum_seconds(
@@ -73,9 +79,12 @@ def _sum_seconds(
 def prefill_seconds(
     recipe: Recipe, arch: Architecture, machine: Machine, prompts: float, practice: Practice = OURS
 ) -> float:
-    """Return the seconds in which a server reads so many prompts."""
-    rollout = recipe.rollout
+    """Return the seconds in which a server reads so many prompts: arithmetic, or reading the weights once a step."""
+    rollout, rates = recipe.rollout, practice.rates
     length = rollout.max_prompt_tokens * PROMPT_SHARE
     devices = rollout.tensor_parallel * rollout.pipeline_parallel
-    rate = machine.device.matmul * practice.rates.server_product_share * devices
-    return prompts * length * flops.forward_flops(arch, length) / rate
+    padded = (padded_share(recipe, arch, machine) - 1) * flops.mixer_flops(arch)
+    work = (flops.forward_flops(arch, length) + padded) / (machine.device.matmul * rates.server_product_share * devices)
+    weights = flops.parameters(arch) * ITEM_BYTES[recipe.model.dtype] / devices
+    read = weights / (machine.device.bandwidth * rates.server_share)
+    return prompts * length * max(work, read / prompt_tokens(recipe, machine))

@@ -116,9 +116,7 @@ def layer_time(arch: Architecture, layout: Layout, machine: Machine, slot: Slot,
     mlp = 0 if arch.num_experts else 3 * arch.hidden_size * arch.intermediate_size
     each = 2 * slot.tokens / layout.tensor / (machine.device.matmul * share)
     launches = 0.0 if machine.is_cpu else practice.rates.layer_seconds / 2
-    ring = _ring_seconds(arch, layout, machine, slot, practice)
-    scores = max(ring, _score_seconds(arch, layout, machine, slot, backward=False))
-    scores_back = max(2 * ring, _score_seconds(arch, layout, machine, slot, backward=True))
+    scores, scores_back = _attention_seconds(arch, layout, machine, slot, practice)
     gather = _tensor_seconds(arch, layout, machine, slot, practice)
     spread = 1.0 if practice.balanced or layout.expert == 1 else practice.rates.expert_imbalance
     sent = _dispatch_seconds(arch, layout, machine, slot, practice, spread)
@@ -151,21 +149,36 @@ def head_time(
     return Seconds(products=product, memory=passes), Seconds(products=4 * product, memory=2 * passes)
 
 
-def _score_seconds(arch: Architecture, layout: Layout, machine: Machine, slot: Slot, backward: bool) -> float:
+def _attention_seconds(
+    arch: Architecture, layout: Layout, machine: Machine, slot: Slot, practice: Practice
+) -> tuple[float, float]:
+    """Attention scores forward and backward, with what context-parallel ranks exchange and scores do not hide."""
+    ranks = layout.context
+    length = slot.length if practice.exchanges_heads else slot.length / ranks
+    forward, backward = (_score_seconds(arch, layout, machine, slot, length, back) for back in (False, True))
+    if ranks == 1:
+        return forward, backward
+    speed = link_speed(machine, practice, machine.domain % (layout.tensor * ranks) == 0)
+    if practice.exchanges_heads:
+        # Queries, keys and values before the kernel, its output after it; backward their gradients. Nothing hides them.
+        heads = 2 * (arch.num_attention_heads + arch.num_key_value_heads) / layout.tensor
+        moved = slot.tokens * heads * arch.head_dim * 2 * (ranks - 1) / ranks / speed
+        return forward + moved, backward + moved
+    # Keys and values go round while scores are computed; backward their gradients go with them.
+    groups = max(1.0, arch.num_key_value_heads / layout.tensor)
+    ring = slot.tokens * 2 * groups * arch.head_dim * 2 * (ranks - 1) / speed
+    return max(ring, forward), max(2 * ring, backward)
+
+
+def _score_seconds(
+    arch: Architecture, layout: Layout, machine: Machine, slot: Slot, length: float, backward: bool
+) -> float:
+    """Scores of one direction; `length` is that of the kernel's own sequences, by which its rate goes."""
     work = 2 * arch.num_attention_heads * arch.head_dim * slot.length * slot.tokens / layout.tensor
     if machine.is_cpu:
         return (2 if backward else 1) * work / (machine.device.matmul * CPU_SHARE)
     points = ATTENTION_BACKWARD if backward else ATTENTION_FORWARD
-    return (2.5 if backward else 1) * work / (machine.device.matmul * _at(points, slot.length / layout.context))
-
-
-def _ring_seconds(arch: Architecture, layout: Layout, machine: Machine, slot: Slot, practice: Practice) -> float:
-    """Keys and values on their way round the context-parallel ranks, while scores are computed."""
-    if layout.context == 1:
-        return 0.0
-    groups = max(1.0, arch.num_key_value_heads / layout.tensor)
-    moved = slot.tokens * 2 * groups * arch.head_dim * 2 * (layout.context - 1)
-    return moved / link_speed(machine, practice, machine.domain % (layout.tensor * layout.context) == 0)
+    return (2.5 if backward else 1) * work / (machine.device.matmul * _at(points, length))
 
 
 def _at(points: tuple[tuple[int, float], ...], length: float) -> float:

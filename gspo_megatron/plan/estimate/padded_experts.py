@@ -1,4 +1,4 @@
-"""Experts that vLLM's kernels pad on Blackwell: their width and the memory of the padding."""
+"""Experts that vLLM's kernels pad on Blackwell: their width, the memory of the padding, and the work on it."""
 
 from __future__ import annotations
 
@@ -25,6 +25,14 @@ def expert_widths(recipe: Recipe, arch: Architecture) -> tuple[int, int]:
     rollout = recipe.rollout
     width = arch.moe_intermediate_size // (1 if rollout.expert_parallel else rollout.tensor_parallel)
     return width, pad_experts(width)
+
+
+def padded_share(recipe: Recipe, arch: Architecture, machine: Machine) -> float:
+    """Columns of an expert that its kernel reads and multiplies, over those that hold weights; 1 without padding."""
+    if not arch.num_experts or not pads_experts(recipe, machine):
+        return 1.0
+    width, padded = expert_widths(recipe, arch)
+    return padded / width
 
 
 def padding_bytes(recipe: Recipe, arch: Architecture, machine: Machine) -> int:

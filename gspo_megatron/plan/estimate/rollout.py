@@ -18,6 +18,7 @@ from gspo_megatron.plan.estimate import decode, flops
 from gspo_megatron.plan.estimate.batch import PROMPT_SHARE, BatchPlan
 from gspo_megatron.plan.estimate.padded_experts import padding_bytes
 from gspo_megatron.plan.estimate.practice import OURS, Practice
+from gspo_megatron.plan.estimate.server_steps import block_tokens, step_bytes
 from gspo_megatron.types import ITEM_BYTES, Finding
 
 SERVER_BYTES = 4_000_000_000
@@ -114,7 +115,9 @@ def plan_rollout(
         room = int(rollout.kv_cache_gib * GIB) // devices
     else:
         room = int(machine.device.memory * rollout.gpu_memory_fraction) - weights - SERVER_BYTES
-        room = max(0, room - padding_bytes(recipe, arch, machine))
+        room = max(0, room - padding_bytes(recipe, arch, machine) - step_bytes(recipe, arch, machine))
+    blocks = block_tokens(recipe, machine)
+    room = room if blocks is None else min(room, blocks * per_device)
     longest = rollout.max_sequence_tokens
     held = int(room / (per_device * _lengths(recipe, practice)[1]))
     wanted = batch.sequences / (1 - practice.rates.dropped_groups if samples_again(recipe) else 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from gspo_megatron.cluster.machines import Machine
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.models.megatron_engine import recomputed_modules
@@ -13,6 +15,8 @@ from gspo_megatron.plan.estimate.practice import Practice, practice_of
 from gspo_megatron.plan.rules.layout import spans
 from gspo_megatron.types import ITEM_BYTES
 
+USUAL_BUCKET, USUAL_BUCKET_PER_RANK = 40_000_000, 1_000_000
+"""Parameters of a bucket, and of it for each replica. Source: megatron-core 0.19.2, `distributed_data_parallel.py`."""
 OPTIMIZER_BYTES = 30
 """Bytes that Adam reads and writes for a parameter of its shard: gradient, main copy, two moments, weight."""
 
@@ -128,12 +132,19 @@ def update_seconds(
     reduced = gathered = step = 0.0
     if not practice.fuses_accumulation and not machine.is_cpu:
         step += practice.rates.tensor_seconds * sum(len(chunk.dense) + len(chunk.expert) for chunk in held)
+    hidden = 0.0
     for parameters, copies, near in kinds:
         sent = parameters * (copies - 1) / copies / link_speed(machine, practice, near)
         reduced, gathered = reduced + sent * practice.gradient_bytes, gathered + sent * weight
+        if practice.overlaps_reduction and parameters and copies > 1:
+            # Each bucket is a collective of its own, and the last one has no backward pass left to hide behind.
+            bucket = min(parameters, practice.bucket or max(USUAL_BUCKET, USUAL_BUCKET_PER_RANK * copies))
+            least = practice.rates.sum_seconds if near else practice.rates.far_sum_seconds
+            reduced += least * math.ceil(parameters / bucket)
+            hidden += sent * practice.gradient_bytes * (1 - bucket / parameters)
         shard = parameters / (copies if recipe.trainer.distributed_optimizer else 1)
         step += shard * OPTIMIZER_BYTES / (machine.device.bandwidth * practice.rates.copy_share)
         # Zeroing the buffer, and the norm of the gradients.
         step += parameters * practice.gradient_bytes * 2 / (machine.device.bandwidth * practice.rates.copy_share)
-    hidden = reduced * practice.overlaps_reduction + gathered * practice.overlaps_gather
+    hidden += gathered * practice.overlaps_gather
     return step + reduced + gathered - min(hidden, backward)

@@ -10,6 +10,7 @@ from gspo_megatron.config.engine_keys import ACT_ON_CPU
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.models.server_cuts import EXPERT_TILE
+from gspo_megatron.plan.estimate.engine_effects import MEGATRON_EFFECTS, VLLM_EFFECTS, not_counted
 from gspo_megatron.plan.estimate.padded_experts import UNPADDED, expert_widths, pads_experts
 from gspo_megatron.plan.rules import server_start
 from gspo_megatron.plan.units import value_text
@@ -38,8 +39,22 @@ def findings(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[F
     yield from server_start.findings(recipe, machine)
     if str(vllm.get("kv_cache_dtype", "")).startswith("fp8"):
         yield from _rounded_keys(recipe)
+    yield from _not_counted(megatron, vllm)
     if pads_experts(recipe, machine):
         yield from _padded_experts(recipe, arch, machine)
+
+
+def _not_counted(megatron: dict[str, Any], vllm: dict[str, Any]) -> Iterator[Finding]:
+    """Arguments that change times or memory in a way that the estimate does not know."""
+    for section, effects, given in (
+        ("trainer.megatron", MEGATRON_EFFECTS, megatron), ("rollout.vllm", VLLM_EFFECTS, vllm)
+    ):  # fmt: skip
+        if names := not_counted(effects, given):
+            yield Finding(
+                "engine-not-counted", "info", section,
+                f"what {', '.join(names)} changes is not in the planned times and memory",
+                "compare the seconds of the first steps with the plan's",
+            )  # fmt: skip
 
 
 def _cpu_shapes(arch: Architecture) -> Iterator[Finding]:

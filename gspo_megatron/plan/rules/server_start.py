@@ -7,10 +7,9 @@ from typing import Any
 
 from gspo_megatron.cluster.machines import Machine
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.plan.estimate.server_steps import BLOCK
 from gspo_megatron.types import Finding
 
-BLOCK = {"gpu": 16, "cpu": 128}
-"""Tokens of a block where the recipe does not say. Source: vLLM's `config/cache.py`, `platforms/cpu.py`."""
 BLOCK_MULTIPLE = 16
 """Its kernels on GPUs take multiples of it. Source: `v1/attention/backends/flash_attn.py`."""
 OTHER_BACKENDS = ("MLA", "MSA", "SPARSE", "ROCM", "XPU", "CPU", "AMX", "SDPA", "NO_ATTENTION")

@@ -63,6 +63,9 @@ def test_every_other_argument_is_refused_with_a_reason(section: str) -> None:
         ("rollout.vllm.logprobs_mode=raw_logits", "log-probs that are reported"),
         ("rollout.vllm.moe_backend=foo", "'triton'"),
         ("rollout.vllm.compilation_config={cudagraf_mode: FULL}", "did you mean cudagraph_mode?"),
+        ("rollout.vllm.compilation_config={cudagraph_capture_sizes: [1]}", "is an argument of its own"),
+        ("rollout.vllm.kernel_config={moe_backend: marlin}", "is an argument of its own"),
+        ("trainer.megatron.memory_efficient_layer_norm=true", "acts on Apex's norms"),
     ],
 )  # fmt: skip
 def test_a_wrong_argument_is_refused_by_name(override: str, said: str) -> None:
