@@ -80,7 +80,7 @@ ACT_ON_CPU = frozenset({
 NARROWED: Mapping[str, tuple[str, ...]] = MappingProxyType({
     # allgather takes packs of one length only.
     "moe_token_dispatcher_type": ("alltoall", "flex"),
-    # The others do not take packed sequences, or need groups of two levels.
+    # all_gather takes packs too, but no run has compared it; a2a+p2p needs groups of two levels.
     "cp_comm_type": ("p2p", "a2a"),
     # Of weights that are not quantised.
     "moe_backend": ("auto", "triton", "batched_triton", "flashinfer_trtllm", "flashinfer_cutlass"),
@@ -144,7 +144,8 @@ _UNFIT_MEGATRON = {
     "needs micro-batches of one shape, and packs differ": (
         "cuda_graph_impl cuda_graph_modules cuda_graph_scope enable_cuda_graph external_cuda_graph tp_comm_overlap"
     ),
-    "needs a schedule of two micro-batches at a time, which this trainer does not have": (
+    "needs a schedule of two micro-batches at a time, which this trainer does not have, and which Megatron refuses "
+    "with full recomputation, recomputed experts, and stages of one chunk": (
         "delay_wgrad_compute ep_overlap_early_attn_memory_release overlap_dispatch_backward_with_experts_wgrad "
         "overlap_moe_expert_parallel_comm"
     ),
@@ -167,8 +168,10 @@ _UNFIT_VLLM = {
         "all2all_backend"
     ),
     "would change what is sampled or the log-probs that are reported": (
-        "generation_config hf_overrides logits_processors logprobs_mode override_generation_config "
-        "speculative_config watermark_config"
+        "generation_config hf_overrides logits_processors logprobs_mode override_generation_config watermark_config"
+    ),
+    "drafts tokens, and no test here shows that the log-probs that are reported stay the policy's": (
+        "speculative_config"
     ),
     "needs weights that the sender has quantised, which it does not do yet": "quantization quantization_config",
     "cuts or moves the weights otherwise than the transfer plan": (

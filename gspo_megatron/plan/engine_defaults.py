@@ -92,7 +92,9 @@ VLLM: Mapping[str, Kept] = {
         NEMO,
     ),
     "speculative_config": Kept(
-        "slime drafts with the multi-token heads of models that have some", "these models have none", SLIME
+        "slime drafts with the multi-token heads of models that have some",
+        "these models have none, and drafts of repeated text have not been compared with the policy's log-probs here",
+        SLIME,
     ),
     "max_num_batched_tokens": Kept(
         "NeMo-RL leaves it, verl takes 1,024 for 235B",

@@ -71,6 +71,14 @@ def test_accumulation_is_fused_unless_the_recipe_says_otherwise(overrides: list[
     assert arguments["gradient_accumulation_fusion"] is fused
 
 
+@pytest.mark.parametrize(("name", "part"), [("qwen3_30b_a3b_gspo", "moe"), ("qwen3_0p6b_gspo", "mlp")])
+def test_selective_recomputation_leaves_the_attention_alone(name: str, part: str) -> None:
+    """Megatron's own choice is `core_attn`, whose kernel computes its scores again by itself."""
+    recipe = load_recipe(Path(f"recipes/{name}.yaml"), ["trainer.recompute=selective"])
+    arguments = transformer_arguments(recipe.arch, recipe.trainer, "bfloat16", engine=True)
+    assert arguments["recompute_granularity"] == "selective" and arguments["recompute_modules"] == [part]
+
+
 def test_megatrons_own_layers_do_not_ask_for_apex(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the flag in its configuration Megatron's head refuses to be built without apex."""
     assert settings_of([], True, monkeypatch)["gradient_accumulation_fusion"] is False
