@@ -170,7 +170,7 @@ _UNFIT_VLLM = {
     "would change what is sampled or the log-probs that are reported": (
         "generation_config hf_overrides logits_processors logprobs_mode override_generation_config watermark_config"
     ),
-    "drafts tokens, and no test here shows that the log-probs that are reported stay the policy's": (
+    "proposes tokens, and no test here shows that the log-probs that are reported stay the policy's": (
         "speculative_config"
     ),
     "needs weights that the sender has quantised, which it does not do yet": "quantization quantization_config",

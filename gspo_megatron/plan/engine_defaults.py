@@ -92,8 +92,8 @@ VLLM: Mapping[str, Kept] = {
         NEMO,
     ),
     "speculative_config": Kept(
-        "slime drafts with the multi-token heads of models that have some",
-        "these models have none, and drafts of repeated text have not been compared with the policy's log-probs here",
+        "slime proposes tokens by the multi-token heads of models that have some",
+        "these models have none, and other proposals have not been held against the policy's log-probs here",
         SLIME,
     ),
     "max_num_batched_tokens": Kept(
