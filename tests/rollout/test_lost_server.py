@@ -1,4 +1,7 @@
-"""One of three real servers is killed during the main job: nothing is lost, nothing doubled, and it comes back."""
+"""One of three real servers is killed during the main job: nothing is lost, nothing doubled, and it comes back.
+
+The job replays the sampler's routes, so each response also keeps those of the tokens that it had before the loss.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import signal
 from pathlib import Path
 
 from gspo_megatron.data.sample_index import read_samples
+from gspo_megatron.data.store import SampleStore
 from tests.rollout.jobs import (
     ANSWERS,
     PROMPTS,
@@ -19,9 +23,11 @@ from tests.rollout.jobs import (
     wait_for,
 )
 
+ROUTES = ("objective.replay=sampler", "trainer.skip_zero_gradients=false")
+
 
 def test_a_killed_server_costs_nothing_and_comes_back(tmp_path: Path) -> None:
-    job = start(tmp_path, "rollout.servers=3", "trainer.max_steps=1000", "checkpoint.every=0")
+    job = start(tmp_path, "rollout.servers=3", "trainer.max_steps=1000", "checkpoint.every=0", *ROUTES)
     log = tmp_path / "run" / "logs" / "attempt_1" / "controller.log"
     try:
         wait_for(job, "first step", lambda: len(rows_of(tmp_path)) >= 2)
@@ -47,4 +53,9 @@ def test_a_killed_server_costs_nothing_and_comes_back(tmp_path: Path) -> None:
     assert places == wanted, "every prompt once, with all its answers"
     lost = sum(count for name, count in rows[-1].items() if name.startswith("dropped_tokens/"))
     assert rows[-1]["sampled_tokens"] == sum(row["rollout_tokens"] for row in rows[1:]) + lost
+    store = SampleStore(tmp_path / "run" / "samples")
+    for ref in refs:
+        routes = store.read_routes(ref)
+        assert routes is not None and len(routes) == ref.prompt_length + ref.answer_length - 1
+    assert max(row["mismatch_sampled/replay_largest"] for row in rows[1:]) < 1e-4, "routes of other tokens"
     assert_all_ended(tmp_path)
