@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # only named in annotations: a launcher that reads recipes ne
 
 StopReason = Literal["stop", "length", "repetition", "abort"]
 Severity = Literal["error", "warning", "info"]
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "float8_e4m3fn": 1}
 """Bytes of one number of a type, by the name that recipes and torch give it."""
 ROUTE_TYPES = {1: "<u1", 2: "<u2"}
 """numpy's type of the number of an expert that a sampler reports, by its bytes: one up to 256 experts."""

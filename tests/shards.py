@@ -13,6 +13,7 @@ from gspo_megatron.models.qwen3.architecture import Qwen3Architecture
 from gspo_megatron.parallel import Layout
 from gspo_megatron.transport.update_messages import UpdateTicket
 from gspo_megatron.transport.weights.checksum import MASK
+from gspo_megatron.transport.weights.quantiser import BlockScales
 from gspo_megatron.transport.weights.sender import WeightSender, first_cause
 from gspo_megatron.transport.weights.wire import TransferError
 
@@ -56,6 +57,18 @@ def cut_shards(
     return shards
 
 
+def agree_on_scales(ticket: UpdateTicket, shards: Sequence[Mapping[str, torch.Tensor]]) -> BlockScales | None:
+    """The scales of blocks after what ranks do with an all-reduce; None where nothing is quantised."""
+    terms = ticket.terms
+    if not terms.fp8:
+        return None
+    ranks = [BlockScales(terms.form, terms.architecture, CPU) for _ in shards]
+    for rank, (scales, shard) in enumerate(zip(ranks, shards, strict=True)):
+        scales.measure(terms.trainer, rank, shard)
+    ranks[0].maxima.copy_(torch.stack([scales.maxima for scales in ranks]).amax(0))
+    return ranks[0]
+
+
 class TrainerRanks:
     """The senders of all trainer ranks of a layout, kept from update to update."""
 
@@ -64,8 +77,11 @@ class TrainerRanks:
 
     def send(self, ticket: UpdateTicket, shards: Sequence[Mapping[str, torch.Tensor]]) -> list[int]:
         """One transfer from all ranks; what every worker must have received. Raises TransferError with the cause."""
+        scales = agree_on_scales(ticket, shards)
         with ThreadPoolExecutor(len(shards)) as pool:
-            found = list(pool.map(self._send, range(len(shards)), [ticket] * len(shards), shards))
+            found = list(
+                pool.map(self._send, range(len(shards)), [ticket] * len(shards), shards, [scales] * len(shards))
+            )
         faults = [str(entry) for entry in found if isinstance(entry, TransferError)]
         if faults:
             for sender in self.senders:
@@ -73,8 +89,10 @@ class TrainerRanks:
             raise TransferError(first_cause(faults))
         return [sum(column) & MASK for column in zip(*found, strict=True)]
 
-    def _send(self, rank: int, ticket: UpdateTicket, shard: Mapping[str, torch.Tensor]) -> list[int] | TransferError:
+    def _send(
+        self, rank: int, ticket: UpdateTicket, shard: Mapping[str, torch.Tensor], scales: BlockScales | None
+    ) -> list[int] | TransferError:
         try:
-            return self.senders[rank].send(ticket, rank, shard)
+            return self.senders[rank].send(ticket, rank, shard, scales)
         except TransferError as error:
             return error

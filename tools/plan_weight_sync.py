@@ -17,6 +17,7 @@ from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.models import load_recipe
 from gspo_megatron.models.hf_table import count_parameters, local_parameters
 from gspo_megatron.models.vllm_layout import ServerLayout, needed_values
+from gspo_megatron.models.weight_format import WeightFormat
 from gspo_megatron.parallel import Layout
 from gspo_megatron.transport.weights.plan import TransferPlan
 
@@ -39,7 +40,7 @@ SERVERS = {
 def measure(arch: Architecture, trainer: Layout, servers: list[ServerLayout]) -> dict[str, Any]:
     """One pair of layouts: seconds to plan, what moves, how even, and the same by all-gather + broadcast."""
     wall, cpu = time.perf_counter(), time.process_time()
-    plan = TransferPlan(arch, trainer, servers, ITEM_BYTES, BUCKET_BYTES)
+    plan = TransferPlan(arch, trainer, servers, WeightFormat("bfloat16"), BUCKET_BYTES)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     sent, received = plan.sent_bytes(), plan.received_bytes()
     needed = [needed_values(arch, server, rank) * ITEM_BYTES for server in servers for rank in range(server.world)]
@@ -59,7 +60,7 @@ def measure(arch: Architecture, trainer: Layout, servers: list[ServerLayout]) ->
         "broadcast_over_needed": round(plan.workers * model / sum(needed), 2),
         "messages_of_rank_0": len(mine),
         "messages_of_worker_0": len(theirs),
-        "mean_message_mib": round(sum(m.size for m in theirs) * ITEM_BYTES / len(theirs) / 2**20, 2),
+        "mean_message_mib": round(sum(m.num_bytes for m in theirs) / len(theirs) / 2**20, 2),
         "rounds": 1 + theirs[-1].round,
     }
 

@@ -23,7 +23,8 @@ class Float32Gate(GateLinear):
     """
 
     def __init__(self, *args: Any, out_dtype: torch.dtype | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, out_dtype=out_dtype or torch.float32, **kwargs)
+        # vLLM would quantise it with the rest; checkpoints in fp8 except each by its name.
+        super().__init__(*args, out_dtype=out_dtype or torch.float32, **{**kwargs, "quant_config": None})
         # Otherwise vLLM packs the weight for its own product and drops it.
         self._cpu_skip_gemm_dispatch = True
 

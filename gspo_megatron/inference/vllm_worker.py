@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from gspo_megatron.inference import (
     vllm_plugin,
 )
 from gspo_megatron.models.vllm_layout import ServerLayout, ServerParameter, server_parameters
+from gspo_megatron.models.weight_format import WeightFormat
 from gspo_megatron.transport import identity
 from gspo_megatron.transport.messages import ServerIdentity
 from gspo_megatron.transport.update_messages import JoinRequest, WorkerLayout, WorkerReport
@@ -131,9 +133,9 @@ class ShardTransferEngine(WeightTransferEngine[JoinInfo, ReceiveInfo]):
             raise RuntimeError("this server has not joined the transfer; call /init_weight_transfer_engine first")
         started = time.perf_counter()
         plan = channel.plan
-        expected = server_parameters(plan.arch, self.layout, self.rank)
-        checksum = Checksum(plan.arch, channel.dtype, self.device)
-        refuse_other_model(self.model, expected, channel.dtype, self.layout)
+        expected = plan.form.wanted(server_parameters(plan.arch, self.layout, self.rank))
+        checksum = Checksum(plan.arch, plan.form, self.device)
+        refuse_other_model(self.model, expected, plan.form, self.layout)
         for parameter, values in receive(channel, expected):
             add_parameter(checksum, parameter, values)
             load_whole(self.model, parameter.name, values)
@@ -141,8 +143,8 @@ class ShardTransferEngine(WeightTransferEngine[JoinInfo, ReceiveInfo]):
             checksum=str(checksum.values()[0]),
             tensors=len(expected),
             seconds=time.perf_counter() - started,
-            received_bytes=plan.item_bytes * sum(m.size for messages in channel.rounds.values() for m in messages),
-            needed_bytes=plan.item_bytes * sum(piece.size for p in expected for piece in p.pieces),
+            received_bytes=sum(m.num_bytes for messages in channel.rounds.values() for m in messages),
+            needed_bytes=sum(piece.size * plan.form.item_bytes(piece.tensor) for p in expected for piece in p.pieces),
         )
 
     def finish_weight_update(self) -> None:
@@ -170,11 +172,12 @@ def expert_width(model: torch.nn.Module) -> int:
 
 
 def refuse_other_model(
-    model: torch.nn.Module, expected: list[ServerParameter], dtype: torch.dtype, layout: ServerLayout
+    model: torch.nn.Module, expected: list[ServerParameter], form: WeightFormat, layout: ServerLayout
 ) -> None:
     """Hold what the plan will bring against the parameters of this worker. Raises RuntimeError with one sentence."""
     found = {name: (tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
     for parameter in expected:
+        dtype = getattr(torch, form.dtype_of(parameter.name))
         has = found.pop(parameter.name, None)
         if has != (parameter.shape, dtype):
             raise RuntimeError(
@@ -184,6 +187,8 @@ def refuse_other_model(
     # vLLM makes these on every stage, or twice, and uses them where they are listed.
     unused = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
     left = found.keys() - (unused if layout.pipeline > 1 else {"lm_head.weight"})
+    # Of the KV cache: vLLM makes them where weights are fp8, sets them to 1 and drops them after loading.
+    left = {name for name in left if not re.search(r"\.attn\.(q|k|v|prob)_scale$", name)}
     if left:
         raise RuntimeError(f"the update brings no weights for {', '.join(sorted(left)[:3])}; they would stay old")
 

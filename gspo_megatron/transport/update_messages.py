@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, NonNegativeInt, SerializeAsAny
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.models import architecture_of
 from gspo_megatron.models.vllm_layout import ServerLayout
+from gspo_megatron.models.weight_format import WeightFormat
 from gspo_megatron.parallel import Layout
 from gspo_megatron.transport.wire_message import WireMessage
 
@@ -27,9 +28,16 @@ class WeightTerms(WireMessage):
 
     architecture: SerializeAsAny[Annotated[Architecture, BeforeValidator(_typed_architecture)]]
     dtype: str
-    """Of every value that is sent: `bfloat16`."""
+    """Of the trainer's weights, and of every value that is not quantised: `bfloat16`."""
     trainer: Layout
     """Its ranks are the first of the transfer group."""
+    fp8: bool = False
+    """The trainer sends matrices as fp8 with scales of blocks."""
+
+    @property
+    def form(self) -> WeightFormat:
+        """The types of what is sent."""
+        return WeightFormat(self.dtype, self.fp8)
 
 
 class UpdateRequest(WireMessage):

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from gspo_megatron.config.model_section import Architecture
-from gspo_megatron.models.hf_table import hf_shapes
 from gspo_megatron.models.vllm_layout import ServerParameter, ServerPiece
+from gspo_megatron.models.weight_format import WeightFormat
 from gspo_megatron.transport.weights.plan import Slice
 
-WORDS = {4: torch.int32, 2: torch.int16}
+WORDS = {4: torch.int32, 2: torch.int16, 1: torch.int8}
 MASK = (1 << 64) - 1
 CHUNK = 1 << 22
 """Values summed at a time, as far as whole slices or rows allow: bounds the int64 copies to about 32 MiB."""
@@ -29,8 +29,8 @@ CHUNK = 1 << 22
 class Checksum:
     """Running sums, one for each of several receivers; they stay on the device until `values` is called."""
 
-    def __init__(self, arch: Architecture, dtype: torch.dtype, device: torch.device, receivers: int = 1) -> None:
-        self._shapes, self._dtype = hf_shapes(arch), dtype
+    def __init__(self, arch: Architecture, form: WeightFormat, device: torch.device, receivers: int = 1) -> None:
+        self._shapes = form.shapes(arch)
         self._sums = torch.zeros(receivers, dtype=torch.int64, device=device)
 
     def add(self, receiver: int, parts: Sequence[Slice | ServerPiece], values: Tensor) -> None:
@@ -38,7 +38,7 @@ class Checksum:
         shapes = [self._shapes[part.tensor] for part in parts]
         widths = [shape[1] if len(shape) > 1 else 1 for shape in shapes]
         firsts = [part.row * width + part.column for part, width in zip(parts, widths, strict=True)]
-        labels = [label(part.tensor, str(self._dtype), shape) for part, shape in zip(parts, shapes, strict=True)]
+        labels = [label(part.tensor, str(values.dtype), shape) for part, shape in zip(parts, shapes, strict=True)]
         facts = torch.tensor([firsts, widths, labels], dtype=torch.int64).to(values.device)
         step = max(1, CHUNK // max(values[0].numel(), 1))
         for start in range(0, len(values), step):

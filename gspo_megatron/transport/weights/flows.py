@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +14,7 @@ FLOW = np.dtype(
     [
         (name, np.int64)
         for name in (
-            "tensor", "row", "column", "height", "width",  # a rectangle of a Hugging Face tensor
+            "tensor", "row", "column", "height", "width", "item",  # a rectangle of a tensor, and bytes of a value
             "sender", "source", "source_row", "source_column",  # rank, parameter and place there
             "receiver", "target", "target_expert", "target_row", "target_column",
             "round",
@@ -56,7 +56,10 @@ class Requirement:
 
 
 def collect(
-    held: Sequence[Sequence[Parameter]], wanted: Sequence[Sequence[ServerParameter]], names: Names
+    held: Sequence[Sequence[Parameter]],
+    wanted: Sequence[Sequence[ServerParameter]],
+    names: Names,
+    item_bytes: Callable[[str], int],
 ) -> Requirement:
     """Meet what each sender holds with what each receiver wants.
 
@@ -64,6 +67,7 @@ def collect(
         held: for each sender its parameters; two senders' rectangles of one tensor are equal or disjoint.
         wanted: for each receiver its parameters.
         names: gets the names of tensors and parameters.
+        item_bytes: of a value of a tensor.
     """
     sources = _sources(held, names)
     rows: list[tuple[int, ...]] = []
@@ -73,7 +77,7 @@ def collect(
         for parameter in parameters:
             target = names.number(parameter.name)
             for piece in parameter.pieces:
-                tensor = names.number(piece.tensor)
+                tensor, item = names.number(piece.tensor), item_bytes(piece.tensor)
                 (top, bottom), (left, right) = piece.rows, piece.columns or (0, 1)
                 expert, down, across = piece.at
                 for (r0, r1, c0, c1), (source, at, holders) in sources[tensor].items():
@@ -82,7 +86,7 @@ def collect(
                         continue
                     rows.append(
                         (
-                            tensor, row, column, end - row, edge - column,
+                            tensor, row, column, end - row, edge - column, item,
                             -1, source, at + row - r0, column - c0,
                             receiver, target, expert, down + row - top, across + column - left, 0,
                         )
@@ -110,7 +114,7 @@ def assign_senders(requirement: Requirement, loads: np.ndarray) -> np.ndarray:
     """Choose senders so that the busiest one has as little as possible; rows of FLOW.
 
     The demand on each group of equal holders is laid on a line and cut at their shares, at whole rows. Groups with the
-    least choice come first; `loads` [senders], in values, is what senders have to send already and grows by this.
+    least choice come first; `loads` [senders], in bytes, is what senders have to send already and grows by this.
     """
     assigned = [requirement.flows[:0]]
     for number in sorted(set(requirement.group.tolist()), key=lambda number: len(requirement.groups[number])):
@@ -118,7 +122,7 @@ def assign_senders(requirement: Requirement, loads: np.ndarray) -> np.ndarray:
         flows = requirement.flows[requirement.group == number]
         # Neighbours on the line go to one receiver: fewer, larger messages.
         flows = flows[np.argsort(flows["receiver"], kind="stable")]
-        widths = flows["width"]
+        widths = flows["width"] * flows["item"]
         edges = np.concatenate([[0], np.cumsum(flows["height"] * widths)])
         cuts = np.cumsum(fair_shares(loads[holders], edges[-1]))[:-1]
         index = np.clip(np.searchsorted(edges, cuts, "right") - 1, 0, len(flows) - 1)
@@ -127,9 +131,14 @@ def assign_senders(requirement: Requirement, loads: np.ndarray) -> np.ndarray:
         index = np.searchsorted(edges, points[:-1], "right") - 1
         parts = _cut(flows[index], (points[:-1] - edges[index]) // widths[index], np.diff(points) // widths[index])
         parts["sender"] = holders[np.searchsorted(cuts, points[:-1], "right")]
-        np.add.at(loads, parts["sender"], parts["height"] * parts["width"])
+        np.add.at(loads, parts["sender"], bytes_of(parts))
         assigned.append(parts)
     return np.concatenate(assigned)
+
+
+def bytes_of(flows: np.ndarray) -> np.ndarray:
+    """[flows] bytes on the wire."""
+    return flows["height"] * flows["width"] * flows["item"]
 
 
 def fair_shares(loads: np.ndarray, amount: float) -> np.ndarray:
@@ -149,19 +158,19 @@ def _cut(flows: np.ndarray, skip: np.ndarray, height: np.ndarray) -> np.ndarray:
 
 
 def schedule(flows: np.ndarray, senders: int, receivers: int, limit: int) -> np.ndarray:
-    """Order flows in rounds of about `limit` values a receiver; at most twice that, or one row.
+    """Order flows in rounds of about `limit` bytes a receiver; at most twice that, or one row.
 
     Every receiver takes its senders in turn, each from another one on: at any time all senders are busy, and what goes
     between two ranks in a round is one large message.
     """
-    rows = np.maximum(limit // flows["width"], 1)
+    rows = np.maximum(limit // (flows["width"] * flows["item"]), 1)
     counts = -(-flows["height"] // rows)
     index = np.repeat(np.arange(len(flows)), counts)
     skip = (np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)) * rows[index]
     parts = _cut(flows[index], skip, np.minimum(rows[index], flows["height"][index] - skip))
     turn = (parts["sender"] - parts["receiver"] * senders // max(receivers, 1)) % senders
     parts = parts[np.lexsort((turn, parts["receiver"]))]
-    size = parts["height"] * parts["width"]
+    size = bytes_of(parts)
     before = np.cumsum(size) - size
     _, start = np.unique(parts["receiver"], return_index=True)
     mine = np.diff(np.append(start, len(parts)))

@@ -34,7 +34,6 @@ from gspo_megatron.transport.weights.wire import (
     SendChannel,
     TransferError,
     Wire,
-    dtype_of,
     in_rounds,
     open_store,
     plan_of,
@@ -72,12 +71,10 @@ class RelaySendChannel:
 
     def __init__(self, ticket: UpdateTicket, device: torch.device, rank: int) -> None:
         """Join, and let the workers in; returns when everybody is there."""
-        self.name, self.plan, self.device, self.dtype = ticket.group, plan_of(ticket), device, dtype_of(ticket)
+        self.name, self.plan, self.device = ticket.group, plan_of(ticket), device
         self._rank, self._proxies = rank, ticket.proxies
         mine = [worker for worker, proxy in enumerate(ticket.proxies) if proxy == rank]
-        self._buffers = [
-            SharedBuffer(worker, in_rounds(self.plan.to_receive(worker)), self.dtype, device) for worker in mine
-        ]
+        self._buffers = [SharedBuffer(worker, in_rounds(self.plan.to_receive(worker)), device) for worker in mine]
         outgoing = in_rounds(self.plan.to_send(rank))
         numbers = sorted({*outgoing, *(number for buffer in self._buffers for number in buffer.rounds)})
         self.rounds = {number: outgoing.get(number, []) for number in numbers}
@@ -174,7 +171,7 @@ class SharedMemoryReceiveChannel:
 
     def __init__(self, ticket: UpdateTicket, device: torch.device, worker: int) -> None:
         """Open the memory that the proxy offers."""
-        self.name, self.plan, self.device, self.dtype = ticket.group, plan_of(ticket), device, dtype_of(ticket)
+        self.name, self.plan, self.device = ticket.group, plan_of(ticket), device
         self.rounds = in_rounds(self.plan.to_receive(worker))
         try:
             port = int(open_store(ticket).get(f"worker-{worker}"))
@@ -182,7 +179,7 @@ class SharedMemoryReceiveChannel:
                 socket.create_connection((LOOPBACK, port), timeout=ticket.timeout), ticket.timeout
             )
             self._connection.send(WorkerGreeting(key=read_key(), worker=worker))
-            self._memory = open_shared(self._connection.receive(SharedMemory), self.dtype, device)
+            self._memory = open_shared(self._connection.receive(SharedMemory), device)
         except (OSError, MessageError) as error:
             raise TransferError(f"trainer rank {ticket.proxies[worker]} hands nothing over: {error}") from None
 
@@ -195,7 +192,7 @@ class SharedMemoryReceiveChannel:
                 raise TransferError(f"the trainer stopped handing weights over: {error}") from None
             if received != number:
                 raise TransferError(f"the trainer hands over round {received} where round {number} is due")
-            sizes = [message.size for message in messages]
+            sizes = [message.num_bytes for message in messages]
             yield from zip(messages, self._memory[index % PLACES][: sum(sizes)].split(sizes), strict=True)
             if self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()

@@ -16,8 +16,9 @@ import numpy as np
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.models.hf_table import local_parameters
 from gspo_megatron.models.vllm_layout import ServerLayout, server_parameters
+from gspo_megatron.models.weight_format import WeightFormat
 from gspo_megatron.parallel import Layout
-from gspo_megatron.transport.weights.flows import Names, Requirement, assign_senders, collect, schedule
+from gspo_megatron.transport.weights.flows import Names, Requirement, assign_senders, bytes_of, collect, schedule
 
 LAYER = "layers.0."
 EMBEDDING = "model.embed_tokens.weight"
@@ -58,11 +59,8 @@ class Message:
     """Trainer rank for a receiver, worker for a sender; workers count over all servers."""
     slices: tuple[Slice, ...]
     """Never empty."""
-
-    @property
-    def size(self) -> int:
-        """Values."""
-        return sum(part.size for part in self.slices)
+    num_bytes: int
+    """Of all their values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,17 +92,25 @@ class TransferPlan:
     """The plan of a weight update; equal wherever it is computed from equal arguments."""
 
     def __init__(
-        self, arch: Architecture, trainer: Layout, servers: Sequence[ServerLayout], item_bytes: int, bucket_bytes: int
+        self,
+        arch: Architecture,
+        trainer: Layout,
+        servers: Sequence[ServerLayout],
+        form: WeightFormat,
+        bucket_bytes: int,
     ) -> None:
         """
         Args:
             arch: the model.
             trainer: layout of the trainer ranks.
             servers: layout of each server; workers count over all of them, in this order.
-            item_bytes: bytes of one value.
+            form: types of what travels.
             bucket_bytes: most bytes that one worker receives in one round; a single row may exceed it.
+
+        Raises:
+            ValueError: the servers cannot hold the model so.
         """
-        self.arch, self.trainer, self.servers, self.item_bytes = arch, trainer, tuple(servers), item_bytes
+        self.arch, self.trainer, self.servers, self.form = arch, trainer, tuple(servers), form
         self.first_worker = np.cumsum([0, *(server.world for server in servers)])
         """[servers + 1] first worker of each server, and the number of workers."""
         # A seat is a worker's place within a stage of its server.
@@ -116,7 +122,7 @@ class TransferPlan:
         ]
         self._names = Names()
         # Stages send at the same time, and a round may take up to twice what it aims at.
-        self._limit = max(1, bucket_bytes // (2 * trainer.pipeline * item_bytes))
+        self._limit = max(1, bucket_bytes // (2 * trainer.pipeline))
         self.steps = list(self._steps())
 
     @property
@@ -163,12 +169,13 @@ class TransferPlan:
             expert=trainer.expert,
             expert_tensor=trainer.expert_tensor,
         )
-        held = [local_parameters(one, flat, flat.coordinates(rank)) for rank in range(flat.world)]
+        form = self.form
+        held = [form.held(local_parameters(one, flat, flat.coordinates(rank))) for rank in range(flat.world)]
         wanted = []
         for index, data, tensor in self._seats:
             alone = replace(self.servers[index], pipeline=1)
-            wanted.append(server_parameters(one, alone, alone.rank(data, 0, tensor)))
-        return collect(held, wanted, self._names)
+            wanted.append(form.wanted(server_parameters(one, alone, alone.rank(data, 0, tensor))))
+        return collect(held, wanted, self._names, form.item_bytes)
 
     def _named(self, requirement: Requirement, chosen: Callable[[str], bool]) -> np.ndarray:
         """[flows] bool: whether the tensor is one of those."""
@@ -217,32 +224,30 @@ class TransferPlan:
         flows = flows[np.lexsort((flows[peer], flows["round"]))]
         expert = flows["target_expert"] if end == "target" else np.zeros(len(flows), np.int64)
         fields = [flows[name] for name in ("tensor", "row", "column", "height", "width", end)]
-        fields += [expert, flows[f"{end}_row"], flows[f"{end}_column"], flows["round"], ranks[flows[peer]]]
-        rows = zip(*(column.tolist() for column in fields), strict=True)
+        fields += [expert, flows[f"{end}_row"], flows[f"{end}_column"], bytes_of(flows)]
+        rows = zip(*(column.tolist() for column in (*fields, flows["round"], ranks[flows[peer]])), strict=True)
         for (number, rank), group in groupby(rows, key=lambda row: row[-2:]):
-            slices = tuple(
-                Slice(names[tensor], row, column, height, width, names[parameter], (expert, at_row, at_column))
-                for tensor, row, column, height, width, parameter, expert, at_row, at_column, _, _ in group
-            )
-            yield Message(step.first_round + number, rank, slices)
+            slices, num_bytes = [], 0
+            for tensor, row, column, height, width, parameter, expert, at_row, at_column, size, _, _ in group:
+                at = (expert, at_row, at_column)
+                slices.append(Slice(names[tensor], row, column, height, width, names[parameter], at))
+                num_bytes += size
+            yield Message(step.first_round + number, rank, tuple(slices), num_bytes)
 
     def sent_bytes(self) -> np.ndarray:
         """[trainer ranks] bytes."""
         stage_ranks = self.trainer.world // self.trainer.pipeline
         sent = np.zeros(self.trainer.world, np.int64)
         for step in self.steps:
-            np.add.at(sent, step.stage * stage_ranks + step.section.flows["sender"], self._bytes(step))
+            np.add.at(sent, step.stage * stage_ranks + step.section.flows["sender"], bytes_of(step.section.flows))
         return sent
 
     def received_bytes(self) -> np.ndarray:
         """[workers] bytes."""
         received = np.zeros(self.workers, np.int64)
         for step in self.steps:
-            np.add.at(received, step.workers[step.section.flows["receiver"]], self._bytes(step))
+            np.add.at(received, step.workers[step.section.flows["receiver"]], bytes_of(step.section.flows))
         return received
-
-    def _bytes(self, step: Step) -> np.ndarray:
-        return step.section.flows["height"] * step.section.flows["width"] * self.item_bytes
 
 
 def _order(message: Message) -> tuple[int, int]:

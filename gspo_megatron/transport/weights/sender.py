@@ -1,4 +1,7 @@
-"""The trainer's end of a weight update: every rank sends the slices that the plan gives it. Imports no vllm."""
+"""The trainer's end of a weight update: every rank sends the slices that the plan gives it. Imports no vllm.
+
+Where servers hold fp8, the ranks first agree on the scale of every block, and bytes and scales are what is sent.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gspo_megatron.config.model_section import Architecture
+from gspo_megatron.models.weight_format import SCALE, is_quantised
 from gspo_megatron.parallel import Layout
 from gspo_megatron.transport.controller_client import ControllerClient
 from gspo_megatron.transport.update_messages import UpdateRequest, UpdateTicket, WeightTerms
 from gspo_megatron.transport.weights.checksum import MASK, Checksum, plane
 from gspo_megatron.transport.weights.ipc import device_name, open_send_channel
 from gspo_megatron.transport.weights.plan import Message, Slice
+from gspo_megatron.transport.weights.quantiser import BlockScales
 from gspo_megatron.transport.weights.wire import SendChannel, TransferError
 
 BROKEN = "the weight update broke between the trainer and the servers"
@@ -32,9 +37,9 @@ def first_cause(faults: Sequence[str]) -> str:
 class WeightSender:
     """One trainer rank's end; kept for the whole run, so that an unchanged set of servers keeps its connections."""
 
-    def __init__(self, device: torch.device, *, shares: bool) -> None:
-        """Take this rank's device, and whether servers share the trainer's devices."""
-        self.device, self._shares = device, shares
+    def __init__(self, device: torch.device, *, shares: bool, fp8: bool = False) -> None:
+        """Take this rank's device, whether servers share the trainer's devices, and whether they hold fp8."""
+        self.device, self._shares, self._fp8 = device, shares, fp8
         self._channel: SendChannel | None = None
 
     def update(
@@ -62,15 +67,20 @@ class WeightSender:
         """
         dtype = str(next(iter(parameters.values())).dtype).removeprefix("torch.")
         fault = ""
-        terms = WeightTerms(architecture=arch, dtype=dtype, trainer=layout)
+        terms = WeightTerms(architecture=arch, dtype=dtype, trainer=layout, fp8=self._fp8)
         request = UpdateRequest(version=version, terms=terms, devices=self._devices())
+        scales = None
+        if self._fp8:
+            scales = BlockScales(terms.form, arch, self.device)
+            scales.measure(layout, dist.get_rank(), parameters)
+            dist.all_reduce(scales.maxima, dist.ReduceOp.MAX)
         for _ in range(ATTEMPTS):
             tickets = [controller.begin_update(request) if controller is not None else None]
             dist.broadcast_object_list(tickets, src=0)
             assert tickets[0] is not None
             mine: list[int] | str
             try:
-                mine = self.send(tickets[0], dist.get_rank(), parameters)
+                mine = self.send(tickets[0], dist.get_rank(), parameters, scales)
             except TransferError as error:
                 mine = str(error)
             sums: list[Any] = [None] * dist.get_world_size()
@@ -81,13 +91,16 @@ class WeightSender:
             self.close()
         raise TransferError(fault)
 
-    def send(self, ticket: UpdateTicket, rank: int, parameters: Mapping[str, Tensor]) -> list[int]:
+    def send(
+        self, ticket: UpdateTicket, rank: int, parameters: Mapping[str, Tensor], scales: BlockScales | None = None
+    ) -> list[int]:
         """Send this rank's slices to the workers; all trainer ranks do so at the same time.
 
         Args:
             ticket: the response of `ControllerClient.begin_update`, the same on every rank.
             rank: this trainer rank.
             parameters: this rank's parameters under their global Megatron names.
+            scales: of the blocks, on which all ranks have agreed; where the ticket is of fp8.
 
         Returns:
             [workers] checksum of what went to each worker; over all ranks they add up, modulo 2**64, to what the worker
@@ -100,7 +113,7 @@ class WeightSender:
             if self._channel is None or self._channel.name != ticket.group:
                 self.close()
                 self._channel = open_send_channel(ticket, self.device, rank)
-            return _send(self._channel, parameters)
+            return _send(self._channel, parameters, scales)
         except TransferError:
             self.close()
             raise
@@ -124,22 +137,50 @@ class WeightSender:
         return tuple(names)
 
 
-def _send(channel: SendChannel, parameters: Mapping[str, Tensor]) -> list[int]:
-    checksum = Checksum(channel.plan.arch, channel.dtype, channel.device, channel.plan.workers)
+def _send(channel: SendChannel, parameters: Mapping[str, Tensor], scales: BlockScales | None) -> list[int]:
+    plan = channel.plan
+    assert plan.form.fp8 == (scales is not None), "scales come with a ticket of fp8"
+    checksum = Checksum(plan.arch, plan.form, channel.device, plan.workers)
+    source = _Source(parameters, getattr(torch, plan.form.dtype), scales)
     for number, messages in channel.rounds.items():
-        channel.send(number, [(message, _pack(message, parameters, channel.dtype, checksum)) for message in messages])
+        channel.send(number, [(message, _pack(message, source, checksum)) for message in messages])
     channel.finish()
     return checksum.values()
 
 
-def _pack(message: Message, parameters: Mapping[str, Tensor], dtype: torch.dtype, checksum: Checksum) -> Tensor:
-    """A message's values, each counted into the sum of its receiver as it lies in its tensor."""
+def _pack(message: Message, source: _Source, checksum: Checksum) -> Tensor:
+    """A message's bytes, each value counted into the sum of its receiver as it lies in its tensor."""
     packed = []
-    for _, alike in groupby(message.slices, key=lambda part: (part.height, part.width)):
+    for _, alike in groupby(message.slices, key=lambda part: (part.height, part.width, source.kind(part))):
         parts = list(alike)
-        packed.append(torch.stack([_held(parameters, part, dtype) for part in parts]))
-        checksum.add(message.peer, parts, packed[-1])
-    return torch.cat([values.view(-1) for values in packed])
+        values = torch.stack([source.values(part) for part in parts])
+        checksum.add(message.peer, parts, values)
+        packed.append(values.view(-1).view(torch.uint8))
+    return torch.cat(packed)
+
+
+class _Source:
+    """What slices are made of: a rank's parameters, and scales where they are quantised."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], dtype: torch.dtype, scales: BlockScales | None) -> None:
+        self._parameters, self._dtype, self._scales = parameters, dtype, scales
+
+    def kind(self, part: Slice) -> str:
+        """What a slice consists of; slices of one kind have values of one type."""
+        if self._scales is None:
+            return "values"
+        return "scales" if part.tensor.endswith(SCALE) else "bytes" if is_quantised(part.tensor) else "values"
+
+    def values(self, part: Slice) -> Tensor:
+        """[height, width] of a slice, in the type that travels. Raises TransferError."""
+        kind = self.kind(part)
+        if self._scales is not None and kind == "scales":
+            whole = self._scales.scales(part.tensor)
+            return whole[part.row : part.row + part.height, part.column : part.column + part.width]
+        held = _held(self._parameters, part, self._dtype)
+        if self._scales is not None and kind == "bytes":
+            return self._scales.encode(part.tensor, part.row, part.column, held)
+        return held
 
 
 def _held(parameters: Mapping[str, Tensor], part: Slice, dtype: torch.dtype) -> Tensor:

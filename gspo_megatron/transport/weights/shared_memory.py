@@ -48,11 +48,11 @@ class JsonConnection:
 class SharedBuffer:
     """A proxy's end of the hand-over to one worker."""
 
-    def __init__(self, worker: int, rounds: dict[int, list[Message]], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, worker: int, rounds: dict[int, list[Message]], device: torch.device) -> None:
         self.worker, self.rounds = worker, rounds
         self._lost = False
-        sizes = [sum(message.size for message in messages) for messages in rounds.values()]
-        self._memory, self.description = share(PLACES, max(sizes, default=0), dtype, device)
+        sizes = [sum(message.num_bytes for message in messages) for messages in rounds.values()]
+        self._memory, self.description = share(PLACES, max(sizes, default=0), device)
         self._index = {number: index for index, number in enumerate(rounds)}
         self._connection: JsonConnection | None = None
         self._free = PLACES
@@ -68,7 +68,7 @@ class SharedBuffer:
             self._await_taken()
         self._free -= 1
         place = self._memory[self._index[number] % PLACES]
-        sizes = [message.size for message in self.rounds[number]]
+        sizes = [message.num_bytes for message in self.rounds[number]]
         return list(place[: sum(sizes)].split(sizes))
 
     def hand_over(self, number: int) -> None:
@@ -102,31 +102,31 @@ class SharedBuffer:
             self._connection.close()
 
 
-def share(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, SharedMemory]:
-    """Memory of [rows, columns] that another process of this device can open with the description."""
+def share(rows: int, columns: int, device: torch.device) -> tuple[Tensor, SharedMemory]:
+    """Bytes [rows, columns] that another process of this device can open with the description."""
     shape = (rows, max(columns, 1))
     if device.type == "cuda":
-        memory = torch.empty(shape, dtype=dtype, device=device)
+        memory = torch.empty(shape, dtype=torch.uint8, device=device)
         return memory, SharedMemory(shape=shape, cuda=_describe_allocation(memory))
     # Without a name: nothing is left behind, however this process ends.
     handle = os.memfd_create("gspo-weights")
-    size = shape[0] * shape[1] * dtype.itemsize
+    size = shape[0] * shape[1]
     os.ftruncate(handle, size)
-    memory = _map(f"/proc/self/fd/{handle}", size, dtype).view(shape)
+    memory = _map(f"/proc/self/fd/{handle}", size).view(shape)
     return memory, SharedMemory(shape=shape, file=f"/proc/{os.getpid()}/fd/{handle}")
 
 
-def open_shared(description: SharedMemory, dtype: torch.dtype, device: torch.device) -> Tensor:
+def open_shared(description: SharedMemory, device: torch.device) -> Tensor:
     """The memory that `share` describes, of another process."""
     shape = description.shape
     if description.cuda is not None:
-        return _open_allocation(description.cuda, dtype, device).view(shape)
-    return _map(description.file, shape[0] * shape[1] * dtype.itemsize, dtype).view(shape)
+        return _open_allocation(description.cuda, device).view(shape)
+    return _map(description.file, shape[0] * shape[1]).view(shape)
 
 
-def _map(file: str, size: int, dtype: torch.dtype) -> Tensor:
+def _map(file: str, size: int) -> Tensor:
     storage = torch.UntypedStorage.from_file(file, shared=True, nbytes=size)
-    return torch.empty(0, dtype=dtype).set_(storage)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    return torch.empty(0, dtype=torch.uint8).set_(storage)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 def _describe_allocation(memory: Tensor) -> CudaAllocation:
@@ -143,7 +143,7 @@ def _describe_allocation(memory: Tensor) -> CudaAllocation:
     )
 
 
-def _open_allocation(allocation: CudaAllocation, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _open_allocation(allocation: CudaAllocation, device: torch.device) -> Tensor:
     storage = torch.UntypedStorage._new_shared_cuda(
         device.index if device.index is not None else torch.cuda.current_device(),
         base64.b64decode(allocation.handle),
@@ -154,4 +154,4 @@ def _open_allocation(allocation: CudaAllocation, dtype: torch.dtype, device: tor
         base64.b64decode(allocation.event),
         allocation.waits,
     )
-    return torch.empty(0, dtype=dtype, device=device).set_(storage)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)  # pyright: ignore[reportCallIssue, reportArgumentType]

@@ -25,7 +25,6 @@ from gspo_megatron.transport.update_messages import UpdateTicket
 from gspo_megatron.transport.weights.checksum import plane
 from gspo_megatron.transport.weights.nccl_group import connect_nccl
 from gspo_megatron.transport.weights.plan import Message, TransferPlan
-from gspo_megatron.types import ITEM_BYTES
 
 MIB = 1 << 20
 JOIN_SECONDS = 60.0
@@ -41,14 +40,7 @@ class TransferError(RuntimeError):
 def plan_of(ticket: UpdateTicket) -> TransferPlan:
     """What moves where; the same for every process that holds this ticket."""
     terms = ticket.terms
-    return TransferPlan(
-        terms.architecture, terms.trainer, ticket.servers, ITEM_BYTES[terms.dtype], ticket.bucket_mib * MIB
-    )
-
-
-def dtype_of(ticket: UpdateTicket) -> torch.dtype:
-    """Of every value that is sent."""
-    return getattr(torch, ticket.terms.dtype)
+    return TransferPlan(terms.architecture, terms.trainer, ticket.servers, terms.form, ticket.bucket_mib * MIB)
 
 
 def open_store(ticket: UpdateTicket) -> PrefixStore:
@@ -71,7 +63,7 @@ class BufferTransfer:
     message: Message
     """What is in it."""
     buffer: Tensor
-    """Its values."""
+    """[bytes] its values."""
     peer: int
     """The other rank."""
     tag: int
@@ -154,13 +146,12 @@ class SendChannel(Protocol):
 
     name: str
     plan: TransferPlan
-    dtype: torch.dtype
     device: torch.device
     rounds: dict[int, list[Message]]
     """What this rank sends, by round; in rounds without messages it only passes on."""
 
     def send(self, number: int, packed: list[tuple[Message, Tensor]]) -> None:
-        """Put a round on its way; called for every entry of `rounds`, in order."""
+        """Put a round of messages, each with its bytes, on its way; called for every entry of `rounds`, in order."""
         ...
 
     def finish(self) -> None:
@@ -177,13 +168,12 @@ class ReceiveChannel(Protocol):
 
     name: str
     plan: TransferPlan
-    dtype: torch.dtype
     device: torch.device
     rounds: dict[int, list[Message]]
     """What this worker receives, by round."""
 
     def arrivals(self) -> Iterator[tuple[Message, Tensor]]:
-        """Every message of an update with its values, which are only there until the next one is requested."""
+        """Every message of an update with its bytes, which are only there until the next one is requested."""
         ...
 
     def close(self) -> None:
@@ -196,7 +186,7 @@ class GroupSendChannel:
 
     def __init__(self, ticket: UpdateTicket, device: torch.device, rank: int) -> None:
         """Join; returns when everybody has."""
-        self.name, self.plan, self.device, self.dtype = ticket.group, plan_of(ticket), device, dtype_of(ticket)
+        self.name, self.plan, self.device = ticket.group, plan_of(ticket), device
         self.rounds = in_rounds(self.plan.to_send(rank))
         self._first_worker = self.plan.trainer.world
         world = self._first_worker + self.plan.workers
@@ -226,7 +216,7 @@ class GroupReceiveChannel:
 
     def __init__(self, ticket: UpdateTicket, device: torch.device, worker: int) -> None:
         """Join; returns when everybody has."""
-        self.name, self.plan, self.device, self.dtype = ticket.group, plan_of(ticket), device, dtype_of(ticket)
+        self.name, self.plan, self.device = ticket.group, plan_of(ticket), device
         self.rounds = in_rounds(self.plan.to_receive(worker))
         first = self.plan.trainer.world
         self._wire = Wire(ticket, open_store(ticket), device, first + worker, first + self.plan.workers)
@@ -234,7 +224,7 @@ class GroupReceiveChannel:
     def arrivals(self) -> Iterator[tuple[Message, Tensor]]:
         """See `ReceiveChannel`; while values are given out, the next rounds are on their way."""
         for number, messages in self.rounds.items():
-            buffers = [torch.empty(message.size, dtype=self.dtype, device=self.device) for message in messages]
+            buffers = [torch.empty(message.num_bytes, dtype=torch.uint8, device=self.device) for message in messages]
             self._wire.start(
                 [
                     BufferTransfer(m, buffer, m.peer, number, leaves=False)
@@ -270,11 +260,13 @@ def receive(channel: ReceiveChannel, parameters: Iterable[ServerParameter]) -> I
             values[name] = _empty(parameter, channel)
             yield from ready(name)
     for message, data in channel.arrivals():
-        for part, part_data in zip(message.slices, data.split([part.size for part in message.slices]), strict=True):
+        sizes = [part.size * channel.plan.form.item_bytes(part.tensor) for part in message.slices]
+        for part, part_data in zip(message.slices, data.split(sizes), strict=True):
             name = part.parameter
             if name not in values:
                 values[name] = _empty(described[name], channel)
-            plane(values[name], part).copy_(part_data.view(part.height, part.width))
+            arrived = as_values(part_data, values[name].dtype)
+            plane(values[name], part).copy_(arrived.view(part.height, part.width))
             missing[name] -= part.size
             yield from ready(name)
     if any(missing.values()):
@@ -286,4 +278,10 @@ def _empty(parameter: ServerParameter, channel: ReceiveChannel) -> Tensor:
     """Room for a parameter; its padding, which nothing fills, is zero."""
     padded = sum(piece.size for piece in parameter.pieces) < math.prod(parameter.shape)
     make = torch.zeros if padded else torch.empty
-    return make(parameter.shape, dtype=channel.dtype, device=channel.device)
+    dtype = getattr(torch, channel.plan.form.dtype_of(parameter.name))
+    return make(parameter.shape, dtype=dtype, device=channel.device)
+
+
+def as_values(data: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes as the values that they are; a copy where types of other sizes before them leave them unaligned."""
+    return (data.clone() if data.storage_offset() % dtype.itemsize else data).view(dtype)

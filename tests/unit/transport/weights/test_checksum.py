@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gspo_megatron.models.vllm_layout import ServerLayout, server_parameters
+from gspo_megatron.models.weight_format import WeightFormat
 from gspo_megatron.transport.weights import checksum as checksums
 from gspo_megatron.transport.weights.checksum import Checksum, add_parameter, plane
 from gspo_megatron.transport.weights.plan import Slice
@@ -34,23 +35,26 @@ def tiles(name: str, value: torch.Tensor, height: int, width: int) -> list[tuple
     return [rectangle_of(name, value, slice(row, row + height), slice(column, column + width)) for row, column in edges]
 
 
-def checksum_of(parts: list[tuple[Slice, torch.Tensor]], dtype: torch.dtype = torch.float32) -> int:
-    checksum = Checksum(ARCH, dtype, CPU)
+FORM = WeightFormat("float32")
+
+
+def checksum_of(parts: list[tuple[Slice, torch.Tensor]]) -> int:
+    checksum = Checksum(ARCH, FORM, CPU)
     for part, values in parts:
         checksum.add(0, [part], values[None])
     return checksum.values()[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
 def test_slices_in_any_order_sum_up_to_the_whole(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = make_tensors(dtype)
     names = [GATE, O_PROJ, NORM]
-    value = checksum_of([part for name in names for part in whole(name, tensors[name])], dtype)
+    value = checksum_of([part for name in names for part in whole(name, tensors[name])])
     parts = [part for name in names for part in tiles(name, tensors[name], 4, 32)]
     random.Random(0).shuffle(parts)
-    assert checksum_of(parts, dtype) == value
+    assert checksum_of(parts) == value
     monkeypatch.setattr(checksums, "CHUNK", 70)
-    assert checksum_of(parts, dtype) == value
+    assert checksum_of(parts) == value
 
 
 @pytest.mark.parametrize("chunk", [1 << 22, 5000, 100])
@@ -58,7 +62,7 @@ def test_slices_of_one_shape_count_together_as_they_count_alone(chunk: int, monk
     monkeypatch.setattr(checksums, "CHUNK", chunk)
     for parameter in server_parameters(ARCH, ServerLayout(2), 1):
         values = torch.randn(parameter.shape)
-        together, alone = Checksum(ARCH, torch.float32, CPU), Checksum(ARCH, torch.float32, CPU)
+        together, alone = Checksum(ARCH, FORM, CPU), Checksum(ARCH, FORM, CPU)
         add_parameter(together, parameter, values)
         for piece in parameter.pieces:
             alone.add(0, [piece], plane(values, piece)[None])

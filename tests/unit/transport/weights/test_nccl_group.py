@@ -106,7 +106,7 @@ def join(store: TCPStore, timeout: float, ranks: int = 2, world: int = 2) -> lis
 
 
 def slices(peer: int) -> list[BufferTransfer]:
-    return [BufferTransfer(Message(peer, 0, ()), torch.zeros(2), peer, 0, leaves=True)]
+    return [BufferTransfer(Message(peer, 0, (), 0), torch.zeros(2), peer, 0, leaves=True)]
 
 
 def test_a_round_that_never_ends_is_an_error_within_the_time_limit(group: type[FakeGroup], store: TCPStore) -> None:

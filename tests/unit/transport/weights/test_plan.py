@@ -12,15 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gspo_megatron.config.model_section import Architecture
-from gspo_megatron.models import architecture_of
-from gspo_megatron.models.hf_table import hf_shapes, local_parameters
+from gspo_megatron.models import architecture_of, weight_format
+from gspo_megatron.models.hf_table import local_parameters
 from gspo_megatron.models.qwen3.architecture import Qwen3Architecture
 from gspo_megatron.models.vllm_layout import ServerLayout, needed_values, server_parameters
+from gspo_megatron.models.weight_format import SCALE, WeightFormat, is_quantised
 from gspo_megatron.parallel import Layout
 from gspo_megatron.transport.weights.flows import fair_shares
 from gspo_megatron.transport.weights.plan import Slice, TransferPlan
 
-ITEM_BYTES = 8
+PLAIN, FP8 = WeightFormat("float64"), WeightFormat("float64", fp8=True)
 
 
 def architecture(**changes) -> Architecture:
@@ -50,23 +51,25 @@ def biased(**changes) -> Architecture:
     return architecture_of({**values, "moe_intermediate_size": 0})
 
 
-def hugging_face(arch: Architecture) -> dict[str, np.ndarray]:
-    """Every value of the model once, so that a value says where it is from."""
+def hugging_face(arch: Architecture, form: WeightFormat) -> dict[str, np.ndarray]:
+    """Every value of the model, and every scale, once, so that a value says where it is from."""
     start, tensors = 1.0, {}
-    for name, shape in hf_shapes(arch).items():
+    for name, shape in form.shapes(arch).items():
         size = int(np.prod(shape))
         tensors[name] = np.arange(start, start + size).reshape(shape)
         start += size
     return tensors
 
 
-def trainer_shards(arch: Architecture, trainer: Layout, tensors: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+def trainer_shards(
+    arch: Architecture, trainer: Layout, tensors: dict[str, np.ndarray], form: WeightFormat
+) -> list[dict[str, np.ndarray]]:
     """What every trainer rank holds, by the table that fills Megatron's parameters."""
     shards: list[dict[str, np.ndarray]] = []
     for rank in range(trainer.world):
         held: dict[str, np.ndarray] = {}
         for chunk in range(trainer.virtual):
-            for entry in local_parameters(arch, trainer, trainer.coordinates(rank), chunk):
+            for entry in form.held(local_parameters(arch, trainer, trainer.coordinates(rank), chunk)):
                 held[entry.name] = np.full(entry.shape, np.nan)
                 for piece in entry.pieces:
                     part = tensors[piece.tensor][slice(*piece.rows)]
@@ -163,7 +166,8 @@ def execute(plan: TransferPlan, shards: list[dict[str, np.ndarray]], server_rank
     workers = []
     for worker in range(plan.workers):
         layout, rank = server_rank(worker)
-        held = {p.name: np.full(p.shape, np.nan) for p in server_parameters(plan.arch, layout, rank)}
+        parameters = plan.form.wanted(server_parameters(plan.arch, layout, rank))
+        held = {p.name: np.full(p.shape, np.nan) for p in parameters}
         for message in plan.to_receive(worker):
             wire = wires.pop((message.peer, worker, message.round))
             for part in message.slices:
@@ -177,21 +181,54 @@ def execute(plan: TransferPlan, shards: list[dict[str, np.ndarray]], server_rank
     return workers
 
 
-def check(arch: Architecture, trainer: Layout, servers: list[ServerLayout], bucket_bytes: int) -> TransferPlan:
-    plan = TransferPlan(arch, trainer, servers, ITEM_BYTES, bucket_bytes)
-    tensors = hugging_face(arch)
+def server_scales(
+    arch: Architecture, layout: ServerLayout, tensors: dict[str, np.ndarray], *place: int
+) -> dict[str, np.ndarray]:
+    """One worker's scales: each value of a matrix gives way to the scale of its block, then vLLM cuts the matrix."""
+    block, spread = weight_format.BLOCK, dict(tensors)
+    for name in filter(is_quantised, tensors):
+        height, width = tensors[name].shape
+        spread[name] = np.kron(tensors[name + SCALE], np.ones((block, block)))[:height, :width]
+    model = server_model(arch, layout, spread, *place)
+    quantised = [name for name in model if name.endswith("_proj.weight") or "routed_experts" in name]
+    return {name + SCALE: model[name][..., ::block, ::block] for name in quantised}
+
+
+def cuts_blocks(arch: Architecture, layout: ServerLayout) -> bool:
+    """Whether a rank of a server, or a part of a fused parameter, begins within a block."""
+    block, tensor = weight_format.BLOCK, layout.tensor
+    key = max(arch.num_key_value_heads // tensor, 1) * arch.head_dim
+    query = arch.num_attention_heads // tensor * arch.head_dim
+    if arch.num_experts:
+        ranks = 1 if layout.expert_parallel else tensor * layout.data
+        inner = arch.moe_intermediate_size // ranks
+        edges = [layout.expert_width or inner, *([inner] if ranks > 1 else [])]
+    else:
+        edges = [arch.intermediate_size // tensor]
+    return any(edge % block for edge in (query, query + key, *([key] if tensor > 1 else []), *edges))
+
+
+def check(
+    arch: Architecture, trainer: Layout, servers: list[ServerLayout], bucket_bytes: int, form: WeightFormat = PLAIN
+) -> TransferPlan:
+    plan = TransferPlan(arch, trainer, servers, form, bucket_bytes)
+    tensors = hugging_face(arch, form)
     owners = [(layout, rank) for layout in servers for rank in range(layout.world)]
-    found = execute(plan, trainer_shards(arch, trainer, tensors), lambda worker: owners[worker])
+    found = execute(plan, trainer_shards(arch, trainer, tensors, form), lambda worker: owners[worker])
     received = plan.received_bytes()
     for worker, (layout, rank) in enumerate(owners):
         rest, tensor = divmod(rank, layout.tensor)
-        expected = server_model(arch, layout, tensors, *divmod(rest, layout.pipeline), tensor)
+        place = (*divmod(rest, layout.pipeline), tensor)
+        expected = server_model(arch, layout, tensors, *place)
+        values = sum(int(np.isfinite(value).sum()) for value in expected.values())
+        if form.fp8:
+            expected |= server_scales(arch, layout, tensors, *place)
         assert found[worker].keys() == expected.keys()
         for name, value in expected.items():
             np.testing.assert_array_equal(found[worker][name], value, err_msg=f"{name} on worker {worker}")
-        needed = sum(int(np.isfinite(value).sum()) for value in expected.values())
-        assert received[worker] == needed * ITEM_BYTES
-        assert needed == needed_values(arch, layout, rank)
+        needed = [np.isfinite(value).sum() * form.item_bytes(name) for name, value in expected.items()]
+        assert received[worker] == sum(needed)
+        assert values == needed_values(arch, layout, rank)
     assert plan.sent_bytes().sum() == received.sum()
     return plan
 
@@ -247,12 +284,27 @@ def test_every_value_arrives_once_at_its_place(data, arch: Architecture, bucket_
     check(arch, data.draw(trainers(arch)), data.draw(server_layouts(arch)), bucket_bytes)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.sampled_from(MODELS), st.sampled_from([64, 1000, 1 << 20]), st.sampled_from([2, 4, 8]))
+def test_bytes_and_scales_of_blocks_arrive_once_at_their_place_or_are_refused(
+    data, arch: Architecture, bucket_bytes: int, block: int
+) -> None:
+    trainer, servers = data.draw(trainers(arch)), data.draw(server_layouts(arch))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weight_format, "BLOCK", block)
+        if any(cuts_blocks(arch, layout) for layout in servers):
+            with pytest.raises(ValueError, match=f"a block of fp8 is {block} x {block}; choose a server layout"):
+                TransferPlan(arch, trainer, servers, FP8, bucket_bytes)
+        else:
+            check(arch, trainer, servers, bucket_bytes, FP8)
+
+
 def test_a_receiver_gets_no_more_a_round_than_asked() -> None:
     plan = check(architecture(), Layout(8, 2, 2, expert=4), [ServerLayout(2), ServerLayout(1)], 2000)
     for worker in range(plan.workers):
         sizes: dict[int, int] = {}
         for message in plan.to_receive(worker):
-            sizes[message.round] = sizes.get(message.round, 0) + message.size * ITEM_BYTES
+            sizes[message.round] = sizes.get(message.round, 0) + message.num_bytes
         assert max(sizes.values()) <= 2000 and len(sizes) > 10
 
 
@@ -266,7 +318,26 @@ QWEN3_235B = architecture(
     vocab_size=151936, hidden_size=4096, num_hidden_layers=94, num_attention_heads=64, num_key_value_heads=4,
     head_dim=128, intermediate_size=12288, moe_intermediate_size=1536, num_experts=128, num_experts_per_tok=8,
 )  # fmt: skip
+QWEN3_30B = architecture(
+    vocab_size=151936, hidden_size=2048, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4,
+    head_dim=128, intermediate_size=6144, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8,
+)  # fmt: skip
 ENDS = {"first_stage_layers": 11, "last_stage_layers": 11}
+
+
+@pytest.mark.parametrize(
+    ("arch", "trainer", "server"),
+    [
+        (QWEN3_30B, Layout(8, expert=8), ServerLayout(2)),
+        (QWEN3_30B, Layout(16, tensor=2, expert=8, expert_tensor=2), ServerLayout(4, expert_parallel=True)),
+        (QWEN3_235B, Layout(64, 4, 8, context=2, expert=8, **ENDS), ServerLayout(4)),
+        (QWEN3_235B, Layout(64, 4, 8, context=2, expert=8, **ENDS), ServerLayout(8, expert_parallel=True)),
+    ],
+)
+def test_fp8_is_about_half_of_bfloat16_on_the_wire(arch: Architecture, trainer: Layout, server: ServerLayout) -> None:
+    forms = (WeightFormat("bfloat16"), WeightFormat("bfloat16", fp8=True))
+    plain, fp8 = (TransferPlan(arch, trainer, [server], form, 64 << 20).received_bytes() for form in forms)
+    assert 0.5 < fp8.sum() / plain.sum() < 0.52 and (fp8 / plain).max() < 0.52
 
 
 @pytest.mark.parametrize(
@@ -275,9 +346,15 @@ ENDS = {"first_stage_layers": 11, "last_stage_layers": 11}
 @pytest.mark.parametrize(
     "servers", [[ServerLayout(8)] * 8, [ServerLayout(16)] * 4, [ServerLayout(4, data=4, expert_parallel=True)] * 4]
 )
-def test_the_plan_of_a_large_model_is_even_and_quick(trainer: Layout, servers: list[ServerLayout]) -> None:
+@pytest.mark.parametrize("fp8", [False, True], ids=["bfloat16", "fp8"])
+def test_the_plan_of_a_large_model_is_even_and_quick(trainer: Layout, servers: list[ServerLayout], fp8: bool) -> None:
+    form = WeightFormat("bfloat16", fp8)
+    if fp8 and not servers[0].expert_parallel:
+        with pytest.raises(ValueError, match="a block of fp8 is 128 x 128"):  # 192 columns of an expert, and 96
+            TransferPlan(QWEN3_235B, trainer, servers, form, 64 << 20)
+        return
     started = time.process_time()
-    plan = TransferPlan(QWEN3_235B, trainer, servers, 2, 64 << 20)
+    plan = TransferPlan(QWEN3_235B, trainer, servers, form, 64 << 20)
     sent, received = plan.sent_bytes(), plan.received_bytes()
-    assert time.process_time() - started < 2
+    assert time.process_time() - started < 2 + fp8
     assert sent.max() / sent.mean() < 1.1 and received.max() / received.mean() < 1.1

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore
 
+from gspo_megatron.models import weight_format
 from gspo_megatron.models.vllm_layout import ServerLayout, server_parameters
 from gspo_megatron.parallel import Layout
 from gspo_megatron.transport.update_messages import UpdateRequest, UpdateTicket, WeightTerms
@@ -38,10 +40,12 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 def make_ticket(way: str) -> Iterator[Any]:
     stores = []
 
-    def make(servers: list[ServerLayout] = SERVERS, dtype: str = "float32", trainer: Layout = TRAINER) -> UpdateTicket:
+    def make(
+        servers: list[ServerLayout] = SERVERS, dtype: str = "float32", trainer: Layout = TRAINER, fp8: bool = False
+    ) -> UpdateTicket:
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=10))
         stores.append(store)
-        terms = WeightTerms(architecture=ARCH, dtype=dtype, trainer=trainer)
+        terms = WeightTerms(architecture=ARCH, dtype=dtype, trainer=trainer, fp8=fp8)
         workers = sum(server.world for server in servers)
         # Some ranks have no worker, and with many workers some have two.
         proxies = [worker * 3 % trainer.world for worker in range(workers)]
@@ -69,8 +73,8 @@ def take(ticket: UpdateTicket, worker: int, server: ServerLayout, rank: int, rou
     found = []
     try:
         for _ in range(rounds):
-            checksum, held = Checksum(ARCH, group.dtype, CPU), {}
-            for parameter, values in receive(group, server_parameters(ARCH, server, rank)):
+            checksum, held = Checksum(ARCH, group.plan.form, CPU), {}
+            for parameter, values in receive(group, group.plan.form.wanted(server_parameters(ARCH, server, rank))):
                 held[parameter.name] = values
                 for piece in parameter.pieces:
                     checksum.add(0, [piece], plane(values, piece)[None])
@@ -103,6 +107,55 @@ def test_workers_of_three_servers_get_their_slices_twice_over_one_group(make_tic
                 rows, columns = slice(*piece.rows), slice(*piece.columns) if piece.columns else slice(None)
                 expected = tensors[piece.tensor][rows] if not piece.columns else tensors[piece.tensor][rows, columns]
                 assert torch.equal(plane(found[1][0][parameter.name], piece).reshape(expected.shape), expected)
+
+
+BLOCK = 32
+
+
+def by_definition(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bytes and scales of a whole matrix, block by block."""
+    values = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+    scales = torch.empty([-(-size // BLOCK) for size in weight.shape])
+    for row, column in product(*(range(0, size, BLOCK) for size in weight.shape)):
+        block = weight[row : row + BLOCK, column : column + BLOCK].float()
+        scale = block.abs().max().clamp(1e-4) / 448
+        scales[row // BLOCK, column // BLOCK] = scale
+        values[row : row + BLOCK, column : column + BLOCK] = (block * (1.0 / scale)).to(values.dtype)
+    return values, scales
+
+
+@pytest.mark.parametrize(
+    "trainer", [TRAINER, Layout(4, context=2, expert=4), Layout(4, tensor=4, expert_tensor=4)], ids=str
+)
+def test_workers_get_the_bytes_and_scales_of_whole_tensors(
+    make_ticket: Any, trainer: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last trainer cuts experts into 16 rows, so that a block lies on two of its ranks."""
+    monkeypatch.setattr(weight_format, "BLOCK", BLOCK)
+    tensors = make_tensors(torch.bfloat16)
+    for name in filter(weight_format.is_quantised, list(tensors)):
+        # Blocks of other sizes than their neighbours: a scale at the wrong place shows.
+        tensors[name] *= torch.exp(3 * torch.randn(tensors[name].shape)).bfloat16()
+        values, tensors[name + weight_format.SCALE] = by_definition(tensors[name])
+        tensors[name + ".bytes"] = values
+    ticket = make_ticket(dtype="bfloat16", trainer=trainer, fp8=True)
+    with ThreadPoolExecutor(8) as pool:
+        workers = start_workers(pool, ticket, 1)
+        sums = TrainerRanks(trainer.world).send(ticket, cut_shards(ARCH, trainer, tensors))
+        results = [worker.result(30)[0] for worker in workers]
+    assert [checksum for _, checksum in results] == sums
+    compared = 0
+    for (server, rank), (held, _) in zip(owners(SERVERS), results, strict=True):
+        for parameter in ticket.terms.form.wanted(server_parameters(ARCH, server, rank)):
+            for piece in parameter.pieces:
+                whole = tensors.get(piece.tensor + ".bytes", tensors[piece.tensor])
+                rows, columns = slice(*piece.rows), slice(*piece.columns) if piece.columns else slice(None)
+                expected = whole[rows] if not piece.columns else whole[rows, columns]
+                found = plane(held[parameter.name], piece).reshape(expected.shape)
+                assert found.dtype == expected.dtype
+                assert torch.equal(found.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
+                compared += 1
+    assert compared > 500
 
 
 def test_padding_is_zero(make_ticket: Any) -> None:
