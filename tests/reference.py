@@ -46,12 +46,16 @@ def advantages(
     out = []
     for i, (reward, group) in enumerate(zip(rewards, groups, strict=True)):
         peers = members[group]
-        if flat[i]:
+        if len(set(rewards)) == 1 if kind == "batch" else flat[i]:
             out.append(0.0)
         elif kind == "mean":
             out.append(centered[i])
         elif kind == "rloo":
             out.append(reward - (sum(peers) - reward) / (len(peers) - 1))
+        elif kind == "batch":
+            mean = sum(rewards) / len(rewards)
+            std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / (len(rewards) - ddof))
+            out.append((reward - mean) / (std + eps))
         elif kind == "maxrl":
             out.append(reward / (sum(peers) / len(peers)) - 1)
         elif kind == "std":
@@ -193,6 +197,33 @@ def rloo(answers: Sequence[Response], low: float = 0.2, high: float = 0.2) -> Te
     )
 
 
+def minpro(answers: Sequence[Response], cap: float = 5.0) -> Tensor:
+    """MinPRO: sg(min(w_t x min of the w before t, cap)) A log pi, token mean; 1 before the first token."""
+
+    def term(a: Response, t: int) -> Tensor:
+        w = [ratio.item() for ratio in token_ratios(a)]
+        return min(w[t] * min(w[:t], default=1.0), cap) * a.advantage[t] * a.logp[t]
+
+    return token_mean(answers, term)
+
+
+def interpolated(answers: Sequence[Response], staleness: Sequence[Sequence[int]]) -> list[Response]:
+    """A-3PO: the same answers with the old policy on the line from the sampler to the current policy.
+
+    Versions: the sampler's is v, the old policy's v + d, that in training v + d + 1.
+    """
+    moved = []
+    for answer, ages in zip(answers, staleness, strict=True):
+        assert answer.sampler is not None
+        old = [
+            (1 - (d / (d + 1))) * answer.sampler[t].item() + (d / (d + 1)) * answer.logp[t].item()
+            for t, d in enumerate(ages)
+        ]
+        old = torch.tensor(old, dtype=torch.float64)
+        moved.append(Response(answer.logp, old, answer.advantage, answer.sampler, answer.reference))
+    return moved
+
+
 def minirl(answers: Sequence[Response], low: float = 0.2, high: float = 0.27, cap: float = 5.0) -> Tensor:
     def term(a: Response, t: int) -> Tensor:
         w = token_ratios(a)[t].detach()
@@ -227,6 +258,9 @@ OBJECTIVES: dict[str, Callable[[Sequence[Response]], Tensor]] = {
     "gmpo": gmpo,
     "luspo": luspo,
     "rloo": rloo,
+    "reinforce_pp": lambda answers: dapo(answers, 0.2, 0.2),
+    "reinforce_pp_baseline": lambda answers: dapo(answers, 0.2, 0.2),
+    "minpro": minpro,
     "minirl": minirl,
 }
 """One a preset; `dr_grpo` divides by 16."""
@@ -265,6 +299,9 @@ def correction(name: str, answer: Response, **bounds: float) -> list[float]:
         return [1.0 if kept else 0.0] * answer.length
     if name == "sequence_product":
         return [min(math.exp(sum(gaps)), bounds["cap"])] * answer.length
+    if name == "trust_region_mask":
+        moves = [answer.logp[t].item() - answer.sampler[t].item() for t in range(answer.length)]
+        return [0.0 if max(m * m / 2 for m in moves) > bounds["region"] else 1.0] * answer.length
     if name == "veto":
         return [0.0 if any(x < bounds["below"] for x in k) else 1.0] * answer.length
     drift = sum(answer.sampler[t].item() - answer.logp[t].item() for t in range(answer.length)) / answer.length

@@ -13,15 +13,16 @@ from gspo_megatron.config.base import Section
 from gspo_megatron.config.recipe_paths import ObjectReference
 
 TRUST_RULES = ("clip", "dual_clip", "detached_clip", "soft_gate", "mask", "log_clip", "none")
-Correction = Literal["tis", "mis", "icepop", "geometric_mask", "sequence_product", "opsm", "veto"]
+Correction = Literal["tis", "mis", "icepop", "geometric_mask", "sequence_product", "opsm", "trust_region_mask", "veto"]
 
 
 class Axes(Section):
     """Every axis of the objective. The defaults are GSPO as published."""
 
-    advantage: Literal["std", "mean", "rloo", "batch_std", "maxrl"] = "std"
+    advantage: Literal["std", "mean", "rloo", "batch", "batch_std", "maxrl"] = "std"
     """How rewards r of a group become advantages. `std`: (r - mean) / std. `mean`: r - mean.
-    `rloo`: r - mean of the other responses. `batch_std`: (r - group mean) / std of the batch.
+    `rloo`: r - mean of the other responses. `batch`: (r - batch mean) / std of the batch, without groups.
+    `batch_std`: (r - group mean) / std of the batch; both are of REINFORCE++ (arXiv 2501.03262).
     `maxrl`: (r - mean) / mean, for rewards of at least 0 (MaxRL, arXiv 2602.02710).
 
     Source: GSPO, arXiv 2507.18071, eq. 6.
@@ -35,10 +36,15 @@ class Axes(Section):
 
     Source: GSPO, eq. 7.
     """
-    ratio_reference: Literal["recomputed", "sampler"] = "recomputed"
-    """Denominator of the ratio: log-probs that the trainer recomputes with the old weights, or the sampler's own.
+    ratio_reference: Literal["recomputed", "sampler", "interpolated"] = "recomputed"
+    """Denominator of the ratio: log-probs that the trainer recomputes with the old weights, the sampler's own, or
+    between those and the current ones, by the staleness of the token (A-3PO, arXiv 2512.06547).
 
     Source: GSPO. The two engines' log-probs differ by more than the width of its clip band.
+    """
+    ratio_prefix: Literal["none", "minimum"] = "none"
+    """Detached factor of a token's ratio for the tokens before it; `minimum` = the least of their ratios. Not with
+    trainer.context_parallel. Source: MinPRO, arXiv 2601.22718.
     """
     trust: ObjectReference = "clip"
     """Rule that limits the ratio: clip, dual_clip, detached_clip, soft_gate, mask, log_clip, none, or
@@ -84,6 +90,11 @@ class Axes(Section):
     opsm_delta: float = Field(default=1e-4, ge=0)
     """opsm: mean of (sampler's log-prob - current log-prob), nats per token, above which a response with a negative
     advantage is dropped. Source: the default of slime.
+    """
+    trust_region_delta: float = Field(default=0.5, gt=0)
+    """trust_region_mask: largest (current - sampler)^2 / 2 of a token, in nats, with which its response is kept.
+
+    Source: chosen here, a token whose probability changed by a factor of e; the mask is of arXiv 2512.23075.
     """
     veto_below: float = Field(default=1e-4, gt=0)
     """veto: a response is dropped if any of its token weights is below this value.

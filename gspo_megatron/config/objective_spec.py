@@ -16,8 +16,10 @@ from gspo_megatron.config.plugins import load_object
 from gspo_megatron.config.presets import PRESETS
 from gspo_megatron.config.recipe_paths import ObjectReference
 
-DROP_SEQUENCES = frozenset({"geometric_mask", "opsm", "veto"})
+DROP_SEQUENCES = frozenset({"geometric_mask", "opsm", "trust_region_mask", "veto"})
 """Corrections that give every token of a sequence the factor 0."""
+DRIFT_MASKS = frozenset({"opsm", "trust_region_mask"})
+"""Corrections that compare the current policy with the sampler; the others compare the old policy with it."""
 
 
 class ObjectiveSpec(Axes):
@@ -81,7 +83,8 @@ class ObjectiveSpec(Axes):
         """What reads log-probs of the old weights by the trainer; empty = only metrics do."""
         if self.ratio_reference == "recomputed":
             return "ratio_reference=recomputed divides by them"
-        if self.correction:
+        # Interpolated log-probs take the place of the old policy's.
+        if self.ratio_reference == "sampler" and not DRIFT_MASKS.issuperset(self.correction):
             return f"correction={list(self.correction)} compares them with the sampler's"
         if self.kl != "none":
             return f"kl={self.kl} weighs by them"
@@ -103,7 +106,8 @@ class ObjectiveSection(Axes):
     """`objective`: a preset, and the axes that the recipe changes. A missing or null axis keeps the preset's value."""
 
     preset: ObjectReference = "gspo"
-    """gspo, gspo_token, grpo, grpo_replay, dr_grpo, dapo, cispo, sapo, gmpo, luspo, rloo, minirl, or `file.py:NAME`.
+    """gspo, gspo_token, grpo, grpo_replay, dr_grpo, dapo, cispo, sapo, gmpo, luspo, rloo, reinforce_pp,
+    reinforce_pp_baseline, minpro, minirl, or `file.py:NAME`.
 
     Source: the algorithm this repository is for.
     """

@@ -9,6 +9,7 @@ from gspo_megatron.config.axes import Axes
 _ADVANTAGES = {
     "mean": "advantage r - group mean",
     "rloo": "advantage r - mean of the others",
+    "batch": "advantage (r - batch mean) / batch std",
     "batch_std": "advantage (r - group mean) / batch std",
     "maxrl": "advantage (r - mean) / mean",
 }
@@ -20,9 +21,14 @@ def one_sentence(name: str, spec: Axes, sequences: int | None, updates: int | No
 
     Defaults are left out: advantages normalised by the group's std, no rule for long responses, no group filter.
     """
-    old = {"recomputed": "recomputed old policy", "sampler": "sampler's log-probs"}[spec.ratio_reference]
+    old = {
+        "recomputed": "recomputed old policy",
+        "sampler": "sampler's log-probs",
+        "interpolated": "log-probs between the sampler's and the current",
+    }[spec.ratio_reference]
     level = {"token": "token", "sequence": "sequence", "sequence_token": "sequence (token form)"}[spec.ratio_level]
-    parts = [f"{name}: {level} ratio vs {old}", _trust(spec), _aggregation(spec, sequences)]
+    prefix = " x the least ratio before it" if spec.ratio_prefix == "minimum" else ""
+    parts = [f"{name}: {level} ratio{prefix} vs {old}", _trust(spec), _aggregation(spec, sequences)]
     if updates is not None:
         parts.append(f"{updates} update{'s' if updates != 1 else ''} a batch")
     parts.append(_kl(spec))
@@ -30,7 +36,7 @@ def one_sentence(name: str, spec: Axes, sequences: int | None, updates: int | No
     parts.append("replay off" if spec.replay == "off" else f"replay of the {spec.replay}'s routes")
     if spec.advantage in _ADVANTAGES:
         parts.append(_ADVANTAGES[spec.advantage])
-    if spec.advantage in ("std", "batch_std") and (spec.advantage_ddof or spec.advantage_eps):
+    if spec.advantage in ("std", "batch", "batch_std") and (spec.advantage_ddof or spec.advantage_eps):
         parts.append(f"std with ddof {spec.advantage_ddof} and eps {spec.advantage_eps:g}")
     if spec.overlong != "none":
         parts.append(_overlong(spec))
@@ -89,5 +95,6 @@ def _correction(spec: Axes, name: str) -> str:
         "geometric_mask": f"geometric mask [{spec.geometric_low:g}, {spec.geometric_high:g}]",
         "sequence_product": f"sequence product capped at {spec.tis_cap:g}",
         "opsm": f"OPSM above {_number(spec.opsm_delta)}",
+        "trust_region_mask": f"responses with a token KL above {_number(spec.trust_region_delta)} masked",
         "veto": f"veto below {_number(spec.veto_below)}",
     }[name]

@@ -14,6 +14,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "advantage_eps": 0.0,
         "ratio_level": "sequence",
         "ratio_reference": "recomputed",
+        "ratio_prefix": "none",
         "trust": "clip",
         "clip_low": 3e-4,
         "clip_high": 4e-4,
@@ -44,6 +45,17 @@ PRESETS: dict[str, dict[str, Any]] = {
     "luspo": {"clip_low": 2e-3, "clip_high": 2.5e-3, "aggregation": "seq_mean_token_sum"},
     # 2402.14740: leave-one-out baseline, the log-prob of the whole response.
     "rloo": {**_TOKEN_CLIP, "advantage": "rloo", "aggregation": "seq_mean_token_sum"},
+    # 2501.03262: rewards are normalised over the whole batch; with a baseline, less the mean of their group.
+    "reinforce_pp": {**_TOKEN_CLIP, "advantage": "batch", "aggregation": "token_mean"},
+    "reinforce_pp_baseline": {**_TOKEN_CLIP, "advantage": "batch_std", "aggregation": "token_mean"},
+    # 2601.22718: CISPO with the least ratio of the prefix as a factor. The cap is CISPO's.
+    "minpro": {
+        "ratio_level": "token",
+        "ratio_prefix": "minimum",
+        "trust": "detached_clip",
+        "ratio_cap": 5.0,
+        "aggregation": "token_mean",
+    },
     # 2512.01374: first-order token objective; a capped weight corrects the sampler's gap.
     "minirl": {
         "ratio_level": "token",

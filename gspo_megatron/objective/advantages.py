@@ -14,20 +14,22 @@ from torch import Tensor
 def group_advantages(
     rewards: Tensor,
     group_ids: Tensor,
-    normalize: Literal["std", "mean", "rloo", "batch_std", "maxrl"] = "std",
+    normalize: Literal["std", "mean", "rloo", "batch", "batch_std", "maxrl"] = "std",
     ddof: int = 0,
     eps: float = 0.0,
 ) -> Tensor:
     """[N] rewards -> [N] advantages; groups may differ in size and lie in any order.
 
-    A group whose rewards are all equal, or of one member, gives exactly 0: no `eps` is needed to keep it finite.
+    A group whose rewards are all equal, or of one member, gives exactly 0: no `eps` is needed to keep it finite. With
+    `batch` the whole batch is the group.
 
     Args:
         rewards: [N].
         group_ids: [N] any integers; equal ids are one group.
-        normalize: std = (r - mean) / (std + eps); mean = r - mean; rloo = r - mean of the others;
-            batch_std = (r - group mean) / (std of those over the whole batch + eps); maxrl = (r - mean) / mean, for
-            rewards of at least 0 (MaxRL, arXiv 2602.02710: with rewards 0 and 1 the gradient of log pass rate).
+        normalize: std = (r - mean) / (std + eps); mean = r - mean; rloo = r - mean of the others; batch = std with the
+            whole batch as one group; batch_std = (r - group mean) / (std of those over the whole batch + eps) (both:
+            REINFORCE++, arXiv 2501.03262, equation 10, over responses); maxrl = (r - mean) / mean, for rewards of at
+            least 0 (MaxRL, arXiv 2602.02710: with rewards 0 and 1 the gradient of log pass rate).
         ddof: degrees of freedom taken off in the std.
         eps: added to the std.
 
@@ -38,6 +40,8 @@ def group_advantages(
     if normalize == "maxrl" and bool((rewards < 0).any()):
         least = float(rewards.min())
         raise ValueError(f"advantage=maxrl divides by the mean reward, and one is {least:g}; keep them at least 0")
+    if normalize == "batch":
+        group_ids, normalize = torch.zeros_like(group_ids), "std"
     group, num_groups = number_groups(group_ids)
     size = _per_group(torch.ones_like(rewards, dtype=torch.float64), group, num_groups)
     # Each group in units of its own: squares and sums of rewards near 1e-200 or 1e200 are numbers too.
@@ -62,7 +66,7 @@ def group_advantages(
         variance = centered.square().sum() / max(centered.numel() - ddof, 1)
         centered = torch.where(flat, 0.0, centered / (variance.sqrt() + eps * _power_of_two(-unit)))
     elif normalize != "mean":
-        raise ValueError(f"normalize={normalize} is not known; use std, mean, rloo, batch_std or maxrl")
+        raise ValueError(f"normalize={normalize} is not known; use std, mean, rloo, batch, batch_std or maxrl")
     if normalize in ("mean", "rloo"):
         centered = centered * _power_of_two(exponents[group])
     dtype = rewards.dtype if rewards.is_floating_point() else torch.float64

@@ -45,6 +45,10 @@ def correction_factor(
         elif name == "opsm":
             drifted = packed.spread(packed.means(sampler - current) > spec.opsm_delta)
             factor = torch.where(drifted & (advantages < 0), 0.0, factor)
+        elif name == "trust_region_mask":
+            # The sampled estimate of each token's KL is k2; one token beyond the region takes its response out.
+            outside = (current - sampler).detach().square() / 2 > spec.trust_region_delta
+            factor = torch.where(packed.spread(packed.totals(outside.double()) > 0), 0.0, factor)
         else:
             vetoed = packed.spread(packed.totals((k < spec.veto_below).double()) > 0)
             factor = torch.where(vetoed, 0.0, factor)

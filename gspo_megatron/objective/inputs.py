@@ -44,6 +44,8 @@ class LossInputs:
     """[T] what the sampler reported."""
     reference_logprobs: Tensor | None = None
     """[T] under the reference policy of the KL axis."""
+    staleness: Tensor | None = None
+    """[T] fp32 or fp64: weight versions between the token and the batch, for ratio_reference=interpolated."""
     token_advantages: bool | None = None
     """Whether `advantages` is one a token; None = decided by its shape, and [S] where S == T."""
 
@@ -121,7 +123,7 @@ def check_values(inputs: LossInputs) -> None:
 
 
 def _token_tensors(inputs: LossInputs) -> Iterator[tuple[str, Tensor]]:
-    for name in ("logprobs", "old_logprobs", "rollout_logprobs", "reference_logprobs"):
+    for name in ("logprobs", "old_logprobs", "rollout_logprobs", "reference_logprobs", "staleness"):
         tensor = getattr(inputs, name)
         if tensor is not None:
             yield name, tensor
@@ -143,10 +145,13 @@ def _check_advantages(spec: ObjectiveSpec, inputs: LossInputs, num_tokens: int, 
 
 def _check_presence(spec: ObjectiveSpec, inputs: LossInputs) -> None:
     if inputs.rollout_logprobs is None:
-        if spec.ratio_reference == "sampler":
-            raise ValueError("rollout_logprobs is None, but ratio_reference=sampler divides by them; pass them")
+        if spec.ratio_reference != "recomputed":
+            named = f"ratio_reference={spec.ratio_reference}"
+            raise ValueError(f"rollout_logprobs is None, but {named} divides by them; pass them")
         if spec.correction:
             raise ValueError(f"rollout_logprobs is None, but correction={list(spec.correction)} reads them; pass them")
+    if inputs.staleness is None and spec.ratio_reference == "interpolated":
+        raise ValueError("staleness is None, but ratio_reference=interpolated weighs by it; pass it")
     if inputs.old_logprobs is None and spec.requires_old_logprobs:
         raise ValueError(f"old_logprobs is None, but {spec.requires_old_logprobs}; pass them")
     if inputs.reference_logprobs is None and spec.kl != "none" and spec.kl_in == "loss":

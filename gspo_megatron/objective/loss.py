@@ -36,6 +36,7 @@ from gspo_megatron.objective.inputs import LossInputs, LossOutput, check_shapes,
 from gspo_megatron.objective.kl import kl_estimate
 from gspo_megatron.objective.metrics import compared_sums, metric_sums
 from gspo_megatron.objective.packed import Packed, SumOverContext, identity
+from gspo_megatron.objective.prefix import least_before
 from gspo_megatron.objective.trust import Surrogate, TokenTerms, clip_log_ratio, find_rule
 
 
@@ -57,17 +58,20 @@ def policy_loss(spec: ObjectiveSpec, inputs: LossInputs, sum_over_context: SumOv
     old = sampler if inputs.old_logprobs is None else packed.trained(inputs.old_logprobs.detach())
     assert old is not None, "check_shapes refuses inputs that have neither"
     advantages = _token_advantages(packed, inputs)
+    base = _ratio_base(spec, packed, inputs, current, old)
+    # Interpolated log-probs are the old policy of everything but the metrics.
+    proximal = base if spec.ratio_reference == "interpolated" else old
 
-    surrogate, log_s = _surrogate(spec, packed, current, _ratio_base(spec, old, sampler), advantages)
+    surrogate, log_s = _surrogate(spec, packed, current, base, advantages)
     factor = None
     objective = surrogate.objective
     if spec.correction and sampler is not None:
-        factor = correction_factor(spec, packed, current, old, sampler, advantages)
+        factor = correction_factor(spec, packed, current, proximal, sampler, advantages)
         objective = objective * factor
     divergence = None
     if spec.kl != "none" and spec.kl_in == "loss" and inputs.reference_logprobs is not None:
         reference = packed.trained(inputs.reference_logprobs.detach())
-        divergence = kl_estimate(spec.kl, current, reference, bounded_exp(current - old))
+        divergence = kl_estimate(spec.kl, current, reference, bounded_exp(current - proximal))
         objective = objective - spec.kl_coefficient * divergence
 
     share = -(torch.where(packed.mask, objective, 0.0) * _token_weights(spec, packed, inputs)).sum()
@@ -82,9 +86,17 @@ def _token_advantages(packed: Packed, inputs: LossInputs) -> Tensor:
     return packed.trained(advantages if inputs.advantages_per_token else packed.spread(advantages))
 
 
-def _ratio_base(spec: ObjectiveSpec, old: Tensor, sampler: Tensor | None) -> Tensor:
-    """[T] log-probs that the ratio divides by."""
-    return sampler if spec.ratio_reference == "sampler" and sampler is not None else old
+def _ratio_base(spec: ObjectiveSpec, packed: Packed, inputs: LossInputs, current: Tensor, old: Tensor) -> Tensor:
+    """[T] log-probs that the ratio divides by, detached."""
+    if spec.ratio_reference == "recomputed" or inputs.rollout_logprobs is None:
+        return old
+    sampler = packed.trained(inputs.rollout_logprobs.detach())
+    if spec.ratio_reference == "sampler" or inputs.staleness is None:
+        return sampler
+    # A-3PO, arXiv 2512.06547: (v_old - v_sampler) / (v_current - v_sampler) of the way between the two log-probs. The
+    # old policy is one version behind the one in training, so a token of d versions ago is d / (d + 1) of the way.
+    behind = packed.trained(inputs.staleness.detach())
+    return sampler + behind / (behind + 1) * (current.detach() - sampler)
 
 
 def _surrogate(
@@ -103,6 +115,8 @@ def _surrogate(
         # clip condition and the gradient of the sequence ratio (equation 14 of the paper), and only two numbers a
         # sequence cross ranks.
         log_ratio = (log_ratio - log_ratio.detach()) + packed.spread(center)
+    elif spec.ratio_prefix == "minimum":
+        log_ratio = log_ratio + least_before(packed, log_ratio)
     surrogate = find_rule(spec.trust)(TokenTerms(spec, current, base, bounded_exp(log_ratio), advantages))
     if low is not None and high is not None:
         surrogate = Surrogate(surrogate.objective, low, high)

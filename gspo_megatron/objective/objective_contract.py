@@ -138,4 +138,5 @@ def _sample_batch(spec: ObjectiveSpec) -> LossInputs:
         loss_mask=torch.ones(6, dtype=torch.bool),
         cu_seqlens=torch.tensor([0, 3, 6]),
         totals=BatchTotals(sequences=2, tokens=6),
+        staleness=torch.tensor([0, 0, 1, 0, 1, 2], dtype=torch.float64),
     )

@@ -58,7 +58,7 @@ def _mostly_clipped(metrics: Mapping[str, float]) -> Finding | None:
 def _first_minibatch_moved(spec: ObjectiveSpec, metrics: Mapping[str, float]) -> Finding | None:
     moved = metrics.get("log_s_abs_max/minibatch_0", 0.0)
     clipped = metrics.get("clip_fraction_tokens/minibatch_0", 0.0)
-    if spec.ratio_reference == "sampler" or (moved <= UNMOVED and clipped == 0):
+    if spec.ratio_reference != "recomputed" or (moved <= UNMOVED and clipped == 0):
         return None
     return Finding(
         "first-minibatch-moved", "warning", "objective.ratio_reference",
@@ -72,7 +72,7 @@ def _mismatch_wider_than_band(spec: ObjectiveSpec, metrics: Mapping[str, float])
     if not spec.per_sequence or spec.trust not in ("clip", "dual_clip", "mask"):
         return None
     band = min(spec.clip_low, spec.clip_high)
-    if spec.ratio_reference == "sampler":
+    if spec.ratio_reference != "recomputed":
         # Nobody recomputed the old log-probs: the first mini-batch's log s is the gap.
         gap, severity = abs(metrics.get("log_s_p50/minibatch_0", 0.0)), "warning"
         gap = max(gap, abs(metrics.get("mismatch_k1", 0.0)))

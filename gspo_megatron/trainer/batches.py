@@ -22,6 +22,7 @@ from gspo_megatron.plan.estimate.flops import forward_flops
 from gspo_megatron.policy.microbatch import MicroBatch
 from gspo_megatron.policy.policy import Policy, Scored
 from gspo_megatron.policy.replay import Routes
+from gspo_megatron.trainer.token_staleness import token_staleness
 from gspo_megatron.transport.update_messages import Probe
 from gspo_megatron.types import Sample, SampleRef
 
@@ -72,11 +73,13 @@ class MiniBatch[Part: ScoredMicroBatch]:
     """The part of `totals` that is in no micro-batch of any rank, because its gradient is 0."""
     is_first: bool
     """Whether it is trained on before any update of the weights that gave the old log-probs."""
+    version: int = 0
+    """Of those weights."""
 
     def with_advantages(self, advantages: Mapping[SampleRef, float]) -> MiniBatch[TrainingMicroBatch]:
         """This mini-batch, ready for its update."""
         ready = [micro.with_advantages(advantages) for micro in self.micro_batches]
-        return MiniBatch(ready, self.totals, self.left_out, self.is_first)
+        return MiniBatch(ready, self.totals, self.left_out, self.is_first, self.version)
 
     def old_logprobs(self, index: int, now: Tensor) -> Tensor | None:
         """[T_local] old log-probs of a micro-batch.
@@ -92,6 +95,13 @@ class MiniBatch[Part: ScoredMicroBatch]:
         if old is None:
             return now if self.is_first else None
         return old.logprobs
+
+    def staleness(self, index: int, spec: ObjectiveSpec) -> Tensor | None:
+        """[T_local] versions between each token of a micro-batch and the old weights; None where nothing reads them."""
+        if spec.ratio_reference != "interpolated":
+            return None
+        micro = self.micro_batches[index]
+        return token_staleness(micro.refs, micro.batch, self.version)
 
 
 class Batcher:

@@ -67,7 +67,9 @@ def write_dump(
         tensors = {
             f"{index}/{name}": tensor.detach().cpu().contiguous()
             for index, (micro, now) in enumerate(micro_batches)
-            for name, tensor in _tensors(micro, now, update.minibatch.old_logprobs(index, now)).items()
+            for name, tensor in _tensors(
+                micro, now, update.minibatch.old_logprobs(index, now), update.minibatch.staleness(index, spec)
+            ).items()
         }
         write_tensors(tensors, directory / f"rank_{dist.get_rank():05d}.safetensors")
     if dist.get_rank() == 0:
@@ -83,7 +85,7 @@ def write_dump(
     return directory
 
 
-def _tensors(micro: TrainingMicroBatch, now: Tensor, old: Tensor | None) -> dict[str, Tensor]:
+def _tensors(micro: TrainingMicroBatch, now: Tensor, old: Tensor | None, staleness: Tensor | None) -> dict[str, Tensor]:
     batch = micro.batch
     found = {
         "targets": batch.targets,
@@ -96,6 +98,8 @@ def _tensors(micro: TrainingMicroBatch, now: Tensor, old: Tensor | None) -> dict
         "old_logprobs": batch.rollout_logprobs if old is None else old,
         "logprobs": now,
     }
+    if staleness is not None:
+        found["staleness"] = staleness
     if micro.reference is not None:
         found["reference_logprobs"] = micro.reference.logprobs
     return found

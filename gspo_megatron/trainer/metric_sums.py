@@ -33,6 +33,7 @@ def zero_sums(spec: ObjectiveSpec, device: torch.device) -> dict[str, Tensor]:
         loss_mask=torch.zeros(1, dtype=torch.bool),
         cu_seqlens=torch.tensor([0, 1]),
         totals=BatchTotals(0, 0),
+        staleness=nothing,
         token_advantages=False,
     )
     sums = {**policy_loss(spec, inputs).metrics, TOKEN_ENTROPY: nothing.sum()}

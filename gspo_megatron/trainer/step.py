@@ -145,7 +145,7 @@ class Trainer:
             left_out = response_advantages.count([ref for ref in part if ref in silent])
             scores = (old.routes, old.is_routed, old.logprobs, self._reference(batches))
             micro_batches = [ScoredMicroBatch(*values) for values in zip(members, batches, *scores, strict=True)]
-            minibatches.append(MiniBatch(micro_batches, totals, left_out, is_first=number == 0))
+            minibatches.append(MiniBatch(micro_batches, totals, left_out, number == 0, self.version))
         return minibatches
 
     def keep_reference(self) -> None:

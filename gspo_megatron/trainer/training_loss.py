@@ -47,6 +47,7 @@ def make_loss(
             loss_mask=batch.loss_mask,
             cu_seqlens=batch.cu_seqlens,
             totals=minibatch.totals,
+            staleness=minibatch.staleness(index, spec),
             token_advantages=False,
         )
         out = policy_loss(spec, inputs, sum_over_context)

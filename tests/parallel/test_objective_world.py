@@ -54,7 +54,7 @@ def oracle(name: str) -> tuple[float, list[torch.Tensor]]:
         )
     if group == "correction":
         value, grads = 0.0, []
-        bounds = {"low": 0.8, "high": 1.2, "cap": 2.0, "below": 0.5, "delta": 1e-4}
+        bounds = {"low": 0.8, "high": 1.2, "cap": 2.0, "below": 0.5, "delta": 1e-4, "region": 0.3}
         for answer in case.answers:
             factor = torch.tensor(reference.correction(name.split("/")[1], answer, **bounds), dtype=torch.float64)
             one, grad = reference.gradients(reference.gspo, [answer])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-from gspo_megatron.config.objective_spec import ObjectiveSpec
+from gspo_megatron.config.objective_spec import DRIFT_MASKS, ObjectiveSpec
 from gspo_megatron.types import Finding, Severity
 
 PAPER_BAND, PAPER_LENGTH = 3.5e-4, 10_000
@@ -14,6 +14,7 @@ PRODUCT_LENGTH = 256
 """Tokens up to which a product of token weights is usable. At 1.5e-3 nats per token its log is -0.4 there."""
 _BANDED = ("clip", "dual_clip", "mask")
 _TOKEN_WEIGHTS = ("tis", "mis", "icepop")
+_NORMALISED = ("std", "batch", "batch_std")
 
 
 def findings(
@@ -59,6 +60,12 @@ def _ratio(spec: ObjectiveSpec, updates: int | None, max_answer_tokens: int | No
             "log_clip bounds token log-ratios before they are averaged, but ratio_level=token averages nothing",
             "use ratio_level=sequence (gmpo) or trust=clip",
         )  # fmt: skip
+    if spec.ratio_prefix != "none" and (spec.per_sequence or spec.trust == "log_clip"):
+        yield _say(
+            "prefix-without-token-ratio", "error", "ratio_prefix",
+            f"{spec.ratio_prefix} is a factor of token ratios, but ratio_level={spec.ratio_level} has none",
+            "use ratio_level=token (minpro), or ratio_prefix=none",
+        )  # fmt: skip
     if spec.trust in _BANDED and max_answer_tokens is not None:
         yield from _band(spec, max_answer_tokens)
     if spec.trust == "dual_clip" and spec.dual_clip_bound <= 1 + spec.clip_high:
@@ -67,7 +74,7 @@ def _ratio(spec: ObjectiveSpec, updates: int | None, max_answer_tokens: int | No
             f"{spec.dual_clip_bound:g} lies inside the band that ends at {1 + spec.clip_high:g}",
             "set it well above, e.g. 3",
         )  # fmt: skip
-    if spec.ratio_reference == "sampler" and spec.per_sequence and spec.clip_low < 2e-3 and spec.trust in _BANDED:
+    if spec.ratio_reference != "recomputed" and spec.per_sequence and spec.clip_low < 2e-3 and spec.trust in _BANDED:
         yield _say(
             "sampler-logprobs-as-old", "warning", "ratio_reference",
             f"clip_low={spec.clip_low:g} around the sampler's log-probs: two engines differ by about 1.5e-3 nats per "
@@ -121,7 +128,7 @@ def _correction(spec: ObjectiveSpec, max_answer_tokens: int | None) -> Iterator[
             f"{list(spec.correction)} multiplies the token weight in {max(len(weights), 2)} times",
             "keep one of tis, mis, icepop",
         )  # fmt: skip
-    if spec.ratio_reference == "sampler" and any(name != "opsm" for name in spec.correction):
+    if spec.ratio_reference == "sampler" and not DRIFT_MASKS.issuperset(spec.correction):
         yield _say(
             "correction-twice", "error", "correction",
             f"{list(spec.correction)} corrects a gap that ratio_reference=sampler already has inside the ratio",
@@ -199,7 +206,7 @@ def _lengths(spec: ObjectiveSpec, max_answer_tokens: int | None) -> Iterator[Fin
 
 
 def _groups(spec: ObjectiveSpec, answers: int | None) -> Iterator[Finding]:
-    if answers == 1:
+    if answers == 1 and spec.advantage != "batch":
         yield Finding(
             "group-of-one", "error", "batch.answers",
             f"with 1 response per prompt advantage={spec.advantage} compares nothing: every advantage is 0",
@@ -219,8 +226,8 @@ def _own(spec: ObjectiveSpec) -> bool:
 
 
 _READ_WHEN: dict[str, Callable[[ObjectiveSpec], bool]] = {
-    "advantage_ddof": lambda s: s.advantage in ("std", "batch_std"),
-    "advantage_eps": lambda s: s.advantage in ("std", "batch_std"),
+    "advantage_ddof": lambda s: s.advantage in _NORMALISED,
+    "advantage_eps": lambda s: s.advantage in _NORMALISED,
     "clip_low": lambda s: s.trust in (*_BANDED, "log_clip") or _own(s),
     "clip_high": lambda s: s.trust in (*_BANDED, "log_clip") or _own(s),
     "dual_clip_bound": lambda s: s.trust == "dual_clip" or _own(s),
@@ -234,6 +241,7 @@ _READ_WHEN: dict[str, Callable[[ObjectiveSpec], bool]] = {
     "geometric_low": lambda s: "geometric_mask" in s.correction,
     "geometric_high": lambda s: "geometric_mask" in s.correction,
     "opsm_delta": lambda s: "opsm" in s.correction,
+    "trust_region_delta": lambda s: "trust_region_mask" in s.correction,
     "veto_below": lambda s: "veto" in s.correction,
     "aggregation_length": lambda s: s.aggregation == "constant",
     "kl_in": lambda s: s.kl != "none",

@@ -71,6 +71,7 @@ RANGES: tuple[Range, ...] = (
     Range("objective.geometric_low", 0.5, 0.99999, "0.99 to 0.999; the mean is 1 where the engines agree"),
     Range("objective.geometric_high", 1.00001, 2.0, "1.001 to 1.01; the mean is 1 where the engines agree"),
     Range("objective.opsm_delta", 1e-6, 1e-2, "1e-4 (slime)"),
+    Range("objective.trust_region_delta", 1e-4, 10.0, "nats: 0.5 is a factor of e, 2 one of e^2"),
     Range("objective.veto_below", 1e-8, 1e-2, "1e-4 to 1e-6 in public recipes"),
     Range("trainer.max_steps", 0, 20_000, "500 to 10,000 steps in public runs"),
     Range("trainer.max_skipped", 0, 50, "a few: what is skipped more often is not an outlier"),

@@ -42,6 +42,7 @@ def findings(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[F
     yield from _staleness(recipe, spec)
     yield from long_tail.findings(recipe)
     yield from _replay(recipe, spec, arch, machine)
+    yield from _prefix(recipe, spec)
     yield from _rewards(recipe, spec)
     yield from _offload(recipe, machine)
     yield from _small_print(recipe, arch, machine)
@@ -177,6 +178,16 @@ def _staleness(recipe: Recipe, spec: ObjectiveSpec) -> Iterator[Finding]:
             "stale-without-correction", "warning", "rollout.max_staleness",
             f"tokens up to {allowed} versions old are trained on as if the current weights had sampled them",
             "set objective.correction to tis or icepop, or max_staleness=0",
+        )  # fmt: skip
+
+
+def _prefix(recipe: Recipe, spec: ObjectiveSpec) -> Iterator[Finding]:
+    if spec.ratio_prefix != "none" and recipe.trainer.context_parallel > 1:
+        yield Finding(
+            "prefix-over-ranks", "error", "trainer.context_parallel",
+            f"{recipe.trainer.context_parallel} ranks hold parts of a response, and objective.ratio_prefix="
+            f"{spec.ratio_prefix} is a minimum over all tokens before a token, which does not cross ranks",
+            "set it to 1, or objective.ratio_prefix=none",
         )  # fmt: skip
 
 

@@ -33,8 +33,15 @@ PRESET_NAMES = (
     "gmpo",
     "luspo",
     "rloo",
+    "reinforce_pp",
+    "reinforce_pp_baseline",
+    "minpro",
     "minirl",
 )
+
+
+WHOLE_ROWS = ("minpro",)
+"""Presets that look along a sequence: it lies on one rank as a whole."""
 
 
 def preset(name: str) -> ObjectiveSpec:
@@ -90,6 +97,8 @@ class Row:
     """Where they stand in the row."""
     length: int
     garbage: float = float("nan")
+    staleness: Tensor | None = None
+    """[n] weight versions since each trained token."""
 
     def full(self, values: Tensor) -> Tensor:
         """[n] -> [length], garbage at untrained positions."""
@@ -178,6 +187,9 @@ def loss_inputs(
         rollout_logprobs=packed([row.answer.sampler for row in rows]) if sampler else None,
         reference_logprobs=packed([row.answer.reference for row in rows])
         if reference and all(row.answer.reference is not None for row in rows)
+        else None,
+        staleness=packed([row.staleness for row in rows])
+        if rows and all(row.staleness is not None for row in rows)
         else None,
         token_advantages=token_advantages,
     )

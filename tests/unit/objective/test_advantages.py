@@ -25,7 +25,7 @@ from tests.unit.objective.cases import EXAMPLES, as_rows, loss_inputs, random_an
 SCORES = st.sampled_from([0.0, 0.1, 0.3, 0.7, 1.0])
 
 
-@pytest.mark.parametrize("kind", ["std", "mean", "rloo", "batch_std", "maxrl"])
+@pytest.mark.parametrize("kind", ["std", "mean", "rloo", "batch", "batch_std", "maxrl"])
 @pytest.mark.parametrize("ddof", [0, 1])
 @EXAMPLES
 @given(data=st.lists(st.tuples(SCORES, st.integers(-2, 3)), min_size=2, max_size=12))
@@ -60,6 +60,15 @@ def test_maxrl_is_the_gradient_of_the_log_pass_rate() -> None:
     advantages = group_advantages(rewards, torch.zeros(many), "maxrl")
     got = (advantages * torch.where(rewards > 0, hits, misses)).mean()
     assert float(got) == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_the_whole_batch_as_one_group() -> None:
+    """REINFORCE++: by hand, (1, 1, 0, 0, 0) has mean 0.4 and deviation sqrt(0.24), whatever the groups are."""
+    rewards, groups = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0]).double(), torch.tensor([3, 3, 3, 9, 9])
+    high, low = 0.6 / 0.24**0.5, -0.4 / 0.24**0.5
+    got = group_advantages(rewards, groups, "batch")
+    assert got.tolist() == pytest.approx([high, high, low, low, low], abs=1e-14)
+    assert group_advantages(torch.full((4,), 0.1), torch.tensor([0, 0, 1, 1]), "batch").tolist() == [0] * 4
 
 
 def test_maxrl_refuses_a_negative_reward() -> None:

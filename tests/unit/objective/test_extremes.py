@@ -30,7 +30,7 @@ from tests.unit.objective.cases import PRESET_NAMES, as_rows, engine, preset, ra
 CASES = settings(deadline=None, print_blob=True, max_examples=int(os.environ.get("GSPO_FUZZ", "1000")) // 10)
 LEVELS = ("token", "sequence", "sequence_token")
 ESTIMATORS = ("k1", "k2", "k3", "k3_unbiased")
-CORRECTIONS = ("tis", "mis", "icepop", "geometric_mask", "sequence_product", "opsm", "veto")
+CORRECTIONS = ("tis", "mis", "icepop", "geometric_mask", "sequence_product", "opsm", "trust_region_mask", "veto")
 LOGPROBS = st.one_of(st.floats(-90, 0), st.floats(-1500, 0), st.sampled_from([0.0, -88.0, -89.0, -710.0, -1e4, -1e30]))
 """Nats. float32 holds exp up to 88, float64 up to 709."""
 
@@ -54,6 +54,7 @@ def compute(
         loss_mask=torch.ones(length, dtype=torch.bool),
         cu_seqlens=torch.tensor([0, length]),
         totals=BatchTotals(1, length),
+        staleness=torch.arange(length, dtype=dtype),
         token_advantages=False,
     )
     out = policy_loss(spec, inputs)
@@ -95,7 +96,8 @@ def test_no_size_of_a_gap_gives_what_is_not_finite(data: st.DataObject) -> None:
     spec = ObjectiveSpec.preset("gspo").replace(
         trust=one_of(TRUST_RULES), ratio_level=one_of(LEVELS), kl=one_of(("none", *ESTIMATORS)), kl_coefficient=0.1,
         correction=data.draw(st.lists(st.sampled_from(CORRECTIONS), unique=True, max_size=2)),
-        clip_low=0.2, clip_high=0.3, ratio_reference=one_of(("recomputed", "sampler")),
+        clip_low=0.2, clip_high=0.3, ratio_reference=one_of(("recomputed", "sampler", "interpolated")),
+        ratio_prefix=one_of(("none", "minimum")),
         aggregation=one_of(("seq_mean_token_mean", "token_mean", "seq_mean_token_sum")),
     )  # fmt: skip
     names = ("current", "old", "sampler", "reference")
@@ -138,7 +140,7 @@ def test_a_preset_is_its_formula_far_from_the_old_policy(name: str, seed: int, s
 
 
 REWARDS = st.one_of(st.sampled_from([0.0, 0.1, 0.3, 1.0]), st.integers(-5, 5).map(float))
-NORMALIZE = ("std", "mean", "rloo", "batch_std")
+NORMALIZE = ("std", "mean", "rloo", "batch", "batch_std")
 
 
 @CASES

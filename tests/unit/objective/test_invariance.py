@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +15,7 @@ from tests.unit.objective.cases import (
     EXAMPLES,
     FIXTURES,
     PRESET_NAMES,
+    WHOLE_ROWS,
     Layout,
     as_answers,
     as_rows,
@@ -26,7 +29,7 @@ from tests.unit.objective.cases import (
 )
 
 EVERY_CORRECTION = {
-    "correction": ["tis", "geometric_mask", "opsm", "veto"],
+    "correction": ["tis", "geometric_mask", "opsm", "trust_region_mask", "veto"],
     "geometric_low": 0.7,
     "geometric_high": 1.4,
 }
@@ -63,7 +66,7 @@ def test_no_layout_changes_loss_or_gradient(name: str, data: st.DataObject) -> N
     order = data.draw(st.permutations(range(5)))
     cuts = sorted(data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=4)))
     microbatches = [list(order[a:b]) for a, b in zip([0, *cuts], [*cuts, 5], strict=True)]
-    context = data.draw(st.sampled_from([1, 2, 4]))
+    context = data.draw(st.sampled_from([1] if name in WHOLE_ROWS else [1, 2, 4]))
     spec = preset(name)
     if not spec.correction:
         spec = spec.replace(**EVERY_CORRECTION)
@@ -177,16 +180,19 @@ def test_length_does_not_weigh_in_a_sequence_mean(name: str) -> None:
     assert float(luspo[1] / luspo[0]) == pytest.approx(2, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", ["tis", "mis", "icepop", "geometric_mask", "sequence_product", "opsm", "veto"])
+@pytest.mark.parametrize(
+    "name", ["tis", "mis", "icepop", "geometric_mask", "sequence_product", "opsm", "trust_region_mask", "veto"]
+)
 def test_a_correction_is_a_factor_and_nothing_else(name: str) -> None:
     """|y_i| and the denominators stay: the corrected gradient is factor x gradient, token by token."""
     bounds = {
         "tis": {"cap": 2.0}, "mis": {"low": 0.0, "high": 2.0}, "icepop": {"low": 0.5, "high": 5.0},
         "geometric_mask": {"low": 0.8, "high": 1.2}, "sequence_product": {"cap": 2.0}, "opsm": {"delta": 1e-4},
-        "veto": {"below": 0.5},
+        "trust_region_mask": {"region": 0.3}, "veto": {"below": 0.5},
     }[name]  # fmt: skip
     answers = random_answers(12, 3e-4, count=12, longest=8)
-    spec = preset("gspo").replace(correction=name, geometric_low=0.8, geometric_high=1.2, veto_below=0.5)
+    changed = {"geometric_low": 0.8, "geometric_high": 1.2, "trust_region_delta": 0.3, "veto_below": 0.5}
+    spec = preset("gspo").replace(correction=name, **changed)
     plain, corrected = engine(preset("gspo"), as_rows(answers)), engine(spec, as_rows(answers, seed=6))
     factors = [reference.correction(name, answer, **bounds) for answer in answers]
     expected = [g * torch.tensor(f, dtype=torch.float64) for g, f in zip(plain[1], factors, strict=True)]
@@ -207,3 +213,55 @@ def test_ratio_against_the_sampler() -> None:
     got = engine(spec, as_rows(answers, seed=6), Layout([[0, 1, 2], [3, 4, 5]], 2))
     assert got[0] == pytest.approx(value, abs=1e-12)
     assert_same(got[1], grads, 1e-12)
+
+
+@pytest.mark.parametrize("context", [1, 2, 4])
+@pytest.mark.parametrize("name", ["gspo", "grpo", "grpo_tis"])
+@settings(EXAMPLES, max_examples=10)
+@given(seed=st.integers(0, 2**31))
+def test_the_old_policy_on_the_line_between_sampler_and_current(name: str, context: int, seed: int) -> None:
+    """A-3PO: value and gradient are those of the same objective with the interpolated log-probs as constants."""
+    answers = random_answers(seed, 4e-4)
+    ages = [[(seed + 3 * i + t // 2) % 4 for t in range(a.length)] for i, a in enumerate(answers)]
+    spec = preset(name.split("_")[0])
+    moved = reference.interpolated(answers, ages)
+    weights = [[1.0] * a.length for a in answers]
+    if name == "grpo_tis":  # the weight of decoupled PPO: interpolated policy over sampler, capped
+        spec = spec.replace(correction="tis")
+        weights = [reference.correction("tis", answer, cap=2.0) for answer in moved]
+    _, grads = reference.gradients(reference.OBJECTIVES[name.split("_")[0]], moved)
+    rows = as_rows(answers, seed=5)
+    for row, age in zip(rows, ages, strict=True):
+        row.staleness = torch.tensor(age, dtype=torch.float64)
+    _, got, _ = engine(spec.replace(ratio_reference="interpolated"), rows, Layout([[0, 1, 2], [3, 4, 5]], context))
+    assert_same(got, [g * torch.tensor(w, dtype=torch.float64) for g, w in zip(grads, weights, strict=True)], 1e-12)
+
+
+def test_fresh_tokens_are_interpolated_to_the_sampler_itself() -> None:
+    answers = random_answers(21, 3e-4)
+    fresh, sampler = as_rows(answers), as_rows(answers)
+    for row in fresh:
+        row.staleness = torch.zeros(row.answer.length, dtype=torch.float64)
+    got = engine(preset("gspo").replace(ratio_reference="interpolated"), fresh)
+    wanted = engine(preset("gspo").replace(ratio_reference="sampler"), sampler)
+    assert got[0] == wanted[0]
+    assert_same(got[1], wanted[1], 0)
+
+
+def test_one_token_beyond_the_region_takes_its_response_out() -> None:
+    answers = as_answers([[0.0, 0.9, 0.0], [0.0, -1.1, 0.0]], [1.0, 1.0])
+    spec = preset("gspo").replace(correction="trust_region_mask", trust="none")  # 0.405 and 0.605 nats
+    _, grads, sums = engine(spec, as_rows(answers, seed=2), Layout([[0, 1]], 2))
+    assert bool((grads[0] != 0).all()) and grads[1].tolist() == [0, 0, 0]
+    assert sums["correction_zero_tokens"] == 3 and sums["sequences"] == pytest.approx(2)
+
+
+def test_the_least_ratio_of_the_prefix_is_a_factor() -> None:
+    """By hand: ratios 2, 1/2, 4, 8 have prefix factors 1, 2, 1/2, 1/2, so weights 2, 1, 2, 4; the next response starts
+    with factor 1 again, and an untrained token in between changes nothing."""
+    two = math.log(2)
+    answers = as_answers([[two, -two, 2 * two, 3 * two], [-two, two]], [1.0, -1.0])
+    for seed in (None, 4):
+        _, grads, _ = engine(preset("minpro"), as_rows(answers, seed=seed))
+        assert (grads[0] * 6).tolist() == pytest.approx([2, 1, 2, 4], abs=1e-14)
+        assert (grads[1] * 6).tolist() == pytest.approx([-1 / 2, -1], abs=1e-14)

@@ -18,7 +18,7 @@ WHOLE = {"gspo", "gspo_token", "luspo"}
 def test_a_reason_for_every_preset_that_keeps_its_gradients(name: str) -> None:
     spec = ObjectiveSpec.preset(name)
     assert (spec.keeps_every_gradient == "") == (name in WHOLE)
-    for correction in ("geometric_mask", "opsm", "veto"):
+    for correction in ("geometric_mask", "opsm", "trust_region_mask", "veto"):
         assert spec.replace(correction=[correction]).keeps_every_gradient == ""
 
 
@@ -57,6 +57,25 @@ def test_against_the_sampler_old_logprobs_are_for_metrics_only() -> None:
     empty = {name for name in alone.metrics if name.startswith(("policy_", "mismatch_", "compared_"))}
     for name, value in alone.metrics.items():
         assert torch.equal(value, torch.zeros_like(value) if name in empty else with_old.metrics[name]), name
+
+
+def test_a_mask_by_the_drift_from_the_sampler_reads_no_old_logprobs() -> None:
+    """Trust region masking as published: the ratio against the sampler, and no pass of the old policy."""
+    spec = ObjectiveSpec.preset("gspo").replace(ratio_reference="sampler", correction=["trust_region_mask", "opsm"])
+    assert spec.requires_old_logprobs == ""
+    given = far_inputs(0.3)
+    with_old, alone = (policy_loss(spec, one) for one in (given, replace(given, old_logprobs=None)))
+    assert float(alone.loss.detach()) == float(with_old.loss.detach())
+
+
+def test_interpolated_logprobs_take_the_place_of_the_old_ones() -> None:
+    spec = ObjectiveSpec.preset("grpo").replace(ratio_reference="interpolated", correction=["tis"])
+    assert spec.requires_old_logprobs == ""
+    given = replace(far_inputs(0.3), staleness=torch.tensor([0.0, 1, 2, 0]))
+    with_old, alone = (policy_loss(spec, one) for one in (given, replace(given, old_logprobs=None)))
+    assert float(alone.loss.detach()) == float(with_old.loss.detach())
+    with pytest.raises(ValueError, match="staleness is None, but ratio_reference=interpolated weighs by it"):
+        policy_loss(spec, far_inputs(0.3))
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from tests.unit.objective.cases import (
 
 # Spreads of the mean log-ratio at which each preset meets both sides of its band.
 SPREAD = {"gspo": 5e-4, "gspo_token": 5e-4, "luspo": 3e-3}
-DETACHED = ("cispo", "minirl")
+DETACHED = ("cispo", "minpro", "minirl")
 
 
 @pytest.mark.parametrize("name", PRESET_NAMES)

@@ -33,6 +33,7 @@ def test_gspo_is_written_out_and_is_the_default_of_every_axis() -> None:
     assert ObjectiveSpec().model_dump() == written
     numbers = {"dual_clip_bound", "ratio_cap", "tau_positive", "tau_negative", "options", "tis_cap", "mask_low"}
     numbers |= {"mask_high", "geometric_low", "geometric_high", "opsm_delta", "veto_below", "aggregation_length"}
+    numbers |= {"trust_region_delta"}
     numbers |= {"kl_in", "kl_coefficient", "overlong_buffer", "name"}
     assert written.keys() == row.keys() | numbers and not row.keys() & numbers
 
@@ -100,7 +101,8 @@ def test_two_objectives_have_two_sentences() -> None:
         "advantage_ddof": 1,
         "advantage_eps": 0.1,
         "ratio_level": "token",
-        "ratio_reference": "sampler",
+        "ratio_reference": "interpolated",
+        "ratio_prefix": "minimum",
         "trust": "none",
         "clip_low": 0.1,
         "clip_high": 0.1,
@@ -116,6 +118,7 @@ def test_two_objectives_have_two_sentences() -> None:
         "geometric_low": 0.1,
         "geometric_high": 9.0,
         "opsm_delta": 0.1,
+        "trust_region_delta": 0.1,
         "veto_below": 0.1,
         "aggregation": "token_mean",
         "aggregation_length": 9,
@@ -140,6 +143,7 @@ def test_two_objectives_have_two_sentences() -> None:
         "geometric_low": {"correction": ["geometric_mask"]},
         "geometric_high": {"correction": ["geometric_mask"]},
         "opsm_delta": {"correction": ["opsm"]},
+        "trust_region_delta": {"correction": ["trust_region_mask"]},
         "veto_below": {"correction": ["veto"]},
         "aggregation_length": {"aggregation": "constant"},
         "kl_in": {"kl": "k3"},
@@ -162,6 +166,9 @@ def test_two_objectives_have_two_sentences() -> None:
         ("grpo", {"clip_low": 3e-4, "clip_high": 4e-4}, {}, "clip-too-narrow"),
         ("grpo", {"trust": "dual_clip", "dual_clip_bound": 1.1}, {}, "dual-clip-inside-band"),
         ("gspo", {"ratio_reference": "sampler"}, {}, "sampler-logprobs-as-old"),
+        ("gspo", {"ratio_reference": "interpolated"}, {}, "sampler-logprobs-as-old"),
+        ("gspo", {"ratio_prefix": "minimum"}, {}, "prefix-without-token-ratio"),
+        ("gspo", {"trust_region_delta": 0.1}, {}, "objective-key-inert"),
         ("gspo", {}, {"updates": 1}, "gspo-inert"),
         ("grpo", {}, {"updates": 1}, "ratio-inert"),
         ("gspo", {"correction": ["tis", "icepop"]}, {}, "correction-twice"),
@@ -196,8 +203,8 @@ def test_combinations_that_are_no_algorithm_are_named(
 def test_every_axis_that_can_be_inert_is_watched() -> None:
     choices = {name for name in Axes.model_fields if name not in _READ_WHEN}
     assert choices == {
-        "advantage", "ratio_level", "ratio_reference", "trust", "correction", "aggregation", "kl", "overlong",
-        "group_filter", "replay",
+        "advantage", "ratio_level", "ratio_reference", "ratio_prefix", "trust", "correction", "aggregation", "kl",
+        "overlong", "group_filter", "replay",
     }  # fmt: skip
 
 

@@ -1,0 +1,28 @@
+"""How old the weights are that sampled each token of a micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gspo_megatron.policy.microbatch import MicroBatch
+from gspo_megatron.types import SampleRef
+
+
+def token_staleness(refs: Sequence[SampleRef], batch: MicroBatch, version: int) -> Tensor:
+    """[T_local] float32: weight versions between the one that sampled each target and `version`; 0 beside responses.
+
+    Args:
+        refs: [S] the sequences of the micro-batch in order; none where it only fills a slot.
+        batch: the micro-batch, or this context-parallel rank's part of it.
+        version: of the weights at the start of the rollout batch.
+    """
+    starts = batch.params.cu_seqlens_q.tolist()
+    whole = torch.zeros(starts[-1])
+    for ref, start in zip(refs, starts, strict=False):
+        first = start + ref.prompt_length - 1  # the last token of the prompt predicts the first of the response
+        for segment in ref.segments:
+            whole[first + segment.start : first + segment.end] = version - segment.version
+    return whole.to(batch.indices.device)[batch.indices]
