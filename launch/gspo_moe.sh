@@ -18,6 +18,8 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
+# Without the functions (a `cd` that prints), options, CDPATH and POSIX mode that the user's shell exports.
+[[ $- == *p* ]] || exec env -u SHELLOPTS -u BASHOPTS -u POSIXLY_CORRECT -u CDPATH "$BASH" -p "${BASH_SOURCE[0]}" "$@"
 set -Eeuo pipefail
 trap 'echo "gspo: gspo_moe.sh, line $LINENO: \`$BASH_COMMAND\` failed; correct the cause and submit the same command again" >&2' ERR
 
@@ -34,10 +36,13 @@ find_home() { # the checkout; SLURM runs a copy of this file from its spool dire
     local record prefix
     home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
     if [ ! -f "$home/launch/lib/site.sh" ] && [ -n "${SLURM_JOB_ID:-}" ]; then
-        record=$(describe_job)
-        # At the start of a line: a job's name may hold these words too.
-        prefix=${record##*$'\n   Command='}
-        prefix=${prefix%%/launch/gspo_moe.sh*}
+        prefix=$SLURM_SUBMIT_DIR
+        if command -v scontrol >/dev/null; then
+            record=$(describe_job)
+            # At the start of a line: a job's name may hold these words too.
+            prefix=${record##*$'\n   Command='}
+            prefix=${prefix%%/launch/gspo_moe.sh*}
+        fi # the site file may still say where SLURM's commands are
         home=$SLURM_SUBMIT_DIR
         [ -f "$prefix/launch/lib/site.sh" ] && home=$prefix
     fi

@@ -22,6 +22,11 @@ set_environment() { # why each is set: launch/README.md
     GSPO_VENV=${GSPO_VENV:-.venv}
     GSPO_ROLLOUT_VENV=${GSPO_ROLLOUT_VENV:-$GSPO_VENV}
     export GSPO_ROLLOUT_IMAGE GSPO_VENV GSPO_ROLLOUT_VENV
+    # Python's switches in the user's shell are meant for another Python: PYTHONHOME, PYTHONSAFEPATH, PYTHONINSPECT, ...
+    local name
+    for name in "${!PYTHON@}"; do
+        case $name in PYTHONPATH | PYTHONHASHSEED | PYTHONPYCACHEPREFIX | PYTHONMALLOC) ;; *) unset "$name" ;; esac
+    done
     export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 PYTHONNOUSERSITE=1 PYTHONDONTWRITEBYTECODE=
     if [ -n "${GSPO_INTERFACE:-}" ]; then
         export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-=$GSPO_INTERFACE} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$GSPO_INTERFACE}

@@ -28,7 +28,7 @@ def load(tmp_path: Path, text: str, **environment: str) -> subprocess.CompletedP
     return subprocess.run(command, env=settings, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
-CLEAN = r"shell ehuB  shopt -u nullglob shopt -u failglob $' \t\n' builtin umask="
+CLEAN = r"shell ehpuB  shopt -u nullglob shopt -u failglob $' \t\n' builtin umask="
 """Of a shell that nobody has changed."""
 
 
@@ -46,6 +46,9 @@ CLEAN = r"shell ehuB  shopt -u nullglob shopt -u failglob $' \t\n' builtin umask
         ("set -euo pipefail\nA=1\nfalse\n", 3, "ended the script; correct the line"),
         ("A=1\nexec bash -l\n", 2, "`exec bash -l` would take the place of the job's script; call it without exec"),
         ("A=1\nf() { builtin exec -a x $SHELL; }\n\nf\n", 4, "would take the place of the job's script"),
+        ("A=1\nset -o noexec\nB=1\n", 2, "`set -o noexec` would leave a shell that runs nothing more"),
+        ("set -u -xn\n", 1, "`set -u -xn` would leave a shell that runs nothing more"),
+        ("A=1\nset -r\n", 2, "`set -r` would leave a shell that runs nothing more"),
         ("A=1\n\neval 'exec env'\n", 3, "`exec env` would take the place of the job's script"),
         ("refuse() { :; }\nhome=/nowhere\nmodule load x\n", 3, "command not found"),
     ],
@@ -71,6 +74,37 @@ def test_a_mistake_is_refused_in_one_sentence(tmp_path: Path, text: str, line: i
 def test_a_file_that_would_break_what_comes_after_it_is_refused(tmp_path: Path, text: str, words: str) -> None:
     done = load(tmp_path, text)
     assert (done.returncode, done.stdout) == (2, "") and words in done.stderr
+
+
+def test_libraries_with_which_no_program_starts_are_refused_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "libc.so.6").write_text("of another machine")
+    done = load(tmp_path, f"export LD_LIBRARY_PATH={tmp_path}\n")
+    (own,) = done.stderr.splitlines()
+    assert done.returncode == 2 and own.startswith(f"gspo: after the site file {tmp_path}/site file.sh no program")
+    assert "libc.so.6" in own and "correct its LD_LIBRARY_PATH" in own
+
+
+EXPORTED = {
+    "BASH_FUNC_cd%%": '() { builtin cd "$@" && ls; }', "BASH_FUNC_exec%%": "() { echo mine; }",
+    "BASH_FUNC_grep%%": '() { command grep --color=always "$@"; }', "BASH_FUNC_printenv%%": "() { echo x; }",
+    "BASH_FUNC_module%%": "() { echo loaded $2; }",
+}  # fmt: skip
+"""Functions of a user's shell, as bash exports them."""
+
+
+def test_of_what_the_user_s_shell_exports_only_functions_of_other_names_count(tmp_path: Path) -> None:
+    done = load(tmp_path, "module load cuda\ncd /\n", **EXPORTED)
+    said = done.stdout.splitlines()
+    expected = ["loaded cuda", "venv= a= arguments=one two words"]
+    assert (done.returncode, done.stderr, said[:2]) == (0, "", expected), done
+    assert said[2].startswith(CLEAN)
+
+
+def test_a_return_that_is_not_meant_is_a_warning(tmp_path: Path) -> None:
+    done = load(tmp_path, "A=1\n[ -d /nowhere ] || return 3\nGSPO_VENV=/x\n")
+    (own,) = done.stderr.splitlines()
+    assert done.returncode == 0 and "line 2: `return 3` ended it with 3 and the job goes on without the lines" in own
+    assert load(tmp_path, "A=1\n[ -d /nowhere ] || return 0\n").stderr == ""
 
 
 def test_a_directory_is_no_site_file(tmp_path: Path) -> None:
