@@ -24,12 +24,13 @@ from gspo_megatron.cluster.child_processes import hear_of_ends
 from gspo_megatron.cluster.end_words import not_queued_sentence
 from gspo_megatron.cluster.events import CountRestart, Exit, Interrupted, Print, StopRequested, Watched
 from gspo_megatron.cluster.exit_codes import BY_SIGNAL, FAILED, OK, REFUSED, STOPPED
-from gspo_megatron.cluster.slurm_allocation import Allocation
+from gspo_megatron.cluster.slurm_allocation import Allocation, drop_options
 from gspo_megatron.cluster.slurm_backend import KINDS, Place, SlurmBackend
 from gspo_megatron.cluster.slurm_commands import (
     describe_job,
     exclusion_fault,
     is_preempted,
+    plain_names,
     queue_again,
     read_field,
     running_jobs,
@@ -151,7 +152,8 @@ class Attempt:
             return self._run()
         except Refused as error:
             # A step that a preemption has ended may have been the preflight's.
-            if not is_preempted(describe_job(self.name)):
+            # No answer does not mean that it is not.
+            if self._attempt is None or not is_preempted(wait_for_slurm(lambda: describe_job(self.name) or None)):
                 raise
             print("gspo: SLURM preempts this job before its roles have started", *error.args, flush=True)
             return self._queue_again(())
@@ -167,7 +169,8 @@ class Attempt:
 
     def _go_elsewhere(self, place: Place, max_restarts: int) -> int:
         """Queue the job again without the nodes whose hardware must not be used."""
-        bad, used, record = read_bad_nodes(place.run_dir), count_restarts(place.run_dir), describe_job(place.job)
+        bad, used = plain_names(read_bad_nodes(place.run_dir)), count_restarts(place.run_dir)
+        record = wait_for_slurm(lambda: describe_job(place.job) or None)
         why = exclusion_fault(record, bad)
         if why or used >= max_restarts or read_field(record, "Requeue") != "1":
             because = f", because {why}" if why else ""
@@ -213,13 +216,15 @@ class Attempt:
         return run_dir is not None and file is not None and run_dir in Path(os.fsdecode(str(file))).parents
 
     def _run(self) -> int:
+        given = dict(os.environ)
+        drop_options(os.environ)
         self.name = task_name(self.job_id) if "SLURM_ARRAY_TASK_ID" in os.environ else self.job_id
         count = os.environ.get("SLURM_RESTART_COUNT", "")
         start = int(count) + 1 if count.isdigit() else 1
         now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
         host = socket.gethostname().partition(".")[0]
         print(f"gspo: job {self.job_id}, start {start}, on {host}, {now}", flush=True)
-        job, settings = find_job(self.job_id, self.name, self.settings)
+        job, settings = find_job(self.job_id, self.name, self.settings, given)
         more = (f"placement.rollout_nodes={job.apart}",) if job.apart else ()
         arguments = (self.arguments.recipe, *self.arguments.overrides, *more)
         plan = ask_plan("open", settings, job.id, job.hosts, job.gpus, arguments, wait_for_slurm(running_jobs))

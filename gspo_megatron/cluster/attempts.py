@@ -19,6 +19,8 @@ ATTEMPT_VARIABLE = "GSPO_ATTEMPT"
 """Environment of every role of a job: the attempt that it belongs to."""
 
 
+NODE_LINE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._,\[\]-]*)(\s.*)?", re.ASCII)
+"""Of `logs/bad_nodes`."""
 STATE_KEYS = (
     "step", "version", "updates", "skipped", "optimizer_steps", "objective", "controller", "layout", "files",
 )  # fmt: skip
@@ -123,17 +125,20 @@ def read_attempt(run_dir: Path) -> Attempt | None:
         return None
     except OSError as error:
         raise ValueError(f"{file} cannot be read ({error.strerror}); remove it") from None
-    match = re.fullmatch(r"(\d{1,9}) (\S+)(?: (\d+ .+))?\s*", text, re.ASCII | re.DOTALL)
+    match = re.fullmatch(r"(\d+) (\S+)(?: (\d+ .+))?\s*", text, re.ASCII | re.DOTALL)
     if match is None:
         raise ValueError(f"{file} holds {text[:40]!r}, not the number of an attempt and its job; remove the file")
     return Attempt(int(match[1]), match[2], (match[3] or "").rstrip("\n"))
 
 
 def read_bad_nodes(run_dir: Path) -> list[str]:
-    """Nodes that no attempt of a run may use; a line that the preflight has not written is left alone."""
+    """Nodes that no attempt of a run may use, as SLURM writes names: people add `node[3-4] reason`, or `node3` alone.
+
+    A line that does not begin with a name is theirs.
+    """
     file = RunDir(run_dir).bad_nodes
     lines = read_shared(file).splitlines() if retry_stale(file.is_file) else []
-    found = [match[1] for line in lines if (match := re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]*) .+", line, re.ASCII))]
+    found = [match[1] for line in lines if (match := NODE_LINE.fullmatch(line))]
     return list(dict.fromkeys(found))
 
 

@@ -8,8 +8,15 @@ TOOL_SECONDS = 60.0
 """How long a tool of the driver is waited for: on a node with a lost GPU, nvidia-smi may never answer."""
 
 
-def read_command(*words: str, timeout: float | None = None) -> str:
-    """Standard output of a program; empty when there is none of that name, it fails or takes more than `timeout` s."""
+def read_command(*words: str, timeout: float | None = None, any_code: bool = False) -> str:
+    """Standard output of a program; empty when there is none of that name, it fails or takes more than `timeout` s.
+
+    Args:
+        words: program and arguments.
+        timeout: seconds.
+        any_code: whether what it says counts also when it ends with another code than 0. A program that reports
+            faults does: nvidia-smi lists every GPU and ends with 14 where one has a damaged infoROM.
+    """
     try:
         process = subprocess.Popen(
             words,
@@ -30,4 +37,4 @@ def read_command(*words: str, timeout: float | None = None) -> str:
     except BaseException:
         process.kill()
         raise
-    return text if process.returncode == 0 else ""
+    return text if process.returncode == 0 or (any_code and process.returncode > 0) else ""

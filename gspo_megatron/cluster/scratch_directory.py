@@ -29,7 +29,7 @@ def scratch_directory() -> Iterator[dict[str, str]]:
         The environment of processes that are to use it. What torch compiles stays where it is without it, because the
         next attempt reads it.
     """
-    place = Path(tempfile.gettempdir()) / f"gspo-{_user_name()}"
+    place = Path(tempfile.gettempdir()) / f"gspo-{user_name()}"
     place.mkdir(mode=0o700, exist_ok=True)
     for path in place.glob(f"{PREFIX}*"):
         _delete_if_free(path)
@@ -42,11 +42,11 @@ def scratch_directory() -> Iterator[dict[str, str]]:
         os.close(lock)
 
 
-def _user_name() -> str:
+def user_name() -> str:
+    """The user's name; his number in an image that does not know him."""
     try:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
-        # In an image without this user.
         return str(os.getuid())
 
 

@@ -23,6 +23,7 @@ GPUS = re.compile(r"(?:^|,)gpu(?::[^:,=]+)*[:=](\d+)")
 """A count of GPUs in SLURM's words: `gpu:h100:8`, `gpu:8`."""
 COMPONENT = re.compile(r"SLURM_(HET_|.*_HET_GROUP_\d+$)")
 """Variables of the components of a heterogeneous job."""
+ARRAY = re.compile(r"SLURM_ARRAY_")
 HETEROGENEOUS = re.compile(r"\bHetJobId=")
 """In the record of a component of a heterogeneous job."""
 
@@ -111,16 +112,18 @@ def count_gpus(gres: str) -> int:
     return sum(map(int, GPUS.findall(re.sub(r"\([^)]*\)", "", gres))))
 
 
-def drop_options(environment: MutableMapping[str, str], is_heterogeneous: bool = True) -> None:
+def drop_options(environment: MutableMapping[str, str], is_heterogeneous: bool = True, is_array: bool = True) -> None:
     """Take away what srun, squeue and scontrol would read as options of the user's shell or of sbatch.
 
     Args:
         environment: of this process.
         is_heterogeneous: whether the job has components; otherwise variables of components are a parent's.
+        is_array: whether the job is a task of an array; otherwise variables of arrays are a parent's.
     """
     for name in list(environment):
         is_option = OPTION.match(name) and not KEPT.fullmatch(name)
-        if is_option or (not is_heterogeneous and COMPONENT.match(name)):
+        inherited = (not is_heterogeneous and COMPONENT.match(name)) or (not is_array and ARRAY.match(name))
+        if is_option or inherited:
             del environment[name]
 
 

@@ -17,6 +17,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import BinaryIO
 
+from gspo_megatron.cluster import slurm_words
 from gspo_megatron.cluster.attempts import (
     count_restarts,
     newest_checkpoint,
@@ -54,7 +55,7 @@ from gspo_megatron.cluster.slurm_commands import (
     read_field,
 )
 from gspo_megatron.cluster.slurm_steps import Step, srun
-from gspo_megatron.cluster.slurm_words import KILLED, first_end, read_end
+from gspo_megatron.cluster.slurm_words import KILLED, NOT_CREATED, first_end, read_end
 from gspo_megatron.run_dir import AttemptDir, RunDir
 
 KINDS = ("rollout", "controller", "trainer")
@@ -102,6 +103,9 @@ class SlurmBackend:
         self._steps: dict[str, subprocess.Popen[bytes]] = {}
         self._words: dict[str, BinaryIO] = {}
         """What srun has written about each step. Held open: people delete logs."""
+        self._commands: dict[str, Sequence[str]] = {}
+        self._refusals: dict[str, int] = {}
+        """How often SLURM has not created a step."""
         self._reported: set[str] = set()
         self._started: set[str] = set()
         """Tasks that hold USR1 back and have read the key."""
@@ -113,8 +117,23 @@ class SlurmBackend:
 
         What srun writes itself (which task of which node ended, and how) is kept apart from the tasks' output.
         """
-        log = self._words[kind] = self.place.files.srun(kind).open("a+b")
-        self._steps[kind] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        self._words[kind] = self.place.files.srun(kind).open("a+b")
+        self._commands[kind] = command
+        self._ask_for(kind)
+
+    def _ask_for(self, kind: str) -> None:
+        log = self._words[kind]
+        self._steps[kind] = subprocess.Popen(self._commands[kind], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+    def _is_asked_for_again(self, kind: str) -> bool:
+        """Whether a step that has ended was never created, which is no fault of the run, and is started now."""
+        refusals = len(NOT_CREATED.findall("\n".join(self._read_words(kind))))
+        if refusals <= self._refusals.get(kind, 0) or refusals > slurm_words.CREATE_TRIES:
+            return False
+        self._refusals[kind] = refusals
+        time.sleep(slurm_words.CREATE_SECONDS)
+        self._ask_for(kind)
+        return True
 
     def observe(self) -> list[Event]:
         """Signals that have come, and steps that have ended."""
@@ -122,7 +141,7 @@ class SlurmBackend:
         self._look_for_starts()
         ended = [kind for kind in KINDS if kind in self._steps and self._steps[kind].poll() is not None]
         for kind in ended:
-            if kind not in self._reported:
+            if kind not in self._reported and not self._is_asked_for_again(kind):
                 self._reported.add(kind)
                 killed = KILLED.search(first_end(self._read_words(kind))) is not None
                 events.append(Ended(kind, self._code(kind), killed))

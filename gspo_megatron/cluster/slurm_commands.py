@@ -35,6 +35,11 @@ def expand_hosts(folded: str) -> list[str]:
     return read_command("scontrol", "show", "hostnames", folded).split()
 
 
+def plain_names(nodes: Sequence[str]) -> Sequence[str]:
+    """The same nodes without `node[1-2]`; as they are where SLURM cannot read one."""
+    return (expand_hosts(",".join(nodes)) or nodes) if any(set(node) & set("[,") for node in nodes) else nodes
+
+
 def describe_job(job: str, timeout: float | None = None) -> str:
     """SLURM's record of a job without what people write; empty when slurmctld does not answer.
 
@@ -151,6 +156,7 @@ def exclusion_fault(record: str, nodes: Sequence[str]) -> str:
 
 def _exclude(job: str, nodes: Sequence[str]) -> None:
     """SLURM accepts this for a job that waits, not for one that runs."""
+    nodes = plain_names(nodes)
     # One name that SLURM does not know makes it refuse all of them.
     known = [node for node in nodes if read_command("scontrol", "show", "node", node)]
     if gone := sorted(set(nodes) - set(known)):

@@ -13,6 +13,11 @@ CONSEQUENCES = re.compile(
     r"interrupt|First task|cluster configuration lacks support for cpu binding)"
 )
 """Lines of SLURM that say that tasks have ended, or of an option of ours that it changes nothing: no reasons."""
+NOT_CREATED = re.compile(r"^srun: error: Unable to create step for job ", re.MULTILINE)
+"""A step that SLURM has not started, which a slurmctld that was just started says of any."""
+CREATE_TRIES = 10
+CREATE_SECONDS = 2.0
+"""How often such a step is asked for again, and after how long."""
 FIRST_END = re.compile(r"error: [^ ]+: tasks? |Node failure on")
 TASK_END = re.compile(r"error: ([^ ]+): tasks? (\d*)[^:]*: (.*)")
 NODE_LOST = re.compile(r"Node failure on ([^ ]+)")

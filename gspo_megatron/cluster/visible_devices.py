@@ -15,6 +15,8 @@ from itertools import takewhile
 from gspo_megatron.cluster.command_output import TOOL_SECONDS, read_command
 
 VARIABLE = "CUDA_VISIBLE_DEVICES"
+UUID = re.compile(r"(GPU|MIG)-\S+")
+"""nvidia-smi prints other lines too: `WARNING: infoROM is corrupted at gpu 0000:1A:00.0`."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,11 @@ def query_gpus(*fields: str, timeout: float | None = TOOL_SECONDS, through: Sequ
         A row for each GPU: its UUID, and the fields.
     """
     query = f"--query-gpu={','.join(('uuid', *fields))}"
-    listed = read_command(*through, "nvidia-smi", query, "--format=csv,noheader,nounits", timeout=timeout)
+    listed = read_command(
+        *through, "nvidia-smi", query, "--format=csv,noheader,nounits", timeout=timeout, any_code=True
+    )
     rows = [[cell.strip() for cell in line.split(",", len(fields))] for line in listed.splitlines()]
-    return [row for row in rows if len(row) == 1 + len(fields)]
+    return [row for row in rows if len(row) == 1 + len(fields) and UUID.fullmatch(row[0])]
 
 
 def list_gpus() -> list[Gpu]:
@@ -50,6 +54,14 @@ def list_gpus() -> list[Gpu]:
     uuids, models = [row[0] for row in rows], [row[1] for row in rows]
     names = select_devices(os.environ.get(VARIABLE), uuids)
     return [Gpu(name, "" if (place := _place_of(name, uuids)) is None else models[place]) for name in names]
+
+
+def explain_none() -> str:
+    """Why no GPU is to be had on the first node of a job, as half a sentence."""
+    shown = os.environ.get(VARIABLE)
+    if shown is None:
+        return f"nvidia-smi lists none on its first node within {TOOL_SECONDS:g} s"
+    return f"{VARIABLE}={shown!r} shows none of those of its first node, if it has any"
 
 
 def select_devices(text: str | None, uuids: Sequence[str]) -> list[str]:

@@ -7,11 +7,11 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gspo_megatron.cluster.command_output import read_command
+from gspo_megatron.cluster.command_output import TOOL_SECONDS, read_command
 from gspo_megatron.cluster.slurm_allocation import drop_options, read_allocation, resume_options
 from gspo_megatron.cluster.slurm_commands import describe_job
 from gspo_megatron.cluster.slurm_steps import Step
@@ -25,6 +25,10 @@ HOME = Path(__file__).resolve().parent.parent.parent
 SCRIPT = HOME / "launch" / "gspo_moe.sh"
 COUNT = re.compile(r"(?:[^:]+:)?(\d+)")
 """A number of an option of sbatch, with or without a type: `h100:8`."""
+
+
+STARTS = "gspo: a step starts in"
+"""What a step says that tries the site's options of srun."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +55,14 @@ def header_number(header: str, option: str) -> int | None:
     return int(number[1]) if number else None
 
 
-def find_job(job_id: str, name: str, settings: Settings) -> tuple[Job, Settings]:
-    """The job, and the settings of its sruns. From here on the environment holds no option of SLURM's commands.
+def find_job(job_id: str, name: str, settings: Settings, given: dict[str, str]) -> tuple[Job, Settings]:
+    """The job, and the settings of its sruns.
 
     Args:
         job_id: its number.
         name: what names it alone: `12_3` for a task of an array.
         settings: of the site.
+        given: the environment that SLURM gave this process. Its own holds no option of SLURM's commands any more.
 
     Raises:
         Refused: SLURM's commands are not there, srun does not take the site's options, or several tasks of an srun run
@@ -68,40 +73,57 @@ def find_job(job_id: str, name: str, settings: Settings) -> tuple[Job, Settings]
             raise Refused(
                 f"PATH: {program} is not on it; add the folder of SLURM's commands in the site file (GSPO_SITE)"
             )
-    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "")
-    if tasks.isdigit() and int(tasks) > 1:
+    tasks = given.get("SLURM_STEP_NUM_TASKS", "")
+    if tasks.isdigit() and int(tasks) > 1 and runs_in_step(job_id, given):
         raise Refused(f"{tasks} tasks of an srun run this script; call it without srun, it starts its own steps")
     record = wait_for_slurm(lambda: describe_job(name) or None)
-    allocation = read_allocation(os.environ, record, read_command("scontrol", "show", "topology"))
-    drop_options(os.environ, allocation.is_heterogeneous)
+    allocation = read_allocation(given, record, read_command("scontrol", "show", "topology"))
+    drop_options(os.environ, allocation.is_heterogeneous, is_array=name != job_id)
     settings = replace(settings, allocation=allocation)
     try_arguments(settings)
     options = resume_options(record, allocation.gpus, header_number(SCRIPT.read_text(), "gpus-per-node"))
-    gpus = settings.gpus or allocation.gpus or list_gpus(settings)
+    known = [count for count in (settings.gpus, allocation.gpus) if count]
+    gpus = min(known) if known else list_gpus(settings)
     if allocation.gpus:
-        settings = replace(settings, allocation=replace(allocation, gpus=min(gpus, allocation.gpus)))
+        settings = replace(settings, allocation=replace(allocation, gpus=gpus))
     return Job(job_id, allocation.hosts, gpus, allocation.apart, tuple(options), name), settings
+
+
+def runs_in_step(job_id: str, given: Mapping[str, str]) -> bool:
+    """Whether this process is a task of a step of its job: sbatch hands on what a step of another job has set."""
+    step = f"{job_id}.{given.get('SLURM_STEP_ID', '')}"
+    return f"StepId={step} " in read_command("scontrol", "show", "step", step)
 
 
 def try_arguments(settings: Settings) -> None:
     """Run a step with the site's options of srun, before any step whose failure could have another reason.
 
     Raises:
-        Refused: it fails; with srun's words.
+        Refused: it fails, with srun's words; or it starts no program, or not where the roles need to start.
     """
     if not settings.srun_arguments:
         return
-    step = settings.srun_outside(Step("options", settings.allocation.hosts[:1]), ("true",))
+    command = ("sh", "-c", f'echo "{STARTS} $(pwd -P)"')
+    step = settings.srun_outside(Step("options", settings.allocation.hosts[:1]), command)
     done = subprocess.run(step, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     if done.returncode:
         said = [line for line in reasons(done.stderr.splitlines()) if SLURM_WORDS.match(line)]
         why = said[-1] if said else f"srun ended with {done.returncode}"
-        raise Refused(f"GSPO_SRUN_ARGS={shlex.join(settings.srun_arguments)}: {why}; correct it in the site file")
+    else:
+        here, found = os.path.realpath(os.getcwd()), re.search(rf"{STARTS} (.*)", done.stdout)
+        if found is not None and found[1] == here:
+            return
+        why = "srun starts no program, or its output goes elsewhere"
+        if found is not None:
+            why = f"the step starts in {found[1]}, roles start in {here}"
+    raise Refused(f"GSPO_SRUN_ARGS={shlex.join(settings.srun_arguments)}: {why}; correct it in the site file")
 
 
 def list_gpus(settings: Settings) -> int:
     """GPUs that nvidia-smi lists on the first node, for a site whose SLURM does not count them."""
-    through = settings.srun_outside(Step("gpus", settings.allocation.hosts[:1]), ())
+    # On a node with a lost GPU it may never answer.
+    within = ("timeout", "--kill-after=5", f"{TOOL_SECONDS:g}")
+    through = settings.srun_outside(Step("gpus", settings.allocation.hosts[:1]), within)
     uuids = [uuid for (uuid,) in query_gpus(timeout=None, through=through)]
     return len(select_devices(os.environ.get(VARIABLE), uuids))
 

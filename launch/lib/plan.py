@@ -25,6 +25,7 @@ from gspo_megatron.cluster.attempts import read_attempt, read_jobs, write_job
 from gspo_megatron.cluster.exit_codes import REFUSED
 from gspo_megatron.cluster.hosts import Host, Kind, Ports, Spread, Task
 from gspo_megatron.cluster.shared_files import read_shared, replace_text, retry_stale
+from gspo_megatron.cluster.visible_devices import explain_none
 from gspo_megatron.commands.train_run import KEY, claim_run, prepare_run, stays_finished
 from gspo_megatron.config import Recipe, RecipeError
 from gspo_megatron.config.loading import refuse
@@ -93,7 +94,7 @@ def load_for_job(
     elif not gpus:
         # Unknown is not zero: a run that was meant for GPUs must not go on without them.
         raise refuse(
-            "no-gpus", "placement.gpu", "SLURM names no GPUs of this job, and nvidia-smi lists none on its first node",
+            "no-gpus", "placement.gpu", f"SLURM names no GPUs of this job, and {explain_none()}",
             "ask for them (sbatch --gpus-per-node=8), set GSPO_GPUS_PER_NODE where SLURM does not count GPUs, or set "
             "placement.gpu=cpu for a run without",
         )  # fmt: skip

@@ -104,7 +104,7 @@ def _each(reports: Sequence[Report], gpus: int, recipe: Recipe) -> Iterator[str]
         if len(kinds) > 1:
             yield f"{node}: it has GPUs of {len(kinds)} kinds, {' and '.join(kinds)}; {without(node)}"
         for index, gpu in enumerate(report["gpus"]):
-            if gpu["used_mib"] > MAX_USED_MEMORY_MIB:
+            if (gpu["used_mib"] or 0) > MAX_USED_MEMORY_MIB:
                 yield (
                     f"{node}: {gpu['used_mib']} MiB of GPU {index} are in use before the job starts; "
                     f"end what an earlier job left there, or {without(node)}"
@@ -128,7 +128,7 @@ def _together(reports: Sequence[Report]) -> Iterator[str]:
 
 def _odd(what: str, values: Mapping[str, str]) -> Iterator[str]:
     """Hosts whose value is not the one that most have."""
-    [(common, _)] = Counter(values.values()).most_common(1)
+    common = max(values.values(), key=Counter(values.values()).__getitem__, default="")
     for node, its in values.items():
         if its != common:
             yield f"{node}: {what} is {its}, {common} elsewhere; make the nodes alike, or {without(node)}"

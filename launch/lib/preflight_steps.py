@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gspo_megatron.cluster.slurm_steps import Step
-from gspo_megatron.cluster.slurm_words import reasons
+from gspo_megatron.cluster.slurm_words import CREATE_SECONDS, CREATE_TRIES, NOT_CREATED, reasons
 from gspo_megatron.run_dir import AttemptDir
 from launch.lib.plan_request import Plan, Refused, in_trainer
 from launch.lib.settings import Settings
@@ -18,6 +18,7 @@ from launch.lib.settings import Settings
 LOOK_SECONDS = 0.2
 LOOK = """\
 fail() { echo "$SLURMD_NODENAME: $*" >&2; sleep 1; exit 2; } # srun drops what a task writes in its last moment
+for limit in f n t v; do ulimit -S "-$limit" "$(ulimit -H "-$limit")"; done
 cd "$1" 2>/dev/null || fail "$1 is not there; put the checkout on a file system that all nodes share"
 command -v "$2" >/dev/null || fail "$2 is not there; run make setup, or set GSPO_VENV or GSPO_IMAGE in the site file"
 [ -d "$3" ] || fail "$3 is not there; mount it, or give another run.directory"
@@ -48,15 +49,17 @@ def check_nodes(plan: Plan, settings: Settings, attempt: Path) -> None:
     steps = [Step(kind, plan.steps[kind].hosts) for kind in kinds]
     environment = {**os.environ, "GSPO_PROBES": str(sum(step.tasks for step in steps))}
     texts = [AttemptDir(attempt).preflight / f"{kind}.txt" for kind in kinds]
-    running: list[subprocess.Popen[bytes]] = []
-    for step, text in zip(steps, texts):
-        command = ("bash", "-c", LOOK, "look", str(settings.home), settings.python(step.kind), str(attempt), step.kind)
-        with text.open("wb") as log:
-            line = settings.srun(step, command)
-            running.append(subprocess.Popen(line, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
-    if not _all_end_well(running):
-        lines = [line for text in texts for line in text.read_text(errors="replace").splitlines()]
-        print("\n".join(reasons(lines)), file=sys.stderr, flush=True)
+    commands = [
+        ("bash", "-c", LOOK, "look", str(settings.home), settings.python(kind), str(attempt), kind) for kind in kinds
+    ]
+    lines = [settings.srun(step, command) for step, command in zip(steps, commands)]
+    tries = CREATE_TRIES
+    while not (passed := _run_together(lines, texts, environment)) and tries and _not_created(texts):
+        tries -= 1
+        time.sleep(CREATE_SECONDS)
+    if not passed:
+        said = [line for text in texts for line in text.read_text(errors="replace").splitlines()]
+        print("\n".join(reasons(said)), file=sys.stderr, flush=True)
         raise Refused("")
     judge = in_trainer(settings, plan.first_host, ("-m", "launch.lib.plan", "judge", str(attempt)))
     code = subprocess.run(judge, stdin=subprocess.DEVNULL).returncode
@@ -64,6 +67,20 @@ def check_nodes(plan: Plan, settings: Settings, attempt: Path) -> None:
         raise SickNodes("") if code == SICK else Refused("")
     if plan.gpus:
         _reduce_over_network(plan, settings, attempt)
+
+
+def _run_together(lines: Sequence[Sequence[str]], texts: Sequence[Path], environment: dict[str, str]) -> bool:
+    """Run a step of each line, whose words go to its file."""
+    running: list[subprocess.Popen[bytes]] = []
+    for line, text in zip(lines, texts):
+        with text.open("wb") as log:
+            running.append(subprocess.Popen(line, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
+    return _all_end_well(running)
+
+
+def _not_created(texts: Sequence[Path]) -> bool:
+    """Whether SLURM has not started a step at all."""
+    return any(NOT_CREATED.search(text.read_text(errors="replace")) for text in texts)
 
 
 def _all_end_well(running: Sequence[subprocess.Popen[bytes]]) -> bool:

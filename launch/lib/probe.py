@@ -185,13 +185,14 @@ def find_commit() -> str:
 
 
 def find_gpus() -> list[dict[str, Any]]:
-    """Name, driver and memory in use of every GPU that this task may use."""
+    """Name, driver and memory in use (null = the driver does not say) of every GPU that this task may use."""
     rows = query_gpus("name", "driver_version", "memory.used")
     seen = select_devices(os.environ.get(VARIABLE), [row[0] for row in rows])
     # Parts of a GPU are not listed; what can be said of them is said of the whole.
     shown = [row for place, row in enumerate(rows) if _is_seen(place, row[0], seen)]
     return [
-        {"name": name, "driver": driver, "used_mib": int(used)} for _, name, driver, used in shown if used.isdigit()
+        {"name": name, "driver": driver, "used_mib": int(used) if used.isdigit() else None}
+        for _, name, driver, used in shown
     ]
 
 

@@ -36,8 +36,16 @@ set_environment() { # why each is set: launch/README.md
     export VLLM_CACHE_ROOT=${VLLM_CACHE_ROOT:-$scratch/vllm} FLASHINFER_WORKSPACE_BASE=${FLASHINFER_WORKSPACE_BASE:-$scratch/flashinfer}
 }
 
-need_python() { # PYTHON: refuses with a sentence where it is missing
+need_python() { # PYTHON: refuses with a sentence where it is missing or does not start
+    local said
     command -v "$1" >/dev/null || refuse "$1 is not there; run make setup, or set GSPO_VENV in the site file"
+    said=$("$1" -c '' 2>&1) ||
+        refuse "$1 does not start (${said##*$'\n'}); run make setup, or set GSPO_VENV in the site file"
+}
+
+raise_limits() { # soft limits of the shell that submitted the job, or of the site file, to what the node allows
+    local limit
+    for limit in f n t v; do ulimit -S "-$limit" "$(ulimit -H "-$limit")"; done
 }
 
 become_job() { # launch/job.py, under the interpreter of the trainer or, with an image, the batch node's own, which knows srun
@@ -73,4 +81,5 @@ become_local() { # gspo train, where the command was called
 
 kind=$1 home=$2 called_in=$3
 set_environment
+raise_limits
 "become_$kind" "${@:4}"

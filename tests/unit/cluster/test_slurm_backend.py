@@ -14,7 +14,7 @@ from tests.places import ROOT
 PROGRAM = """
 import signal, sys
 from pathlib import Path
-from gspo_megatron.cluster import slurm_commands
+from gspo_megatron.cluster import slurm_commands, slurm_words
 from gspo_megatron.cluster.events import StopRequested, Watched
 from gspo_megatron.cluster.slurm_allocation import Allocation
 from gspo_megatron.cluster.slurm_backend import KINDS, Place, SlurmBackend
@@ -24,7 +24,7 @@ attempt = run_dir / "logs" / "attempt_1"
 backend = SlurmBackend(Place("7", run_dir, attempt, 1, Allocation(("n1", "n2")), 2, 4))
 signal.signal(signal.SIGUSR1, lambda *_: backend.signals.append(StopRequested()))
 commands = {"rollout": ("sleep", "300"), "controller": ("sleep", "300"), "trainer": ("bash", "-c", trainer)}
-slurm_commands.RETRY_SECONDS = 0.1
+slurm_commands.RETRY_SECONDS = slurm_words.CREATE_SECONDS = 0.1
 rules = Rules(0.5, str(run_dir), True, 1, 0, grace, 0.5, 1, "sbatch again")
 for kind in KINDS:
     backend.start(kind, commands[kind])
@@ -89,6 +89,17 @@ def test_a_crash_is_restarted_as_often_as_it_may_and_only_after_a_newer_checkpoi
     done = run(tmp_path, crash)
     assert done.returncode == 1 and "1 restarts are used up" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("gspo: trainer failed on n1: Killed")
+
+
+@pytest.mark.parametrize(("refusals", "code"), [(4, 0), (99, 1)])
+def test_a_step_that_slurm_has_not_created_is_asked_for_again(tmp_path: Path, refusals: int, code: int) -> None:
+    # Of a slurmctld that was just started.
+    words = "srun: error: Unable to create step for job 7: Memory required by task is not available"
+    trainer = f'echo >>$RUN/asked; [ "$(wc -l <$RUN/asked)" -gt {refusals} ] || {{ echo "{words}" >&2; exit 1; }}'
+    done = run(tmp_path, f"{trainer}; touch $RUN/DONE")
+    assert done.returncode == code and not (tmp_path / "logs" / "restarts").exists(), done
+    assert len((tmp_path / "asked").read_text()) == (5 if code == 0 else 11)
+    assert code == 0 or "Memory required by task is not available" in done.stdout.splitlines()[-1]
 
 
 def test_the_last_words_are_those_of_the_role_and_not_of_slurm(tmp_path: Path) -> None:

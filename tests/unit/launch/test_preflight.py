@@ -112,7 +112,14 @@ def test_what_only_explains_a_slow_run_is_a_warning(changes: dict[str, Any], sen
     assert said.startswith(sentence) and warnings(GOOD) == []
 
 
+def test_memory_that_the_driver_does_not_count_is_no_fault() -> None:
+    assert judge([report("n1", gpus=[{**H100, "used_mib": None}] * 8)], ["n1"], 8, RECIPE) == []
+
+
 def test_a_node_without_a_report_is_named() -> None:
+    assert judge([], ["n1"], 8, RECIPE) == [
+        "n1: it left no report in the run directory; mount the directory there, or give another run.directory"
+    ]
     assert judge(GOOD[:2], ["n1", "n2", "n3"], 8, RECIPE)[0].startswith("n3: it left no report in the run directory")
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from gspo_megatron.cluster.scratch_directory import user_name
+from gspo_megatron.cluster.visible_devices import query_gpus
 from launch.lib import probe, probe_health
 from launch.lib.probe_health import ask_dcgm, find_adapters, find_gpu_health, find_limits, find_unwritable, find_xids
 from tests.places import ROOT
@@ -37,7 +41,44 @@ def test_a_place_is_tried_with_a_byte_and_has_its_own_cure(tmp_path: Path) -> No
 def test_tmpdir_is_taken_as_it_is_and_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", "/nowhere")
     assert probe_health.scratch() == "/nowhere"
-    assert "/nowhere" in probe_health.places(Path("/run")) and len(probe_health.places(Path("/run"))) == 3
+    caches = f"/nowhere/gspo-{user_name()}"
+    assert set(probe_health.places(Path("/run"))) == {"/run", "/nowhere", caches, "/dev/shm"}
+
+
+def test_the_place_of_the_caches_must_be_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    (tmp_path / f"gspo-{user_name()}").touch()
+    (fault,) = find_unwritable(probe_health.places(tmp_path))
+    assert fault.startswith(f"{tmp_path}/gspo-{user_name()} cannot be written (") and "set TMPDIR" in fault
+    (tmp_path / f"gspo-{user_name()}").unlink()
+    assert find_unwritable(probe_health.places(tmp_path)) == []
+
+
+def test_a_full_place_is_not_to_be_mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(**_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(probe_health.tempfile, "NamedTemporaryFile", fill)
+    (fault,) = find_unwritable({str(tmp_path): "mount it writable"})
+    assert fault == f"{tmp_path} cannot be written (No space left on device); {probe_health.FULL}"
+
+
+def test_a_disk_that_runs_nothing_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", "/scratch")
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=os.ST_NOEXEC | os.ST_NOSUID))
+    assert probe_health.find_noexec() == [
+        f"/scratch is mounted noexec, and compiled kernels are loaded from it; {probe_health.FIX_SCRATCH}"
+    ]
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=os.ST_NOSUID))
+    assert probe_health.find_noexec() == []
+
+
+def test_a_hard_limit_of_a_login_node_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe_health.resource, "getrlimit", lambda _: (3600, 3600))
+    faults, _ = find_limits(has_rdma=False)
+    assert (
+        "CPU time (seconds) of a process is limited to 3600; have that hard limit raised (ulimit -a shows it)" in faults
+    )
 
 
 def test_the_soft_limit_of_files_is_raised_to_the_hard_one() -> None:
@@ -52,11 +93,13 @@ def test_the_soft_limit_of_files_is_raised_to_the_hard_one() -> None:
 
 
 def test_locked_memory_matters_only_to_rdma(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (65536, 65536))
+    unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    locked = {resource.RLIMIT_MEMLOCK: (65536, 65536)}
+    monkeypatch.setattr(resource, "getrlimit", lambda number: locked.get(number, unlimited))
     assert find_limits(has_rdma=False) == ([], [])
     (warning,) = find_limits(has_rdma=True)[1]
     assert warning.startswith("locked memory is limited to 64 KiB, RDMA registers all that it sends; set LimitMEMLOCK")
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: unlimited)
     assert find_limits(has_rdma=True) == ([], [])
 
 
@@ -81,11 +124,29 @@ def test_what_the_tools_say_is_read(tools: Path, monkeypatch: pytest.MonkeyPatch
     assert ask_dcgm() == "Warning" and find_adapters() == ["mlx5_0/1 4: ACTIVE"]
 
 
-@pytest.mark.parametrize("end", ["exit 3", "kill -KILL $$", "sleep 30"])
+@pytest.mark.parametrize("end", ["kill -KILL $$", "sleep 30"])
 def test_a_tool_that_fails_or_hangs_says_nothing(tools: Path, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
     monkeypatch.setattr(probe_health, "HEALTH_SECONDS", 0.5)
     tool(tools, "nvidia-smi", f"echo 'GPU-1, 0, No, No, Enabled'; {end}")
     assert find_gpu_health() == {}
+
+
+def test_faults_that_are_an_exit_code_too_are_heard(tools: Path) -> None:
+    tool(tools, "nvidia-smi", "echo 'GPU-1, 7, No, No, Enabled'; echo 'WARNING: infoROM, at, gpu, 0, is bad'; exit 14")
+    tool(tools, "dcgmi", "echo '| Overall Health | Failure |'; exit 1")
+    assert find_gpu_health()["GPU-1"]["uncorrected"] == "7" and len(find_gpu_health()) == 1
+    assert ask_dcgm() == "Failure"
+    tool(tools, "nvidia-smi", "echo 'GPU-1, H100, 580.1, [N/A]'; echo 'WARNING: infoROM is corrupted'")
+    assert probe.find_gpus() == [{"name": "H100", "driver": "580.1", "used_mib": None}]
+    tool(tools, "nvidia-smi", "echo GPU-1; echo 'WARNING: infoROM is corrupted at gpu 0000:1A:00.0'")
+    assert query_gpus() == [["GPU-1"]]
+
+
+def test_a_field_that_an_older_driver_does_not_know_takes_no_other_away(tools: Path) -> None:
+    unknown = "case $* in *remapped*) echo 'Field \"remapped_rows.failure\" is not a valid field to query.'; exit 2;; "
+    tool(tools, "nvidia-smi", f"{unknown} *ecc*) echo 'GPU-1, 7';; *) echo 'GPU-1, Enabled';; esac")
+    expected = {"uncorrected": "7", "remap_failed": "[N/A]", "remap_pending": "[N/A]", "persistence": "Enabled"}
+    assert find_gpu_health() == {"GPU-1": expected}
 
 
 def test_a_node_with_ipv6_only_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
