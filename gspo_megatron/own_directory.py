@@ -8,6 +8,7 @@ file in its mark: a file of ours that somebody edited since is somebody's.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -92,6 +93,35 @@ def claim_directory(path: Path, kind: DirectoryKind, key: str) -> None:
         path.mkdir(parents=True, exist_ok=True)
         if not (path / MARK).is_file():
             _write_mark(path, {"kind": kind.name})
+
+
+@contextlib.contextmanager
+def hold_directory(path: Path, key: str) -> Iterator[None]:
+    """Keep every other process that asks for it from writing a claimed directory meanwhile.
+
+    The lock lies on the mark and ends with this process, however that ends.
+
+    Args:
+        path: a directory that `claim_directory` made.
+        key: recipe key or argument that names the path.
+
+    Raises:
+        RecipeError: another process holds it.
+    """
+    with refuse_unwritable(path, key):
+        lock = os.open(path / MARK, os.O_RDWR)
+    try:
+        # A file system without locks knows of no holder.
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                message = f"another process of gspo writes {path} now: two would mix their files"
+                fix = "wait until it has ended, or press Ctrl-C there; or name another directory"
+                raise refuse("directory-in-use", key, message, fix) from None
+        yield
+    finally:
+        os.close(lock)
 
 
 @contextlib.contextmanager

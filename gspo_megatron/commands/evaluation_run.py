@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
 import sys
@@ -20,7 +21,7 @@ from gspo_megatron.config import Recipe, save_resolved
 from gspo_megatron.config.loading import RecipeError, refuse
 from gspo_megatron.config.recipe_paths import absolute_path, read_path, short_path
 from gspo_megatron.models import weight_files
-from gspo_megatron.own_directory import EVALUATION, claim_directory, refuse_unwritable
+from gspo_megatron.own_directory import EVALUATION, claim_directory, hold_directory, refuse_unwritable
 from gspo_megatron.plan import check_evaluation
 from gspo_megatron.plan.command import parse_mixed
 from gspo_megatron.plan.run_plan import read_contents
@@ -62,21 +63,27 @@ def evaluate(path: Path, recipe_path: Path, overrides: Sequence[str], out: Path 
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     run = RunDir(absolute_path(out or f"runs/{recipe.run.name}-eval-{stamp}"))
     print(f"evaluates {short_path(weights.path)}; all goes to {short_path(run.path)}", flush=True)
-    prepare(run, recipe, weights)
-    logs = run.attempt_logs(run.next_attempt()).path
-    with refuse_unwritable(run.path, OUT):
-        logs.mkdir(parents=True)
-    return run_roles(plan_evaluation(recipe, run.path), logs, leader="evaluator")
+    with contextlib.ExitStack() as held:
+        prepare(run, recipe, weights, held)
+        logs = run.attempt_logs(run.next_attempt()).path
+        with refuse_unwritable(run.path, OUT):
+            logs.mkdir(parents=True)
+        return run_roles(plan_evaluation(recipe, run.path), logs, leader="evaluator")
 
 
-def prepare(run: RunDir, recipe: Recipe, weights: EvaluatedWeights) -> None:
+def prepare(run: RunDir, recipe: Recipe, weights: EvaluatedWeights, held: contextlib.ExitStack) -> None:
     """Make the directory of an evaluation, with the weights where the servers look for them.
 
+    Args:
+        held: keeps the directory from others until it is closed.
+
     Raises:
-        RecipeError: the directory is not ours, holds results, or cannot be written; the checkpoint cannot be read.
+        RecipeError: the directory is not ours, is in use, holds results, or cannot be written; the checkpoint cannot
+            be read.
     """
     is_new = not run.path.exists()
     claim_directory(run.path, EVALUATION, OUT)
+    held.enter_context(hold_directory(run.path, OUT))
     if run.evaluation.is_file():
         raise refuse("eval-finished", OUT, f"{run.path} holds a finished evaluation", "name a new directory")
     try:

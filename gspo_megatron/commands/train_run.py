@@ -21,7 +21,14 @@ from gspo_megatron.config.loading import refuse
 from gspo_megatron.config.recipe_paths import absolute_path, short_path
 from gspo_megatron.data.model_directory import keep_tokenizer
 from gspo_megatron.models import load_recipe, load_resolved
-from gspo_megatron.own_directory import HUGGING_FACE, RUN, claim_directory, refuse_foreign, refuse_unwritable
+from gspo_megatron.own_directory import (
+    HUGGING_FACE,
+    RUN,
+    claim_directory,
+    hold_directory,
+    refuse_foreign,
+    refuse_unwritable,
+)
 from gspo_megatron.plan import check
 from gspo_megatron.plan.named_files import write_digests
 from gspo_megatron.plan.run_plan import read_contents
@@ -57,19 +64,21 @@ def train(path: Path, overrides: Sequence[str]) -> int:
         return OK
     if is_refused(read_contents(recipe, runs_here=True)):
         return REFUSED
-    run_dir = prepare_run(recipe)
-    print(
-        f"{recipe.run.name}: {ranks} trainer ranks, {recipe.rollout.servers} rollout server(s), "
-        f"all goes to {short_path(run_dir)}",
-        flush=True,
-    )
-    run = RunDir(run_dir)
-    logs = run.attempt_logs(run.next_attempt()).path
-    with refuse_unwritable(run_dir, KEY):
-        logs.mkdir(parents=True)
-    resume = resume_command(path, overrides, run_dir)
-    extend = extend_command(path, overrides, run_dir, recipe.trainer.max_steps)
-    return run_roles(plan_roles(recipe, run_dir, ranks), logs, resume=resume, extend=extend)
+    run = RunDir(place_run(recipe))
+    claim_directory(run.path, RUN, KEY)
+    with hold_directory(run.path, KEY):
+        prepare_run(recipe, run.path)
+        print(
+            f"{recipe.run.name}: {ranks} trainer ranks, {recipe.rollout.servers} rollout server(s), "
+            f"all goes to {short_path(run.path)}",
+            flush=True,
+        )
+        logs = run.attempt_logs(run.next_attempt()).path
+        with refuse_unwritable(run.path, KEY):
+            logs.mkdir(parents=True)
+        resume = resume_command(path, overrides, run.path)
+        extend = extend_command(path, overrides, run.path, recipe.trainer.max_steps)
+        return run_roles(plan_roles(recipe, run.path, ranks), logs, resume=resume, extend=extend)
 
 
 def stays_finished(recipe: Recipe) -> bool:
@@ -114,10 +123,15 @@ def claim_run(run_dir: Path) -> None:
             refuse_foreign(export, HUGGING_FACE, KEY)
 
 
-def prepare_run(recipe: Recipe) -> Path:
-    """Make the run directory: resolved recipe, objective sentence, model description for the servers."""
+def place_run(recipe: Recipe) -> Path:
+    """Where a run that starts now writes."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    run = RunDir(recipe.run.directory or absolute_path(f"runs/{recipe.run.name}-{stamp}"))
+    return recipe.run.directory or absolute_path(f"runs/{recipe.run.name}-{stamp}")
+
+
+def prepare_run(recipe: Recipe, place: Path | None = None) -> Path:
+    """Make the run directory: resolved recipe, objective sentence, model description for the servers."""
+    run = RunDir(place or place_run(recipe))
     claim_run(run.path)
     with refuse_unwritable(run.path, KEY):
         run.done.unlink(missing_ok=True)  # a finished run that is to have more steps

@@ -48,11 +48,19 @@ def describe_fault(error: BaseException, file: str = "") -> str:
         error: what was raised.
         file: path of the user's file: its innermost line in the stack is named.
     """
-    text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(": ")
+    text = " ".join(error_text(error).split()).removesuffix(": ")
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if file and frame.filename == file]
     place = f" (line {lines[-1]})" if lines else ""
     text = hide_secrets(text)
     return (text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}...") + place
+
+
+def error_text(error: BaseException) -> str:
+    """Type and text of an exception, `KeyError: 'x'`; a user's own may raise where its text is made."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception as fault:
+        return f"{type(error).__name__}: (its text raises {type(fault).__name__})"
 
 
 def source_of(found: Any) -> str:
@@ -81,7 +89,7 @@ def _load_module(place: str) -> ModuleType:
 
 
 def _load_file(path: Path) -> ModuleType:
-    resolved = path.resolve()
+    resolved = Path(os.path.expanduser(path)).resolve()
     # One module per file: a trust rule and a preset of one file share their globals, however often they are loaded.
     name = f"gspo_plugin_{resolved.stem}_{abs(hash(resolved)):x}"
     if name in sys.modules:

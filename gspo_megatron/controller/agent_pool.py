@@ -15,6 +15,7 @@ from gspo_megatron.config.agent_section import AgentSection
 from gspo_megatron.config.hooks import load_hook
 from gspo_megatron.controller.loop_pool import LoopPool
 from gspo_megatron.environments.agent_contract import ClientSettings
+from gspo_megatron.rewards.reward_input import read_parts
 from gspo_megatron.transport.auth import KEY_VARIABLE
 
 STRETCH_SECONDS = 10.0
@@ -63,9 +64,16 @@ class AgentPool:
 
 
 def load_program(reference: str) -> Program:
-    """Load the agent within its process."""
+    """Load the agent within its process, which reads what it returns: a score, or what the user calls one."""
     prepare_process()
-    return load_hook("agent", reference)
+    program: Program = load_hook("agent", reference)
+
+    async def run(problem: dict[str, Any], client: ClientSettings) -> float | dict[str, float] | None:
+        returned = await program(problem, client)
+        parts = {} if returned is None else read_parts(returned)
+        return None if returned is None else parts.get("", parts)
+
+    return run
 
 
 def prepare_process() -> None:

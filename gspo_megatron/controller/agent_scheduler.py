@@ -80,7 +80,8 @@ class AgentScheduler(MultiTurnScheduler):
 
     def session(self, key: str) -> Session | None:
         """The episode of a client's key."""
-        return next((one for known, one in self._by_key.items() if secrets.compare_digest(known, key)), None)
+        given = key.encode(errors="replace")
+        return next((one for own, one in self._by_key.items() if secrets.compare_digest(own.encode(), given)), None)
 
     def measure(self) -> dict[str, float]:
         """Metrics of the training episodes since the last call: sums, and turns as a mean of the ended ones."""

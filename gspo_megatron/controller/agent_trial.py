@@ -24,6 +24,7 @@ from gspo_megatron.controller.agent_endpoint import AgentEndpoint
 from gspo_megatron.controller.agent_pool import prepare_process
 from gspo_megatron.controller.agent_session import FULL
 from gspo_megatron.controller.chat_format import MODEL, ChatRequest, ChatTurn, RequestError
+from gspo_megatron.controller.loop_pool import run_with_tasks
 from gspo_megatron.environments.agent_contract import ClientSettings
 from gspo_megatron.environments.tool_calls import CALL_END, CALL_START, TurnText, read_turn
 from gspo_megatron.rewards.reward_input import read_parts, weigh_parts
@@ -140,7 +141,7 @@ class TrialEpisodes:
 
     def session(self, key: str) -> TrialEpisode | None:
         """As `AgentScheduler.session`."""
-        return self.episode if secrets.compare_digest(self.key, key) else None
+        return self.episode if secrets.compare_digest(self.key.encode(), key.encode(errors="replace")) else None
 
 
 def try_agent(found: Any, samples: Samples | None = None) -> list[str]:
@@ -236,7 +237,7 @@ def _run_once(
     runner: asyncio.Runner, found: Any, line: NotedLine, client: ClientSettings, reward: RewardSection | None
 ) -> Outcome:
     try:
-        returned = runner.run(found(line, client))
+        returned = runner.run(run_with_tasks(found, line, client))
     # The code is the user's own and may raise anything, the end of Python included.
     except BaseException as error:
         outcome = _raised(found, error, line)

@@ -106,7 +106,7 @@ def read_request(body: bytes) -> ChatRequest:
     if choice not in ("auto", "none"):
         raise RequestError(f"tool_choice={json.dumps(choice)} is not supported; use auto or none")
     limits = [given[name] for name in ("max_completion_tokens", "max_tokens") if name in given]
-    if any(not isinstance(limit, int) or limit < 1 for limit in limits):
+    if any(not isinstance(limit, int) or isinstance(limit, bool) or limit < 1 for limit in limits):
         raise RequestError(f"max_tokens={limits[0]} is no positive whole number; correct it or leave it out")
     tools, options = given.get("tools", []), given.get("stream_options", {})
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import functools
 import math
 import multiprocessing
@@ -15,7 +16,16 @@ from concurrent.futures import Future
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from gspo_megatron.controller.process_pool import LOOK_SECONDS, READY, Lost, Worker, describe_error, enter_process
+from gspo_megatron.controller.process_pool import (
+    LOOK_SECONDS,
+    READY,
+    Lost,
+    Worker,
+    describe_error,
+    enter_process,
+    pack_reply,
+    unpack_reply,
+)
 from gspo_megatron.rewards.time_limit import BACKSTOP, limit_time
 
 AT_ONCE = 64
@@ -24,6 +34,20 @@ BEAT_SECONDS = 1.0
 """How often the process says that its event loop runs."""
 BEAT = 0
 """Number of a message that only says so."""
+_OWNER: contextvars.ContextVar[object] = contextvars.ContextVar("owner", default=None)
+"""The job that a task belongs to: a task has the context of the one that started it."""
+
+
+async def run_with_tasks(function: Callable[..., Awaitable[Any]], *job: Any) -> Any:
+    """Await a job, and end the tasks that it leaves behind, as `asyncio.run` does at the end of a program."""
+    owner = object()
+    _OWNER.set(owner)
+    try:
+        return await function(*job)
+    finally:
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            if task.get_context().get(_OWNER) is owner:
+                task.cancel()
 
 
 def _serve(
@@ -48,12 +72,12 @@ async def _serve_jobs(
         clock = asyncio.timeout(None if math.isinf(wall) else wall)
         try:
             async with clock:
-                reply = await function(*job)
+                reply = await run_with_tasks(function, *job)
         # It runs over text that a model made up: whatever it raises, SystemExit included, is a fact about that answer.
         except BaseException as error:
             late = isinstance(error, TimeoutError) and clock.expired()
             reply = Lost("out-of-time", f"took more than {wall:g} s") if late else describe_error(error)
-        connection.send((number, reply))
+        connection.send((number, pack_reply(reply)))
 
     def read() -> None:
         try:
@@ -186,7 +210,7 @@ class LoopPool:
                 number, reply = self._worker.connection.recv()
                 self._heard = time.monotonic()
                 if number != BEAT:
-                    self._running.pop(number).set_result(reply)
+                    self._running.pop(number).set_result(unpack_reply(reply))
         except (EOFError, OSError):
             return "died"
         if not self._running:

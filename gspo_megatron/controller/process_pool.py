@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import pickle
 import queue
 import resource
 import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
 from gspo_megatron.cluster.child_processes import die_with_parent
+from gspo_megatron.config.plugins import error_text
 from gspo_megatron.config.secret_text import hide_secrets
 from gspo_megatron.rewards.time_limit import BACKSTOP, OutOfTime
 
@@ -49,11 +52,29 @@ class Lost:
 
 def describe_error(error: BaseException) -> Lost:
     """What a job raised, as its process reports it."""
-    why = " ".join(hide_secrets(f"{type(error).__name__}: {error}").split())[:MAX_SENTENCE]
+    why = " ".join(hide_secrets(error_text(error)).split())[:MAX_SENTENCE]
     if isinstance(error, OutOfTime):
         return Lost("out-of-time", str(error))
     # The innermost calls say where; the outermost are this file's.
     return Lost("raised", why, hide_secrets("".join(traceback.format_exception(error)))[-MAX_TRACE:])
+
+
+def pack_reply(reply: Any) -> bytes:
+    """What a job returned, for the way between two processes; where that cannot be, the `Lost` that says so."""
+    try:
+        return bytes(ForkingPickler.dumps(reply))
+    # An object of the user's own may raise anything.
+    except Exception as error:
+        lost = describe_error(error)
+        return bytes(ForkingPickler.dumps(replace(lost, why=f"it returned a {type(reply).__name__}: {lost.why}")))
+
+
+def unpack_reply(packed: bytes) -> Any:
+    """The reply of `pack_reply`; a `Lost` for an object whose class only the other process has."""
+    try:
+        return pickle.loads(packed)
+    except Exception as error:
+        return Lost("raised", f"it returned an object that cannot be read outside its process: {error_text(error)}")
 
 
 def enter_process(make: Callable[[], Function], parent: int) -> Function:
@@ -82,7 +103,7 @@ def _work(make: Callable[[], Function], connection: Connection, parent: int) -> 
         # It runs over text that a model made up: whatever it raises, SystemExit included, is a fact about that answer.
         except BaseException as error:
             reply = describe_error(error)
-        connection.send(reply)
+        connection.send_bytes(pack_reply(reply))
 
 
 class Worker:
@@ -106,7 +127,7 @@ class Worker:
         try:
             self.connection.send(job)
             if self._answers_within(limit):
-                return self.connection.recv()
+                return unpack_reply(self.connection.recv_bytes())
         except (EOFError, OSError):
             self.stop()
             return Lost("died", f"its {self._what}'s process died")

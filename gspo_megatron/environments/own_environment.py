@@ -42,8 +42,10 @@ class OwnEnvironment:
         """Reply to one turn. Raises ValueError for a reply that is none."""
         reply = read_reply(self._environment.step(state["own"], make_turn(self._tokenizer.decode(action), action)))
         reward = add_rewards(state["reward"], reply.reward)
-        ids = () if reply.done else tuple(self._encode(reply.observation, action[-1]))
-        return Turn(ids, {"own": reply.state, "reward": reward}, reply.done, reward)
+        ids = () if reply.done else tuple(map(int, self._encode(reply.observation, action[-1])))
+        # As a checkpoint gives it back: an Enum or a NamedTuple of the user's would need his module elsewhere.
+        state = json.loads(json.dumps(reply.state))
+        return Turn(ids, {"own": state, "reward": reward}, reply.done, reward)
 
     def _encode(self, observation: Any, last: int) -> Sequence[int]:
         if isinstance(observation, str):
@@ -70,6 +72,8 @@ def read_reply(reply: object) -> Reply:
             f"the state is not JSON-serialisable ({error}); keep numbers, texts, lists and dicts"
         ) from None
     seen = reply.observation
+    if not isinstance(seen, Sequence) or isinstance(seen, (bytes, bytearray)):
+        raise ValueError(f"the observation is a {type(seen).__name__}; return a text, or a list of messages or ids")
     if not isinstance(seen, str) and not any(all(isinstance(one, kind) for one in seen) for kind in (int, dict)):
         raise ValueError("the observation is neither a text nor a list of messages or of token ids; return one of them")
     for one in seen:
@@ -78,10 +82,19 @@ def read_reply(reply: object) -> Reply:
         if isinstance(one, dict) and not (one.get("role") in ROLES and isinstance(one.get("content"), str)):
             message = f"the observation holds the message {repr(one)[:80]}"
             raise ValueError(f"{message}; write a role of {', '.join(ROLES)} and a content that is a text")
+        if not _is_unicode(one["content"] if isinstance(one, dict) else one):
+            raise ValueError(
+                "the observation holds half a surrogate pair, which no tokenizer takes; decode it as UTF-8"
+            )
     if not isinstance(reply.done, bool):
         raise ValueError(f"done={reply.done!r} is no bool; return True to end the episode")
     add_rewards(None, reply.reward)
     return reply
+
+
+def _is_unicode(value: Any) -> bool:
+    """Whether a text can be written; anything else counts as one."""
+    return not isinstance(value, str) or not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def add_rewards(before: Mapping[str, float] | None, given: Any) -> dict[str, float] | None:
@@ -118,7 +131,8 @@ def check_form(found: Any) -> list[str]:
             faults.append(f"has no method {name}; define reset(line) and step(state, turn)")
         else:
             try:
-                inspect.signature(method).bind(found, *arguments)
+                is_static = isinstance(inspect.getattr_static(found, name), (staticmethod, classmethod))
+                inspect.signature(method).bind(*([] if is_static else [found]), *arguments)
             except TypeError as error:
                 faults.append(f"{name} cannot be called as reset(line) or step(state, turn): {error}; take these")
     try:
@@ -160,7 +174,9 @@ def try_episodes(found: Any, samples: Samples | None = None) -> list[str]:
     except ValueError as fault:
         raise ValueError(f"{what}: {fault}") from None
     # The code is the user's own and may raise anything.
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise ValueError(f"{what} raised {describe_fault(error)}; reply to any text") from None
     if line != given:
         raise ValueError("changed the line of the problem, which all responses to it share; copy it first")

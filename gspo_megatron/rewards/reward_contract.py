@@ -155,8 +155,10 @@ def _call(found: Any, line: NotedLine, sample: RewardInput, ask: Callable[..., A
                 result = asyncio.run(result)
     except OutOfTime:
         raise ValueError(f"took more than {SAMPLE_SECONDS:g} s for one response; set a limit within it") from None
-    # The code is the user's own and may raise anything.
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    # The code is the user's own and may raise anything, CancelledError included.
+    except BaseException as error:
         if isinstance(error, KeyError) and error.args == tuple(line.missing[-1:]):
             raise _MissingField(error.args[0]) from None
         raise ValueError(f"raised {describe_fault(error, source_of(found))}; return a score for any text") from None

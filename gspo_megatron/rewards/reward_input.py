@@ -89,9 +89,11 @@ def _name(name: object) -> str:
 def _number(value: object, what: str) -> float:
     """A finite number. Numbers of numpy and 0-d tensors are numbers; texts and None are not."""
     place = f" for {what}" if what else ""
-    if isinstance(value, numbers.Real) or (hasattr(value, "item") and getattr(value, "ndim", None) == 0):
+    # A 0-d array may also hold a text, a date or a complex number.
+    plain = value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+    if isinstance(plain, numbers.Real):
         try:
-            number = float(value)  # pyright: ignore[reportArgumentType]
+            number = float(plain)
         except OverflowError:
             number = math.inf
         if math.isfinite(number):

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from gspo_megatron import own_directory
 from gspo_megatron.cli import main
+from gspo_megatron.commands import train_run
 from gspo_megatron.commands.train_run import prepare_run
 from gspo_megatron.config import RecipeError
 from gspo_megatron.models import load_recipe
@@ -27,6 +28,7 @@ from gspo_megatron.own_directory import (
     DirectoryKind,
     claim_directory,
     directory_fault,
+    hold_directory,
     replace_directory,
 )
 from gspo_megatron.run_dir import RunDir
@@ -262,6 +264,21 @@ def test_a_run_refuses_a_directory_of_somebody(
     said = capsys.readouterr()
     assert f"{tmp_path / 'd'} holds DONE, model, and nothing marks it as a run directory" in said.err + said.out
     assert content(tmp_path) == before
+
+
+def test_a_directory_that_another_process_writes_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train_run, "read_contents", lambda *_, **__: [])
+    run = tmp_path / "run"
+    claim_directory(run, RUN, "run.directory")
+    command = ["train", RECIPE, "placement.gpu=cpu", f"run.directory={run}"]
+    with hold_directory(run, "run.directory"):
+        assert main(command) == 2
+    assert f"run.directory: another process of gspo writes {run} now" in capsys.readouterr().err
+    assert [file.name for file in run.iterdir()] == [MARK]
+    with hold_directory(run, "run.directory"), pytest.raises(RecipeError, match="directory-in-use"):
+        hold_directory(run, "run.directory").__enter__()
 
 
 def test_a_run_goes_on_in_its_own_directory_and_in_one_of_an_earlier_version(tmp_path: Path) -> None:

@@ -30,7 +30,11 @@ async def run(problem: dict[str, Any], client: ClientSettings) -> Any:
         await asyncio.Event().wait()
     if problem.get("raise"):
         raise LookupError("no such tool")
-    return [os.environ.get(KEY_VARIABLE), os.environ["no_proxy"], client.api_key, os.getpid()]
+    if "score" in problem:
+        return {"text": "1.0", "number": 0.5, "parts": {"a": 1, "b": 0.25}, "none": None}[problem["score"]]
+    seen = [os.environ.get(KEY_VARIABLE), os.environ["no_proxy"], client.api_key]
+    assert seen == [None, "site.example,127.0.0.1", "key"], seen
+    return os.getpid()
 
 
 def not_asynchronous(problem: dict[str, Any], client: ClientSettings) -> None: ...
@@ -52,14 +56,23 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[AgentPool]:
 def test_episodes_run_side_by_side_without_the_key_of_the_job(pool: AgentPool) -> None:
     hanging = [pool.run({"hang": True}, CLIENT) for _ in range(8)]
     results = [pool.run({}, CLIENT).result(120) for _ in range(2)]
-    assert [result[:3] for result in results] == [[None, "site.example,127.0.0.1", "key"]] * 2
-    assert results[0][3] != results[1][3], "each process gets its turn"
+    assert all(isinstance(result, float) for result in results), results
+    assert results[0] != results[1], "each process gets its turn"
     raised = pool.run({"raise": True}, CLIENT).result(120)
     assert isinstance(raised, Lost) and raised.why == "LookupError: no such tool" and "in run" in raised.trace
     for episode in hanging:
         pool.cancel(episode)
     assert {type(episode.result(120)) for episode in hanging} == {Lost}
-    assert pool.run({}, CLIENT).result(120)[2] == "key"
+    assert isinstance(pool.run({}, CLIENT).result(120), float)
+
+
+def test_what_an_agent_returns_is_read_in_its_process(pool: AgentPool) -> None:
+    """An object of the user's own cannot be read here, where his module is not."""
+    assert [pool.run({"score": kind}, CLIENT).result(120) for kind in ("number", "parts", "none")] == [
+        0.5, {"a": 1.0, "b": 0.25}, None,
+    ]  # fmt: skip
+    lost = pool.run({"score": "text"}, CLIENT).result(120)
+    assert isinstance(lost, Lost) and "returned a str; return a number" in lost.why
 
 
 @pytest.mark.parametrize(

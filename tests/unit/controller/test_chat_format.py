@@ -54,6 +54,7 @@ def test_a_request_is_read() -> None:
         (request(response_format={"type": "json_object"}), "response_format is not supported"),
         (request(tool_choice="required"), 'tool_choice="required" is not supported'),
         (request(max_tokens=0), "max_tokens=0 is no positive whole number"),
+        (request(max_tokens=True), "max_tokens=True is no positive whole number"),
         (request(max_tokens="many"), "max_tokens=many is no positive whole number"),
         (request(tools=[5]), "tools is no list of objects"),
     ],

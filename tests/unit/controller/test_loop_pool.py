@@ -24,7 +24,7 @@ class Meeting:
     def __init__(self) -> None:
         self.here, self.all_here = 0, asyncio.Event()
 
-    async def __call__(self, text: str, count: int = 0) -> str:
+    async def __call__(self, text: str, count: int = 0) -> Any:
         if text == "meet":
             self.here += 1
             if self.here == count:
@@ -41,9 +41,26 @@ class Meeting:
             raise ZeroDivisionError("nothing to divide")
         if text == "exit":
             raise SystemExit(3)
+        if text == "unsayable":
+            raise Unsayable
+        if text == "unsendable":
+            return lambda: text
+        if text == "leave":
+            self.left = asyncio.create_task(asyncio.sleep(600))
+            await asyncio.sleep(0)
+        if text == "left":
+            await asyncio.sleep(0)
+            return str(self.left.cancelled())
         if text == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         return text
+
+
+class Unsayable(Exception):
+    """Its text cannot be made, as where a library's error formats what it has not."""
+
+    def __str__(self) -> str:
+        raise KeyError("reason")
 
 
 def make_nothing() -> Any:
@@ -90,6 +107,21 @@ def test_one_bad_job_costs_only_itself(start: Callable[..., LoopPool]) -> None:
     ]
     assert show(pool.ask("die").result(60)) == "died: its scorer's process died"
     assert pool.ask("d").result(60) == "d"
+
+
+def test_what_cannot_be_said_or_sent_is_a_fault_of_its_job(start: Callable[..., LoopPool]) -> None:
+    """Else nobody would send a reply, and the run would wait for it for ever."""
+    pool = start(limit=10.0)
+    jobs = [pool.ask(text) for text in ("unsayable", "unsendable", "a")]
+    said = [show(job.result(60)) for job in jobs]
+    assert said[0] == "raised: Unsayable: (its text raises KeyError)"
+    assert said[1].startswith("raised: it returned a function: ") and said[2] == "a"
+
+
+def test_tasks_that_a_job_leaves_end_with_it(start: Callable[..., LoopPool]) -> None:
+    pool = start(limit=10.0)
+    assert pool.ask("leave").result(60) == "leave"
+    assert pool.ask("left").result(60) == "True"
 
 
 def test_a_judge_that_cannot_start_is_a_sentence(start: Callable[..., LoopPool]) -> None:

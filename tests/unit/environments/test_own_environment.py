@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+import pickle
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -73,6 +75,33 @@ def test_texts_and_ids_are_appended_as_they_are() -> None:
     assert try_episodes(Plain) == [f"replied to {len(TURNS)} sample turns; 0 of them ended the episode, 0 had a reward"]
 
 
+class Phase(enum.StrEnum):
+    ASK = "ask"
+
+
+class Typed(Plain):
+    """Keeps what only its own module can read, and what JSON writes."""
+
+    @staticmethod
+    def reset(line: dict[str, Any]) -> Any:
+        return {"phase": Phase.ASK}
+
+    def step(self, state: Any, turn: Any) -> Any:
+        return Reply({"phase": Phase(state["phase"])}, [Number.FIVE])
+
+
+class Number(enum.IntEnum):
+    FIVE = 5
+
+
+def test_a_turn_goes_to_other_processes_without_the_user_s_module() -> None:
+    check_form(Typed)
+    step = make_step(EnvironmentSection(name=f"{__name__}:Typed"), Letters(), write_messages)
+    turn = step(PROBLEM, None, [65])
+    assert type(turn.state["own"]["phase"]) is str and [type(one) for one in turn.token_ids] == [int]
+    assert pickle.loads(pickle.dumps(turn)) == turn and __name__.encode() not in pickle.dumps(turn)
+
+
 WRONG = {
     "no class": ("env = 5", "is a int; name a class"),
     "no step": ("class env:\n def reset(self, line): return 0", "has no method step"),
@@ -86,6 +115,15 @@ WRONG = {
                     " def step(self, s, t): return Reply(s, ['a'])", "neither a text nor a list"),
     "role": (f"{'from gspo_megatron.environments import Reply'}\nclass env:\n def reset(self, line): 0\n"
              " def step(self, s, t): return Reply(s, [{'role': 'alien', 'content': ''}])", "a role of user, tool"),
+    "bytes": ("from gspo_megatron.environments import Reply\nclass env:\n def reset(self, line): 0\n"
+              " def step(self, s, t): return Reply(s, b'ok')", "the observation is a bytes; return a text"),
+    "nothing": ("from gspo_megatron.environments import Reply\nclass env:\n def reset(self, line): 0\n"
+                " def step(self, s, t): return Reply(s, None)", "the observation is a NoneType; return a text"),
+    "half a pair": ("from gspo_megatron.environments import Reply\nclass env:\n def reset(self, line): 0\n"
+                    " def step(self, s, t): return Reply(s, [{'role': 'user', 'content': '\\ud83d'}])",
+                    "half a surrogate pair"),
+    "cancelled": ("import asyncio\nclass env:\n def reset(self, line): 0\n"
+                  " def step(self, s, t): raise asyncio.CancelledError", "step after '2' raised CancelledError"),
     "negative id": (f"{'from gspo_megatron.environments import Reply'}\nclass env:\n def reset(self, line): 0\n"
                     " def step(self, s, t): return Reply(s, [5, -1])", "holds the token id -1"),
     "done": ("from gspo_megatron.environments import Reply\nclass env:\n def reset(self, line): 0\n"

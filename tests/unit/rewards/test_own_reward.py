@@ -86,6 +86,9 @@ def test_parts_are_kept_by_name_and_a_truncated_response_has_none(tmp_path: Path
         ("{'right': 1, 'short': 1}", {"right": 1}, "reward.weights names right, the reward returned right, short"),
         ("1.0", {"right": 1}, "reward.weights names right, the reward returned one number"),
         ("'1'", {}, "returned a str"),
+        ("__import__('numpy').complex64(1)", {}, "returned a complex64"),
+        ("__import__('numpy').str_('0.5')", {}, "returned a str_"),
+        ("__import__('numpy').datetime64('2026-01-01')", {}, "returned a datetime64"),
         ("float('nan')", {}, "not finite"),
     ],
 )
