@@ -15,9 +15,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gspo_megatron.config.secret_text import hide_secrets
+from gspo_megatron.config.secret_text import hidden_output, hide_secrets
 
 _LONGEST = 300
+OURS = f"{__name__.partition('.')[0]}."
+"""Modules of the package."""
 
 
 def load_object(reference: str) -> Any:
@@ -77,7 +79,9 @@ class _NotLoaded(ValueError):
 
 
 def _load_module(place: str) -> ModuleType:
-    with _as_sentence(place):
+    if place in sys.modules:
+        return sys.modules[place]
+    with contextlib.nullcontext() if place.startswith(OURS) else hidden_output(), _as_sentence(place):
         try:
             return importlib.import_module(place)
         except ModuleNotFoundError as error:
@@ -103,7 +107,7 @@ def _load_file(path: Path) -> ModuleType:
     if str(resolved.parent) not in sys.path:
         sys.path.append(str(resolved.parent))
     try:
-        with _as_sentence(str(path), str(resolved)):
+        with hidden_output(), _as_sentence(str(path), str(resolved)):
             spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]

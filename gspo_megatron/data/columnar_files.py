@@ -87,6 +87,9 @@ def _arrow_batches(file: Path) -> Iterator[Any]:
 def _number(file: Path, batches: Iterable[Any], key: str) -> Iterator[tuple[str, dict[str, Any]]]:
     number = 0
     for batch in batches:
+        names = batch.schema.names
+        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+            raise broken_file(key, f"{file} has the column {twice[0]!r} twice", "keep one of them")
         for place in range(batch.num_rows):
             number += 1
             where = f"{file} row {number}"

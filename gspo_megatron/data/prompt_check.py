@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -24,12 +25,14 @@ from gspo_megatron.data.problems import every_problem, open_problems
 from gspo_megatron.data.stream import HELD_OUT, PromptStream
 from gspo_megatron.data.tokenizers import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from gspo_megatron.run_dir import CheckpointDir, RunDir
-from gspo_megatron.types import Finding
+from gspo_megatron.types import Finding, Problem
 
 DEMONSTRATIONS = 100
 """Lines of `cold_start.path` that a plan looks at."""
 POSITIONS = 1000
 """Positions of the training stream that are looked at; the whole stream only where none of them is usable."""
+WRITTEN = 100
+"""Prompts that are held against the text that the template makes of them."""
 PROBE = "What is 12345 + 67890?"
 """A user's message that every chat template writes as it is."""
 
@@ -150,6 +153,8 @@ def _prompt_findings(recipe: Recipe, stream: PromptStream, tokenizer: Tokenizer,
             f"{survey.alike} of the first {len(survey.lengths)} prompts have the very tokens of an earlier problem's: "
             "what tells the problems apart is left out, or has no token", "`gspo data RECIPE` shows three of them",
         )  # fmt: skip
+    if isinstance(tokenizer, HuggingFaceTokenizer) and recipe.tokenizer.rendering is None and survey.lengths:
+        yield from _left_out(recipe, stream.training_problems(min(WRITTEN, len(survey.lengths)), "written"), tokenizer)
     with_reason: list[Finding] = []
     if recipe.planned_evaluation:
         with _collecting(with_reason):
@@ -158,6 +163,39 @@ def _prompt_findings(recipe: Recipe, stream: PromptStream, tokenizer: Tokenizer,
         with _collecting(with_reason):
             with_reason += _demonstration_findings(recipe, recipe.cold_start, stream, tokenizer, runs_here)
     yield from with_reason
+
+
+def _left_out(recipe: Recipe, problems: Sequence[Problem], tokenizer: HuggingFaceTokenizer) -> Iterator[Finding]:
+    """Whether the chat template writes every message of the problems, and their tools."""
+    path, lost, tools = recipe.tokenizer.path or recipe.model.path, Counter[str](), 0
+    for problem in problems:
+        text = tokenizer.write_prompt(problem.messages, problem.tools) if problem.messages else ""
+        for message in problem.messages:
+            content = str(message["content"]).strip()
+            # The thinking of earlier turns goes by design; what a tool said may be written as JSON.
+            if message["role"] not in ("assistant", "tool") and content not in text:
+                lost[message["role"]] += 1
+        tools += bool(problem.tools)
+        if problem.tools and text == tokenizer.write_prompt(problem.messages, ()):
+            yield Finding(
+                "tools-left-out", "error", "data.tools_key",
+                f"the chat template of {path} writes the same with and without the tools of a problem: the model would "
+                "not know of them", "take a model whose template reads tools, or remove data.tools_key",
+            )  # fmt: skip
+            return
+    for role, count in lost.items():
+        yield Finding(
+            "message-left-out", "warning", "tokenizer.path",
+            f"the chat template of {path} leaves out a message of role={role}, or a part of it, in {count} of the "
+            f"first {len(problems)} prompts", "write the roles that it knows (system, user, tool), or correct it",
+        )  # fmt: skip
+    is_named = recipe.data.tools_key != type(recipe.data).model_fields["tools_key"].default
+    if is_named and recipe.data.source == "file" and not tools:
+        yield Finding(
+            "tools-missing", "warning", "data.tools_key",
+            f"none of the first {len(problems)} problems has `{recipe.data.tools_key}`",
+            "correct the key if it is misspelt, or remove it",
+        )  # fmt: skip
 
 
 def _demonstration_findings(

@@ -16,13 +16,14 @@ from gspo_megatron.config.hooks import is_reference, load_hook
 from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.plugins import load_object
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.plan.rules.resume import begins_anew
 from gspo_megatron.types import Finding
 
 READER = "gspo_megatron.data.prompt_check"
 CONTENT_WARNINGS = frozenset(
     {
         "prompts-left-out", "prompts-alike", "turn-end-not-a-stop", "golds-that-fail", "golds-are-solutions",
-        "demonstrations-too-long", "demonstrations-held-out",
+        "demonstrations-too-long", "demonstrations-held-out", "message-left-out", "tools-missing",
     }
 )  # fmt: skip
 """Codes of the warnings of `read_findings`: a recipe may acknowledge them, and only reading shows whether it has to."""
@@ -51,7 +52,9 @@ def findings(recipe: Recipe, runs_here: bool) -> Iterator[Finding]:
         ("tokenizer.path", tokenizer.path, "prompts are"),
         ("cold_start.path", recipe.cold_start.path if recipe.cold_start else None, "its demonstrations are"),
     ):
-        if path is not None and not os.path.exists(path):
+        # A run that goes on does not read the demonstrations again.
+        is_read = key != "cold_start.path" or begins_anew(recipe)
+        if path is not None and not os.path.exists(path) and is_read:
             yield _absent(key, path, what, runs_here)
     if tokenizer.path is None and recipe.model.path is None:
         message = "is not set and there is no model.path to take it from"

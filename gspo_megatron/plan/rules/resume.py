@@ -7,7 +7,7 @@ what it computes. `gspo plan`, `gspo train` and a SLURM job ask here.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Set
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from gspo_megatron.cluster.attempts import find_checkpoint
@@ -16,7 +16,16 @@ from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.metric_rows import read_rows
 from gspo_megatron.models import load_resolved
-from gspo_megatron.plan.named_files import DEMONSTRATIONS, OWN_CODE, WEIGHTS, Digests, digest_files, read_digests
+from gspo_megatron.plan.named_files import (
+    DEMONSTRATIONS,
+    MODEL,
+    OWN_CODE,
+    TOKENIZER,
+    WEIGHTS,
+    Digests,
+    digest_files,
+    read_digests,
+)
 from gspo_megatron.run_dir import CheckpointDir, RunDir, complete_checkpoints
 from gspo_megatron.types import Finding
 
@@ -65,6 +74,8 @@ MAY_CHANGE = (
 files (`named_files.py`), which may lie elsewhere too."""
 MUST_STAY = ("trainer.aux_loss_coefficient", "rollout.vllm.kv_cache_dtype")
 """Exceptions from MAY_CHANGE."""
+PLACES = frozenset({TOKENIZER, MODEL, DEMONSTRATIONS, *OWN_CODE})
+"""Keys that name files which `named_files.py` has digests of."""
 MOST = 6
 """Keys that are named one by one; a run that differs in more is another run."""
 
@@ -97,10 +108,18 @@ def findings(recipe: Recipe) -> Iterator[Finding]:
         yield from error.findings
     yield from compare_checkpoints(run)
     was, now = read_digests(run), digest_files(recipe)
-    starts_again = not holds_checkpoints or recipe.objective.kl != "none"
-    read_again = {key for key in now if key != DEMONSTRATIONS or starts_again}
-    yield from compare_recipes(before, recipe, {*was} & {*now}, record)
-    yield from compare_files(was, {key: now[key] for key in read_again}, starts_again)
+    starts_again = begins_anew(recipe)
+    unread = set() if starts_again else {DEMONSTRATIONS}
+    yield from compare_recipes(before, recipe, {*was} & {*now} | unread, record, unknown=set() if was else PLACES)
+    yield from compare_files(was, {key: now[key] for key in {*now} - unread}, starts_again)
+
+
+def begins_anew(recipe: Recipe) -> bool:
+    """Whether a run reads again what it starts from: it has no checkpoint here, or a reference policy."""
+    directory = recipe.run.directory
+    if directory is None or recipe.objective.kl != "none":
+        return True
+    return find_checkpoint(RunDir(directory).checkpoints)[0] is None
 
 
 def compare_checkpoints(run: RunDir) -> Iterator[Finding]:
@@ -127,12 +146,15 @@ def find_record(run: RunDir) -> tuple[Path | None, bool]:
     return next((record for record in records if retry_stale(record.is_file)), None), bool(checkpoints)
 
 
-def compare_recipes(before: Recipe, recipe: Recipe, compared: Set[str], record: Path) -> Iterator[Finding]:
+def compare_recipes(
+    before: Recipe, recipe: Recipe, compared: Set[str], record: Path, unknown: Set[str] = frozenset()
+) -> Iterator[Finding]:
     """Findings about keys that differ from those of the run that this would resume.
 
     Args:
-        compared: keys whose files `compare_files` compares: where these lie may change.
+        compared: keys whose files `compare_files` compares, or that nothing reads: where these lie may change.
         record: the file that holds `before`.
+        unknown: keys whose files nobody can compare: they may lie elsewhere under the same name, with a warning.
     """
     directory = recipe.run.directory
     old, new = (flatten(one.model_dump(mode="json")) for one in (before, recipe))
@@ -141,8 +163,15 @@ def compare_recipes(before: Recipe, recipe: Recipe, compared: Set[str], record: 
         values = [one.get(key) for one in (old, new)]
         if key in compared:
             values = [str(value).rpartition(":")[2] if key in OWN_CODE else None for value in values]
-        if values[0] != values[1] and not may_change(key):
-            other.append(key)
+        if values[0] == values[1] or may_change(key):
+            continue
+        names = [PurePath(value).name if isinstance(value, str) else None for value in values]
+        if key in unknown - compared and None not in names and names[0] == names[1]:
+            message = f"{values[1]} here, {values[0]} in {directory}, which keeps no digests: the same cannot be seen"
+            fix = "nothing to do if the files were only moved"
+            yield Finding("resume-not-compared", "warning", key, message, fix)
+            continue
+        other.append(key)
     fix = "resume with the same recipe and overrides, or name another run.directory"
     if len(other) > MOST:
         message = f"{record} is of another run: {len(other)} keys differ, {', '.join(other[:MOST])} among them"

@@ -176,6 +176,30 @@ def test_a_directory_that_cannot_be_used_is_refused(name: str, tmp_path: Path) -
     assert len(errors) == 1 and sentence in errors[0], errors
 
 
+SEARCH = {"type": "function", "function": {"name": "search", "parameters": {"type": "object", "properties": {}}}}
+KNOWN = "{% for m in messages if m.role in ['system', 'user'] %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+LOST = {
+    "an unknown role": (KNOWN, "developer", (), "warning [message-left-out] tokenizer.path", "role=developer"),
+    "a first message": (
+        KNOWN.replace("messages if", "messages[-1:] if"), "system", (), "warning [message-left-out]", "role=system"),
+    "tools": (KNOWN, "system", ("tools",), "error [tools-left-out] data.tools_key", "with and without"),
+    "a misspelt key": (KNOWN, "system", ("tools", "data.tools_key=tolls"), "warning [tools-missing]", "has `tolls`"),
+    "nothing": (KNOWN + "{% if tools %}[tools]{% endif %}", "system", ("tools",), "", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_what_the_template_leaves_out_of_the_problems_is_said(name: str, tmp_path: Path) -> None:
+    template, role, (*more,), head, sentence = LOST[name]
+    first = {"role": role, "content": "Be brief."}
+    chats = [[first, {"role": "user", "content": f"{i} + 1"}] for i in range(40)]
+    tools = {"tools": [SEARCH]} if more else {}
+    write(tmp_path / "chats.jsonl", [{"messages": chat, "answer": "1"} | tools for chat in chats])
+    words = ["data.path=DIR/chats.jsonl", *more[1:]]
+    found = [str(one) for one in findings_of(save_tokenizer(tmp_path / "tokenizer", template), *words)]
+    assert [one.startswith(head) and sentence in one for one in found] == ([True] if head else []), found
+
+
 @pytest.mark.parametrize("named", [[], "<end>", -1, 999_999])
 def test_a_wrong_stop_id_is_refused(named: object, tmp_path: Path) -> None:
     found = findings_of(save_tokenizer(tmp_path / "tokenizer", stop_ids=named))

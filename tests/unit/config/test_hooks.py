@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,6 +116,27 @@ def test_what_a_module_prints_is_no_output_of_the_command(tmp_path: Path, capsys
     file.write_text("print('hello')\nscore = 1")
     assert load_object(f"{file}:score") == 1
     assert capsys.readouterr() == ("", "hello\n")
+
+
+def test_what_a_file_prints_as_it_is_read_keeps_no_secret(tmp_path: Path) -> None:
+    """It goes to the log of a role; a subprocess writes there past everything that Python's own streams are made of."""
+    (tmp_path / "chatty.py").write_text(
+        "import os, subprocess, sys\nprint(os.environ['MY_API_KEY'])\n"
+        "subprocess.run(['sh', '-c', 'echo $MY_API_KEY; echo out $MY_API_KEY >&2'])\n"
+        "def score(problem, response):\n    return 1.0\n"
+    )
+    code = "from gspo_megatron.config.plugins import load_object; load_object('chatty.py:score'); print('after')"
+    environment = {**os.environ, "MY_API_KEY": "sesame-123", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "***\nafter\n" and sorted(done.stderr.split()) == ["***", "***", "out"]
+
+
+def test_home_is_read_in_a_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "at_home.py").write_text("NAME = 5\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_object("~/at_home.py:NAME") == 5
 
 
 def test_an_error_keeps_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -220,6 +220,10 @@ def test_a_broken_parquet_file_and_row_are_named(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"prompt": wrong, "answer": ["1", "2"]}), path)
     with pytest.raises(RecipeError, match=f"{path} row 2 cannot be read"):
         read(path)
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 3, names=["prompt", "answer", "prompt"])
+    pyarrow.parquet.write_table(twice, path)
+    with pytest.raises(RecipeError, match="has the column 'prompt' twice; keep one of them"):
+        read(path)
     write(path, [{"prompt": "p", "answer": float("nan")}], "parquet")
     with pytest.raises(RecipeError, match=f"{path} row 1 has `answer`=nan"):
         read(path)

@@ -15,6 +15,7 @@ from gspo_megatron.config.engine_sections import VllmMap
 from gspo_megatron.config.judge_section import JudgeSection
 from gspo_megatron.config.long_responses import EnvironmentSection
 from gspo_megatron.models import load_recipe
+from gspo_megatron.plan.rules import data_files
 from gspo_megatron.plan.rules.resume import MAY_CHANGE, MUST_STAY, findings, flatten
 from gspo_megatron.run_dir import RunDir
 from launch.lib.plan import load_for_job, say_findings
@@ -142,8 +143,34 @@ def test_files_may_lie_elsewhere_if_they_are_the_same(tmp_path: Path) -> None:
     found = [(one.severity, one.key) for one in findings(own_recipe(copy, mine / "run"))]
     assert found == [("warning", "reward.name"), ("error", "tokenizer.path")]
     RunDir(mine / "run").named_files.unlink()  # as a run of an earlier version
-    found = [one.key for one in findings(own_recipe(copy, mine / "run"))]
-    assert found == ["reward.name", "tokenizer.path"]
+    found = [(one.code, one.severity, one.key) for one in findings(own_recipe(copy, mine / "run"))]
+    assert found == [("resume-not-compared", "warning", key) for key in ("reward.name", "tokenizer.path")]
+    (copy / "my.py").rename(copy / "your.py")
+    other = own_recipe(copy, mine / "run")
+    other = other.model_copy(update={"reward": other.reward.model_copy(update={"name": f"{copy / 'your.py'}:score"})})
+    assert ("error", "reward.name") in [(one.severity, one.key) for one in findings(other)]
+
+
+def test_a_run_that_goes_on_asks_for_no_demonstrations(tmp_path: Path) -> None:
+    """They are read once: a folder that was moved since has no place for them any more."""
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "d.jsonl").write_text("{}")
+
+    def named(place: str, *more: str) -> Recipe:
+        path = tmp_path / place / "d.jsonl"
+        own = f"cold_start={{path: {path}, steps: 9, batch_size: 4, lr: 0.1}}"
+        return recipe(tmp_path / "run", "cold_start=null", own, *more)
+
+    def keys(*more: str) -> list[str]:
+        given = named("new", *more)
+        return [one.key for one in (*findings(given), *data_files.findings(given, runs_here=True))]
+
+    prepare_run(named("old"))
+    assert keys() == ["cold_start.path", "cold_start.path"]
+    checkpoint(tmp_path / "run", 1, named("old"))
+    assert keys() == []
+    reference = ("objective.kl=k3", "objective.kl_coefficient=0.01")
+    assert "cold_start.path" in keys(*reference)
 
 
 def test_another_function_of_the_same_file_is_another_reward(tmp_path: Path) -> None:
