@@ -170,9 +170,8 @@ _UNFIT_VLLM = {
     "would change what is sampled or the log-probs that are reported": (
         "generation_config hf_overrides logits_processors logprobs_mode override_generation_config watermark_config"
     ),
-    "proposes tokens, and no test here shows that the log-probs that are reported stay the policy's": (
-        "speculative_config"
-    ),
+    "proposes tokens, and on vLLM's CPU build what is then sampled and reported is not the policy's "
+    "(inference/NOTES.md)": "speculative_config",
     "needs weights that the sender has quantised, which it does not do yet": "quantization quantization_config",
     "cuts or moves the weights otherwise than the transfer plan": (
         "cpu_offload_gb enable_elastic_ep enable_eplb enable_lora expert_placement_strategy load_format model_impl "

@@ -93,7 +93,8 @@ VLLM: Mapping[str, Kept] = {
     ),
     "speculative_config": Kept(
         "slime proposes tokens by the multi-token heads of models that have some",
-        "these models have none, and other proposals have not been held against the policy's log-probs here",
+        "these models have none, and with tokens from repeated text vLLM's CPU build no longer reports the policy's "
+        "log-probs (inference/NOTES.md)",
         SLIME,
     ),
     "max_num_batched_tokens": Kept(

@@ -65,6 +65,7 @@ def test_every_other_argument_is_refused_with_a_reason(section: str) -> None:
         ("rollout.vllm.compilation_config={cudagraf_mode: FULL}", "did you mean cudagraph_mode?"),
         ("rollout.vllm.compilation_config={cudagraph_capture_sizes: [1]}", "is an argument of its own"),
         ("rollout.vllm.kernel_config={moe_backend: marlin}", "is an argument of its own"),
+        ("rollout.vllm.speculative_config={method: ngram}", "is not the policy's"),
         ("trainer.megatron.memory_efficient_layer_norm=true", "acts on Apex's norms"),
     ],
 )  # fmt: skip

@@ -6,6 +6,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+from tests.parallel.engine_narrow import faults_of
 from tests.places import ROOT
 from tools.cuda_dry import GPU_RECIPES, RESULT, pins_hash, steps
 
@@ -31,3 +32,14 @@ def test_the_result_is_of_these_pins_and_of_every_step() -> None:
     assert set(found) == {name for name, _ in steps(Path("python"))}
     assert {name: result["verdict"] for name, result in found.items()} == dict.fromkeys(found, "passed")
     assert {result["pins"] for result in found.values()} == {pins_hash()}
+
+
+def test_gradients_that_no_product_adds_are_rounded_once_a_micro_batch() -> None:
+    """The committed figures hold the bound, and more than three roundings are a fault with the weight's name."""
+    figures = json.loads(RESULT.read_text(encoding="utf-8"))["steps"]["engine in bfloat16"]["figures"]
+    found = {name: row for name, row in figures.items() if "others" in row}
+    assert len(found) >= 4 and not any(faults_of(name, row) for name, row in found.items())
+    coarse = found["TP2"] | {"others": {"q_layernorm.weight": 0.012}}
+    assert faults_of("TP2", coarse) == [
+        "gradient of q_layernorm.weight is rounded more than once a micro-batch: 1.2e-02"
+    ]
