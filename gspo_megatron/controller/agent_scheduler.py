@@ -69,6 +69,7 @@ class AgentScheduler(MultiTurnScheduler):
         super().__init__(servers, version, thinking, None)
         assert recipe.agent is not None
         self._section, self.programs, self._tokenizer = recipe.agent, agents.programs, agents.tokenizer
+        self._lowest = recipe.reward.bounds[0]
         self._limits = EpisodeLimits(recipe.rollout.max_prompt_tokens, recipe.agent.max_turns)
         self.base_url = ""
         """Of the endpoint, as soon as it listens."""
@@ -177,8 +178,9 @@ class AgentScheduler(MultiTurnScheduler):
         if not session.turns and not isinstance(outcome, Lost):
             outcome = Lost("silent", "the agent returned without a request that was answered")
         # A client whose request is refused raises; for the agent that is the end of the room, not a fault of its own.
+        # It has not come to its score. The reward's would be another than that of the others in the group.
         if session.is_full and isinstance(outcome, Lost) and outcome.kind == "raised" and session.turns:
-            outcome = None
+            outcome = self._lowest
         generation.outcome = outcome
         return "length" if session.is_full or not session.turns else session.reason
 

@@ -94,7 +94,7 @@ class MultiTurnScheduler(Scheduler):
                 if generation.last_sampled in sampling.stop_ids:
                     return "stop"
                 if len(generation) >= limit:
-                    return "length"
+                    return await self._cut(generation)
                 left = self._thinking.left(generation) if self._thinking is not None else None
                 if self._thinking is not None and left == 0:
                     generation.put_in(self._thinking.closing[: limit - len(generation)], "closing")
@@ -103,7 +103,18 @@ class MultiTurnScheduler(Scheduler):
                 reason = await super().complete(generation, replace(stretch, max_tokens=until), kind)
                 asked = self._environment is not None and self._environment.replies_to(generation, sampling.stop_ids)
                 if not (reason == "stop" and asked) and not (reason == "length" and until < limit):
-                    return reason
+                    return await self._cut(generation) if reason == "length" else reason
+
+    async def _cut(self, generation: Generation) -> StopReason:
+        """End a response at its limit. An environment that judges turns is shown the one that was cut: else the
+        response would be scored by something else than those that it is compared with."""
+        environment = self._environment
+        if environment is None or not environment.replies_always or len(generation) == generation.turn_start:
+            return "length"
+        if generation.calls < environment.max_calls:
+            reply = await environment.step(generation)
+            generation.outcome = reply if isinstance(reply, Lost) else reply.reward
+        return "length"
 
     async def _observe(self, environment: EnvironmentPool, generation: Generation, limit: int) -> StopReason | None:
         """Append the environment's reply to the last turn, up to the limit; why the response ends, if it does."""

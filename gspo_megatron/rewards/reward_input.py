@@ -90,7 +90,7 @@ def _number(value: object, what: str) -> float:
     """A finite number. Numbers of numpy and 0-d tensors are numbers; texts and None are not."""
     place = f" for {what}" if what else ""
     # A 0-d array may also hold a text, a date or a complex number.
-    plain = value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+    plain = getattr(value, "item", lambda: value)() if getattr(value, "ndim", None) == 0 else value
     if isinstance(plain, numbers.Real):
         try:
             number = float(plain)

@@ -63,6 +63,10 @@ def steps(run_dir: Path) -> list[int]:
     return [json.loads(line)["step"] for line in lines if line.endswith("\n")]
 
 
+def last_row(run_dir: Path) -> dict[str, float]:
+    return json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+
+
 def follow(block: Block, folder: Path) -> str:
     """Write the file, or run the commands."""
     if block.name:
@@ -81,3 +85,6 @@ def test_the_page(folder: Path) -> None:
     for block in blocks:
         print(f"--- {block.heading} {block.name}\n{follow(block, folder)}")
     assert steps(folder / "runs" / "one") == [0, 1, 2, 3, 4, 5]
+    environment, agent = (last_row(folder / "runs" / name) for name in ("two", "three"))
+    assert "reward/turns" in environment and "reward/digits" not in environment, "the environment scores"
+    assert agent["agent_turns"] > 1.0, "the agent comes to its second request"

@@ -254,6 +254,7 @@ async def test_an_agent_that_never_ends_is_a_truncated_response(tmp_path: Path, 
     fake.ids = follow(*[CALL] * 9)
     batch, _ = await run_batch(tmp_path, fake, use_tool, **{"answers": 1, "limit": 400, **settings})
     assert batch.samples[0].stop_reason == "length" and batch.unscored == {}
+    assert batch.samples[0].reward == 0.0, "the recipe's reward gives another, which no other response is scored by"
 
 
 async def test_a_key_opens_its_own_episode_only_while_it_runs(tmp_path: Path) -> None:

@@ -157,6 +157,22 @@ async def test_an_environment_of_one_s_own_ends_and_scores_the_episode(tmp_path:
     assert [state for state, _ in partner.heard if state is not None] == [1] * 3
 
 
+async def test_a_turn_that_is_cut_is_scored_by_the_environment_too(tmp_path: Path) -> None:
+    """Else the recipe's reward would score it, and a group would hold scores of two kinds."""
+    fake, partner, judged = FakeServer(), Partner(), []
+    fake.ids = follow([[5, STOP], [6] * 20])
+    partner.turn = lambda state, action: Turn((9,), (state or 0) + 1, reward={"a": 0.25 * ((state or 0) + 1)})
+    plain = one_prompt(CALCULATOR)
+    settings = plain.model_copy(update={"reward": plain.reward.model_copy(update={"require_stop": False})})
+    async with talking(tmp_path, fake, partner, settings=settings, always=True) as controller:
+        set_scorer(controller, lambda problem, text, reason: judged.append(text) or 1.0)
+        batch = await controller.rollout(RolloutRequest(step=1))
+        check_accounting(batch, controller, fake)
+    assert {row.stop_reason for row in batch.samples} == {"length"} and not judged
+    assert {row.parts for row in batch.samples} == {(("a", 0.5),)}
+    assert [action for state, action in partner.heard if state] == [[6] * 9] * 3
+
+
 async def test_a_conversation_goes_on_where_a_checkpoint_caught_it(tmp_path: Path) -> None:
     """Between a call and its reply, with a state and behind a stop token: nothing is asked twice, nothing left out."""
 

@@ -79,7 +79,7 @@ class Phase(enum.StrEnum):
     ASK = "ask"
 
 
-class Typed(Plain):
+class Typed:
     """Keeps what only its own module can read, and what JSON writes."""
 
     @staticmethod
