@@ -136,7 +136,12 @@ def resume_options(record: str, gpus: int, header_gpus: int | None) -> list[str]
         header_gpus: of the script's `#SBATCH` lines; null = they do not ask for GPUs.
     """
     options = [f"--gpus-per-node={gpus}"] if gpus != (header_gpus or 0) else []
-    options += [f"--{option}={value}" for field, option in RESUMED if (value := read_field(record, field))]
+    asked = [*RESUMED, *(SHARED if read_field(record, "OverSubscribe") == "USER" else [])]
+    options += [
+        f"--{option}={value.lower()}" if option == "exclusive" else f"--{option}={value}"
+        for field, option in asked
+        if (value := read_field(record, field))
+    ]
     return [*options, *(["--no-requeue"] if read_field(record, "Requeue") == "0" else [])]
 
 
@@ -150,3 +155,9 @@ RESUMED: Sequence[tuple[str, str]] = (
     ("ExcNodeList", "exclude"),
 )
 """Fields of the record, and the options that they come from."""
+SHARED: Sequence[tuple[str, str]] = (
+    ("OverSubscribe", "exclusive"),
+    ("CPUs/Task", "cpus-per-task"),
+    ("MinMemoryNode", "mem"),
+)
+"""The same of a job that shares its nodes with others of its user; the script's own lines ask for whole nodes."""

@@ -79,9 +79,21 @@ def await_answer(ask: Callable[[], T | None]) -> T | None:
         if answer is not None or time.monotonic() > deadline:
             return answer
         if not waited:
-            print("gspo: slurmctld does not answer; waiting for it", flush=True)
+            print(f"gspo: slurmctld does not answer; waiting for it{_say_why()}", flush=True)
             waited = True
         time.sleep(RETRY_SECONDS)
+
+
+def _say_why() -> str:
+    """What SLURM says of that: its configuration may be missing, and not slurmctld."""
+    try:
+        asked = subprocess.run(
+            ("scontrol", "show", "config"), stdin=subprocess.DEVNULL, capture_output=True, errors="replace"
+        )
+    except OSError as error:
+        return f" (scontrol: {error.strerror})"
+    said = asked.stderr.strip().rpartition("\n")[2]
+    return f" ({said})" if said else ""
 
 
 def is_ending(record: str) -> bool:

@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,12 @@ class Workplace:
         self.jobs: list[Job] = []
         self.kept: set[int] = set()
         """Jobs of a module, which several tests look at."""
+
+    def share(self) -> Workplace:
+        """The same place, for other jobs."""
+        other = copy(self)
+        other.jobs, other.kept = [], set()
+        return other
 
     def submit(
         self,

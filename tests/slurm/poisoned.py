@@ -1,4 +1,4 @@
-"""Trust rules of the fault tests: GSPO's clip, once no number when somebody asks for it, and one that only raises."""
+"""Trust rule of the fault tests: GSPO's clip, once no number when somebody asks for it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,6 @@ if TYPE_CHECKING:
 
 POISON = "GSPO_TEST_POISON"
 """Environment: a file. The first micro-batch of any rank that finds it takes it away and is spoilt."""
-
-REFUSAL = "this trust rule cannot be computed"
-"""What `refuse` raises, which no check before the start can know: a trust rule is not run there."""
-
-
-def refuse(terms: TokenTerms) -> Surrogate:
-    """Raise at the first micro-batch."""
-    raise RuntimeError(REFUSAL)
 
 
 def clip(terms: TokenTerms) -> Surrogate:

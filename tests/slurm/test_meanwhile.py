@@ -6,13 +6,16 @@ import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import Future
 
 import pytest
 
-from tests.slurm.jobs import CHEAP, END, ROOT, SCRIPT, SMALL, START, TINY, Job, Workplace
+from tests.slurm.jobs import CHEAP, END, ROOT, SCRIPT, SMALL, START, TINY, Job, Workplace, make_run
 from tests.slurm.lab.cluster import wait_for
+from tests.slurm.lanes import Scenarios
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
+SCENARIOS = Scenarios()
 ENDLESS = ("trainer.max_steps=100000", "checkpoint.every=2")
 INHERITED = {
     "SLURM_HET_SIZE": "2", "SLURM_JOB_NODELIST_HET_GROUP_0": "node5", "SLURM_JOB_NODELIST_HET_GROUP_1": "node6",
@@ -26,7 +29,8 @@ def start(workplace: Workplace, name: str, *options: str, **environment: str) ->
     return job
 
 
-def test_a_stop_of_an_array_s_last_task_leaves_its_siblings_alone(workplace: Workplace) -> None:
+@SCENARIOS.add
+def a_stop_of_an_array_s_last_task_leaves_its_siblings_alone(workplace: Workplace) -> None:
     lab, place = workplace.lab, workplace.directory
     tools = {"GSPO_SITE": "/dev/null", "GSPO_VENV": sys.prefix, "PYTHONPATH": str(CHEAP)}
     (place / "tasks").mkdir()
@@ -44,17 +48,29 @@ def test_a_stop_of_an_array_s_last_task_leaves_its_siblings_alone(workplace: Wor
     assert ", start 2, on " not in tasks[0].text() and "REQUEUE" not in tasks[0].text()
 
 
-def test_the_run_of_a_stopped_job_is_not_taken_over(workplace: Workplace) -> None:
+@SCENARIOS.add
+def the_run_of_a_stopped_job_is_not_taken_over(workplace: Workplace) -> None:
     job = start(workplace, "stopped")
     workplace.lab.run("scancel", "--signal=STOP", str(job.id))
     wait_for(lambda: workplace.lab.job(job.id)["JobState"] != "RUNNING", END, "stopped job")
-    other = workplace.cheap("stopped", *ENDLESS, options=["--nodes=1", f"--output={workplace.directory}/second.log"])
+    output, array = f"--output={workplace.directory}/second.log", {"SLURM_ARRAY_JOB_ID": "7"}
+    other = workplace.cheap("stopped", *ENDLESS, options=["--nodes=1", output], **array)
     assert other.finish(END) == "FAILED" and other.exit_code() == 2
-    assert f"job {job.id} is running in {job.run_dir}" in (workplace.directory / "second.log").read_text()
+    assert f"job {job.id} is running in {job.run_dir}" in (text := (workplace.directory / "second.log").read_text())
+    assert "--array" not in text, "that is its parent's"
 
 
-@pytest.mark.parametrize("name", ["INT", "HUP"])
-def test_a_signal_of_a_user_ends_the_roles_too(workplace: Workplace, name: str) -> None:
+@SCENARIOS.add
+def an_interrupt_of_a_user_ends_the_roles_too(workplace: Workplace) -> None:
+    send(workplace, "INT")
+
+
+@SCENARIOS.add
+def a_hangup_of_a_user_ends_the_roles_too(workplace: Workplace) -> None:
+    send(workplace, "HUP")
+
+
+def send(workplace: Workplace, name: str) -> None:
     job = start(workplace, f"by_{name}")
     workplace.lab.run("scancel", "--batch", f"--signal={name}", str(job.id))
     assert job.finish(END) == "FAILED"
@@ -62,16 +78,18 @@ def test_a_signal_of_a_user_ends_the_roles_too(workplace: Workplace, name: str) 
     assert not (job.attempt(1) / "key").exists()
 
 
-def test_a_node_that_slurm_no_longer_knows_does_not_cancel_the_exclusions(workplace: Workplace) -> None:
+@SCENARIOS.add
+def a_node_that_slurm_no_longer_knows_does_not_cancel_the_exclusions(workplace: Workplace) -> None:
     job = start(workplace, "gone_node", "--nodelist=node1")
-    bad = "node17 GPU-3 is gone (attempt 1)\nnode6 GPU-0 is sick (attempt 1)\n"
+    bad = "node17 GPU-3 is gone (attempt 1)\nnode[5-6] by hand\nnode4\n"
     (job.run_dir / "logs" / "bad_nodes").write_text(bad)
     workplace.lab.run("scancel", "--batch", "--signal=USR1", str(job.id))
     job.wait_for_words("gspo: not excluded, because SLURM knows no such node: node17")
-    wait_for(lambda: workplace.lab.job(job.id)["ExcNodeList"] == "node6", END, "excluded node")
+    wait_for(lambda: workplace.lab.job(job.id)["ExcNodeList"] == "node[4-6]", END, "excluded node")
 
 
-def test_a_log_that_somebody_clears_does_not_swallow_the_stop(workplace: Workplace) -> None:
+@SCENARIOS.add
+def a_log_that_somebody_clears_does_not_swallow_the_stop(workplace: Workplace) -> None:
     job = start(workplace, "cleared")
     for log in job.attempt(1).glob("trainer-*.log"):
         log.write_text("")
@@ -80,12 +98,14 @@ def test_a_log_that_somebody_clears_does_not_swallow_the_stop(workplace: Workpla
     assert "no checkpoint within" not in job.text()
 
 
-def test_variables_of_a_heterogeneous_parent_do_not_count(workplace: Workplace) -> None:
+@SCENARIOS.add
+def variables_of_a_heterogeneous_parent_do_not_count(workplace: Workplace) -> None:
     job = workplace.cheap("child", "trainer.max_steps=2", options=["--nodes=1", "--nodelist=node1"], **INHERITED)
     assert job.finish(END) == "COMPLETED" and [host for host, _ in job.plan(1)["hosts"]] == ["node1"]
 
 
-def test_several_tasks_of_an_srun_are_refused(workplace: Workplace) -> None:
+@SCENARIOS.add
+def several_tasks_of_an_srun_are_refused(workplace: Workplace) -> None:
     place = workplace.directory
     script, log = place / "wrapper.sh", place / "wrapper.log"
     words = shlex.join([*SMALL, f"run.directory={place}/wrapped"])
@@ -96,7 +116,8 @@ def test_several_tasks_of_an_srun_are_refused(workplace: Workplace) -> None:
     assert not (place / "wrapped").exists()
 
 
-def test_a_copy_of_a_run_that_is_running_is_a_run_of_its_own(workplace: Workplace) -> None:
+@SCENARIOS.add
+def a_copy_of_a_run_that_is_running_is_a_run_of_its_own(workplace: Workplace) -> None:
     job = start(workplace, "copied", "--nodelist=node1")
     copy = workplace.directory / "the_copy"
     # A checkpoint may be on its way out meanwhile; what cp could not read is not in the copy.
@@ -108,7 +129,8 @@ def test_a_copy_of_a_run_that_is_running_is_a_run_of_its_own(workplace: Workplac
     assert not list(other.run_dir.glob("logs/attempt_1/key")) and "is running in" not in other.text()
 
 
-def test_logs_that_somebody_deletes_do_not_swallow_the_stop(workplace: Workplace) -> None:
+@SCENARIOS.add
+def logs_that_somebody_deletes_do_not_swallow_the_stop(workplace: Workplace) -> None:
     job = start(workplace, "deleted")
     shutil.rmtree(job.run_dir / "logs")
     workplace.lab.run("scancel", "--batch", "--signal=USR1", str(job.id))
@@ -117,7 +139,8 @@ def test_logs_that_somebody_deletes_do_not_swallow_the_stop(workplace: Workplace
     assert "Traceback" not in job.text() and "no checkpoint within" not in job.text()
 
 
-def test_a_crash_after_the_logs_are_gone_is_still_counted(workplace: Workplace) -> None:
+@SCENARIOS.add
+def a_crash_after_the_logs_are_gone_is_still_counted(workplace: Workplace) -> None:
     job = start(workplace, "crashed")
     shutil.rmtree(job.run_dir / "logs")
     (job.run_dir / "CRASH").touch()
@@ -126,8 +149,17 @@ def test_a_crash_after_the_logs_are_gone_is_still_counted(workplace: Workplace) 
     assert len((job.run_dir / "logs" / "restarts").read_text().splitlines()) == 1 and "Traceback" not in job.text()
 
 
-@pytest.mark.parametrize("name", ["restarts", "attempt"])
-def test_a_name_of_ours_that_becomes_a_directory_is_one_sentence(workplace: Workplace, name: str) -> None:
+@SCENARIOS.add
+def restarts_that_become_a_directory_are_one_sentence(workplace: Workplace) -> None:
+    replace_by_directory(workplace, "restarts")
+
+
+@SCENARIOS.add
+def an_attempt_file_that_becomes_a_directory_is_one_sentence(workplace: Workplace) -> None:
+    replace_by_directory(workplace, "attempt")
+
+
+def replace_by_directory(workplace: Workplace, name: str) -> None:
     job = start(workplace, f"became_{name}")
     place = job.run_dir / ("logs" if name == "restarts" else "") / name
     place.unlink(missing_ok=True)
@@ -146,8 +178,72 @@ def test_a_name_of_ours_that_becomes_a_directory_is_one_sentence(workplace: Work
         assert f"gspo: {place} cannot be read (Is a directory)" in job.text()
 
 
-def test_the_key_is_no_longer_there_when_the_script_is_killed(workplace: Workplace) -> None:
+@SCENARIOS.add
+def a_crash_without_a_newer_checkpoint_is_not_restarted(workplace: Workplace) -> None:
+    (make_run(workplace.directory / "early") / "CRASH").touch()
+    job = workplace.cheap("early", *ENDLESS, options=["--nodes=1"])
+    assert job.finish(END) == "FAILED" and job.exit_code() == 1
+    assert "gspo: not restarted: there is no newer checkpoint than step 0" in job.text()
+    assert job.last_line().startswith("gspo: trainer failed on node"), job.last_line()
+    assert ": a file CRASH is there (log: " in job.last_line(), "the role's own words say more than its exit code"
+
+
+@SCENARIOS.add
+def a_time_limit_with_and_without_a_warning(workplace: Workplace) -> None:
+    job = start(workplace, "limit")
+    with job.frozen():
+        # SLURM sends USR1 when 300 s are left, and up to a minute earlier.
+        job.set_limit(job.minutes() + 5)
+        job.wait_for_words("gspo: asked to stop (USR1)")
+    job.wait_for_words("gspo: attempt 1 stopped as asked; step")
+    job.wait_for_attempt(2)
+    job.set_limit(240)
+    job.wait_for_step(job.checkpointed() + 2)
+    with job.frozen():
+        job.set_limit(1)
+        assert job.finish(END) == "TIMEOUT"
+    ends = "gspo: SLURM ends this attempt (scancel, a lost node, or its limit)"
+    whole = job.checkpointed()
+    assert f"{ends}; {whole} is the newest complete checkpoint" in job.text()
+    resumed = workplace.resume(job, "limit_resumed", PYTHONPATH=str(CHEAP))
+    resumed.wait_for_words(f"gspo: goes on after step {whole}")
+    resumed.wait_for_attempt(3)
+
+
+@SCENARIOS.add
+def the_key_is_no_longer_there_when_the_script_is_killed(workplace: Workplace) -> None:
     job = start(workplace, "killed")
     wait_for(lambda: not (job.attempt(1) / "key").exists(), END, "key that every role has read")
     workplace.lab.run("scancel", "--batch", "--signal=KILL", str(job.id))
     assert job.finish(END) == "FAILED" and not (job.attempt(1) / "key").exists()
+
+
+@pytest.fixture(scope="module")
+def ends(workplace: Workplace) -> dict[str, Future[None]]:
+    return SCENARIOS.run(workplace)
+
+
+@pytest.mark.parametrize("name", SCENARIOS.functions)
+def test_meanwhile(name: str, ends: dict[str, Future[None]]) -> None:
+    ends[name].result()
+
+
+def test_no_more_crashes_than_it_may_also_where_slurmctld_is_down(workplace: Workplace) -> None:
+    job = start(workplace, "crashes", "--nodelist=node5", GSPO_MAX_RESTARTS="1")
+    with workplace.lab.without_controller():
+        job.kill("trainer", "node5")
+        job.wait_for_words("gspo: slurmctld does not answer; waiting for it")
+    job.wait_for_attempt(2)
+    job.wait_for_step(max(job.steps()) // 2 * 2 + 4)
+    assert "gspo: trainer failed on node5: Killed" in job.text()
+    # Just after slurmctld is back its nodes may not answer yet, and count as lost.
+    assert "gspo: restart 1 of at most 1, because " in job.text()
+    job.kill("rollout", "node5")
+    assert job.finish(END) == "FAILED" and job.exit_code() == 1
+    assert "gspo: not restarted: 1 restarts are used up" in job.text()
+    assert job.last_line().startswith("gspo: rollout failed on node5: Killed"), job.last_line()
+    assert len((job.run_dir / "logs" / "restarts").read_text().splitlines()) == 1
+    assert not list(job.run_dir.glob("logs/attempt_*/key"))
+    resumed = workplace.resume(job, "crashes_resumed", PYTHONPATH=str(CHEAP))
+    resumed.wait_for_words("gspo: goes on after step")
+    resumed.wait_for_attempt(3)

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
 from tests.slurm.jobs import END, ROOT, SMALL, Workplace, refused, written
 from tests.slurm.lab.cluster import wait_for
+from tests.slurm.lanes import Scenarios
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
+SCENARIOS = Scenarios()
 SECRET = "hf_0123456789abcdef"
 
 
-def test_a_recipe_that_does_not_fit_the_nodes(workplace: Workplace) -> None:
+@SCENARIOS.add
+def a_recipe_that_does_not_fit_the_nodes(workplace: Workplace) -> None:
     job = workplace.submit("uneven", *SMALL, "placement.rollout_nodes=2", "rollout.servers=3", options=["--nodes=3"])
     assert "[servers-uneven-on-nodes] rollout.servers: 3 servers do not divide over 2 nodes" in refused(job)
     job = workplace.submit("unknown", "trainer.max_step=3", options=["--nodes=1"])
     assert "max_steps" in refused(job)
 
 
-def test_nodes_that_lack_what_slurm_granted(workplace: Workplace) -> None:
+@SCENARIOS.add
+def nodes_that_lack_what_slurm_granted(workplace: Workplace) -> None:
     # Without placement.gpu=cpu the granted (and here fake) GPUs count, and no nvidia-smi lists them.
     job = workplace.submit("gpus", "placement.gpu=h100", "placement.rollout_nodes=1", options=["--nodes=2"])
     said = refused(job)
@@ -30,7 +35,8 @@ def test_nodes_that_lack_what_slurm_granted(workplace: Workplace) -> None:
         assert f"{node}: nvidia-smi lists 0 GPUs where SLURM granted 8; drain the node and leave the node out" in said
 
 
-def test_a_heterogeneous_job_puts_the_servers_on_its_second_component(workplace: Workplace) -> None:
+@SCENARIOS.add
+def a_heterogeneous_job_puts_the_servers_on_its_second_component(workplace: Workplace) -> None:
     second = ["--nodes=1", "--nodelist=node4", "--gpus-per-node=8", "--exclusive", "--mem=0"]
     parts = ["--nodes=2", "--nodelist=node[1-2]", ":", *second]
     said = refused(workplace.submit("het", "placement.gpu=h100", options=parts))
@@ -53,7 +59,8 @@ def test_a_port_in_use(workplace: Workplace) -> None:
         lab.run(*lab.on("node1"), "bash", "-c", "kill $(cat /tmp/holder)")
 
 
-def test_an_environment_that_one_node_lacks(workplace: Workplace) -> None:
+@SCENARIOS.add
+def an_environment_that_one_node_lacks(workplace: Workplace) -> None:
     # /tmp is each node's own: what the batch host has there, the second node has not.
     lab, venv = workplace.lab, Path("/tmp/venv-of-node1")
     lab.run(*lab.on("node1"), "ln", "-sfn", sys.prefix, str(venv))
@@ -61,7 +68,8 @@ def test_an_environment_that_one_node_lacks(workplace: Workplace) -> None:
     assert f"node2: {venv}/bin/python is not there; run make setup, or set GSPO_VENV" in refused(job)
 
 
-def test_a_file_of_the_recipe_that_one_node_lacks(workplace: Workplace) -> None:
+@SCENARIOS.add
+def a_file_of_the_recipe_that_one_node_lacks(workplace: Workplace) -> None:
     lab, tokenizer = workplace.lab, "/tmp/tokenizer-of-node1.model"
     lab.run(*lab.on("node1"), "cp", str(ROOT / "recipes" / "tokenizers" / "arithmetic.model"), tokenizer)
     options = ["--nodes=2", "--nodelist=node[1-2]"]
@@ -70,7 +78,8 @@ def test_a_file_of_the_recipe_that_one_node_lacks(workplace: Workplace) -> None:
     assert "node1: " not in said
 
 
-def test_a_finished_run_is_not_run_again(workplace: Workplace) -> None:
+@SCENARIOS.add
+def a_finished_run_is_not_run_again(workplace: Workplace) -> None:
     jobs = [workplace.cheap("finished", "trainer.max_steps=1", options=["--nodes=1"])]
     assert jobs[0].finish(END) == "COMPLETED"
     jobs.append(workplace.cheap("finished", "trainer.max_steps=1", options=["--nodes=1"]))
@@ -78,7 +87,8 @@ def test_a_finished_run_is_not_run_again(workplace: Workplace) -> None:
     assert jobs[1].steps() == [1]
 
 
-def test_it_finds_itself_from_another_directory(workplace: Workplace) -> None:
+@SCENARIOS.add
+def it_finds_itself_from_another_directory(workplace: Workplace) -> None:
     # Submitted from elsewhere, SLURM runs a copy from its spool directory, and relative names are the user's.
     elsewhere = workplace.directory / "elsewhere"
     elsewhere.mkdir()
@@ -87,7 +97,8 @@ def test_it_finds_itself_from_another_directory(workplace: Workplace) -> None:
     assert "batch.answers" in refused(job)
 
 
-def test_secrets_stay_out_of_what_is_written(workplace: Workplace) -> None:
+@SCENARIOS.add
+def secrets_stay_out_of_what_is_written(workplace: Workplace) -> None:
     shape = ("placement.gpu=h100", "placement.rollout_nodes=1")
     job = workplace.submit("secret", *shape, options=["--nodes=2"], HF_TOKEN=SECRET)
     refused(job)
@@ -101,3 +112,13 @@ def test_secrets_stay_out_of_what_is_written(workplace: Workplace) -> None:
 def test_scripts_parse(file: str) -> None:
     path = next((ROOT / "launch").rglob(file))
     subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+@pytest.fixture(scope="module")
+def ends(workplace: Workplace) -> dict[str, Future[None]]:
+    return SCENARIOS.run(workplace)
+
+
+@pytest.mark.parametrize("name", SCENARIOS.functions)
+def test_refusals(name: str, ends: dict[str, Future[None]]) -> None:
+    ends[name].result()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.jobs import END, Job, Workplace, make_run, refused
+from tests.slurm.jobs import END, ROOT, Job, Workplace, make_run, refused
 from tests.slurm.leftovers import check_nothing_left
 
 pytestmark = pytest.mark.timeout(900)
@@ -133,6 +133,28 @@ def make_restarts_directory(run_dir: Path) -> None:
 
 def make_a_node_sick(tools: Path) -> None:
     (tools / "sick").mkdir()
+
+
+def change_nvidia_smi(old: str, new: str, sick: bool = False) -> Callable[[Path], None]:
+    """Another nvidia-smi, or with `sick` another one of a node whose GPUs have memory errors."""
+
+    def change(tools: Path) -> None:
+        (tools / "nvidia-smi").write_text(NVIDIA_SMI.replace(old, new))
+        if sick:
+            make_a_node_sick(tools)
+
+    return change
+
+
+def comes_to_its_number(job: Job) -> None:
+    """Finished, and its attempt is known by a number that follows the largest one there."""
+    comes_to_done(job)
+    assert "not the number of an attempt" not in job.text()
+    assert (job.run_dir / "attempt").read_text().startswith(f"20261130120001 {job.id} ")
+
+
+def make_dated_logs(run_dir: Path) -> None:
+    (make_run(run_dir) / "logs" / "attempt_20261130120000").mkdir(parents=True)
 
 
 @dataclass(frozen=True)
@@ -264,6 +286,65 @@ CASES = {
     "a place for temporary files that is relative": Case(
         is_refused("TMPDIR=scratch is not an absolute path"), environment={"TMPDIR": "scratch"}
     ),
+    "a GPU whose memory the driver does not count": Case(
+        comes_to_done, [], GPU_RUN, gpus=True, prepare=change_nvidia_smi("580.1, 4", "580.1, [N/A]")
+    ),
+    "a line of nvidia-smi that is no GPU": Case(
+        sees(CUDA_VISIBLE_DEVICES=EIGHT), ["--gpus-per-node=0"], GPU_RUN, {"CUDA_VISIBLE_DEVICES": EIGHT}, gpus=True,
+        bare=True, prepare=change_nvidia_smi("errors=0", "errors=0; trap 'echo WARNING: infoROM is bad; exit 14' EXIT"),
+    ),
+    "a driver that does not know remapped rows": Case(
+        goes_elsewhere, [], GPU_RUN, gpus=True,
+        prepare=change_nvidia_smi(
+            '*ecc.errors*) echo "GPU-$index, $errors, No, No, Enabled"',
+            '*remapped*) exit 2 ;;\n    *ecc.errors*) echo "GPU-$index, $errors"', sick=True,
+        ),
+    ),
+    "devices of the user's shell that are none": Case(
+        is_refused("[no-gpus]", "CUDA_VISIBLE_DEVICES='' shows none"), ["--gpus-per-node=0"], GPU_RUN,
+        {"CUDA_VISIBLE_DEVICES": ""}, gpus=True, bare=True,
+    ),
+    "more GPUs in the site file than are granted": Case(
+        comes_to_done, [], GPU_RUN, {"GSPO_GPUS_PER_NODE": "16"}, gpus=True
+    ),
+    "logs of a user with a date as their number": Case(comes_to_its_number, prepare=make_dated_logs),
+    "functions and switches that the user's shell exports": Case(
+        comes_to_done, environment={
+            "POSIXLY_CORRECT": "1", "CDPATH": f".:{ROOT}", "SHELLOPTS": "noglob:noclobber", "PYTHONHOME": "/nowhere",
+            "PYTHONSAFEPATH": "1", "PYTHONINSPECT": "1", "PYTHONOPTIMIZE": "2", "PYTHONWARNINGS": "error",
+            "BASH_FUNC_cd%%": '() { builtin cd "$@" && ls; }', "BASH_FUNC_grep%%": "() { false; }",
+        },
+    ),
+    "a step and an array that sbatch was called in": Case(
+        comes_to_done, environment={
+            "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_ID": "0", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3",
+        },
+    ),
+    "an option with which srun starts nothing": Case(
+        is_refused("GSPO_SRUN_ARGS=--help: srun starts no program"), environment={"GSPO_SRUN_ARGS": "--help"}
+    ),
+    "an option that sends the logs elsewhere": Case(
+        is_refused("or its output goes elsewhere"), environment={"GSPO_SRUN_ARGS": "--output=/dev/null"}
+    ),
+    "an option that starts the roles elsewhere": Case(
+        is_refused("the step starts in /tmp, roles start in"), environment={"GSPO_SRUN_ARGS": "--chdir=/tmp"}
+    ),
+    "a site file that returns early": Case(
+        warns("line 2: `return 3` ended it with 3 and the job goes on"), site="A=1\n[ -d /nowhere ] || return 3\n"
+    ),
+    "a site file that switches its shell off": Case(
+        is_refused("line 1: `set -o noexec` would leave a shell that runs nothing more"), site="set -o noexec\nA=1\n"
+    ),
+    "libraries of another machine": Case(
+        is_refused("no program starts (", "correct its LD_LIBRARY_PATH"),
+        site="mkdir -p /tmp/hold-lib\necho x >/tmp/hold-lib/libc.so.6\nexport LD_LIBRARY_PATH=/tmp/hold-lib\n",
+    ),
+    "an interpreter that does not start": Case(
+        is_refused("/tmp/venv-of-nobody/bin/python does not start ("),
+        site="mkdir -p /tmp/venv-of-nobody/bin\nGSPO_VENV=/tmp/venv-of-nobody\n"
+        "printf '#!/nowhere/python\\n' >$GSPO_VENV/bin/python\nchmod +x $GSPO_VENV/bin/python\n",
+    ),
+    "soft limits of a login node": Case(comes_to_done, site="ulimit -S -f 4 -t 1 -v 1000000 -n 300\n"),
     "a job name that looks like a record": Case(
         goes_elsewhere, ["--job-name=x Requeue=0 JobState=FAILED ReqNodeList=node[1-6] Command=/x/launch/gspo_moe.sh"],
         GPU_RUN, gpus=True, prepare=make_a_node_sick,

@@ -48,7 +48,8 @@ def test_each_fault_of_a_node_has_its_own_cure(workplace: Workplace) -> None:
     hosts = workplace.directory / "hosts_of_node2"
     hosts.write_text("127.0.0.1 localhost\n10.77.0.1 control\n10.77.0.11 node1\nfd00::12 node2\n")
     read_only = f"mount --bind {run_dir} {run_dir} && mount -o remount,bind,ro {run_dir}"
-    change = f"mount -o remount,size=64m /dev/shm && {read_only} && mount --bind {hosts} /etc/hosts"
+    disk = "mount -o remount,noexec /tmp && rm -rf /tmp/gspo-root && touch /tmp/gspo-root"
+    change = f"{disk} && mount -o remount,size=64m /dev/shm && {read_only} && mount --bind {hosts} /etc/hosts"
     lab.run(*lab.on("node2"), "sh", "-c", change)
     try:
         options = ["--nodes=2", "--nodelist=node[1-2]"]
@@ -56,10 +57,17 @@ def test_each_fault_of_a_node_has_its_own_cure(workplace: Workplace) -> None:
         lab.run(*lab.on("node2"), "umount", str(run_dir))
         again = refused(workplace.submit("again", *SMALL, "trainer.ranks=2", options=options, directory="faults"))
     finally:
-        lab.run(*lab.on("node2"), "sh", "-c", "umount /etc/hosts; mount -o remount,size=50% /dev/shm")
+        lab.run(
+            *lab.on("node2"),
+            "sh",
+            "-c",
+            "umount /etc/hosts; rm /tmp/gspo-root; mount -o remount,exec /tmp; mount -o remount,size=50% /dev/shm",
+        )
     assert f"node2: {run_dir}/logs/attempt_1 cannot be written (Read-only file system); mount it writable" in said
     assert "node2: /dev/shm has 0.06 GiB free, 1 is needed; mount it larger" in again, again
     for text in (said, again):
+        assert "node2: /tmp is mounted noexec, and compiled kernels" in text, text
+        assert "node2: /tmp/gspo-root cannot be written (File exists); remove it" in text, text
         assert "node2: the name node2 has no IPv4 address (IPv6 only" in text, text
         assert "node1: " not in text and "Traceback" not in text, text
 

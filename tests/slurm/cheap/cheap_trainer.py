@@ -51,6 +51,7 @@ def main() -> int:
         crash = run.path / "CRASH"
         if crash.exists():
             crash.unlink()
+            print("a file CRASH is there", flush=True)
             return 1
         with run.metrics.open("a") as file:
             file.write(json.dumps({"step": step, "attempt": os.environ["GSPO_ATTEMPT"]}) + "\n")

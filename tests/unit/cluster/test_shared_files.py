@@ -69,6 +69,8 @@ def test_an_attempt_file_that_cannot_be_read_is_one_sentence(tmp_path: Path, mak
 def test_bad_nodes_are_read_strictly(tmp_path: Path) -> None:
     assert read_bad_nodes(tmp_path) == []
     (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / "bad_nodes").write_text("n2 broken (attempt 1)\n\n; rm\nn2 again\nn-3.a x\n$(reboot) y\nn4\n")
-    assert read_bad_nodes(tmp_path) == ["n2", "n-3.a"]
+    (tmp_path / "logs" / "bad_nodes").write_text(
+        "n2 broken (attempt 1)\n\n; rm\nn2 again\nn-3.a x\n$(reboot) y\nn4\n# n7\nn[5-6],n8\tx\n"
+    )
+    assert read_bad_nodes(tmp_path) == ["n2", "n-3.a", "n4", "n[5-6],n8"]
     assert read_shared(tmp_path / "logs" / "bad_nodes").startswith("n2")

@@ -152,6 +152,14 @@ def test_options_are_taken_out_of_the_environment_and_facts_stay() -> None:
         assert environment == FACTS
 
 
+def test_variables_of_an_array_that_sbatch_was_called_in_do_not_count() -> None:
+    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+    for is_array in (True, False):
+        environment = {"SLURM_JOB_ID": "9", **array}
+        drop_options(environment, is_array=is_array)
+        assert environment == {"SLURM_JOB_ID": "9", **(array if is_array else {})}
+
+
 def test_the_resume_options_are_those_that_the_script_does_not_say() -> None:
     described = record("gpu:h100:8(IDX:0-7)", "gpu:h100:8(IDX:0-7)")
     options = ["--partition=gpu", "--account=team", "--qos=normal", "--time=1-04:00:00", "--constraint=h100&ib",
@@ -160,6 +168,9 @@ def test_the_resume_options_are_those_that_the_script_does_not_say() -> None:
     assert resume_options(described, 4, 8) == ["--gpus-per-node=4", *options]
     # A site that counts no GPUs: with the script's line sbatch would refuse the job, without it it needs none.
     assert resume_options("", 0, 8) == ["--gpus-per-node=0"] and resume_options("", 0, None) == []
+    shared = "JobId=7 OverSubscribe=USER NumCPUs=32 CPUs/Task=32 MinCPUsNode=32 MinMemoryNode=400G"
+    assert resume_options(shared, 8, 8) == ["--exclusive=user", "--cpus-per-task=32", "--mem=400G"]
+    assert resume_options(shared.replace("USER", "NO"), 8, 8) == []
     bare = "JobId=7 Account=(null) QOS=N/A TimeLimit=UNLIMITED Partition=lab Requeue=0 Features=(null)"
     assert resume_options(bare, 8, 8) == ["--partition=lab", "--no-requeue"]
 

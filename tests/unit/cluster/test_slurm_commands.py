@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from gspo_megatron.cluster.slurm_commands import describe_job, exclusion_fault, is_ending, is_preempted, read_field
+from gspo_megatron.cluster.slurm_commands import (
+    await_answer,
+    describe_job,
+    exclusion_fault,
+    is_ending,
+    is_preempted,
+    plain_names,
+    read_field,
+)
 
 NAMES = (
     "gspo", "x Requeue=0 JobState=FAILED PreemptTime=now", "x\n   Requeue=0 JobState=FAILED\n   ExcNodeList=n9",
@@ -54,6 +62,20 @@ def test_no_name_of_a_job_is_read_as_its_record(scontrol: Path, name: str) -> No
     assert fields == {"Requeue": "1", "JobState": "RUNNING", "PreemptTime": "", "ExcNodeList": "n3"}
     assert not is_preempted(record) and not is_ending(record)
     assert record.count("\n") == 1 and "HetJobId=7" in record and " CPU_IDs=0 Mem=0 GRES=gpu:8" in record
+
+
+def test_names_that_people_have_folded_are_unfolded(scontrol: Path) -> None:
+    assert plain_names(["n[1-2]"]) == ["n1", "n2"] and plain_names(["n1", "n4"]) == ["n1", "n4"]
+    (scontrol / "scontrol").unlink()
+    assert plain_names(["n[1-2]"]) == ["n[1-2]"]
+
+
+def test_why_slurmctld_does_not_answer_is_said(scontrol: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "scontrol: error: Could not establish a configuration source"
+    (scontrol / "scontrol").write_text(f"#!/bin/bash\necho '{words}' >&2\nexit 1\n")
+    answers = iter([None, "here"])
+    assert await_answer(lambda: next(answers)) == "here"
+    assert capsys.readouterr().out == f"gspo: slurmctld does not answer; waiting for it ({words})\n"
 
 
 @pytest.mark.parametrize(
