@@ -17,7 +17,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 from gspo_megatron.cluster.attempts import count_restarts, newest_checkpoint, read_bad_nodes, remove_key
 from gspo_megatron.cluster.child_processes import hear_of_ends
@@ -125,6 +125,8 @@ class Attempt:
         self._backend: SlurmBackend | None = None
         self._supervisor: Supervisor | None = None
         self._attempt: Path | None = None
+        self._lock: BinaryIO | None = None
+        """Holds the run directory until this process ends."""
         self._resume = ""
         self._queued = False
 
@@ -232,7 +234,7 @@ class Attempt:
             print(f"gspo: {plan.run_dir} holds a finished run (DONE); a larger trainer.max_steps trains it further")
             return OK
         attempt = self._attempt = plan.attempt
-        claim_attempt(plan, job.id)
+        self._lock = claim_attempt(plan, job.id, is_first=start == 1)
         resume = self._resume = print_commands(job, plan, arguments, attempt, settings.called_in)
         tasks = [plan.steps["trainer"].tasks, sum(plan.steps[kind].tasks for kind in KINDS)]
         place = Place(self.name, plan.run_dir, attempt, plan.number, settings.allocation, *tasks)

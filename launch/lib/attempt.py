@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 from gspo_megatron.cluster.attempts import name_place, remove_key
 from gspo_megatron.cluster.shared_files import replace_text, retry_stale
@@ -16,22 +17,37 @@ from gspo_megatron.run_dir import ATTEMPT, AttemptDir, RunDir
 from launch.lib.plan_request import Plan, Refused
 
 T = TypeVar("T")
+MARK = ".gspo-megatron.json"
+"""Of gspo_megatron/own_directory.py, which needs packages that a batch node may not have."""
 
 
-def claim_attempt(plan: Plan, job: str) -> None:
+def claim_attempt(plan: Plan, job: str, is_first: bool = True) -> BinaryIO | None:
     """Make this the newest attempt of its run, after which older ones end.
 
     The attempt's directory was made exclusively, so of two jobs that start in the same second the one with the higher
     number sees the other here.
 
+    Args:
+        plan: of the attempt.
+        job: this one.
+        is_first: whether this is the first start of its job.
+
+    Returns:
+        What holds the run directory as long as it is open (`hold_run`).
+
     Raises:
-        Refused: a job with an older attempt of the run is running.
+        Refused: a job with an older attempt of the run is running, or another process holds the run directory.
     """
     running = set(wait_for_slurm(running_jobs)) - {job}
     holder = next((other for other in plan.earlier_jobs if other in running), None)
     if holder is not None:
         shutil.rmtree(plan.attempt, ignore_errors=True)
         raise Refused("run.directory: {}; {}".format(*in_use(plan.run_dir, holder)))
+    try:
+        lock = hold_run(RunDir(plan.run_dir), is_first)
+    except Refused:
+        shutil.rmtree(plan.attempt, ignore_errors=True)
+        raise
     newest = RunDir(plan.run_dir).attempt
     try:
         replace_text(newest, f"{plan.number} {job} {name_place(plan.run_dir)}\n")
@@ -44,10 +60,41 @@ def claim_attempt(plan: Plan, job: str) -> None:
     latest = RunDir(plan.run_dir).latest
     if latest.exists() and not latest.is_symlink():
         print(f"gspo: {latest} is not ours and stays; the newest attempt is {plan.attempt}", flush=True)
-        return
+        return lock
     fresh = latest.with_name(f".{latest.name}.{os.getpid()}")
     fresh.symlink_to(plan.attempt.name)
     fresh.replace(latest)
+    return lock
+
+
+def hold_run(run: RunDir, is_first: bool) -> BinaryIO | None:
+    """Take the lock of a run directory, which `gspo train` takes too: SLURM knows neither that, nor jobs of another
+    cluster, nor which of two scripts in one allocation holds it.
+
+    A job that was queued again takes over also from its own attempt on a node that is cut off. Null = not held: that,
+    or a file system without locks.
+
+    Raises:
+        Refused: another process holds it.
+    """
+    try:
+        lock = (run.path / MARK).open("r+b")
+    except OSError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        if is_first:
+            raise Refused(
+                f"run.directory: another script writes {run.path} now, which SLURM here does not name (a second one in "
+                "this allocation, a job of another cluster, or launch/local.sh); wait until it has ended"
+            ) from None
+        return None
+    except OSError:
+        lock.close()
+        return None
+    return lock
 
 
 def in_use(run_dir: Path, holder: str) -> tuple[str, str]:

@@ -18,6 +18,8 @@ from gspo_megatron.cluster.attempts import read_attempt, remove_key, replacement
 from gspo_megatron.cluster.exit_codes import FAILED, REFUSED
 from gspo_megatron.cluster.slurm_steps import Step
 from gspo_megatron.config import RecipeError
+from gspo_megatron.own_directory import RUN as RUN_KIND
+from gspo_megatron.own_directory import claim_directory, hold_directory
 from gspo_megatron.run_dir import RunDir
 from launch import job as script
 from launch.lib import attempt as files
@@ -256,6 +258,30 @@ def test_the_key_of_a_job_that_runs_is_not_removed_by_one_that_is_refused(
     number, _, earlier = make_attempt(RunDir(tmp_path), "9")
     claim_attempt(plan_of(tmp_path, number, tuple(earlier)), "9")
     assert not (first / "key").exists(), "its job is gone"
+
+
+def test_a_run_that_a_process_holds_which_slurm_does_not_know_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim_directory(tmp_path, RUN_KIND, "run.directory")
+    assert (tmp_path / files.MARK).is_file()
+    monkeypatch.setattr(files, "running_jobs", lambda: ["7"])
+    number, first, _ = make_attempt(RunDir(tmp_path), "7")
+    lock = claim_attempt(plan_of(tmp_path, number), "7")
+    assert lock is not None
+    # A second script in the same allocation.
+    number, second, _ = make_attempt(RunDir(tmp_path), "7")
+    with pytest.raises(Refused, match="another script writes"):
+        claim_attempt(plan_of(tmp_path, number), "7")
+    assert first.exists() and not second.exists() and newest_of(tmp_path)[0] == 1
+    with pytest.raises(RecipeError, match="directory-in-use"), hold_directory(tmp_path, "run.directory"):
+        pass
+    # The job was queued again, and its first node is cut off.
+    number, _, _ = make_attempt(RunDir(tmp_path), "7")
+    assert claim_attempt(plan_of(tmp_path, number), "7", is_first=False) is None and newest_of(tmp_path)[0] == 2
+    lock.close()
+    number, _, _ = make_attempt(RunDir(tmp_path), "7")
+    assert claim_attempt(plan_of(tmp_path, number), "7") is not None
 
 
 def test_no_answer_of_slurm_does_not_mean_that_nothing_runs(
