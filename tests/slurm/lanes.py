@@ -7,11 +7,22 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from tests.slurm.jobs import Workplace
-from tests.slurm.leftovers import check_nothing_left
+from tests.slurm.lab.cluster import wait_for
+from tests.slurm.leftovers import GONE, find_leftovers
 
 LANES = 3
 """Jobs at a time: each takes some CPU seconds to start."""
 Scenario = Callable[[Workplace], None]
+
+
+def clear(lane: Workplace) -> None:
+    """Cancel its jobs until nothing is left: SLURM forgets a scancel of a job that is just being queued again."""
+
+    def is_clear() -> bool:
+        lane.cancel_all()
+        return not find_leftovers(lane)
+
+    wait_for(is_clear, GONE, "end of what jobs have left", pause=2.0)
 
 
 class Scenarios:
@@ -38,8 +49,7 @@ class Scenarios:
                 lane = place.share()
                 try:
                     self.functions[name](lane)
-                    lane.cancel_all()
-                    check_nothing_left(lane)
+                    clear(lane)
                 except BaseException as error:
                     for job in lane.jobs:
                         error.add_note(job.everything())
