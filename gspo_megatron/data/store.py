@@ -2,6 +2,7 @@
 
     samples/written_000017.bin      records of the responses that finished since the file before it was closed
     samples/step_000012.jsonl       which of them step 12 trains on, with rewards and questions (sample_index.py)
+    samples/trained_000012/         what its training passes said of them (log_ratios.py)
 
 A record, little-endian: a 32-byte header (magic `GSPO`, format version, prompt length, answer length, CRC-32 of the
 body, shape of the routes, bytes of one of their numbers, 3 zero bytes), then int32 ids of prompt and answer, then
@@ -27,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gspo_megatron.data.log_ratios import TRAINED
 from gspo_megatron.data.sample_index import INDEX, StepGroup, read_refs, write_index
 from gspo_megatron.run_dir import NumberedName
 from gspo_megatron.types import ROUTE_TYPES, Prompt, Response, SampleRef
@@ -121,6 +123,9 @@ class SampleStore:
                 self._files_of.pop(number, None)
             elif number not in self._files_of:  # of an earlier attempt
                 self._files_of[number] = {_place(ref)[0] for ref in read_refs(file)}
+        for number, directory in TRAINED.find(self.directory).items():
+            if number not in kept:
+                shutil.rmtree(directory, ignore_errors=True)
         needed = {_place(ref)[0] for ref in in_flight}.union(*self._files_of.values())
         for number, file in WRITTEN.find(self.directory).items():
             # The newest may hold a response whose reference is still on its way to its group.

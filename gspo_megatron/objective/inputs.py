@@ -65,6 +65,8 @@ class LossOutput:
     """Scalar, to be minimised: this rank's share. Shares of all ranks and micro-batches add up to the loss."""
     metrics: dict[str, Tensor]
     """Detached float64 sums to be added over ranks and micro-batches; names that end in `/max` take the maximum."""
+    clipped: Tensor
+    """[2, S] float64: this rank's part of each sequence's share of tokens that lost their gradient, left and right."""
 
 
 def check_shapes(spec: ObjectiveSpec, inputs: LossInputs) -> None:

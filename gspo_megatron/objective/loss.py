@@ -77,7 +77,8 @@ def policy_loss(spec: ObjectiveSpec, inputs: LossInputs, sum_over_context: SumOv
     share = -(torch.where(packed.mask, objective, 0.0) * _token_weights(spec, packed, inputs)).sum()
     metrics = metric_sums(packed, share, current, old, sampler, advantages, surrogate, log_s, factor, divergence)
     metrics |= compared_sums(packed, metrics, inputs.old_logprobs is not None)
-    return LossOutput(narrowed(share, inputs.logprobs.dtype), metrics)
+    clipped = torch.stack([packed.local_parts(side) for side in (surrogate.low, surrogate.high)])
+    return LossOutput(narrowed(share, inputs.logprobs.dtype), metrics, clipped)
 
 
 def _token_advantages(packed: Packed, inputs: LossInputs) -> Tensor:

@@ -58,6 +58,11 @@ class Packed:
         """[S] -> [T]: each token gets its sequence's value."""
         return values.index_select(0, self.sequence)
 
+    def local_parts(self, chosen: Tensor) -> Tensor:
+        """[T] bool -> [S]: this rank's part of the share of each sequence's trained tokens that are chosen."""
+        counts = torch.zeros_like(self.num_tokens).index_add_(0, self.sequence, (chosen & self.mask).double())
+        return counts / self.num_tokens.clamp(min=1)
+
     def local_share(self) -> Tensor:
         """[S]: the part of each sequence that is on this rank, so that sums over ranks count a sequence once."""
         return self.local_tokens / self.num_tokens.clamp(min=1)

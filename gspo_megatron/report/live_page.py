@@ -91,7 +91,7 @@ def read_query(text: str) -> tuple[Query, int, int]:
         return number(f"{name}_low", -math.inf), number(f"{name}_high", math.inf)
 
     query = Query(
-        interval("step"), interval("reward"), interval("length"), "clipped" in asked,
+        interval("step"), interval("reward"), interval("length"), "clipped" in asked, asked.get("lost", ""),
         int(asked["prompt"]) if "prompt" in asked else None, asked.get("contains", ""), asked.get("order", "stored"),
     )  # fmt: skip
     return query, int(asked.get("offset", 0)), int(asked.get("limit", 10))

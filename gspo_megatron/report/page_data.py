@@ -159,7 +159,10 @@ def _evaluated(run: RunDir, rows: Sequence[Mapping[str, Any]]) -> Json:
 
 
 def _responses(run: RunDir, live: bool, notes: list[str]) -> Json | None:
-    colours = "A token is the darker the less likely the sampler held it: its stored log-prob."
+    colours = (
+        "Colours: the log-ratio of a token, its log-prob in the training pass less the sampler's, where it is stored; "
+        "else its log-prob under the sampler."
+    )
     if not run.samples.is_dir() or not run.recipe.is_file():
         return None
     if live:

@@ -19,6 +19,7 @@ from gspo_megatron.report.series import stretches
 from gspo_megatron.run_dir import RunDir
 
 if TYPE_CHECKING:  # numpy
+    from gspo_megatron.data.log_ratios import StoredRatios
     from gspo_megatron.data.sample_index import StoredSample
     from gspo_megatron.data.tokenizers import Tokenizer
 
@@ -47,6 +48,8 @@ class Query:
     """Tokens of the response."""
     clipped: bool = False
     """Only those cut at the limit."""
+    lost: str = ""
+    """Only those that the objective clipped: `left`, `right`, or `either` side; empty = all."""
     prompt: int | None = None
     """Only those to one prompt of the stream."""
     contains: str = ""
@@ -68,6 +71,7 @@ class Catalogue:
     def __init__(self, run: RunDir) -> None:
         self._run = run
         self._steps: dict[int, tuple[float, list[StoredSample]]] = {}
+        self._trained: dict[int, tuple[float, dict[tuple[int, int], StoredRatios]]] = {}
 
     def samples(self, wanted: Callable[[int], bool] = lambda step: True) -> Iterator[StoredSample]:
         """Metadata of the responses that are still kept, in order of step and prompt; an index is read once.
@@ -97,13 +101,37 @@ class Catalogue:
         Returns:
             How many there are, and up to `limit` of them from `offset` on, with their tokens.
         """
-        found = [one for one in self.samples() if query.wants(one)]
+        found = [one for one in self.samples() if query.wants(one) and self._is_lost(one, query.lost)]
         if query.order in ORDERS:
             found.sort(key=ORDERS[query.order])
         return len(found), [self.read(one) for one in found[offset : offset + limit]]
 
+    def _ratios(self, sample: StoredSample) -> StoredRatios | None:
+        """What is stored of the training pass of a response; a step is looked up again when its files changed."""
+        from gspo_megatron.data.log_ratios import TRAINED, find_log_ratios
+
+        directory = self._run.samples / TRAINED.name(sample.step)
+        try:
+            written = directory.stat().st_mtime
+        except OSError:  # no pass of it yet, or removed
+            return None
+        if self._trained.get(sample.step, (None,))[0] != written:
+            self._trained[sample.step] = (written, find_log_ratios(self._run.samples, sample.step))
+        found = self._trained[sample.step][1].get((sample.ref.prompt_index, sample.ref.sample_index))
+        return found if found is not None and found.length == sample.ref.answer_length else None
+
+    def _is_lost(self, sample: StoredSample, side: str) -> bool:
+        if not side:
+            return True
+        found = self._ratios(sample)
+        shares = {} if found is None else {"left": found.left, "right": found.right, "either": found.left + found.right}
+        return shares.get(side, 0.0) > 0
+
     def read(self, sample: StoredSample, head: int = HEAD, tail: int = TAIL) -> dict[str, Any]:
-        """A response with its tokens: the text of each, and the log-prob of the sampler; null where it was inserted."""
+        """A response with its tokens: the text of each, and the log-prob of the sampler; null where it was inserted.
+
+        `log_ratios` has what the trainer said of them less that, or nothing where no pass was stored.
+        """
         from gspo_megatron.data.store import DamagedSample, SampleStore
 
         ref = sample.ref
@@ -111,6 +139,7 @@ class Catalogue:
             "step": sample.step, "prompt": ref.prompt_index, "sample": ref.sample_index, "reward": sample.reward,
             "length": ref.answer_length, "stop_reason": ref.stop_reason, "unscored": ref.unscored,
             "question": sample.question, "gold": sample.gold, "tokens": [], "head": head, "left_out": 0,
+            "log_ratios": [], "clipped": None,
             "versions": [ref.segments[0].version, ref.segments[-1].version] if ref.segments else [],
         }  # fmt: skip
         if not self._run.samples.is_dir():  # a store would make it
@@ -127,7 +156,19 @@ class Catalogue:
             [text, None if at in inserted or not math.isfinite(logprobs[at]) else float(logprobs[at])]
             for at, text in zip(kept, texts, strict=True)
         ]
-        return one | {"tokens": tokens, "left_out": length - len(kept)}
+        return one | {"tokens": tokens, "left_out": length - len(kept)} | self._passed(sample, kept)
+
+    def _passed(self, sample: StoredSample, kept: list[int]) -> dict[str, Any]:
+        """What a training pass said of the shown tokens of a response."""
+        found = self._ratios(sample)
+        if found is None:
+            return {}
+        try:
+            ratios = found.read()
+        except (OSError, ValueError):  # it was removed meanwhile
+            return {}
+        values = [float(ratios[at]) if math.isfinite(ratios[at]) else None for at in kept]
+        return {"log_ratios": values, "clipped": {"left": found.left, "right": found.right}}
 
     def draw(self) -> tuple[int, list[dict[str, Any]]]:
         """A sample for a page without a server, the same each time.

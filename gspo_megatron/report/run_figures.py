@@ -14,7 +14,7 @@ from gspo_megatron.report.series import Series, align
 TIMES = {
     "rollout": "rollout", "take_over": "take over devices", "pack": "pack", "old_logprobs": "old log-probs",
     "reference": "reference log-probs", "train": "train", "probe": "probe routers", "export": "export",
-    "sync": "weight update", "evaluate": "evaluate",
+    "sync": "weight update", "log_ratios": "store log-ratios", "evaluate": "evaluate",
     "checkpoint": "copy of a checkpoint", "check": "check", "stop": "stop",
 }  # fmt: skip
 """Parts of a step, in their order."""

@@ -38,6 +38,8 @@ class TrainedUpdate:
     """What it trained on."""
     logprobs: Sequence[Tensor]
     """[T_local] of each micro-batch in the training pass; empty off the last stage."""
+    clipped: Sequence[Tensor]
+    """[2, S] of each: `LossOutput.clipped`."""
 
 
 def write_dump(

@@ -47,6 +47,7 @@ def train(trainer: Trainer) -> bool:
                 with log.time("export"):
                     trainer.export(run.export(step))
             trainer.sync()
+            trainer.keep_log_ratios(step)
             if recipe.planned_evaluation and due(step, recipe.evaluation.every, last):
                 trainer.evaluate(step)
         writer.check()

@@ -13,6 +13,7 @@ from torch import Tensor
 from gspo_megatron.cluster.machines import takes_turns
 from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.data.log_ratios import write_log_ratios
 from gspo_megatron.data.model_directory import write_tokenizer
 from gspo_megatron.data.store import SampleStore
 from gspo_megatron.objective import Sums, add_sums, finalize_step, runtime_warnings
@@ -29,6 +30,7 @@ from gspo_megatron.trainer.failure_dump import TrainedUpdate, write_dump
 from gspo_megatron.trainer.metric_sums import TOKEN_ENTROPY, count_left_out, reduce_sums, zero_sums
 from gspo_megatron.trainer.old_policy import OldPolicy
 from gspo_megatron.trainer.trained_responses import choose_trained
+from gspo_megatron.trainer.trained_tokens import trained_responses
 from gspo_megatron.trainer.training_loss import make_loss
 from gspo_megatron.transport.controller_client import ControllerClient
 from gspo_megatron.transport.messages import EvaluationRequest, RolloutRequest
@@ -188,14 +190,15 @@ class Trainer:
         self.updates += 1
         lr = self.recipe.optimizer.learning_rate(self.updates, self.recipe.total_updates)
         logprobs: list[Tensor] = []
-        self._trained_on.append(TrainedUpdate(self.updates, minibatch, logprobs))
+        clipped: list[Tensor] = []
+        self._trained_on.append(TrainedUpdate(self.updates, minibatch, logprobs, clipped))
         batches = [micro.batch for micro in minibatch.micro_batches]
         routes = [micro.routes for micro in minibatch.micro_batches]
         fresh = [index for index, micro in enumerate(minibatch.micro_batches) if not micro.is_routed]
         with self.log.time("train"):
             sums, norm, taken = self.policy.train(
                 batches,
-                make_loss(self.spec, minibatch, self.policy.sum_over_context, logprobs),
+                make_loss(self.spec, minibatch, self.policy.sum_over_context, logprobs, clipped),
                 lr,
                 routes=routes,
                 replays=self.spec.replay != "off",
@@ -250,6 +253,14 @@ class Trainer:
             self.log.warn(finding)
             if finding.code in failure_dump.CODES:
                 self._dump_failure(finding.message, self._trained_on[0])
+
+    def keep_log_ratios(self, step: int) -> None:
+        """Store what the passes of a step said of its responses, while the servers sample the next ones."""
+        with self.log.time("log_ratios"):
+            add = self.policy.sum_over_context
+            rows = [row for update in self._trained_on for row in trained_responses(update, add)]
+            if rows and not self.policy.at.tensor and not self.policy.at.context:
+                write_log_ratios(self.store.directory, step, dist.get_rank(), rows)
         self._trained_on = []
 
     def evaluate(self, step: int) -> float:

@@ -19,6 +19,7 @@ def make_loss(
     minibatch: MiniBatch[TrainingMicroBatch],
     sum_over_context: Callable[[Tensor], Tensor],
     logprobs: list[Tensor],
+    clipped: list[Tensor],
 ) -> LossFunction:
     """The loss of one mini-batch.
 
@@ -27,6 +28,7 @@ def make_loss(
         minibatch: what is trained on.
         sum_over_context: as in `policy_loss`.
         logprobs: gets the current log-probs [T_local] of each micro-batch, in order.
+        clipped: gets `LossOutput.clipped` of each.
     """
 
     def loss(batch: MicroBatch, scored: Scored, index: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -51,6 +53,7 @@ def make_loss(
             token_advantages=False,
         )
         out = policy_loss(spec, inputs, sum_over_context)
+        clipped.append(out.clipped)
         entropy = torch.where(batch.loss_mask & finite, scored.entropy, 0.0).sum(dtype=torch.float64)
         bad = out.metrics["nonfinite_tokens"] + (~finite).sum(dtype=torch.float64)
         # A gradient that is not finite is what skips the step on every rank.

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from gspo_megatron.data.log_ratios import find_log_ratios
 from gspo_megatron.data.sample_index import read_samples
 from gspo_megatron.run_dir import RunDir
 from tests.parallel.resume_runs import LAYOUTS, RANKS, STEPS, rows_of, whole_run
@@ -72,6 +73,20 @@ def test_every_step_is_recorded_once_with_the_same_numbers(name: str, directory:
     whole, interrupted = (rows_of(directory / f"{name}-{kind}") for kind in ("whole", "interrupted"))
     assert [row["step"] for row in whole] == list(range(STEPS + 1))
     assert interrupted == whole
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_the_passes_said_of_the_responses_is_stored_beside_them(name: str, directory: Path) -> None:
+    """Of every response; their clipped shares are the logged ones, and an interrupted run stores the same."""
+    places = {kind: RunDir(directory / f"{name}-{kind}").samples for kind in ("whole", "interrupted")}
+    rows = rows_of(directory / f"{name}-whole")
+    for step in range(1, STEPS + 1):
+        whole, interrupted = (find_log_ratios(samples, step) for samples in places.values())
+        assert len(whole) == 32 and whole.keys() == interrupted.keys()
+        assert all(one.read().tobytes() == interrupted[key].read().tobytes() for key, one in whole.items())
+        for side in ("left", "right"):
+            mean = sum(getattr(one, side) for one in whole.values()) / 32
+            assert mean == pytest.approx(rows[step][f"clip_{side}_sequences"], abs=1e-6)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -131,9 +131,9 @@ def disk_bytes(recipe: Recipe, arch: Architecture, batch: BatchPlan) -> dict[str
     # An old state is removed only when the new one is complete.
     states = min(checkpoint.keep, -(-steps // checkpoint.every) if checkpoint.every else 1) + 1
     kept = min(steps, recipe.rollout.keep_samples or steps)
-    # A step has an index and a file of tokens; a checkpoint begins another one.
-    files = 2 * kept + (kept // checkpoint.every if checkpoint.every else 0) + 1
-    samples = batch.expected_tokens_per_batch * (9 + routes) + batch.sequences * INDEX_BYTES
+    # A step has an index, a file of tokens and one of log-ratios a data-parallel rank; a checkpoint begins another one.
+    files = (2 + batch.data_ranks) * kept + (kept // checkpoint.every if checkpoint.every else 0) + 1
+    samples = batch.expected_tokens_per_batch * (11 + routes) + batch.sequences * INDEX_BYTES
     return {
         f"{states} training states": states * parameters * STATE_BYTES,
         f"{exports + 1} exported models": (exports + 1) * weights,

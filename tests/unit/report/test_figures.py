@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gspo_megatron.config import save_resolved
+from gspo_megatron.data.log_ratios import TrainedResponse, write_log_ratios
 from gspo_megatron.data.store import SampleStore
 from gspo_megatron.data.tokenizers import SentencePieceTokenizer
 from gspo_megatron.models import load_recipe
@@ -199,6 +200,34 @@ def test_a_page_has_the_stored_logprobs_and_reads_no_other(run: RunDir, monkeypa
     assert "".join(text for text, _ in items[0]["tokens"]) == "111111</s>"
     inserted = catalogue.page(Query(prompt=0), 2, 1)[1][0]
     assert inserted["tokens"][0][1] is None and inserted["tokens"][1][1] == -0.5
+
+
+def test_a_page_has_the_stored_log_ratios_and_finds_what_was_clipped(run: RunDir, tmp_path: Path) -> None:
+    copy = RunDir(tmp_path / "copy")
+    shutil.copytree(run.path, copy.path)
+    one, other, third = [each for each in Catalogue(copy).samples() if each.step == 2][:3]
+    stored = {}
+    for each, left, right in ((one, 1.0, 0.0), (other, 0.0, 0.25), (third, 0.0, 0.0)):
+        key = (each.ref.prompt_index, each.ref.sample_index)
+        stored[key] = np.linspace(-0.4, 0.3, each.ref.answer_length).astype(np.float16)
+        write_log_ratios(copy.samples, 2, each.ref.sample_index, [TrainedResponse(*key, left, right, stored[key])])
+    catalogue = Catalogue(copy)
+    counts = {side: catalogue.page(Query(lost=side), 0, 100)[0] for side in ("", "left", "right", "either", "up")}
+    assert counts == {"": 24, "left": 1, "right": 1, "either": 2, "up": 0}
+    for item in catalogue.page(Query(), 0, 100)[1]:
+        key = (item["prompt"], item["sample"])
+        wanted = stored[key].tolist() if item["step"] == 2 and key in stored else []
+        assert item["log_ratios"] == wanted and (item["clipped"] is None) == (not wanted)
+    # A mark of another length is of another attempt; one that goes away leaves the page as it was without.
+    write_log_ratios(
+        copy.samples,
+        2,
+        9,
+        [TrainedResponse(one.ref.prompt_index, one.ref.sample_index, 1.0, 0.0, np.zeros(1, np.float16))],
+    )
+    assert Catalogue(copy).page(Query(lost="left"), 0, 100)[0] == 0
+    shutil.rmtree(copy.samples / "trained_000002")
+    assert catalogue.page(Query(lost="either"), 0, 100)[0] == 0
 
 
 def test_long_responses_are_cut_in_the_middle_and_say_so(run: RunDir) -> None:

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from gspo_megatron.cli import main
 from gspo_megatron.config import save_resolved
+from gspo_megatron.data.log_ratios import TrainedResponse, write_log_ratios
 from gspo_megatron.data.store import SampleStore
 from gspo_megatron.metric_rows import RowReader
 from gspo_megatron.models import load_recipe
@@ -211,6 +212,7 @@ def test_only_this_machine_and_only_by_the_address(server: LiveServer, host: str
 
 
 def test_bad_questions_are_answered_with_a_sentence(run: RunDir, server: LiveServer) -> None:
+    assert json.loads(ask(server, "responses?lost=either")[1])["total"] == 0
     assert ask(server, "responses?reward_low=x")[0] == 400 and ask(server, "responses?step_low=nan")[0] == 400
     run.metrics.write_text("no row\n")
     status, sentence = ask(server, "run?mark=")
@@ -240,6 +242,7 @@ def test_the_live_page_in_a_browser(run: RunDir, server: LiveServer, monkeypatch
     """What metrics.jsonl gets after the page was opened is on the page; responses are asked for."""
     assert CHROMIUM is not None
     add_responses(run, steps=1, prompts=2, answers=2)
+    write_log_ratios(run.samples, 1, 0, [TrainedResponse(2, 1, 0.0, 1.0, np.full(3, 0.125, np.float16))])
     asked = 0
 
     def data(live: LiveRun, mark: str = "", old: Any = LiveRun.data) -> Any:
@@ -258,3 +261,4 @@ def test_the_live_page_in_a_browser(run: RunDir, server: LiveServer, monkeypatch
     assert "Uncaught" not in done.stderr and "Refused" not in done.stderr, done.stderr[-2000:]
     assert "<td>0.87654</td>" in done.stdout and "running, step 3 of 30" in done.stdout
     assert "1 to 4 of 4" in done.stdout and done.stdout.count('data-logprob="-0.25"') == 12
+    assert done.stdout.count('data-logratio="0.125"') == 3 == done.stdout.count("rgba(var(--likelier), 0.375)")
