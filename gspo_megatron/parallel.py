@@ -43,7 +43,9 @@ class Layout:
     virtual: int = 1
     """Model chunks a stage."""
     context: int = 1
-    """CP."""
+    """CP; with `dynamic` the most ranks that share a sequence."""
+    dynamic: bool = False
+    """Whether a pack may be shared by fewer context-parallel ranks: 1, 2, 4, ... consecutive ones."""
     expert: int = 1
     """EP."""
     expert_tensor: int = 1
@@ -60,8 +62,19 @@ class Layout:
 
     @property
     def pad_multiple(self) -> int:
-        """Each sequence is padded to a multiple of this: 2 CP chunks, each of which divides over TP."""
-        return (2 * self.context if self.context > 1 else 1) * self.tensor
+        """Each sequence that all context-parallel ranks share is padded to a multiple of this."""
+        return self.padding_of(self.context)
+
+    def padding_of(self, ranks: int) -> int:
+        """A sequence that so many ranks share is padded to a multiple of this: 2 chunks a rank, divisible over TP."""
+        return (2 * ranks if ranks > 1 else 1) * self.tensor
+
+    @property
+    def context_sizes(self) -> tuple[int, ...]:
+        """How many ranks may share a pack, rising."""
+        if not self.dynamic:
+            return (self.context,)
+        return tuple(2**power for power in range(self.context.bit_length()))
 
     @property
     def expert_data(self) -> int:
@@ -151,6 +164,7 @@ def layout_of(trainer: TrainerSection, world: int) -> Layout:
         pipeline=trainer.pipeline_parallel,
         virtual=trainer.virtual_pipeline or 1,
         context=trainer.context_parallel,
+        dynamic=trainer.dynamic_context_parallel,
         expert=trainer.expert_parallel,
         expert_tensor=trainer.expert_tensor_parallel,
         first_stage_layers=trainer.first_stage_layers,

@@ -5,7 +5,9 @@
 8 data-parallel ranks of 8 context-parallel GPUs each, at most 131,072 tokens a bin, forward FLOPs of Qwen3-30B-A3B and
 Qwen3-235B-A22B. Lengths are lognormal, cut at 100,000 tokens: `math` has median 9K and sigma 1.0, `agent` median 24K
 and sigma 0.75, `wide` median 24K and sigma 1.25. W is the time of the slowest expert group over a perfect spread; the
-bound is `least_imbalance`. Exits 1 when a cell misses its limit or a bin of `pack` exceeds its tokens.
+bound is `least_imbalance`, which holds for dynamic context parallelism too: packs of a row, joined, are one that the
+whole row shares. The second table has packs that 1, 2, 4 or 8 of the GPUs share (`packing_shared.py`). Exits 1 when a
+cell of the first misses its limit, or a bin exceeds its tokens.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from packing_peers import PEERS, by_slot
+from packing_shared import compare
 
 from gspo_megatron.data.packing import imbalance, least_imbalance, pack
 
@@ -65,6 +68,7 @@ def measure(shape: str, model: str, count: int, span: int, seed: int) -> dict[st
         "bound": least_imbalance(lengths, costs, NUM_RANKS, MAX_TOKENS, span),
         "slots": len(slots),
         "milliseconds": milliseconds,
+        "dynamic": compare(lengths, costs, model, NUM_RANKS, span, MAX_TOKENS, slots),
     }
 
 
@@ -95,12 +99,47 @@ def summarise(cell: tuple[str, str, int, int], draws: list[dict[str, Any]]) -> d
         "W_others": {
             name: round(float(np.mean([draw["W"][name] for draw in draws])), 3) for name in names if name != "pack"
         },
+        "dynamic": summarise_dynamic(draws, LIMITS[count]),
     }
+
+
+def summarise_dynamic(draws: list[dict[str, Any]], limit: float) -> dict[str, Any]:
+    """Packs that fewer ranks may share: means over the draws of a cell."""
+    found = {
+        name: round(float(np.mean([draw["dynamic"][name] for draw in draws])), 4)
+        for name in draws[0]["dynamic"]
+        if name not in ("milliseconds", "fullest")
+    }
+    relative = [draw["dynamic"]["W"] / draw["bound"] for draw in draws]
+    return found | {
+        "relative_mean": round(float(np.mean(relative)), 4),
+        "relative_worst": round(max(relative), 4),
+        "limit": limit,
+        "milliseconds_median": round(float(np.median([draw["dynamic"]["milliseconds"] for draw in draws])), 1),
+        "bins_over_limit": sum(draw["dynamic"]["fullest"] > MAX_TOKENS for draw in draws),
+    }
+
+
+def describe_dynamic(row: dict[str, Any]) -> str:
+    """One line of the second table."""
+    found = row["dynamic"]
+    cell = f"{row['lengths']} | {row['model']} | {row['sequences']} | {row['ranks_per_expert_group']}"
+    miss = " MISSED" if found["relative_mean"] > found["limit"] else ""
+    figures = f"{found['relative_mean']:.3f} | {found['limit']:.2f}{miss} | {found['ranks_of_a_sequence']:.1f}"
+    figures += f" | {found['bytes_over_static']:.2f} | {found['static_over_dynamic_seconds']:.2f}"
+    figures += (
+        f" | {found['static_over_least_seconds']:.2f} | {found['slots']:.1f} | {found['milliseconds_median']:.0f}"
+    )
+    return f"| {cell} | {figures} |"
 
 
 def is_missed(row: dict[str, Any]) -> bool:
     """Whether a cell exceeds its limit, or a bin its tokens."""
-    return row["relative_mean"] > row["limit"] or row["bins_over_limit"]["pack"] > 0
+    return (
+        row["relative_mean"] > row["limit"]
+        or row["bins_over_limit"]["pack"] > 0
+        or row["dynamic"]["bins_over_limit"] > 0
+    )
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -127,6 +166,10 @@ def main() -> int:
         rows.append(summarise(cell, [measure(*cell, seed) for seed in range(arguments.seeds)]))
         if not arguments.json:
             print(describe(rows[-1]), flush=True)
+    if not arguments.json:
+        print("\n| lengths | model | sequences | span | W / bound | limit | mean CP | CP bytes / static |", end=" ")
+        print("static / dynamic seconds | static / least seconds | slots | ms |\n|---|---|" + "---:|" * 10)
+        print("\n".join(map(describe_dynamic, rows)))
     slow = [row for row in rows if row["sequences"] == 512 and row["milliseconds_median"] > MOST_MILLISECONDS]
     if arguments.json:
         print(json.dumps({"num_ranks": NUM_RANKS, "max_tokens": MAX_TOKENS, "cells": rows}, indent=1))

@@ -28,6 +28,12 @@ class TrainerSection(Section):
     """Layers of the last pipeline stage; null = as many as the others."""
     context_parallel: int = Field(default=1, gt=0)
     """Context-parallel size (CP). Each sequence is cut into 2*CP chunks, two per rank."""
+    dynamic_context_parallel: bool = False
+    """Let a pack be shared by 1, 2, 4, ... of the `context_parallel` ranks: by as few as hold it and keep the time of
+    the ranks even. `context_parallel` is a power of two then. Loss and gradient do not change.
+
+    Source: Megatron-LM, "hybrid context parallel".
+    """
     expert_parallel: int = Field(default=1, gt=0)
     """Expert-parallel size (EP): ranks over which the experts are distributed."""
     expert_tensor_parallel: int = Field(default=1, gt=0)
@@ -54,7 +60,8 @@ class TrainerSection(Section):
     denominator; loss and gradient do not change. Off where the objective requires every sequence (`gspo plan` says so).
     Source: chosen here."""
     micro_batch_tokens: int = Field(default=16384, gt=0)
-    """Most tokens of one packed micro-batch on one data-parallel rank, summed over its CP ranks.
+    """Most tokens of one packed micro-batch on one data-parallel rank, summed over its CP ranks. A pack that fewer of
+    them share has as many tokens a rank at most.
 
     Source: chosen here: fits one 80 GB GPU at the width of 30B-A3B.
     """

@@ -62,13 +62,19 @@ def balance(
     fewest = starts[0].shape[1]
     starts.sort(key=lambda bins: bins.price(fewest, bubble_slots))
     found = [
-        _Bins.of(Search(start.home, tokens, costs, start.shape, max_tokens).run(bound), costs, start.shape)
+        _Bins.of(_search(start, tokens, costs, max_tokens, bound), costs, start.shape)
         for start in starts[: len(starts) if len(costs) <= FEW else 1]
     ]
     best = min(found, key=lambda bins: bins.price(fewest, bubble_slots))
     home = np.empty_like(best.home)
     home[order] = best.home
     return _read_out(home, best.loads)
+
+
+def _search(start: _Bins, tokens: np.ndarray, costs: np.ndarray, max_tokens: int, bound: float) -> np.ndarray:
+    """[n] the bin of each sequence after exchanges between bins of one kind."""
+    kinds = np.zeros(math.prod(start.shape), dtype=np.int64)
+    return Search(start.home, tokens[None], costs[None], start.shape, kinds + max_tokens, kinds).run(bound)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """The local search of `balance`: moves and swaps of sequences between bins, many tried at once.
 
 Legend as in `balance`: n sequences, E expert groups, K slots, R ranks, B = E*K*R bins, flat as (group, slot, rank);
-M trials of a round. Everything is a whole number or one rounding of a product, so every machine finds the same.
+M trials of a round. Bins may be of several kinds, in which a sequence costs and takes different amounts. Everything is
+a whole number or one rounding of a product, so every machine finds the same.
 """
 
 from __future__ import annotations
@@ -36,36 +37,48 @@ class _Trials:
     """[M] bin of `give`."""
     target: np.ndarray
     """[M] bin of `take`."""
-    shift: np.ndarray
-    """[M] cost that goes from source to target."""
-    moved: np.ndarray
-    """[M] tokens that do."""
+    saved: np.ndarray
+    """[M] cost that the source loses."""
+    added: np.ndarray
+    """[M] cost that the target gets: of another kind of bin, where a sequence costs something else."""
+    freed: np.ndarray
+    """[M] tokens that the source loses."""
+    filled: np.ndarray
+    """[M] tokens that the target gets."""
 
 
 class Search:
     """Bins under exchanges. Minimises the slowest group's time first, the mean of the groups' times beside it."""
 
     def __init__(
-        self, home: np.ndarray, tokens: np.ndarray, costs: np.ndarray, shape: tuple[int, int, int], max_tokens: int
+        self,
+        home: np.ndarray,
+        tokens: np.ndarray,
+        costs: np.ndarray,
+        shape: tuple[int, int, int],
+        rooms: np.ndarray,
+        kinds: np.ndarray,
     ) -> None:
         """Take bins.
 
         Args:
             home: [n] bin of each sequence.
-            tokens: [n] int64.
-            costs: [n] int64, falling.
+            tokens: [kinds, n] int64, what a sequence takes in a bin of each kind.
+            costs: [kinds, n] int64, falling.
             shape: (E, K, R).
-            max_tokens: Most tokens of a bin.
+            rooms: [B] most tokens of each bin.
+            kinds: [B] of each bin.
         """
-        self.shape, self.max_tokens, self.count = shape, max_tokens, len(home)
+        self.shape, self.rooms, self.kinds, self.count = shape, rooms, kinds, len(home)
         bins = shape[0] * shape[1] * shape[2]
-        none = np.zeros(bins, dtype=np.int64)
+        none, free = np.zeros(bins, dtype=np.int64), np.zeros((len(tokens), bins), dtype=np.int64)
         # Free places are sequences of no tokens, so that a move is a swap with one.
         self.home = np.concatenate([home, np.arange(bins)])
-        self.tokens, self.costs = np.concatenate([tokens, none]), np.concatenate([costs, none])
+        self.tokens, self.costs = np.concatenate([tokens, free], axis=1), np.concatenate([costs, free], axis=1)
         self.loads, self.filled = none.copy(), none.copy()
-        np.add.at(self.loads, home, costs)
-        np.add.at(self.filled, home, tokens)
+        every = np.arange(len(home))
+        np.add.at(self.loads, home, costs[kinds[home], every])
+        np.add.at(self.filled, home, tokens[kinds[home], every])
         self.slot_of = np.arange(bins) // shape[2]
 
     def run(self, bound: float) -> np.ndarray:
@@ -111,17 +124,23 @@ class Search:
         take = np.where(generator.random(TRIALS) < 0.5, near, take)
 
         source, target = self.home[give], self.home[take]
-        moved = self.tokens[give] - self.tokens[take]
-        fits = (self.filled[target] + moved <= self.max_tokens) & (self.filled[source] - moved <= self.max_tokens)
+        out, into = self.kinds[source], self.kinds[target]
+        freed = self.tokens[out, give] - self.tokens[out, take]
+        filled = self.tokens[into, give] - self.tokens[into, take]
+        fits = (self.filled[target] + filled <= self.rooms[target]) & (
+            self.filled[source] - freed <= self.rooms[source]
+        )
         kept = np.flatnonzero(fits & (source != target))
-        give, take = give[kept], take[kept]
-        return _Trials(give, take, source[kept], target[kept], self.costs[give] - self.costs[take], moved[kept])
+        give, take, out, into = give[kept], take[kept], out[kept], into[kept]
+        saved = self.costs[out, give] - self.costs[out, take]
+        added = self.costs[into, give] - self.costs[into, take]
+        return _Trials(give, take, source[kept], target[kept], saved, added, freed[kept], filled[kept])
 
     def _changes(self, trials: _Trials, ordered: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """[M] by how much the slot of the source, and that of the target, get slower; 0 for one slot's second."""
         here, there = self.slot_of[trials.source], self.slot_of[trials.target]
         place, other = places[trials.source], places[trials.target]
-        less, more = self.loads[trials.source] - trials.shift, self.loads[trials.target] + trials.shift
+        less, more = self.loads[trials.source] - trials.saved, self.loads[trials.target] + trials.added
         # The most expensive bin of the slot that takes no part.
         rest_here = np.where(place == 0, ordered[here, 1], ordered[here, 0])
         rest_there = np.where(other == 0, ordered[there, 1], ordered[there, 0])
@@ -176,14 +195,12 @@ class Search:
                 now[source // slots] -= change
                 now[target // slots] -= beside
         picked = np.array(chosen, dtype=np.int64)
-        source, target, shift, moved = (
-            column[picked] for column in (trials.source, trials.target, trials.shift, trials.moved)
-        )
+        source, target = trials.source[picked], trials.target[picked]
         give, take = trials.give[picked], trials.take[picked]
-        self.loads[source] -= shift
-        self.loads[target] += shift
-        self.filled[source] -= moved
-        self.filled[target] += moved
+        self.loads[source] -= trials.saved[picked]
+        self.loads[target] += trials.added[picked]
+        self.filled[source] -= trials.freed[picked]
+        self.filled[target] += trials.filled[picked]
         self.home[give] = target
         swapped = take < self.count
         self.home[take[swapped]] = source[swapped]

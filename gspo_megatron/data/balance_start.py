@@ -6,6 +6,7 @@ Legend as in `balance`: E expert groups, K slots, R ranks; a bin is (group, slot
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -18,7 +19,14 @@ class BinBuilder:
     ones cost most a token, and tokens are what such a bin runs out of. What is left is short and is spread evenly.
     """
 
-    def __init__(self, tokens: np.ndarray, costs: np.ndarray, shape: tuple[int, int, int], max_tokens: int) -> None:
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        costs: np.ndarray,
+        shape: tuple[int, int, int],
+        max_tokens: int,
+        times: Sequence[int] = (),
+    ) -> None:
         """Take sequences, costs falling.
 
         Args:
@@ -26,13 +34,14 @@ class BinBuilder:
             costs: [n] int64, falling.
             shape: (E, K, R).
             max_tokens: Most tokens of a bin.
+            times: [E] time of other slots of each group; empty = none.
         """
         self.tokens, self.costs, self.shape, self.max_tokens = tokens.tolist(), costs.tolist(), shape, max_tokens
         self.home = [-1] * len(costs)
         """[n] bin of each sequence, -1 before it has one."""
         self.rest = sum(self.costs)
         """Cost of the sequences without a bin."""
-        self.times = [0] * shape[0]
+        self.times = list(times) or [0] * shape[0]
         """[E] time of the closed slots of each group."""
         self.closed = [0] * shape[0]
         """[E] number of them."""
@@ -55,6 +64,12 @@ class BinBuilder:
                 break
             self._fill_slot(min(open_groups, key=lambda group: (self.times[group], group)), self.costs[head])
         return self._spread()
+
+    def fill_for(self, count: int) -> np.ndarray:
+        """[n] bin of each sequence, or -1, once slots are filled up to their longest for each of the first `count`."""
+        while (head := self._first_from(0)) < count:
+            self._fill_slot(min(range(self.shape[0]), key=lambda group: (self.times[group], group)), self.costs[head])
+        return np.array(self.home)
 
     def _first_from(self, index: int) -> int:
         """The first sequence without a bin from `index` on, n if there is none; paths are halved on the way."""

@@ -41,6 +41,8 @@ class PackedBatch:
     """[S], shorter by one in an empty batch: its single sequence is padding."""
     routes: np.ndarray | None = None
     """[T, layers, k] int16, the sampler's experts of `token_ids`, -1 = not recorded; None = no sample has any."""
+    ranks: int | None = None
+    """Context-parallel ranks that share it; None = all of them."""
 
 
 def pack(
@@ -103,7 +105,7 @@ def least_imbalance(
     return lower_bound(tokens, whole, groups, ranks_per_expert_group, max_tokens) / (float(whole.sum()) / num_ranks)
 
 
-def collate(samples: Sequence[Sample], pad_multiple: int = 1) -> PackedBatch:
+def collate(samples: Sequence[Sample], pad_multiple: int = 1, ranks: int | None = None) -> PackedBatch:
     """Lay sequences end to end, each padded to a multiple; targets are shifted here, before any context-parallel cut.
 
     No samples gives one sequence of padding without a trained token, so that an idle rank takes part in every
@@ -112,6 +114,7 @@ def collate(samples: Sequence[Sample], pad_multiple: int = 1) -> PackedBatch:
     Args:
         samples: The sequences of one bin.
         pad_multiple: E.g. 2 * CP * TP with context and sequence parallelism.
+        ranks: Context-parallel ranks that share the pack; None = all of them.
     """
     lengths = [len(sample.token_ids) for sample in samples] or [0]
     sizes = [max(round_up(length, pad_multiple), pad_multiple) for length in lengths]
@@ -137,6 +140,7 @@ def collate(samples: Sequence[Sample], pad_multiple: int = 1) -> PackedBatch:
         lengths=np.array(lengths, dtype=np.int32),
         refs=tuple(sample.ref for sample in samples),
         routes=_lay_routes(samples, starts),
+        ranks=ranks,
     )
 
 

@@ -61,8 +61,9 @@ def transformer_arguments(arch: Architecture, trainer: TrainerSection, dtype: st
         "bias_activation_fusion": engine,
         "bias_dropout_fusion": engine,
         "masked_softmax_fusion": False,
-        # The fused kernel lacks YaRN's factor, which scales queries and keys; `rotary.py` has it.
-        "apply_rope_fusion": engine and arch.rope_scaling is None,
+        # The fused kernel lacks YaRN's factor, which scales queries and keys, and takes the place of a rank from the
+        # group of all context-parallel ranks; `rotary.py` has the factor, and the place in each pack.
+        "apply_rope_fusion": engine and arch.rope_scaling is None and not trainer.dynamic_context_parallel,
         "gradient_accumulation_fusion": engine,
         "deallocate_pipeline_outputs": True,
         **family_of(arch).megatron_settings(arch).transformer,

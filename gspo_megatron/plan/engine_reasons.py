@@ -40,7 +40,10 @@ MEGATRON: Mapping[str, Reason] = {
     "perform_initialization": Reason("every weight is loaded", "policy/weights.py refuses a missing one"),
     "bias_activation_fusion": Reason("one kernel for gate, activation and product", "megatron-core: usual settings"),
     "bias_dropout_fusion": Reason("one kernel for the residual addition", "megatron-core: usual settings"),
-    "apply_rope_fusion": Reason("no loop over sequences; off with YaRN, which the kernel loses", "policy/rotary.py"),
+    "apply_rope_fusion": Reason(
+        "no loop over sequences; off with YaRN, which the kernel loses, and with packs that fewer ranks share",
+        "policy/rotary.py",
+    ),
     "gradient_accumulation_fusion": Reason(
         "weight gradients of a micro-batch are not rounded to bfloat16", "Transformer Engine: fuse_wgrad_accumulation"
     ),

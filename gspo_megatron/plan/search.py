@@ -185,6 +185,10 @@ def _layouts(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[d
                 base = {
                     "trainer.tensor_parallel": tensor,
                     "trainer.context_parallel": context,
+                    # As the recipe says, where the layout can.
+                    "trainer.dynamic_context_parallel": (
+                        recipe.trainer.dynamic_context_parallel and context > 1 and not context & (context - 1)
+                    ),
                     "trainer.pipeline_parallel": pipeline,
                     "trainer.first_stage_layers": ends[0],
                     "trainer.last_stage_layers": ends[1],

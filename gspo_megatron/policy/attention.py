@@ -1,7 +1,7 @@
 """The reference core attention: packed (THD) and context-parallel, in plain torch.
 
 Sharded exactly as Transformer Engine shards: each sequence, padded to a multiple of 2*CP, is cut in 2*CP chunks and
-rank r holds chunks r and 2*CP-1-r. Keys and values are gathered over the context-parallel ranks; each query attends
+rank r holds chunks r and 2*CP-1-r. Keys and values are gathered over the ranks that share the pack; each query attends
 to the positions of its own sequence that are not after it.
 """
 
@@ -132,8 +132,6 @@ class ReferenceAttention(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__(config=config)
-        assert pg_collection is not None
-        self.context_group = pg_collection.cp
         assert config.kv_channels is not None
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
 
@@ -156,10 +154,10 @@ class ReferenceAttention(MegatronModule):
             [T_local, heads * d].
         """
         assert packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
-        if self.context_group.size() > 1:
+        if packed_seq_params.cp_group is not None:
             key, value = (
                 gather_from_sequence_parallel_region(
-                    part.contiguous(), tensor_parallel_output_grad=True, group=self.context_group
+                    part.contiguous(), tensor_parallel_output_grad=True, group=packed_seq_params.cp_group
                 )
                 for part in (key, value)
             )

@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch import Tensor
 
 from gspo_megatron.parallel import Layout
 
 COLLECTIVE_TIMEOUT = timedelta(days=1)
 """Ranks wait in a collective while rank 0 waits for responses, possibly for hours; the watchdog ends a stuck run."""
+
+GROUP_TIMEOUT = timedelta(minutes=30)
+"""As Megatron gives its own groups."""
+
+
+@dataclass(frozen=True, slots=True)
+class ContextShare:
+    """Which part of a pack a rank holds."""
+
+    size: int = 1
+    """Context-parallel ranks that share the pack."""
+    rank: int = 0
+    """This one among them."""
+    group: dist.ProcessGroup | None = None
+    """All of them; None for one rank alone."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Add a detached [S] tensor, of the sequences of the pack, over the ranks that share it."""
+        if self.group is not None:
+            dist.all_reduce(values, group=self.group)
+        return values
 
 
 def start_world() -> torch.device:
@@ -27,8 +50,12 @@ def start_world() -> torch.device:
     return torch.device("cpu")
 
 
-def build_groups(layout: Layout) -> None:
-    """Make megatron's process groups for a layout; an earlier layout's are dropped first."""
+def build_groups(layout: Layout) -> dict[int, ContextShare]:
+    """Make all process groups of a layout; an earlier layout's are dropped first.
+
+    Returns:
+        For each number of ranks that may share a pack, this rank's part of it.
+    """
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
@@ -41,3 +68,30 @@ def build_groups(layout: Layout) -> None:
         # Only megatron's own checkpoint of its distributed optimizer would use one beside each of NCCL.
         create_gloo_process_groups=False,
     )
+    rank = dist.get_rank()
+    place = layout.coordinates(rank).context
+    shares = {}
+    for size in layout.context_sizes:
+        group = _context_group(layout, rank, size) if size > 1 else None
+        shares[size] = ContextShare(size, place % size, group)
+    return shares
+
+
+def _context_group(layout: Layout, rank: int, size: int) -> dist.ProcessGroup:
+    """This rank's group of `size` consecutive context-parallel ranks. Every rank makes the groups of all, in order."""
+    if size == layout.context:
+        whole = parallel_state.get_context_parallel_group()
+        assert isinstance(whole, dist.ProcessGroup)
+        return whole
+    found: dist.ProcessGroup | None = None
+    # Context-parallel ranks are TP apart, and blocks of them are aligned: every start is a rank of such a block.
+    for start in range(layout.world):
+        if start // layout.tensor % size:
+            continue
+        members = [start + layout.tensor * step for step in range(size)]
+        group = parallel_state.create_group(members, GROUP_TIMEOUT, group_desc=f"CONTEXT_PARALLEL_GROUP_OF_{size}")
+        if rank in members:
+            assert isinstance(group, dist.ProcessGroup)
+            found = group
+    assert found is not None
+    return found

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import tensor_parallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -53,7 +53,7 @@ class Policy:
     def __init__(self, recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None) -> None:
         self.recipe, self.device = recipe, device
         self.layout = layout_of(recipe.trainer, dist.get_world_size())
-        mesh.build_groups(self.layout)
+        self._shares = mesh.build_groups(self.layout)
         self.at = self.layout.coordinates(dist.get_rank())
         torch.manual_seed(recipe.run.seed)  # importing megatron sets a seed of its own
         tensor_parallel.model_parallel_cuda_manual_seed(recipe.run.seed)
@@ -107,7 +107,8 @@ class Policy:
 
     def place(self, batches: Sequence[PackedBatch]) -> list[MicroBatch]:
         """This rank's part of each packed batch of its data-parallel rank."""
-        return [place(batch, self.layout, self.at, self.device) for batch in batches]
+        whole = self.layout.context
+        return [place(batch, self._shares[batch.ranks or whole], self.device) for batch in batches]
 
     def score(
         self,
@@ -145,7 +146,7 @@ class Policy:
         Every data-parallel rank passes the same pack, and every rank gets the result. The second number is the smallest
         gap, over tokens and layers, between the last chosen and the first rejected router logit; infinite when dense.
         """
-        placed = place(batch, self.layout, self.at, self.device)
+        (placed,) = self.place([batch])
         self.temperature = 1.0
         margins: list[Tensor] = []
         scored = self.score([placed], margins=margins)
@@ -219,12 +220,6 @@ class Policy:
             pass
         dist.barrier()
 
-    def sum_over_context(self, values: Tensor) -> Tensor:
-        """Add a detached [S] tensor over the context-parallel ranks that share these sequences."""
-        if self.layout.context > 1:
-            dist.all_reduce(values, group=parallel_state.get_context_parallel_group())
-        return values
-
     def _survivors(self, batches: Sequence[MicroBatch], loss: LossFunction) -> list[dict[str, Any]]:
         def share(index: int, head: HeadOutput) -> tuple[Tensor, dict[str, Any]]:
             found, sums = loss(batches[index], Scored(head.logprobs, head.entropy), index)
@@ -233,7 +228,7 @@ class Policy:
         finalize = self.config.finalize_model_grads_func
         assert self._layers is not None and finalize is not None
         training = SurvivingTraining(self.chunks[0], self._layers, self.routing, self._new_pass)
-        sums = training.run(batches, self.layout, self.at, share)
+        sums = training.run(batches, self.layout.tensor, share)
         finalize(self.chunks, None)
         return sums
 

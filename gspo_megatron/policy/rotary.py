@@ -3,7 +3,7 @@
 Unfused, megatron-core rotates one sequence after another in every layer, and asks the device for their lengths each
 time. Here the positions of all tokens are known before the first layer: cosines and sines are gathered once a forward
 pass, and a layer multiplies. Transformer Engine's fused kernel does the same on its own; where it is on
-(`apply_rope_fusion`), nothing is changed here. It lacks YaRN's factor.
+(`apply_rope_fusion`), nothing is changed here. It lacks YaRN's factor, and does not know which ranks share a pack.
 """
 
 from __future__ import annotations

@@ -18,7 +18,6 @@ from megatron.core.pipeline_parallel.schedules import backward_step
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from gspo_megatron.parallel import Coordinates, Layout
 from gspo_megatron.policy.chunk_pass import ChunkPass
 from gspo_megatron.policy.head import HeadOutput
 from gspo_megatron.policy.layer_outputs import LayerOutputs
@@ -42,10 +41,15 @@ class SurvivingTraining:
     def __init__(self, chunk: Any, layers: LayerOutputs, routing: Routing, new_pass: NewPass) -> None:
         self.chunk, self.layers, self.routing, self.new_pass = chunk, layers, routing, new_pass
 
-    def run(self, batches: Sequence[MicroBatch], layout: Layout, at: Coordinates, share: Share) -> list[dict[str, Any]]:
+    def run(self, batches: Sequence[MicroBatch], parts: int, share: Share) -> list[dict[str, Any]]:
         """Add the gradients of a mini-batch to the buffers; every rank passes the same number of micro-batches.
 
         The routers must be recording (`Routing.run`): the second pass chooses the experts of the first.
+
+        Args:
+            batches: of this rank.
+            parts: tensor-parallel size.
+            share: gives the loss of one.
 
         Returns:
             Metric sums of each micro-batch.
@@ -59,9 +63,9 @@ class SurvivingTraining:
             loss, found = share(index, one.found[0]._replace(logprobs=logprobs))
             sums.append(found)
             gradient = gradient_of(loss, logprobs)
-            members, starts = surviving_sequences(gradient, batch.cu_seqlens)
+            members, starts = surviving_sequences(gradient, batch.cu_seqlens, batch.share)
             if members:
-                self._go_back(index, one, gradient, (members, starts), layout, at)
+                self._go_back(index, one, gradient, (members, starts), parts)
         return sums
 
     def _go_back(
@@ -70,17 +74,16 @@ class SurvivingTraining:
         one: ChunkPass,
         gradient: Tensor,
         survivors: tuple[list[int], list[int]],
-        layout: Layout,
-        at: Coordinates,
+        parts: int,
     ) -> None:
         members, starts = survivors
         batch, known = one.batch, HeadOutput(*(part.detach() for part in one.found[0]))
         mine: Tensor | None = None
         if len(members) < len(starts) - 1:
-            batch, rows = narrow(one.batch, starts, members, layout, at)
+            batch, rows = narrow(one.batch, starts, members)
             known, gradient = HeadOutput(*(part[rows] for part in known)), gradient[rows]
             mine = self.routing.of_this_rank(rows)
-        cut = partial(_cut, mine=mine, parts=layout.tensor)
+        cut = partial(_cut, mine=mine, parts=parts)
         with self.routing.known(index, cut):
             with self.layers.take(cut):
                 logprobs = self.new_pass(batch, known).run(self.chunk)

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from gspo_megatron.policy.mesh import ContextShare
+
 
 def gradient_of(share: Tensor, logprobs: Tensor) -> Tensor:
     """[T] gradient of a rank's share of the loss with respect to its log-probs; the model is not touched."""
@@ -20,7 +22,7 @@ def gradient_of(share: Tensor, logprobs: Tensor) -> Tensor:
     return gradient
 
 
-def surviving_sequences(gradient: Tensor, cu_seqlens: Tensor) -> tuple[list[int], list[int]]:
+def surviving_sequences(gradient: Tensor, cu_seqlens: Tensor, share: ContextShare) -> tuple[list[int], list[int]]:
     """The sequences of a micro-batch that take a backward pass, the same on all ranks that hold parts of it.
 
     Where another rank of the expert-parallel group has one and this one has none, its shortest goes along with
@@ -29,6 +31,7 @@ def surviving_sequences(gradient: Tensor, cu_seqlens: Tensor) -> tuple[list[int]
     Args:
         gradient: [T_local] of the loss with respect to the log-probs; NaN is no 0.
         cu_seqlens: [S+1] starts among the local tokens.
+        share: the ranks that hold the others.
 
     Returns:
         Their numbers, and `cu_seqlens` on the host.
@@ -37,7 +40,9 @@ def surviving_sequences(gradient: Tensor, cu_seqlens: Tensor) -> tuple[list[int]
     sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True)
     flags = torch.zeros(len(cu_seqlens) - 1, device=gradient.device)
     flags.index_add_(0, sequence, (gradient != 0).float())
-    dist.all_reduce(flags, dist.ReduceOp.MAX, group=parallel_state.get_tensor_and_context_parallel_group())
+    for group in (share.group, parallel_state.get_tensor_model_parallel_group()):
+        if group is not None:
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
     somewhere = flags.amax()
     dist.all_reduce(somewhere, dist.ReduceOp.MAX, group=_expert_group())
     # The one question to the device: three small tensors in one copy.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,12 +13,14 @@ from torch import Tensor
 
 from gspo_megatron.config.objective_spec import ObjectiveSpec
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.data.context_packing import SharedPack, pack_at, pack_shared
 from gspo_megatron.data.packing import PackedBatch, collate, pack
 from gspo_megatron.data.samples import build_samples
 from gspo_megatron.data.store import SampleStore
 from gspo_megatron.objective import BatchTotals, kl_in_reward
 from gspo_megatron.parallel import round_up
 from gspo_megatron.plan.estimate.flops import forward_flops
+from gspo_megatron.plan.estimate.sequence_time import SequenceTime
 from gspo_megatron.policy.microbatch import MicroBatch
 from gspo_megatron.policy.policy import Policy, Scored
 from gspo_megatron.policy.replay import Routes
@@ -116,19 +118,25 @@ class Batcher:
         Returns:
             For each micro-batch its references in order, and the micro-batch.
         """
-        mine = [[refs[i] for i in members] for members in self._pack([r.prompt_length + r.answer_length for r in refs])]
+        packs = self._pack([r.prompt_length + r.answer_length for r in refs])
+        mine = [[refs[i] for i in pack.members] for pack in packs]
         reported = self.recipe.objective.replay == "sampler"
         samples = [build_samples(members, self.store, reported) for members in mine]
-        return mine, self.policy.place([self.collate(members) for members in samples])
+        return mine, self._place(packs, samples)
 
     def place_samples(self, samples: Sequence[Sample]) -> list[MicroBatch]:
         """Pack samples that are in memory (fine-tuning) and place this rank's share."""
-        mine = self._pack([len(sample.token_ids) for sample in samples])
-        return self.policy.place([self.collate([samples[i] for i in members]) for members in mine])
+        packs = self._pack([len(sample.token_ids) for sample in samples])
+        return self._place(packs, [[samples[i] for i in pack.members] for pack in packs])
 
     def collate(self, samples: Sequence[Sample]) -> PackedBatch:
-        """One packed row."""
+        """One packed row that all context-parallel ranks share."""
         return collate(samples, self.policy.layout.pad_multiple)
+
+    def _place(self, packs: Sequence[SharedPack], samples: Sequence[Sequence[Sample]]) -> list[MicroBatch]:
+        padding = self.policy.layout.padding_of
+        rows = [collate(part, padding(pack.ranks), pack.ranks) for pack, part in zip(packs, samples, strict=True)]
+        return self.policy.place(rows)
 
     def probes(self) -> list[Sample]:
         """Twice `weight_update.canary_prompts` sequences of random tokens, the same at every call and on every rank."""
@@ -152,21 +160,26 @@ class Batcher:
         scored.sort(key=lambda entry: -entry[0])
         return [probe for _, probe in scored[: self.recipe.weight_update.canary_prompts]]
 
-    def _pack(self, lengths: Sequence[int]) -> list[list[int]]:
-        """[micro-batch] -> members of each micro-batch of this data-parallel rank, as indices into `lengths`."""
-        layout, multiple = self.policy.layout, self.policy.layout.pad_multiple
-        padded = [round_up(length, multiple) for length in lengths]
+    def _pack(self, lengths: Sequence[int]) -> list[SharedPack]:
+        """This rank's pack in each micro-batch; members are indices into `lengths`."""
+        layout, most = self.policy.layout, self.recipe.trainer.micro_batch_tokens
+        inner = layout.tensor * layout.context
+        waiting = max(1, layout.expert * layout.expert_tensor // inner)
+        if layout.dynamic:
+            time = SequenceTime(self.recipe, layout)
+            shared = pack_shared(lengths, time, layout, most, time.slot, waiting)
+            return [pack_at(slot[self.policy.at.data], self.policy.at.context) for slot in shared]
         slots = pack(
-            padded,
+            [round_up(length, layout.pad_multiple) for length in lengths],
             cost=self._cost,
             num_ranks=layout.data,
-            max_tokens=self.recipe.trainer.micro_batch_tokens,
-            ranks_per_expert_group=max(1, layout.expert * layout.expert_tensor // (layout.tensor * layout.context)),
+            max_tokens=most,
+            ranks_per_expert_group=waiting,
             # The interleaved schedule takes micro-batches in groups of PP.
             slot_multiple=layout.pipeline if layout.virtual > 1 else 1,
             bubble_slots=(layout.pipeline - 1) / layout.virtual,
         )
-        return [slot[self.policy.at.data] for slot in slots]
+        return [SharedPack(layout.context, slot[self.policy.at.data]) for slot in slots]
 
     def _cost(self, length: int) -> float:
         """Forward FLOPs of a sequence: linear in its tokens, and attention's square of them."""
@@ -181,9 +194,7 @@ def _only_scored(token_ids: np.ndarray) -> Sample:
 
 
 def charge_divergence(
-    spec: ObjectiveSpec,
-    minibatches: Sequence[MiniBatch[ScoredMicroBatch]],
-    sum_over_context: Callable[[Tensor], Tensor],
+    spec: ObjectiveSpec, minibatches: Sequence[MiniBatch[ScoredMicroBatch]]
 ) -> dict[tuple[int, int], float]:
     """What the reward of each response is lowered by for its divergence from the reference policy, on every rank.
 
@@ -195,7 +206,7 @@ def charge_divergence(
         if micro.old is None or micro.reference is None:
             continue  # off the last stage there are no log-probs, and nothing to charge
         batch, old, reference = micro.batch, micro.old.logprobs, micro.reference.logprobs
-        charges = kl_in_reward(spec, old, reference, batch.loss_mask, batch.cu_seqlens, sum_over_context)
+        charges = kl_in_reward(spec, old, reference, batch.loss_mask, batch.cu_seqlens, batch.share.sum)
         # The one sequence of a micro-batch that fills a slot has no reference.
         for ref, charge in zip(micro.refs, charges.tolist(), strict=False):
             mine[ref.prompt_index, ref.sample_index] = charge

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -80,7 +81,6 @@ def write_dump(
             **about,
             "objective": spec.model_dump(mode="json"),
             "totals": asdict(update.minibatch.totals),
-            "context_parallel": policy.layout.context,
         }
         (directory / BUNDLE).write_text(json.dumps(content, indent=1))
     dist.barrier()
@@ -96,6 +96,7 @@ def _tensors(micro: TrainingMicroBatch, now: Tensor, old: Tensor | None, stalene
         "rollout_logprobs": batch.rollout_logprobs,
         "cu_seqlens": batch.cu_seqlens,
         "indices": batch.indices,
+        "ranks": torch.tensor(batch.share.size),
         # Where nothing computed them, the ratio divides by the sampler's.
         "old_logprobs": batch.rollout_logprobs if old is None else old,
         "logprobs": now,

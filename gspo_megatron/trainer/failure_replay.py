@@ -33,7 +33,7 @@ def replay_bundle(directory: Path) -> str:
     spec, totals = ObjectiveSpec.model_validate(about["objective"]), BatchTotals(**about["totals"])
     lines = [f"update {about['update']}: {about['reason']}", spec.describe()]
     loss, faults, rows = 0.0, [], []
-    for name, pack in micro_batches(directory, about["context_parallel"]):
+    for name, pack in micro_batches(directory):
         faults += list(_nonfinite(name, pack))
         loss += _loss(spec, totals, pack)
         rows += list(_sequences(name, pack))
@@ -46,13 +46,16 @@ def replay_bundle(directory: Path) -> str:
     return "\n".join(lines)
 
 
-def micro_batches(directory: Path, context: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """(name, tensors) of every micro-batch, its context-parallel parts joined."""
+def micro_batches(directory: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """(name, tensors) of every micro-batch, its context-parallel parts joined: those of the ranks that follow."""
     files = sorted(directory.glob("rank_*.safetensors"))
-    for start in range(0, len(files), context):
-        parts = [load_file(file) for file in files[start : start + context]]
-        for index in range(1 + max(int(name.split("/")[0]) for name in parts[0])):
-            yield f"{files[start].stem} micro-batch {index}", _join([_of(part, index) for part in parts])
+    parts = [load_file(file) for file in files]
+    for index in range(1 + max((int(name.split("/")[0]) for name in parts[0]), default=-1) if parts else 0):
+        start = 0
+        while start < len(files):
+            end = start + int(parts[start][f"{index}/ranks"])
+            yield f"{files[start].stem} micro-batch {index}", _join([_of(part, index) for part in parts[start:end]])
+            start = end
 
 
 def _of(part: dict[str, Tensor], index: int) -> dict[str, Tensor]:
@@ -62,7 +65,7 @@ def _of(part: dict[str, Tensor], index: int) -> dict[str, Tensor]:
 def _join(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     order = torch.cat([part["indices"] for part in parts]).argsort()
     whole = {"advantages": parts[0]["advantages"], "cu_seqlens": parts[0]["cu_seqlens"] * len(parts)}
-    tokens = parts[0].keys() - whole.keys() - {"indices"}
+    tokens = parts[0].keys() - whole.keys() - {"indices", "ranks"}
     return whole | {name: torch.cat([part[name] for part in parts])[order] for name in tokens}
 
 

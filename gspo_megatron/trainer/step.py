@@ -174,7 +174,7 @@ class Trainer:
         self.log.add(response_advantages.reward_metrics(self.recipe, refs))
         shaped = response_advantages.shaped_rewards(self.recipe, spec, refs)
         if spec.kl != "none" and spec.kl_in == "reward":
-            charged = charge_divergence(spec, minibatches, self.policy.sum_over_context)
+            charged = charge_divergence(spec, minibatches)
             charges = torch.tensor([charged.get((r.prompt_index, r.sample_index), 0.0) for r in refs]).double()
             shaped = shaped - charges
             self.log.add({"reference_charge": float(charges.mean())})
@@ -198,7 +198,7 @@ class Trainer:
         with self.log.time("train"):
             sums, norm, taken = self.policy.train(
                 batches,
-                make_loss(self.spec, minibatch, self.policy.sum_over_context, logprobs, clipped),
+                make_loss(self.spec, minibatch, logprobs, clipped),
                 lr,
                 routes=routes,
                 replays=self.spec.replay != "off",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -17,7 +15,6 @@ from gspo_megatron.trainer.metric_sums import TOKEN_ENTROPY
 def make_loss(
     spec: ObjectiveSpec,
     minibatch: MiniBatch[TrainingMicroBatch],
-    sum_over_context: Callable[[Tensor], Tensor],
     logprobs: list[Tensor],
     clipped: list[Tensor],
 ) -> LossFunction:
@@ -26,7 +23,6 @@ def make_loss(
     Args:
         spec: the objective.
         minibatch: what is trained on.
-        sum_over_context: as in `policy_loss`.
         logprobs: gets the current log-probs [T_local] of each micro-batch, in order.
         clipped: gets `LossOutput.clipped` of each.
     """
@@ -52,7 +48,7 @@ def make_loss(
             staleness=minibatch.staleness(index, spec),
             token_advantages=False,
         )
-        out = policy_loss(spec, inputs, sum_over_context)
+        out = policy_loss(spec, inputs, batch.share.sum)
         clipped.append(out.clipped)
         entropy = torch.where(batch.loss_mask & finite, scored.entropy, 0.0).sum(dtype=torch.float64)
         bad = out.metrics["nonfinite_tokens"] + (~finite).sum(dtype=torch.float64)

@@ -227,7 +227,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], Callable[[], AbstractContextManager[Non
     ),
     "sequence sums not added over CP": (
         ("CP2 EP4",),
-        lambda: of_policy("sum_over_context", lambda _: lambda self, values: values),
+        lambda: replaced(_share(), "sum", lambda _: lambda self, values: values),
     ),
     "QK-norm gradients not reduced over TP": (
         ("TP2 EP2 ETP2",),
@@ -290,6 +290,12 @@ def _norm() -> Any:
     from gspo_megatron.policy.specs import ReferenceNorm
 
     return ReferenceNorm
+
+
+def _share() -> Any:
+    from gspo_megatron.policy.mesh import ContextShare
+
+    return ContextShare
 
 
 def planted(name: str | None) -> AbstractContextManager[None]:

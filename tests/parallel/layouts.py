@@ -73,6 +73,7 @@ WORDS = {
     "recompute": "recompute=full",
     "selective": "recompute=selective",
     "offload": "offload_activations=true",
+    "dynamic": "dynamic_context_parallel=true",
     "overlap": "megatron={overlap_grad_reduce: true, bucket_size: 20000}",
 }
 DIMENSIONS = ("TP", "PP", "VPP", "CP", "EP", "ETP", "DP")
@@ -87,7 +88,8 @@ class Row:
     layout: str
     """`TP2 PP2 first1 last3`; words without a number say how it computes: `recompute` = all layers again, `selective` =
     the experts again (of a dense model the feed-forward part), `offload` = layer inputs in memory of the host,
-    `spread` = optimizer states spread over the replicas, `overlap` = gradients reduced during the backward pass."""
+    `dynamic` = packs of one update are shared by 1, 2 and 4 of the CP ranks (`policy_batch.MIXED`), `spread` =
+    optimizer states spread over the replicas, `overlap` = gradients reduced during the backward pass."""
     model: str = "moe"
     """A key of MODELS."""
     in_test: bool = False
@@ -177,6 +179,14 @@ ROWS = [
     Row(4, "CP2", "llama", in_test=True),
     Row(4, "TP2 CP2", "llama, tied"),
     Row(4, "TP2 PP2", "llama"),
+    Row(4, "CP4 dynamic EP2", in_test=True),
+    Row(4, "CP4 dynamic EP4 recompute"),
+    Row(4, "CP4 dynamic ETP2"),
+    Row(4, "CP2 dynamic EP4 spread"),
+    Row(4, "TP2 CP2 dynamic EP2", in_test=True),
+    Row(4, "PP2 CP2 dynamic EP2"),
+    Row(4, "PP2 VPP2 CP2 dynamic EP2", in_test=True),
+    Row(4, "TP2 CP2 dynamic", "llama, tied"),
     Row(8, ""),
     Row(8, "EP8"),
     Row(8, "TP8 EP8"),

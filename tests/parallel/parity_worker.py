@@ -31,7 +31,7 @@ from tests.parallel.policy_batch import (
     SEQUENCES,
     make_advantages,
     make_samples,
-    share_slots,
+    packs_of,
 )
 
 SHARD_BYTES = 150_000
@@ -88,10 +88,10 @@ def compare_step(policy: Policy, oracle: dict[str, Any], form: str) -> dict[str,
     """Loss, gradients and the weights after one SGD step of a batch that is packed or padded."""
     samples = make_samples(policy.weights.arch.vocab_size)
     layout = policy.layout
-    multiple = layout.pad_multiple if form == "packed" else math.lcm(PADDED_LENGTH, layout.pad_multiple)
-    group = layout.pipeline if layout.virtual > 1 else 1
-    mine = [slot[policy.at.data] for slot in share_slots(layout.data, group)]
-    whole = [collate([samples[i] for i in members], multiple) for members in mine]
+    least = 1 if form == "packed" else PADDED_LENGTH
+    packs = packs_of(layout, policy.at)
+    mine = [members for members, _ in packs]
+    whole = [collate([samples[i] for i in m], math.lcm(least, layout.padding_of(n)), n) for m, n in packs]
     batches = policy.place(whole)
     margins: list[torch.Tensor] = []
     scored = policy.score(batches, margins=margins)
@@ -165,7 +165,7 @@ def objective(
             totals=totals,
             token_advantages=False,
         )
-        out = policy_loss(spec, inputs, policy.sum_over_context)
+        out = policy_loss(spec, inputs, batch.share.sum)
         return out.loss, {**out.metrics, "loss": out.loss.detach().double()}
 
     return loss

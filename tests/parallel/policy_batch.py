@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from gspo_megatron.config.model_section import Architecture
+from gspo_megatron.parallel import Coordinates, Layout
 from gspo_megatron.types import Sample, SampleRef
 
 SEED = 3
@@ -48,15 +49,33 @@ def old_logprobs(trained: int, index: int) -> torch.Tensor:
     return 0.02 * torch.randn(trained, generator=generator, dtype=torch.float64)
 
 
-def share_slots(ranks: int, group: int) -> list[list[list[int]]]:
-    """[slot][data-parallel rank] -> members. An empty micro-batch stands beside full ones, more fill the last group.
+MIXED = {2: [(2,), (1, 1)], 4: [(2, 1, 1), (4,), (1, 1, 2)]}
+"""By CP: how many ranks share each pack of a data-parallel rank, in one micro-batch after the other."""
 
-    Args:
-        group: slots come in multiples of this (the stages, where the schedule is interleaved).
+
+def packs_of(layout: Layout, at: Coordinates) -> list[tuple[list[int], int]]:
+    """(members, context-parallel ranks that share them) of each micro-batch of a rank.
+
+    An empty micro-batch stands beside full ones, more fill the last group: where the schedule is interleaved,
+    micro-batches come in multiples of the stages.
     """
-    bins: list[list[int]] = [SLOTS[0], [], *SLOTS[1:]]
-    bins += [[] for _ in range(-len(bins) % (ranks * group))]
-    return [bins[start : start + ranks] for start in range(0, len(bins), ranks)]
+    bins: list[list[int]] = (
+        [SLOTS[0], [], SLOTS[2], SLOTS[1], SLOTS[3]] if layout.dynamic else [SLOTS[0], [], *SLOTS[1:]]
+    )
+    group = layout.pipeline if layout.virtual > 1 else 1
+    mine: list[tuple[list[int], int]] = []
+    turn = 0
+    while bins or len(mine) % group:
+        for data in range(layout.data):
+            sizes = MIXED[layout.context][turn % len(MIXED[layout.context])] if layout.dynamic else (layout.context,)
+            start = 0
+            for size in sizes:
+                members = bins.pop(0) if bins else []
+                if data == at.data and start <= at.context < start + size:
+                    mine.append((members, size))
+                start += size
+            turn += 1
+    return mine
 
 
 def reported_routes(arch: Architecture, sample: Sample) -> np.ndarray:

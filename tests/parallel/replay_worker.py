@@ -20,7 +20,7 @@ from gspo_megatron.policy.microbatch import MicroBatch
 from gspo_megatron.policy.policy import OptimizerSettings, Policy, Scored
 from gspo_megatron.policy.replay import Routes, from_stored
 from gspo_megatron.policy.weights import random_pieces
-from tests.parallel.policy_batch import SLOTS, make_samples, reported_routes
+from tests.parallel.policy_batch import SLOTS, make_samples, packs_of, reported_routes
 
 RECORDED, CHANGED = 3, 4
 """Seeds of the weights that routes are recorded under, and of those they are replayed under."""
@@ -43,9 +43,10 @@ def run_case(name: str, overrides: list[str], directory: Path, device: torch.dev
     arch = recipe.arch
     policy = Policy(recipe, device)
     policy.load(random_pieces(arch, RECORDED))
-    samples = make_samples(arch.vocab_size)
-    mine = [SLOTS[i : i + policy.layout.data][policy.at.data] for i in range(0, len(SLOTS), policy.layout.data)]
-    batches = policy.place([collate([samples[i] for i in members], policy.layout.pad_multiple) for members in mine])
+    samples, layout = make_samples(arch.vocab_size), policy.layout
+    packs = [(SLOTS[i : i + layout.data][policy.at.data], layout.context) for i in range(0, len(SLOTS), layout.data)]
+    packs = packs_of(layout, policy.at) if layout.dynamic else packs
+    batches = policy.place([collate([samples[i] for i in m], layout.padding_of(n), n) for m, n in packs])
     policy.start_optimizer(OptimizerSettings(0.0, (0.9, 0.95), 1e-8, 0.0, 1e9))
     scored = policy.score(batches, records=True)
     routes = policy.routing.recorded(len(batches))
@@ -60,9 +61,9 @@ def run_case(name: str, overrides: list[str], directory: Path, device: torch.dev
     counts = torch.tensor([moved, unchanged, missed, float(sum(entry.num_bytes for entry in routes))])
     dist.all_reduce(counts)
     result = {"counts": counts, "replayed": replayed, "free": free}
-    torch.save(describe(policy, batches, routes, mine), directory / f"{name}-routes-{dist.get_rank()}.pt")
+    torch.save(describe(policy, batches, routes, packs), directory / f"{name}-routes-{dist.get_rank()}.pt")
     reported = [replace(sample, routes=reported_routes(arch, sample)) for sample in samples]
-    batches = policy.place([collate([reported[i] for i in members], policy.layout.pad_multiple) for members in mine])
+    batches = policy.place([collate([reported[i] for i in m], layout.padding_of(n), n) for m, n in packs])
     given = policy.routing.reported(batches, arch.num_experts_per_tok)
     scored = policy.score(batches, routes=given, records=True)
     routes = policy.routing.recorded(len(batches))
@@ -70,7 +71,7 @@ def run_case(name: str, overrides: list[str], directory: Path, device: torch.dev
     _, at_once = differentiate(policy, batches, given, scored)
     if dist.get_rank() == 0:
         torch.save(result | {"twice": twice, "at once": at_once}, directory / f"{name}.pt")
-    torch.save(describe(policy, batches, routes, mine), directory / f"{name}-reported-{dist.get_rank()}.pt")
+    torch.save(describe(policy, batches, routes, packs), directory / f"{name}-reported-{dist.get_rank()}.pt")
 
 
 def differentiate(
@@ -93,17 +94,19 @@ def gradient_of(parameter: Any) -> Tensor:
     return parameter.main_grad
 
 
-def describe(policy: Policy, batches: list[MicroBatch], routes: list[Routes], members: list[list[int]]) -> list[dict]:
+def describe(
+    policy: Policy, batches: list[MicroBatch], routes: list[Routes], packs: list[tuple[list[int], int]]
+) -> list[dict]:
     """The routes with their place in the packs, to be put together again by the test."""
     return [
         {
             "layers": policy.routing.layers,
-            "members": slot,
+            "members": members,
             "rows": batch.indices.chunk(policy.layout.tensor)[policy.at.tensor],
             "chosen": [from_stored(part) for part in entry.chosen],
-            "multiple": policy.layout.pad_multiple,
+            "multiple": policy.layout.padding_of(ranks),
         }
-        for batch, entry, slot in zip(batches, routes, members, strict=True)
+        for batch, entry, (members, ranks) in zip(batches, routes, packs, strict=True)
     ]
 
 

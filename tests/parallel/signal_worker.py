@@ -90,9 +90,11 @@ def run_case(directory: Path, case: dict[str, Any], skips: int, device: torch.de
         reduced = reduce_sums(sums, trainer._zero_sums)
         metrics = finalize_step(reduced) | trainer.routers.reduce()
     trained = [len(micro.batch.token_ids) for one in minibatches for micro in one.micro_batches if micro.refs]
+    tokens = torch.tensor(sum(trained))
+    dist.all_reduce(tokens)
     return {
         "gradients": gradients, "metrics": metrics, "row": log.row(), "losses": [float(s["loss"]) for s in reduced],
-        "tokens": sum(trained), "updates": trainer.updates, "passes": passes, "asked": asked,
+        "tokens": int(tokens), "updates": trainer.updates, "passes": passes, "asked": asked,
         "weights": dict(policy.export()) if dist.get_rank() == 0 else list(policy.export()) and {},
     }  # fmt: skip
 

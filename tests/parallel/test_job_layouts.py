@@ -1,4 +1,4 @@
-"""The main job for three steps in five layouts, on the same recorded rollouts: the loop, not only the policy."""
+"""The main job for three steps in six layouts, on the same recorded rollouts: the loop, not only the policy."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ LAYOUTS = {
     "pipeline parallel": ["trainer.pipeline_parallel=2"],
     "expert parallel": ["trainer.expert_parallel=2"],
     "context parallel": ["trainer.context_parallel=2"],
+    "dynamic context parallel": ["trainer.context_parallel=2", "trainer.dynamic_context_parallel=true"],
 }
 
 

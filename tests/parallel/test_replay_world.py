@@ -30,6 +30,13 @@ CASES = {
     "TP2_PP2_EP2_recompute": [DEEP[0], "trainer.tensor_parallel=2", "trainer.expert_parallel=2", FULL],
     "TP2_CP2": ["trainer.tensor_parallel=2", "trainer.context_parallel=2"],
 }
+MIXED = "trainer.dynamic_context_parallel=true"
+CASES |= {
+    "CP4_dynamic_EP2_recompute": [MIXED, "trainer.context_parallel=4", "trainer.expert_parallel=2", FULL],
+    "PP2_VPP2_CP2_dynamic_EP2_recompute": [MIXED, *CASES["PP2_VPP2_CP2_EP2_recompute"]],
+    "TP2_CP2_dynamic": [MIXED, *CASES["TP2_CP2"]],
+}
+"""Packs of one update are shared by 1, 2 and 4 ranks: `policy_batch.MIXED`."""
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +133,7 @@ def test_equal_weights_move_no_log_prob(case: str, results: Path) -> None:
     assert missed > 0, "the changed weights choose other experts"
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if "dynamic" not in case])
 def test_replay_takes_a_byte_for_each_choice(case: str, results: Path, arch: Architecture) -> None:
     slots = torch.load(results / f"{case}-routes-0.pt", weights_only=True)
     multiple = slots[0]["multiple"]

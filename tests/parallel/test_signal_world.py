@@ -15,14 +15,16 @@ from tests.parallel.world import run_world
 WORLD = 4
 TRAINER = {
     "TP": "tensor_parallel", "PP": "pipeline_parallel", "VPP": "virtual_pipeline", "CP": "context_parallel",
-    "EP": "expert_parallel", "ETP": "expert_tensor_parallel",
+    "EP": "expert_parallel", "ETP": "expert_tensor_parallel", "dynamic": "dynamic_context_parallel",
 }  # fmt: skip
 LAYOUTS = ["TP2", "TP2 EP2", "EP2", "EP4", "CP2", "CP2 EP4", "PP2", "PP2 VPP2", "PP2 VPP2 EP2", "TP2 PP2 EP2",
-           "TP2 CP2 EP2", "PP2 CP2"]  # fmt: skip
+           "TP2 CP2 EP2", "PP2 CP2", "CP4 dynamic EP2", "TP2 CP2 dynamic EP4"]  # fmt: skip
 
 
 def overrides_of(layout: str) -> list[str]:
-    return [f"trainer.{TRAINER[word.rstrip('0123456789')]}={word.lstrip('EPTCV')}" for word in layout.split()]
+    """`dynamic` has no number."""
+    words = [(TRAINER[word.rstrip("0123456789")], word.lstrip("EPTCV")) for word in layout.split()]
+    return [f"trainer.{key}={size if size.isdigit() else 'true'}" for key, size in words]
 
 
 GRPO_BAND = ("objective.clip_low=0.2", "objective.clip_high=0.27")

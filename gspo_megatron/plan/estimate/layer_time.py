@@ -116,7 +116,7 @@ def layer_time(arch: Architecture, layout: Layout, machine: Machine, slot: Slot,
     mlp = 0 if arch.num_experts else 3 * arch.hidden_size * arch.intermediate_size
     each = 2 * slot.tokens / layout.tensor / (machine.device.matmul * share)
     launches = 0.0 if machine.is_cpu else practice.rates.layer_seconds / 2
-    scores, scores_back = _attention_seconds(arch, layout, machine, slot, practice)
+    scores, scores_back = attention_seconds(arch, layout, machine, [slot], practice)
     gather = _tensor_seconds(arch, layout, machine, slot, practice)
     spread = 1.0 if practice.balanced or layout.expert == 1 else practice.rates.expert_imbalance
     sent = _dispatch_seconds(arch, layout, machine, slot, practice, spread)
@@ -149,24 +149,35 @@ def head_time(
     return Seconds(products=product, memory=passes), Seconds(products=4 * product, memory=2 * passes)
 
 
-def _attention_seconds(
-    arch: Architecture, layout: Layout, machine: Machine, slot: Slot, practice: Practice
+def attention_seconds(
+    arch: Architecture, layout: Layout, machine: Machine, slots: Sequence[Slot], practice: Practice
 ) -> tuple[float, float]:
-    """Attention scores forward and backward, with what context-parallel ranks exchange and scores do not hide."""
-    ranks = layout.context
-    length = slot.length if practice.exchanges_heads else slot.length / ranks
-    forward, backward = (_score_seconds(arch, layout, machine, slot, length, back) for back in (False, True))
+    """Attention scores forward and backward, with what context-parallel ranks exchange and scores do not hide.
+
+    Args:
+        arch: of the model.
+        layout: its `context` ranks share all of `slots`.
+        machine: that it runs on.
+        slots: parts of one micro-batch, each of sequences of like length.
+        practice: of the trainer.
+    """
+    ranks, tokens = layout.context, sum(slot.tokens for slot in slots)
+    cut = 1 if practice.exchanges_heads else ranks
+    forward, backward = (
+        sum(_score_seconds(arch, layout, machine, slot, slot.length / cut, back) for slot in slots)
+        for back in (False, True)
+    )
     if ranks == 1:
         return forward, backward
     speed = link_speed(machine, practice, machine.domain % (layout.tensor * ranks) == 0)
     if practice.exchanges_heads:
         # Queries, keys and values before the kernel, its output after it; backward their gradients. Nothing hides them.
         heads = 2 * (arch.num_attention_heads + arch.num_key_value_heads) / layout.tensor
-        moved = slot.tokens * heads * arch.head_dim * 2 * (ranks - 1) / ranks / speed
+        moved = tokens * heads * arch.head_dim * 2 * (ranks - 1) / ranks / speed
         return forward + moved, backward + moved
     # Keys and values go round while scores are computed; backward their gradients go with them.
     groups = max(1.0, arch.num_key_value_heads / layout.tensor)
-    ring = slot.tokens * 2 * groups * arch.head_dim * 2 * (ranks - 1) / speed
+    ring = tokens * 2 * groups * arch.head_dim * 2 * (ranks - 1) / speed
     return max(ring, forward), max(2 * ring, backward)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from gspo_megatron.cluster.machines import Machine
 from gspo_megatron.config.schema import Recipe
@@ -61,7 +62,8 @@ def trainer_times(
     tokens = batch.expected_tokens_per_batch / batch.updates / layout.data / slots
     spread = min(practice.rates.length_spread, batch.longest_tokens / batch.expected_tokens)
     slot = Slot(tokens / layout.context, batch.expected_tokens * spread)
-    layer = layer_time(arch, layout, machine, slot, practice)
+    shared = replace(layout, context=fewest_ranks(layout, slot.length, recipe.trainer.micro_batch_tokens))
+    layer = layer_time(arch, shared, machine, slot, practice)
     again = repeated(layer, recomputed_modules(arch, recipe.trainer), recipe.trainer.recompute)
     score_head, train_head = head_time(arch, layout, machine, slot, practice)
     sizes = layout.stage_sizes(arch.num_hidden_layers)
@@ -87,6 +89,12 @@ def trainer_times(
             updating = batch.updates * update_seconds(recipe, layout, machine, practice, busy.total)
         found[part] = TrainerTime(whole, waiting, updating)
     return found
+
+
+def fewest_ranks(layout: Layout, length: float, micro_batch_tokens: int) -> int:
+    """Return the context-parallel ranks that share a sequence of this length: the fewest that hold it."""
+    each = micro_batch_tokens / layout.context
+    return next((size for size in layout.context_sizes if length <= each * size), layout.context)
 
 
 def _imbalance(recipe: Recipe, layout: Layout, batch: BatchPlan, practice: Practice) -> float:

@@ -52,6 +52,7 @@ def rank_table(layout: Layout) -> list[Coordinates]:
 def findings(trainer: TrainerSection, arch: Architecture, machine: Machine) -> Iterator[Finding]:
     """Find everything that prevents the layout, and what makes it slow."""
     errors = [*_grid(trainer, machine.ranks), *_model_cuts(trainer, arch), *_pipeline(trainer, arch)]
+    errors += _dynamic(trainer)
     yield from errors
     if not errors:
         yield from _nodes(layout_of(trainer, machine.ranks), machine)
@@ -88,6 +89,44 @@ def _grid(trainer: TrainerSection, ranks: int) -> Iterator[Finding]:
             f"EP * ETP = {expert * expert_tensor} ranks span {group} data-parallel ranks, which do not divide the "
             f"{data} there are: micro-batches cannot be balanced over them",
             f"choose EP * ETP as a multiple of TP * CP = {tensor * context} that divides {ranks // pipeline}",
+        )  # fmt: skip
+
+
+def _dynamic(trainer: TrainerSection) -> Iterator[Finding]:
+    """Check what packs that are shared by 1, 2, 4, ... context-parallel ranks ask for."""
+    if not trainer.dynamic_context_parallel:
+        return
+    ranks = trainer.context_parallel
+    if ranks == 1 or ranks & (ranks - 1):
+        yield _error(
+            "dynamic-context-size", "context_parallel",
+            f"dynamic_context_parallel=true shares packs between 1, 2, 4, ... of the ranks, and context_parallel is "
+            f"{ranks}",
+            "choose a power of two above 1, or set dynamic_context_parallel=false",
+        )  # fmt: skip
+        return
+    if trainer.micro_batch_tokens % ranks:
+        yield _error(
+            "dynamic-context-tokens", "micro_batch_tokens",
+            f"{trainer.micro_batch_tokens} is not a multiple of context_parallel={ranks}, and with "
+            "dynamic_context_parallel=true each rank has its own limit",
+            f"set it to {_next_multiple(trainer.micro_batch_tokens, ranks)}",
+        )  # fmt: skip
+    experts = trainer.expert_parallel * trainer.expert_tensor_parallel
+    shared = [trainer.tensor_parallel * size for size in (2**power for power in range(ranks.bit_length()))]
+    if any(size % experts and experts % size for size in shared):
+        yield _error(
+            "expert-group-splits-context", "expert_parallel",
+            f"EP * ETP = {experts} ranks and the {', '.join(map(str, shared))} ranks that may share a pack are no "
+            "multiples of each other: ranks that wait for each other would not agree on what has a gradient",
+            "choose EP * ETP as a power of two, or as a multiple of TP * CP",
+        )  # fmt: skip
+    if trainer.aux_loss_coefficient:
+        yield _error(
+            "dynamic-context-auxiliary-loss", "aux_loss_coefficient",
+            f"{trainer.aux_loss_coefficient:g} balances experts over all context-parallel ranks as if they had equally "
+            "many tokens, which they have not with dynamic_context_parallel=true",
+            "set it to 0, or dynamic_context_parallel=false",
         )  # fmt: skip
 
 

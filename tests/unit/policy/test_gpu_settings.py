@@ -13,6 +13,7 @@ from gspo_megatron.models.megatron_engine import transformer_arguments
 from gspo_megatron.policy import mesh, model, specs
 
 YARN = "model.architecture.rope_scaling={rope_type: yarn, factor: 4.0, original_max_position_embeddings: 64}"
+DYNAMIC = "trainer.dynamic_context_parallel=true"
 
 
 def settings_of(overrides: list[str], engine: bool, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -31,7 +32,8 @@ def settings_of(overrides: list[str], engine: bool, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("overrides", "engine", "fused"), [([], True, True), ([YARN], True, False), ([], False, False)]
+    ("overrides", "engine", "fused"),
+    [([], True, True), ([YARN], True, False), ([], False, False), ([DYNAMIC], True, False)],
 )
 def test_rotary_embeddings_are_fused_where_the_kernel_computes_the_same(
     overrides: list[str], engine: bool, fused: bool, monkeypatch: pytest.MonkeyPatch

@@ -9,6 +9,7 @@ import torch
 import gspo_megatron.policy  # noqa: F401  the device layer must be in before megatron
 from gspo_megatron.data.packing import collate
 from gspo_megatron.parallel import Layout
+from gspo_megatron.policy.mesh import ContextShare
 from gspo_megatron.policy.microbatch import MicroBatch, narrow, place
 from gspo_megatron.types import Sample, SampleRef
 
@@ -37,13 +38,14 @@ def test_narrowed_and_made_anew_are_equal(seed: int) -> None:
     generator = np.random.default_rng(seed)
     context = int(generator.choice([1, 2, 4]))
     layout = Layout(world=2 * context, tensor=2, context=context)
+    multiple = layout.pad_multiple
     rows = [sample(index, int(generator.integers(2, 90)), generator) for index in range(int(generator.integers(1, 7)))]
     members = sorted(generator.choice(len(rows), int(generator.integers(1, len(rows) + 1)), replace=False).tolist())
-    for rank in range(layout.world):
-        at = layout.coordinates(rank)
-        whole = place(collate(rows, layout.pad_multiple), layout, at, CPU)
-        wanted = place(collate([rows[member] for member in members], layout.pad_multiple), layout, at, CPU)
-        found, picked = narrow(whole, whole.cu_seqlens.tolist(), members, layout, at)
+    for rank in range(context):
+        share = ContextShare(context, rank)
+        whole = place(collate(rows, multiple), share, CPU)
+        wanted = place(collate([rows[member] for member in members], multiple), share, CPU)
+        found, picked = narrow(whole, whole.cu_seqlens.tolist(), members)
         assert all(map(torch.equal, tensors(found), tensors(wanted)))
         assert len(tensors(found)) == len(tensors(wanted))
         assert torch.equal(whole.token_ids[picked], found.token_ids)

@@ -60,10 +60,9 @@ def test_positions_start_anew_with_every_sequence(size: int) -> None:
 
 def test_no_padding_lies_between_sequences() -> None:
     from gspo_megatron.data.packing import collate
-    from gspo_megatron.parallel import Layout
+    from gspo_megatron.policy.mesh import ContextShare
     from gspo_megatron.policy.microbatch import place
     from tests.parallel.policy_batch import make_samples
 
-    layout = Layout(2, context=2)
-    placed = place(collate(make_samples(96), layout.pad_multiple), layout, layout.coordinates(1), torch.device("cpu"))
+    placed = place(collate(make_samples(96), 4), ContextShare(2, 1), torch.device("cpu"))
     assert placed.params.pad_between_seqs is False

@@ -49,11 +49,11 @@ def write(directory: Path, whole: dict[str, Tensor], context: int) -> Path:
             for name, value in {**whole, "indices": torch.arange(16)}.items()
         }
         part["0/cu_seqlens"] = STARTS // context
+        part["0/ranks"] = torch.tensor(context)
         save_file(part, directory / f"rank_{rank:05d}.safetensors")
     about = {
         "update": 7, "reason": "the gradient norm is nan", "metrics": {"grad_norm": 1.5, "a/b": 2.0},
         "objective": SPEC.model_dump(mode="json"), "totals": {"sequences": 2, "tokens": 10},
-        "context_parallel": context,
     }  # fmt: skip
     (directory / "bundle.json").write_text(json.dumps(about))
     return directory
@@ -81,7 +81,7 @@ def test_the_loss_comes_out_again(tmp_path: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize("context", [1, 2])
 def test_the_parts_of_context_parallel_ranks_make_the_pack(tmp_path: Path, context: int) -> None:
     whole = pack()
-    ((_, found),) = micro_batches(write(tmp_path / "bundle", whole, context), context)
+    ((_, found),) = micro_batches(write(tmp_path / "bundle", whole, context))
     assert found.keys() == whole.keys()
     assert all(torch.equal(found[name], value) for name, value in whole.items())
 
