@@ -257,9 +257,8 @@ class Trainer:
     def keep_log_ratios(self, step: int) -> None:
         """Store what the passes of a step said of its responses, while the servers sample the next ones."""
         with self.log.time("log_ratios"):
-            add = self.policy.sum_over_context
-            rows = [row for update in self._trained_on for row in trained_responses(update, add)]
-            if rows and not self.policy.at.tensor and not self.policy.at.context:
+            rows = [row for update in self._trained_on for row in trained_responses(update)]
+            if rows and not self.policy.at.tensor:
                 write_log_ratios(self.store.directory, step, dist.get_rank(), rows)
         self._trained_on = []
 

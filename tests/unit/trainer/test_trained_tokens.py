@@ -35,17 +35,18 @@ def test_ratios_and_sides_of_every_response(context: int) -> None:
         ]
         batch = SimpleNamespace(
             params=SimpleNamespace(cu_seqlens_q=starts), indices=torch.tensor(places), loss_mask=inputs.loss_mask,
-            rollout_logprobs=known(inputs.rollout_logprobs).float(),
+            rollout_logprobs=known(inputs.rollout_logprobs).float(), share=SimpleNamespace(rank=rank, sum=add),
         )  # fmt: skip
         micro = SimpleNamespace(batch=batch, refs=refs)
         update: Any = SimpleNamespace(
             minibatch=SimpleNamespace(micro_batches=[micro]), logprobs=[inputs.logprobs.detach()], clipped=[out.clipped]
         )
-        found.append(list(trained_responses(update, add)))
+        found.append(list(trained_responses(update)))
         return out
 
     over_context(context, one_rank)
-    for responses in found:
+    assert [len(responses) for responses in found].count(0) == context - 1, "one rank has them all"
+    for responses in filter(None, found):
         assert [(one.prompt_index, one.sample_index, one.left, one.right) for one in responses] == [
             (7, 0, 1.0, 0.0), (7, 1, 0.0, 1.0), (7, 2, 0.0, 0.0),
         ]  # fmt: skip
