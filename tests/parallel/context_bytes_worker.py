@@ -45,14 +45,14 @@ def run_case(overrides: list[str], device: torch.device) -> dict[str, Any]:
     batches = Batcher(recipe, policy, None).place_samples(make_samples(recipe.arch.vocab_size))  # type: ignore[arg-type]
     with counted(policy) as received:
         scored = policy.score(batches)
-    told = sum(float((one.logprobs * batch.loss_mask).sum()) for one, batch in zip(scored, batches, strict=True))
+    scored_sum = sum(float((one.logprobs * batch.loss_mask).sum()) for one, batch in zip(scored, batches, strict=True))
     each = kv_bytes(recipe.arch, 4) / policy.layout.tensor
     formula = sum(each * len(batch.token_ids) * (batch.share.size - 1) for batch in batches)
-    sums = torch.tensor([received[0], formula, told / policy.layout.tensor], dtype=torch.float64)
+    sums = torch.tensor([received[0], formula, scored_sum / policy.layout.tensor], dtype=torch.float64)
     dist.all_reduce(sums)
-    counted_bytes, formula, told = sums.tolist()
+    counted_bytes, formula, scored_sum = sums.tolist()
     sizes = sorted({batch.share.size for batch in batches if bool(batch.loss_mask.any())})
-    return {"received": counted_bytes, "formula": formula, "logprobs": told, "sizes": sizes}
+    return {"received": counted_bytes, "formula": formula, "logprobs": scored_sum, "sizes": sizes}
 
 
 @contextmanager
