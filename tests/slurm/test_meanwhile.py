@@ -231,17 +231,18 @@ def test_meanwhile(name: str, ends: dict[str, Future[None]]) -> None:
 def test_no_more_crashes_than_it_may_also_where_slurmctld_is_down(workplace: Workplace) -> None:
     job = start(workplace, "crashes", "--nodelist=node5", GSPO_MAX_RESTARTS="1")
     with workplace.lab.without_controller():
-        job.kill("trainer", "node5")
+        # The only task of its step: srun cannot end other tasks without slurmctld.
+        job.kill("rollout", "node5")
         job.wait_for_words("gspo: slurmctld does not answer; waiting for it")
     job.wait_for_attempt(2)
     job.wait_for_step(max(job.steps()) // 2 * 2 + 4)
-    assert "gspo: trainer failed on node5: Killed" in job.text()
+    assert "gspo: rollout failed on node5: Killed" in job.text()
     # Just after slurmctld is back its nodes may not answer yet, and count as lost.
     assert "gspo: restart 1 of at most 1, because " in job.text()
-    job.kill("rollout", "node5")
+    job.kill("trainer", "node5")
     assert job.finish(END) == "FAILED" and job.exit_code() == 1
     assert "gspo: not restarted: 1 restarts are used up" in job.text()
-    assert job.last_line().startswith("gspo: rollout failed on node5: Killed"), job.last_line()
+    assert job.last_line().startswith("gspo: trainer failed on node5: Killed"), job.last_line()
     assert len((job.run_dir / "logs" / "restarts").read_text().splitlines()) == 1
     assert not list(job.run_dir.glob("logs/attempt_*/key"))
     resumed = workplace.resume(job, "crashes_resumed", PYTHONPATH=str(CHEAP))
