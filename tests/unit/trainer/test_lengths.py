@@ -52,7 +52,7 @@ def make_trainer(**objective: Any) -> Trainer:
     trainer.recipe = parse_recipe(values)
     trainer.spec = trainer.recipe.objective.spec(LIMIT)
     trainer.log = Log()  # type: ignore[assignment]  # in place of a RunLog, which writes into a run directory
-    trainer.reference = None
+    trainer.reference, trainer.version = None, 0
     # Off the last stage: no log-probs, which nothing here depends on.
     trainer.policy = SimpleNamespace(is_last_stage=False)  # type: ignore[assignment]
     trainer.old = SimpleNamespace(score=lambda batches, is_first: OldScores([None], [None], [True]))  # type: ignore[assignment]
