@@ -126,7 +126,8 @@ def spoil_fill_and_truncate(place: Workplace) -> None:
     poison.touch()
     wait_for(lambda: job.rows()[-1].get("skipped_updates") == 1, START, "skipped update")
     assert not poison.exists()
-    job.wait_for_step(job.steps()[-1])
+    # One more, which is cut later.
+    job.wait_for_step(job.steps()[-1] + 1)
     fill(disk, job)
     # The next attempt finds the newest checkpoint cut.
     whole = job.checkpointed()
