@@ -29,6 +29,29 @@ def start(workplace: Workplace, name: str, *options: str, **environment: str) ->
     return job
 
 
+# The longest case is the first: SLURM looks at time limits twice a minute.
+@SCENARIOS.add
+def a_time_limit_with_and_without_a_warning(workplace: Workplace) -> None:
+    job = start(workplace, "limit")
+    with job.frozen():
+        # SLURM sends USR1 when 300 s are left, and up to a minute earlier.
+        job.set_limit(job.minutes() + 5)
+        job.wait_for_words("gspo: asked to stop (USR1)")
+    job.wait_for_words("gspo: attempt 1 stopped as asked; step")
+    job.wait_for_attempt(2)
+    job.set_limit(240)
+    job.wait_for_step(job.checkpointed() + 2)
+    with job.frozen():
+        job.set_limit(1)
+        assert job.finish(END) == "TIMEOUT"
+    ends = "gspo: SLURM ends this attempt (scancel, a lost node, or its limit)"
+    whole = job.checkpointed()
+    assert f"{ends}; {whole} is the newest complete checkpoint" in job.text()
+    resumed = workplace.resume(job, "limit_resumed", PYTHONPATH=str(CHEAP))
+    resumed.wait_for_words(f"gspo: goes on after step {whole}")
+    resumed.wait_for_attempt(3)
+
+
 @SCENARIOS.add
 def a_stop_of_an_array_s_last_task_leaves_its_siblings_alone(workplace: Workplace) -> None:
     lab, place = workplace.lab, workplace.directory
@@ -186,28 +209,6 @@ def a_crash_without_a_newer_checkpoint_is_not_restarted(workplace: Workplace) ->
     assert "gspo: not restarted: there is no newer checkpoint than step 0" in job.text()
     assert job.last_line().startswith("gspo: trainer failed on node"), job.last_line()
     assert ": a file CRASH is there (log: " in job.last_line(), "the role's own words say more than its exit code"
-
-
-@SCENARIOS.add
-def a_time_limit_with_and_without_a_warning(workplace: Workplace) -> None:
-    job = start(workplace, "limit")
-    with job.frozen():
-        # SLURM sends USR1 when 300 s are left, and up to a minute earlier.
-        job.set_limit(job.minutes() + 5)
-        job.wait_for_words("gspo: asked to stop (USR1)")
-    job.wait_for_words("gspo: attempt 1 stopped as asked; step")
-    job.wait_for_attempt(2)
-    job.set_limit(240)
-    job.wait_for_step(job.checkpointed() + 2)
-    with job.frozen():
-        job.set_limit(1)
-        assert job.finish(END) == "TIMEOUT"
-    ends = "gspo: SLURM ends this attempt (scancel, a lost node, or its limit)"
-    whole = job.checkpointed()
-    assert f"{ends}; {whole} is the newest complete checkpoint" in job.text()
-    resumed = workplace.resume(job, "limit_resumed", PYTHONPATH=str(CHEAP))
-    resumed.wait_for_words(f"gspo: goes on after step {whole}")
-    resumed.wait_for_attempt(3)
 
 
 @SCENARIOS.add
