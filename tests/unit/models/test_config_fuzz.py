@@ -148,8 +148,8 @@ def alone() -> Iterator[None]:
     """One rank in this process; its groups serve every model."""
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patched:
         dist.init_process_group("gloo", store=dist.FileStore(f"{directory}/store", 1), rank=0, world_size=1)
-        mesh.build_groups(Layout(1))
-        patched.setattr(mesh, "build_groups", lambda _: None)
+        shares = mesh.build_groups(Layout(1))
+        patched.setattr(mesh, "build_groups", lambda _: shares)
         yield
         dist.destroy_process_group()
 
