@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from gspo_megatron.cluster.server_health import ServerHealth
 from gspo_megatron.controller.server_client import ServerClient
 from gspo_megatron.http_clients import direct_client
 from gspo_megatron.transport.auth import key_header
 from gspo_megatron.transport.controller_client import ControllerClient, ControllerError
-from launch.lib.task import serves
 
 KEY = "unit-test-key"
 PROXIES = ("http_proxy", "HTTP_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
@@ -73,7 +73,9 @@ def ask_server(url: str) -> None:
 
 
 def ask_health(url: str) -> None:
-    assert serves("127.0.0.1", int(url.rpartition(":")[2]))
+    health = ServerHealth("127.0.0.1", int(url.rpartition(":")[2]))
+    health.look()
+    assert health.served
 
 
 def ask_once(url: str) -> None:
