@@ -44,8 +44,6 @@ class Layout:
     """Model chunks a stage."""
     context: int = 1
     """CP; with `dynamic` the most ranks that share a sequence."""
-    dynamic: bool = False
-    """Whether a pack may be shared by fewer context-parallel ranks: 1, 2, 4, ... consecutive ones."""
     expert: int = 1
     """EP."""
     expert_tensor: int = 1
@@ -54,6 +52,8 @@ class Layout:
     """Layers of the first stage when uneven."""
     last_stage_layers: int | None = None
     """Layers of the last stage when uneven."""
+    dynamic: bool = False
+    """Whether a pack may be shared by fewer context-parallel ranks: 1, 2, 4, ... consecutive ones."""
 
     @property
     def data(self) -> int:

@@ -146,7 +146,11 @@ async def test_tokens_of_an_unfinished_update_are_not_kept(tmp_path: Path) -> No
         set_version(controller, 1, good)
         batch = await controller.rollout(RolloutRequest(step=2))
         check_accounting(batch, controller, good, bad)
-        assert batch.accounting.dropped["server-lost"] == TokenCount(tokens=2 * lost_generations)
+        moved = [body for body in good.bodies if body["request_id"].split("-")[2] == "1"]
+        assert moved and all(body["sampling_params"]["max_tokens"] == 8 for body in moved), "four tokens were kept"
+        # The first one that breaks off takes its server out, so others may not have received theirs.
+        dropped = batch.accounting.dropped["server-lost"]
+        assert dropped.prompts == 0 and 2 <= dropped.tokens <= 2 * lost_generations
 
 
 async def test_a_version_that_is_left_out_drops_what_became_too_old(tmp_path: Path) -> None:
