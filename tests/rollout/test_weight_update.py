@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gspo_megatron.models.hf_table import hf_shapes
+from gspo_megatron.models.weight_format import WeightFormat
 from gspo_megatron.parallel import Layout
 from gspo_megatron.transport.controller_client import ControllerError
 from gspo_megatron.transport.messages import RolloutRequest
@@ -21,7 +22,7 @@ from tests.shards import CPU, TrainerRanks, cut_shards
 
 def checksum_of(oracle: Oracle) -> int:
     """What a worker that holds the whole model must have received."""
-    checksum = Checksum(ARCH, torch.float32, CPU)
+    checksum = Checksum(ARCH, WeightFormat("float32"), CPU)
     for name, value in oracle.tensors.items():
         matrix = value if value.dim() > 1 else value[:, None]
         checksum.add(0, [Slice(name, 0, 0, *matrix.shape, parameter=name, at=(0, 0, 0))], matrix[None])
