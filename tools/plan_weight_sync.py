@@ -24,7 +24,7 @@ from gspo_megatron.transport.weights.plan import TransferPlan
 RECIPE = Path(__file__).parents[1] / "recipes" / "qwen3_235b_a22b_gspo.yaml"
 ITEM_BYTES, BUCKET_BYTES = 2, 64 << 20
 # 94 layers over 8 stages: 11, six times 12, 11.
-STAGES = {"pipeline": 8, "first_stage_layers": 11, "last_stage_layers": 11}
+STAGES: dict[str, Any] = {"pipeline": 8, "first_stage_layers": 11, "last_stage_layers": 11}
 TRAINERS = {
     "256 ranks, TP4 PP8 CP8 EP32": Layout(256, tensor=4, context=8, expert=32, **STAGES),
     "128 ranks, TP2 PP8 CP8 EP16": Layout(128, tensor=2, context=8, expert=16, **STAGES),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -322,7 +323,7 @@ QWEN3_30B = architecture(
     vocab_size=151936, hidden_size=2048, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4,
     head_dim=128, intermediate_size=6144, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8,
 )  # fmt: skip
-ENDS = {"first_stage_layers": 11, "last_stage_layers": 11}
+ENDS: dict[str, Any] = {"first_stage_layers": 11, "last_stage_layers": 11}
 
 
 @pytest.mark.parametrize(
