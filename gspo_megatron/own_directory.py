@@ -8,7 +8,6 @@ file in its mark: a file of ours that somebody edited since is somebody's.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -20,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from gspo_megatron.config.refusal import RecipeError, refuse
+from gspo_megatron.directory_lock import MARK, take_lock
 
-MARK = ".gspo-megatron.json"
-"""File that marks a directory as ours: its kind and, where it is replaced as a whole, its names and files' digests."""
 WHOLE = 1 << 26
 """Bytes of a file up to which its digest covers all of it: every config and tokenizer."""
 BLOCKS, BLOCK = 16, 1 << 16
@@ -109,19 +107,14 @@ def hold_directory(path: Path, key: str) -> Iterator[None]:
         RecipeError: another process holds it.
     """
     with refuse_unwritable(path, key):
-        lock = os.open(path / MARK, os.O_RDWR)
-    try:
-        # A file system without locks knows of no holder.
-        with contextlib.suppress(OSError):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                message = f"another process of gspo writes {path} now: two would mix their files"
-                fix = "wait until it has ended, or press Ctrl-C there; or name another directory"
-                raise refuse("directory-in-use", key, message, fix) from None
+        try:
+            lock = take_lock(path)
+        except BlockingIOError:
+            message = f"another process of gspo writes {path} now: two would mix their files"
+            fix = "wait until it has ended, or press Ctrl-C there; or name another directory"
+            raise refuse("directory-in-use", key, message, fix) from None
+    with lock or contextlib.nullcontext():
         yield
-    finally:
-        os.close(lock)
 
 
 @contextlib.contextmanager

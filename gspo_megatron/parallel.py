@@ -30,6 +30,11 @@ class Coordinates:
     """Position among the replicas of one expert."""
 
 
+def powers_of_two(most: int) -> tuple[int, ...]:
+    """1, 2, 4, ... up to `most`."""
+    return tuple(2**power for power in range(most.bit_length()))
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """The parallel layout of the policy."""
@@ -72,9 +77,7 @@ class Layout:
     @property
     def context_sizes(self) -> tuple[int, ...]:
         """How many ranks may share a pack, rising."""
-        if not self.dynamic:
-            return (self.context,)
-        return tuple(2**power for power in range(self.context.bit_length()))
+        return powers_of_two(self.context) if self.dynamic else (self.context,)
 
     @property
     def expert_data(self) -> int:

@@ -70,8 +70,10 @@ def load_program(reference: str) -> Program:
 
     async def run(problem: dict[str, Any], client: ClientSettings) -> float | dict[str, float] | None:
         returned = await program(problem, client)
-        parts = {} if returned is None else read_parts(returned)
-        return None if returned is None else parts.get("", parts)
+        if returned is None:
+            return None
+        parts = read_parts(returned)
+        return parts.get("", parts)
 
     return run
 

@@ -19,6 +19,7 @@ from gspo_megatron.controller.process_pool import Lost
 from gspo_megatron.controller.scheduler import TRAINING
 from gspo_megatron.controller.servers import Refused, ServerSet
 from gspo_megatron.environments.agent_contract import ClientSettings
+from gspo_megatron.transport.auth import is_same_key
 from gspo_megatron.types import StopReason
 
 LOOK_SECONDS = 1.0
@@ -81,8 +82,7 @@ class AgentScheduler(MultiTurnScheduler):
 
     def session(self, key: str) -> Session | None:
         """The episode of a client's key."""
-        given = key.encode(errors="replace")
-        return next((one for own, one in self._by_key.items() if secrets.compare_digest(own.encode(), given)), None)
+        return next((one for own, one in self._by_key.items() if is_same_key(own, key)), None)
 
     def measure(self) -> dict[str, float]:
         """Metrics of the training episodes since the last call: sums, and turns as a mean of the ended ones."""

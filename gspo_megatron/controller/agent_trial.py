@@ -28,6 +28,7 @@ from gspo_megatron.controller.loop_pool import run_with_tasks
 from gspo_megatron.environments.agent_contract import ClientSettings
 from gspo_megatron.environments.tool_calls import CALL_END, CALL_START, TurnText, read_turn
 from gspo_megatron.rewards.reward_input import read_parts, weigh_parts
+from gspo_megatron.transport.auth import is_same_key
 
 MOST_SECONDS = 60.0
 """By the clock, of an agent that neither asks nor returns, where the recipe gives more; a busy machine needs some."""
@@ -141,7 +142,7 @@ class TrialEpisodes:
 
     def session(self, key: str) -> TrialEpisode | None:
         """As `AgentScheduler.session`."""
-        return self.episode if secrets.compare_digest(self.key.encode(), key.encode(errors="replace")) else None
+        return self.episode if is_same_key(self.key, key) else None
 
 
 def try_agent(found: Any, samples: Samples | None = None) -> list[str]:

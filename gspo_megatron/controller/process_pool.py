@@ -73,6 +73,7 @@ def unpack_reply(packed: bytes) -> Any:
     """The reply of `pack_reply`; a `Lost` for an object whose class only the other process has."""
     try:
         return pickle.loads(packed)
+    # Its class is the user's own, and reading it runs their code.
     except Exception as error:
         return Lost("raised", f"it returned an object that cannot be read outside its process: {error_text(error)}")
 

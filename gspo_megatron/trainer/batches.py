@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -160,14 +161,17 @@ class Batcher:
         scored.sort(key=lambda entry: -entry[0])
         return [probe for _, probe in scored[: self.recipe.weight_update.canary_prompts]]
 
+    @cached_property
+    def _time(self) -> SequenceTime:
+        return SequenceTime(self.recipe, self.policy.layout)
+
     def _pack(self, lengths: Sequence[int]) -> list[SharedPack]:
         """This rank's pack in each micro-batch; members are indices into `lengths`."""
         layout, most = self.policy.layout, self.recipe.trainer.micro_batch_tokens
         inner = layout.tensor * layout.context
         waiting = max(1, layout.expert * layout.expert_tensor // inner)
         if layout.dynamic:
-            time = SequenceTime(self.recipe, layout)
-            shared = pack_shared(lengths, time, layout, most, time.slot, waiting)
+            shared = pack_shared(lengths, self._time, layout, most, self._time.slot, waiting)
             return [pack_at(slot[self.policy.at.data], self.policy.at.context) for slot in shared]
         slots = pack(
             [round_up(length, layout.pad_multiple) for length in lengths],

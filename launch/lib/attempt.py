@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
 import shutil
@@ -13,12 +12,11 @@ from typing import BinaryIO, TypeVar
 from gspo_megatron.cluster.attempts import name_place, remove_key
 from gspo_megatron.cluster.shared_files import replace_text, retry_stale
 from gspo_megatron.cluster.slurm_commands import await_answer, running_jobs
+from gspo_megatron.directory_lock import take_lock
 from gspo_megatron.run_dir import ATTEMPT, AttemptDir, RunDir
 from launch.lib.plan_request import Plan, Refused
 
 T = TypeVar("T")
-MARK = ".gspo-megatron.json"
-"""Of gspo_megatron/own_directory.py, which needs packages that a batch node may not have."""
 
 
 def claim_attempt(plan: Plan, job: str, is_first: bool = True) -> BinaryIO | None:
@@ -78,23 +76,16 @@ def hold_run(run: RunDir, is_first: bool) -> BinaryIO | None:
         Refused: another process holds it.
     """
     try:
-        lock = (run.path / MARK).open("r+b")
-    except OSError:
-        return None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return take_lock(run.path)
     except BlockingIOError:
-        lock.close()
         if is_first:
             raise Refused(
                 f"run.directory: another script writes {run.path} now, which SLURM here does not name (a second one in "
                 "this allocation, a job of another cluster, or launch/local.sh); wait until it has ended"
             ) from None
-        return None
-    except OSError:
-        lock.close()
-        return None
-    return lock
+    except OSError:  # a run of an earlier version has no mark
+        pass
+    return None
 
 
 def in_use(run_dir: Path, holder: str) -> tuple[str, str]:

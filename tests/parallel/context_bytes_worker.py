@@ -42,6 +42,7 @@ def run_case(overrides: list[str], device: torch.device) -> dict[str, Any]:
     recipe = load_recipe(Path("recipes/tiny_moe.yaml"), overrides)
     policy = Policy(recipe, device)
     policy.load(random_pieces(recipe.arch, 3))
+    # These samples are at hand: no store is read.
     batches = Batcher(recipe, policy, None).place_samples(make_samples(recipe.arch.vocab_size))  # type: ignore[arg-type]
     with counted(policy) as received:
         scored = policy.score(batches)

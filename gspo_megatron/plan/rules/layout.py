@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from gspo_megatron.cluster.machines import Machine
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.trainer_section import TrainerSection
-from gspo_megatron.parallel import Coordinates, Layout, layout_of
+from gspo_megatron.parallel import Coordinates, Layout, layout_of, powers_of_two
 from gspo_megatron.plan.units import value_text
 from gspo_megatron.types import Finding
 
@@ -113,7 +113,7 @@ def _dynamic(trainer: TrainerSection) -> Iterator[Finding]:
             f"set it to {_next_multiple(trainer.micro_batch_tokens, ranks)}",
         )  # fmt: skip
     experts = trainer.expert_parallel * trainer.expert_tensor_parallel
-    shared = [trainer.tensor_parallel * size for size in (2**power for power in range(ranks.bit_length()))]
+    shared = [trainer.tensor_parallel * size for size in powers_of_two(ranks)]
     if any(size % experts and experts % size for size in shared):
         yield _error(
             "expert-group-splits-context", "expert_parallel",

@@ -14,13 +14,12 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from secrets import compare_digest
 
 import torch
 from torch import Tensor
 from torch.distributed import PrefixStore
 
-from gspo_megatron.transport.auth import read_key
+from gspo_megatron.transport.auth import is_same_key, read_key
 from gspo_megatron.transport.update_messages import RoundNumber, SharedMemory, UpdateTicket, WorkerGreeting
 from gspo_megatron.transport.weights.plan import Message
 from gspo_megatron.transport.weights.shared_memory import PLACES, JsonConnection, SharedBuffer, open_shared
@@ -110,7 +109,7 @@ class RelaySendChannel:
             greeting = connection.receive(WorkerGreeting)
         except MessageError:
             return None
-        return greeting if compare_digest(greeting.key.encode(), read_key().encode()) else None
+        return greeting if is_same_key(read_key(), greeting.key) else None
 
     def send(self, number: int, packed: list[tuple[Message, Tensor]]) -> None:
         """See `SendChannel`: what goes to a worker of this rank is copied, what goes elsewhere is sent to its proxy."""
