@@ -18,6 +18,7 @@ from gspo_megatron.cluster.attempts import read_attempt, remove_key, replacement
 from gspo_megatron.cluster.exit_codes import FAILED, REFUSED
 from gspo_megatron.cluster.slurm_steps import Step
 from gspo_megatron.config import RecipeError
+from gspo_megatron.directory_lock import MARK
 from gspo_megatron.own_directory import RUN as RUN_KIND
 from gspo_megatron.own_directory import claim_directory, hold_directory
 from gspo_megatron.run_dir import RunDir
@@ -264,7 +265,7 @@ def test_a_run_that_a_process_holds_which_slurm_does_not_know_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claim_directory(tmp_path, RUN_KIND, "run.directory")
-    assert (tmp_path / files.MARK).is_file()
+    assert (tmp_path / MARK).is_file()
     monkeypatch.setattr(files, "running_jobs", lambda: ["7"])
     number, first, _ = make_attempt(RunDir(tmp_path), "7")
     lock = claim_attempt(plan_of(tmp_path, number), "7")
