@@ -30,9 +30,9 @@ from gspo_megatron.cluster.slurm_commands import (
     describe_job,
     exclusion_fault,
     is_preempted,
+    may_queue_again,
     plain_names,
     queue_again,
-    read_field,
     running_jobs,
     task_name,
 )
@@ -174,7 +174,7 @@ class Attempt:
         bad, used = plain_names(read_bad_nodes(place.run_dir)), count_restarts(place.run_dir)
         record = wait_for_slurm(lambda: describe_job(place.job) or None)
         why = exclusion_fault(record, bad)
-        if why or used >= max_restarts or read_field(record, "Requeue") != "1":
+        if why or used >= max_restarts or not may_queue_again(record):
             because = f", because {why}" if why else ""
             print(f"gspo: not queued again{because}; to go on without {','.join(bad)} (--exclude): {self._resume}")
             return REFUSED

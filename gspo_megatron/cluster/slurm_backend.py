@@ -51,8 +51,8 @@ from gspo_megatron.cluster.slurm_commands import (
     describe_job,
     is_ending,
     is_preempted,
+    may_queue_again,
     queue_again,
-    read_field,
 )
 from gspo_megatron.cluster.slurm_steps import Step, srun
 from gspo_megatron.cluster.slurm_words import KILLED, NOT_CREATED, first_end, read_end
@@ -259,7 +259,7 @@ class SlurmBackend:
         record, replaced_by = describe_job(self.place.job), self._replaced_by()
         if not record and replaced_by is None:
             return None
-        return SlurmAnswered(read_field(record, "Requeue") == "1", replaced_by, is_preempted(record), is_ending(record))
+        return SlurmAnswered(may_queue_again(record), replaced_by, is_preempted(record), is_ending(record))
 
     def _queue_again(self) -> RequeueRefused:
         queue_again(self.place.job, read_bad_nodes(self.place.run_dir))

@@ -119,6 +119,11 @@ def is_preempted(record: str) -> bool:
     return not is_ending(record) and bool(read_field(record, "PreemptTime"))
 
 
+def may_queue_again(record: str) -> bool:
+    """Whether SLURM can queue a job again: not one of salloc, nor with --no-requeue or JobRequeue=0."""
+    return read_field(record, "Requeue") == "1" and read_field(record, "BatchFlag") != "0"
+
+
 def running_jobs() -> list[str] | None:
     """Ids of the jobs that hold nodes, of every user and partition that squeue shows: a run directory may be shared.
 

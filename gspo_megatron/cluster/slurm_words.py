@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -57,7 +58,8 @@ def read_end(words: Sequence[str], code: int) -> StepEnd:
         return StepEnd(task[1], task[2], task[3])
     if lost := NODE_LOST.search(last):
         return StepEnd(lost[1], "", "the node is lost")
-    return StepEnd("", "", f"{last or 'it wrote nothing'} (srun ended with {code})")
+    how = f"srun ended with {code}" if code >= 0 else f"its srun was killed by {signal.Signals(-code).name}"
+    return StepEnd("", "", f"{last} ({how})" if last else how)
 
 
 def first_end(words: Iterable[str]) -> str:

@@ -279,7 +279,7 @@ class Supervisor:
 
     def _requeue(self) -> list[Decision]:
         if not self._slurm.requeues:
-            return [Print(f"the job was submitted with --no-requeue; to go on: {self.rules.resume}"), Exit(STOPPED)]
+            return [Print(not_queued_sentence(self.rules.resume)), Exit(STOPPED)]
         self.phase = Phase.REQUEUING
         return [Requeue()]
 

@@ -13,6 +13,15 @@ from typing import Any
 from gspo_megatron.cluster.slurm_steps import Step
 from launch.lib.settings import Settings
 
+IN_IMAGE = """\
+command -v "$1" >/dev/null && exec "$@"
+need="Python and the packages of requirements/base.in"
+echo "gspo: the image of GSPO_IMAGE has no $1 on its PATH ($PATH); name one that has $need" >&2
+command -p sleep 1 # srun drops what a task writes in its last moment
+exit 2
+"""
+"""Looks for the interpreter of an image; it runs there, so it is text and no file."""
+
 
 class Refused(Exception):
     """The job must not start; the message is one sentence, or empty when it is printed already."""
@@ -75,7 +84,8 @@ def in_trainer(settings: Settings, host: str, words: Sequence[str], drawing: boo
         Refused: the environment has no interpreter.
     """
     if settings.images["trainer"] and not drawing:
-        return settings.srun(Step("trainer", (host,)), (settings.python("trainer"), *words))
+        command = ("sh", "-c", IN_IMAGE, "look", settings.python("trainer"), *words)
+        return settings.srun(Step("trainer", (host,)), command)
     python = settings.own_python("trainer")
     if shutil.which(python) is None:
         raise Refused(f"{python} is not there; run make setup, or set GSPO_VENV in the site file")

@@ -169,3 +169,6 @@ def test_container_path_and_a_heterogeneous_job(workplace: Workplace) -> None:
     assert (place / "inside" / "run" / "DONE").exists(), "the mounted directory is the one outside"
     forgotten = workplace.submit("outside", *SMALL, options=["--nodes=1"], GSPO_IMAGE=f"{image}.missing")
     assert forgotten.finish(START) == "FAILED" and "cannot open image" in forgotten.text()
+    image.write_text(image.read_text().replace(f"{tools}/bin:/usr/bin:/bin", str(place / "empty")))
+    without = workplace.submit("bare", *SMALL, options=["--nodes=1"], GSPO_IMAGE=str(image))
+    assert without.finish(START) == "FAILED" and f"has no python3 on its PATH ({place / 'empty'})" in without.text()

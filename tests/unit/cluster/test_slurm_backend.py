@@ -33,7 +33,7 @@ sys.exit(supervise(Supervisor([Watched(kind) for kind in KINDS], rules), backend
 SCONTROL = """#!/bin/bash
 if [ -n "${DOWN:-}" ] && [ ! -f $RUN/up ]; then touch $RUN/up; exit 1; fi
 if [ "$1" = show ]; then
-    echo "JobId=7 JobState=${STATE:-RUNNING} Requeue=${REQUEUE:-1} PreemptTime=${PREEMPTED:-None}"
+    echo "JobId=7 JobState=${STATE:-RUNNING} Requeue=${REQUEUE:-1} BatchFlag=${BATCH:-1} PreemptTime=${PREEMPTED:-None}"
 elif [ -n "${REFUSES:-}" ]; then echo "slurm_requeue error: Requested operation is presently disabled" >&2; exit 1
 else echo "scontrol $*"; kill -KILL $PPID; fi
 """
@@ -65,7 +65,7 @@ def run(
     path = f"{programs}:/usr/local/bin:/usr/bin:/bin"
     environment = {"PATH": path, "RUN": str(tmp_path), "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **settings}
     command = (sys.executable, "-c", PROGRAM, str(tmp_path), str(grace), PRELUDE + trainer)
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def test_srun_that_returns_0_is_no_success(tmp_path: Path) -> None:
@@ -114,6 +114,17 @@ def test_the_last_words_are_those_of_the_task_that_ended_first(tmp_path: Path) -
     ends = "echo 'srun: error: n1: task 1: Exited with exit code 1' >&2"
     done = run(tmp_path, f"printf '%s\\n' {words} >$attempt/trainer-n1.log; {ends}; exit 1")
     assert done.stdout.splitlines()[-1].startswith("gspo: trainer failed on n1: no progress for 121 s (log: "), done
+
+
+def test_an_srun_that_was_killed_is_named(tmp_path: Path) -> None:
+    done = run(tmp_path, "kill -KILL $$")
+    assert done.stdout.splitlines()[-1].startswith("gspo: trainer failed: its srun was killed by SIGKILL (log: "), done
+
+
+def test_a_job_of_salloc_is_not_queued_again_and_counts_no_restart(tmp_path: Path) -> None:
+    done = run(tmp_path, "checkpoint 000003; exit 1", BATCH="0")
+    assert "gspo: SLURM does not queue this job again; to go on: sbatch again" in done.stdout, done
+    assert done.returncode == 85 and not (tmp_path / "logs" / "restarts").exists()
 
 
 def test_what_srun_says_of_our_options_is_no_reason(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 from gspo_megatron.cluster import slurm_commands
 from gspo_megatron.cluster.attempts import read_attempt, remove_key, replacement
 from gspo_megatron.cluster.exit_codes import FAILED, REFUSED
+from gspo_megatron.cluster.slurm_allocation import Allocation
 from gspo_megatron.cluster.slurm_steps import Step
 from gspo_megatron.config import RecipeError
 from gspo_megatron.directory_lock import MARK
@@ -29,7 +30,7 @@ from launch.lib.attempt import claim_attempt, write_key
 from launch.lib.granted_job import Job, print_commands
 from launch.lib.job_arguments import FLAGSHIP, read_arguments
 from launch.lib.plan import load_for_job, make_attempt
-from launch.lib.plan_request import Plan, Refused, ask_plan
+from launch.lib.plan_request import Plan, Refused, ask_plan, in_trainer
 from launch.lib.probe import find_broken_modules
 from launch.lib.resume import refuse_other_job
 from launch.lib.settings import Settings
@@ -94,6 +95,16 @@ def test_an_image_sees_the_checkout_and_where_the_job_was_submitted(tmp_path: Pa
         images = {"trainer": "image", "rollout": "image"}
         settings = Settings(ROOT, called_in, {"trainer": ".venv", "rollout": ".venv"}, images, "/a:/b", 3, 240.0)
         assert f"--container-mounts={mounts}" in settings.container("trainer")
+
+
+def test_an_image_without_python_is_named(tmp_path: Path) -> None:
+    settings = Settings(ROOT, ROOT, {}, {"trainer": "image"}, "", 3, 240.0, allocation=Allocation(("n1",)))
+    words = in_trainer(settings, "n1", ("-c", "print(7)"))
+    words = words[words.index("sh") :]
+    missing = "the image of GSPO_IMAGE has no python3 on its PATH"
+    for path, said in ((tmp_path, missing), (Path(sys.prefix, "bin"), "7")):
+        done = subprocess.run(["/bin/sh", *words[1:]], env={"PATH": f"{path}"}, capture_output=True, text=True)
+        assert said in done.stdout + done.stderr and done.returncode == (2 if path == tmp_path else 0)
 
 
 def test_without_arguments_the_flagship_runs_and_a_recipe_of_the_caller_is_found(tmp_path: Path) -> None:
