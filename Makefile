@@ -17,7 +17,7 @@ OWN_TARGET := tests/gpu tests/slurm
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train train-agent test lint test-slurm parity long-context test-faults test-faults-policy fuzz plan-table test-gpu test-gpu-rollout first-contact cuda-dry requirements clean
+.PHONY: help setup train train-agent study test lint test-slurm parity long-context test-faults test-faults-policy fuzz plan-table test-gpu test-gpu-rollout first-contact cuda-dry requirements clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,10 @@ train-agent: setup ## train on an agent with a tool, through the OpenAI-compatib
 	  GSPO_VENV=.venv launch/local.sh recipes/tiny_agent.yaml run.seed=$$seed run.directory=runs/tiny_agent/seed$$seed $(ARGS) || exit; \
 	done
 	$(BIN)/python tools/record_result.py tools/results/train_agent.json $(SEEDS:%=runs/tiny_agent/seed%)
+
+study: setup ## the study of GSPO's claims: every cell of recipes/study that is missing, then its tables (hours; resumable)
+	$(BIN)/python tools/study.py $(ARGS)
+	$(BIN)/python tools/study_tables.py
 
 test: lint ## lint, then every test that requires neither a GPU nor SLURM
 	$(PYTEST) $(addprefix --ignore=,$(OWN_TARGET)) $(ARGS)
