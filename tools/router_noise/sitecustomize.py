@@ -3,7 +3,8 @@
 Python imports a module of this name when it starts, if its folder is on the path, so every process of a run has it.
 With GSPO_STUDY_ROUTER_NOISE=S each pass of the trainer chooses experts by router logits plus S times a standard normal
 number, drawn anew for each token, expert and pass. Their weights come from the logits without noise. The servers have
-none, and a choice that is replayed is the recorded one. S = 0 changes nothing.
+none, nor has a cold start, which cells with and without noise share: its passes neither record routes nor compare them.
+A choice that is replayed is the recorded one. S = 0 changes nothing.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ def add_noise(seam: Any, scale: float) -> None:
 
     @functools.wraps(choose)
     def choose_with_noise(self: Any, scores: Any, topk: int, *rest: Any) -> tuple[Any, Any]:
+        if self.routes is None and self.recorded is None:
+            return choose(self, scores, topk, *rest)
         _, chosen = choose(
             self, scores.detach() + scale * scores.detach().new_empty(scores.shape).normal_(), topk, *rest
         )

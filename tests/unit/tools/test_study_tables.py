@@ -203,6 +203,8 @@ def noise() -> ModuleType:
 
 def test_noise_changes_the_choice_and_not_the_weights(noise: ModuleType) -> None:
     class Seam:
+        routes, recorded = None, {}
+
         def get_replay_topk(self, scores: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
             values, chosen = scores.topk(topk)
             return values, chosen
@@ -217,6 +219,8 @@ def test_noise_changes_the_choice_and_not_the_weights(noise: ModuleType) -> None
         values, chosen = other().get_replay_topk(scores, 2)
         assert torch.equal(values, scores.gather(1, chosen))
         shares.append(float((chosen != plain).float().mean()))
+        other.recorded = None
+        assert torch.equal(other().get_replay_topk(scores, 2)[1], plain), "a cold start has no noise"
     assert shares[0] == 0.0 < shares[1] < shares[2]
 
 
