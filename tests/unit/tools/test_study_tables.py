@@ -203,7 +203,8 @@ def noise() -> ModuleType:
 
 def test_noise_changes_the_choice_and_not_the_weights(noise: ModuleType) -> None:
     class Seam:
-        routes, recorded = None, {}
+        routes: Any = None
+        recorded: Any = ()
 
         def get_replay_topk(self, scores: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
             values, chosen = scores.topk(topk)
