@@ -3,8 +3,9 @@
     torchrun --nproc-per-node 2 tools/cuda_dry_reload.py RECIPE --capability 10.0        one line of JSON
 
 Kernels of newer GPUs keep weights reordered, swapped and padded. So what an update leaves is not compared with what was
-sent, but with a second model, which reads the whole tensors as vLLM's loader reads them from a checkpoint. Every rank
-compares each parameter and buffer to the bit, after two updates: the first brings other values. No kernel runs.
+sent, but with a second model, which reads the whole tensors as vLLM's loader reads them from a checkpoint; one in fp8
+is made by vLLM's own quantiser. Every rank compares each parameter and buffer to the bit, after two updates: the first
+brings other values. No kernel runs.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from gspo_megatron.config.schema import Recipe
 from gspo_megatron.models import load_recipe
 from gspo_megatron.models.hf_table import hf_shapes
 from gspo_megatron.models.vllm_layout import ServerLayout, server_parameters
+from gspo_megatron.models.weight_format import SCALE, form_of, is_quantised
 from gspo_megatron.plan import make_plan
 from gspo_megatron.plan.estimate.padded_experts import UNPADDED, expert_widths, pads_experts
 from gspo_megatron.transport.weights.checksum import plane
+from gspo_megatron.transport.weights.quantiser import block_maxima, encode, scales_of
 from tools.cuda_dry_vllm import make_config, pretend
 
 RANKS = 2
@@ -38,14 +41,20 @@ SMALL = (
 NARROW = "model.architecture.moe_intermediate_size=384"
 """192 columns on each of two ranks, as the 30B has over four and the 235B over eight."""
 
+FP8 = "rollout.weight_dtype=fp8"
 
 CASES: dict[str, tuple[str, ...]] = {
     "whole slices": (),
     "whole experts": ("rollout.expert_parallel=true",),
     "narrow slices": (NARROW,),
     "narrow slices, triton": (NARROW, f"rollout.vllm.moe_backend={UNPADDED}"),
+    "fp8": (FP8,),
+    "fp8, whole experts": (FP8, "rollout.expert_parallel=true"),
+    "fp8, narrow slices": (FP8, NARROW),
     "float32": ("model.dtype=float32", "model.architecture.hidden_size=512"),
 }
+REFUSALS = ("experts-type", "fp8-blocks")
+"""Findings of the plan where vLLM or the transfer refuses a case."""
 KINDS = {"9.0": "h100", "10.0": "b200", "10.3": "b300"}
 """A GPU of each capability, for the plan."""
 
@@ -73,7 +82,7 @@ def main() -> int:
 
 def look(recipe: Recipe, place: Path) -> dict[str, Any]:
     """Load and update on this rank; what is not as it should be, and not as the plan says."""
-    refused = any(one.code == "experts-type" for one in make_plan(recipe).findings)
+    refused = any(one.code in REFUSALS for one in make_plan(recipe).findings)
     try:
         found = update_twice(recipe, place)
     except ValueError as error:
@@ -91,17 +100,17 @@ def update_twice(recipe: Recipe, place: Path) -> dict[str, Any]:
     dtype = getattr(torch, recipe.model.dtype)
     tensors = [dict(make_tensors(recipe, dtype, seed)) for seed in (1, 2)]
     loaded, config = build(recipe, place)
-    cast(Any, loaded).load_weights(tensors[1].items())
+    cast(Any, loaded).load_weights(as_checkpoint(recipe, tensors[1]).items())
     finish_load(loaded, config)
     updated, config = build(recipe, place)
     finish_load(updated, config)
     before = addresses(updated)
     layout = layout_of(updated, recipe)
     for sent in tensors:
-        update(updated, config, recipe, layout, sent)
+        update(updated, config, recipe, layout, as_sent(recipe, sent))
     wanted, now = dict(state(loaded)), dict(state(updated))
     assert wanted.keys() == now.keys(), wanted.keys() ^ now.keys()
-    wrong = [f"{name} differs" for name, value in wanted.items() if not torch.equal(value, now[name])]
+    wrong = [f"{name} differs" for name, value in wanted.items() if not torch.equal(bits(value), bits(now[name]))]
     wrong += [f"{name} has moved" for name, address in addresses(updated).items() if address != before[name]]
     return {**describe_experts(updated), "compared": len(wanted), "wrong": wrong}
 
@@ -113,8 +122,33 @@ def make_tensors(recipe: Recipe, dtype: torch.dtype, seed: int) -> Iterator[tupl
         yield name, torch.randn(shape, generator=generator).to(dtype)
 
 
+def as_checkpoint(recipe: Recipe, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a checkpoint of these tensors holds, quantised by vLLM where the servers hold fp8."""
+    from vllm.utils.deep_gemm import per_block_cast_to_fp8
+
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        found[name] = tensor
+        if form_of(recipe).fp8 and is_quantised(name):
+            found[name], found[name + SCALE] = per_block_cast_to_fp8(tensor)
+    return found
+
+
+def as_sent(recipe: Recipe, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same as the trainer's sender makes it."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        found[name] = tensor
+        if form_of(recipe).fp8 and is_quantised(name):
+            scales = found[name + SCALE] = scales_of(block_maxima(tensor, 0, 0))
+            found[name] = encode(tensor, scales)
+    return found
+
+
 def build(recipe: Recipe, place: Path) -> tuple[torch.nn.Module, Any]:
     """vLLM's model on this rank with values of no meaning, and its configuration."""
+    from gspo_megatron.inference import router_gate  # noqa: F401  its layer in the place of vLLM's
+
     config = make_config(recipe, place)
     config.device_config.device = torch.device("cpu")
     from vllm.config import set_current_vllm_config
@@ -155,13 +189,13 @@ def update(model: torch.nn.Module, config: Any, recipe: Recipe, layout: ServerLa
 
     from gspo_megatron.inference import vllm_worker
 
-    dtype = config.model_config.dtype
-    expected = server_parameters(recipe.arch, layout, distributed.get_rank())
+    form = form_of(recipe)
+    expected = form.wanted(server_parameters(recipe.arch, layout, distributed.get_rank()))
     with set_current_vllm_config(config):
         vllm_worker.initialize_layerwise_reload(model)
-        vllm_worker.refuse_other_model(model, expected, dtype, layout)
+        vllm_worker.refuse_other_model(model, expected, form, layout)
         for parameter in expected:
-            values = torch.zeros(parameter.shape, dtype=dtype)
+            values = torch.zeros(parameter.shape, dtype=getattr(torch, form.dtype_of(parameter.name)))
             for piece in parameter.pieces:
                 whole = sent[piece.tensor]
                 part = whole.view(len(whole), -1)[slice(*piece.rows), piece.column : piece.column + piece.width]
@@ -176,6 +210,11 @@ def state(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
+def bits(tensor: Tensor) -> Tensor:
+    """[bytes] of its values."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
 def addresses(model: torch.nn.Module) -> dict[str, int]:
     """Where graphs that were captured read from."""
     return {name: tensor.data_ptr() for name, tensor in state(model)}
@@ -186,9 +225,9 @@ def describe_experts(model: torch.nn.Module) -> dict[str, Any]:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
     layer = next(module for module in model.modules() if isinstance(module, RoutedExperts))
-    shape = layer.moe_config
+    shape, method = layer.moe_config, cast(Any, layer.quant_method)
     return {
-        "kernels": cast(Any, layer.quant_method).unquantized_backend.value,
+        "kernels": (getattr(method, "fp8_backend", None) or method.unquantized_backend).value,
         "width": shape.intermediate_size_per_partition_unpadded,
         "padded": shape.intermediate_size_per_partition,
     }

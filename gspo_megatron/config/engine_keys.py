@@ -82,7 +82,7 @@ NARROWED: Mapping[str, tuple[str, ...]] = MappingProxyType({
     "moe_token_dispatcher_type": ("alltoall", "flex"),
     # all_gather takes packs too, but no run has compared it; a2a+p2p needs groups of two levels.
     "cp_comm_type": ("p2p", "a2a"),
-    # Of weights that are not quantised.
+    # Those that take weights as they are sent.
     "moe_backend": ("auto", "triton", "batched_triton", "flashinfer_trtllm", "flashinfer_cutlass"),
     "recompute_modules": ("core_attn", "layernorm", "mlp", "moe", "moe_act"),
     "kv_cache_dtype": ("auto", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2"),
@@ -115,7 +115,8 @@ _OWNED_VLLM = {
     "gpu_memory_utilization": "rollout.gpu_memory_fraction", "hf_config_path": "model.path",
     "kv_cache_memory_bytes": "rollout.kv_cache_gib", "max_model_len": "rollout.max_answer_tokens",
     "max_num_seqs": "rollout.max_concurrency", "model": "model.path", "nnodes": "placement.server_nodes",
-    "pipeline_parallel_size": "rollout.pipeline_parallel", "seed": "run.seed",
+    "pipeline_parallel_size": "rollout.pipeline_parallel", "quantization": "rollout.weight_dtype",
+    "quantization_config": "rollout.weight_dtype", "seed": "run.seed",
     "stream_interval": "rollout.stream_interval", "tensor_parallel_size": "rollout.tensor_parallel",
     "tokenizer": "tokenizer.path",
 }  # fmt: skip
@@ -172,7 +173,6 @@ _UNFIT_VLLM = {
     ),
     "proposes tokens, and on vLLM's CPU build what is then sampled and reported is not the policy's "
     "(inference/NOTES.md)": "speculative_config",
-    "needs weights that the sender has quantised, which it does not do yet": "quantization quantization_config",
     "cuts or moves the weights otherwise than the transfer plan": (
         "cpu_offload_gb enable_elastic_ep enable_eplb enable_lora expert_placement_strategy load_format model_impl "
         "offload_backend"

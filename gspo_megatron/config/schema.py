@@ -131,6 +131,9 @@ class RolloutSection(Section):
 
     Source: chosen here: 100 steps of 512 responses of 100,000 tokens are 40 GB.
     """
+    weight_dtype: Literal["fp8"] | None = None
+    """fp8 = the servers of a run hold matrices as e4m3 bytes with a scale per 128 x 128 block, which the trainer makes;
+    half the memory and transfer, and other log-probs. null = as model.dtype. Source: Qwen3's FP8 checkpoints."""
     model_runner: Literal["v1", "v2"] | None = None
     """vLLM's model runner on a GPU; null = vLLM's choice, which is v2 where it can run the model. v1 is the older one,
     to fall back on. Source: vLLM."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.models.weight_format import form_of, quantization_config
 
 BACKEND = "gspo"
 """Name of the package's weight transfer in vLLM."""
@@ -48,7 +49,10 @@ def engine_arguments(recipe: Recipe, model: Path, has_gpu: bool, sleeps: bool, l
         "generation_config": "vllm",
         "logprobs_mode": "processed_logprobs",
         # The trainer's logits are float32; by default vLLM rounds its own to the model's type.
-        "hf_overrides": {"head_dtype": "float32"},
+        "hf_overrides": {
+            "head_dtype": "float32",
+            **({"quantization_config": quantization_config()} if form_of(recipe).fp8 and not loaded else {}),
+        },
         "enable_prefix_caching": rollout.prefix_caching,
         "enable_expert_parallel": rollout.expert_parallel,
         RECORDS: recipe.objective.replay == "sampler" and not loaded,

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from gspo_megatron.config.model_section import Architecture
+from gspo_megatron.config.schema import Recipe
 from gspo_megatron.models.hf_table import Parameter, Piece, hf_shapes
 from gspo_megatron.models.server_cuts import ServerParameter, ServerPiece
 from gspo_megatron.types import ITEM_BYTES
@@ -22,6 +24,11 @@ BYTES, SCALES = "float8_e4m3fn", "float32"
 """Types of a quantised matrix and of its scales."""
 SCALE = "_scale_inv"
 """Behind the name of a weight: its scales. The name is DeepSeek's; a value is byte times scale."""
+
+
+def quantization_config() -> dict[str, Any]:
+    """What `config.json` of a checkpoint in this form says, and vLLM reads."""
+    return {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
 
 
 def is_quantised(name: str) -> bool:
@@ -47,6 +54,11 @@ class WeightFormat:
     def item_bytes(self, name: str) -> int:
         """Bytes of one of its values."""
         return ITEM_BYTES[self.dtype_of(name)]
+
+    @property
+    def matrix_bytes(self) -> float:
+        """Bytes of a value of a matrix that servers in fp8 hold as bytes, its share of a scale included."""
+        return ITEM_BYTES[BYTES] + ITEM_BYTES[SCALES] / BLOCK**2 if self.fp8 else ITEM_BYTES[self.dtype]
 
     def shapes(self, arch: Architecture) -> dict[str, tuple[int, ...]]:
         """Name and full shape of everything that travels: the tensors of the checkpoint, and scales."""
@@ -74,6 +86,11 @@ class WeightFormat:
             *experts, height, width = parameter.shape
             pieces = tuple(_scale_piece(parameter.name, piece) for piece in parameter.pieces)
             yield ServerParameter(parameter.name + SCALE, (*experts, blocks(height), blocks(width)), pieces)
+
+
+def form_of(recipe: Recipe) -> WeightFormat:
+    """The types of what the trainer of a run sends."""
+    return WeightFormat(recipe.model.dtype, recipe.rollout.weight_dtype == "fp8")
 
 
 def blocks(size: int) -> int:

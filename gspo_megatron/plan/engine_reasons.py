@@ -83,7 +83,9 @@ VLLM: Mapping[str, Reason] = {
     "skip_tokenizer_init": Reason("token ids in, token ids out", "inference/README.md"),
     "generation_config": Reason("a file of the model would become the sampler", "vLLM: generation_config=auto"),
     "logprobs_mode": Reason("log-probs at the sampling temperature, as the trainer's", "vLLM: logprobs_mode"),
-    "hf_overrides": Reason("logits in float32, as the trainer's", "inference/NOTES.md"),
+    "hf_overrides": Reason(
+        "logits in float32, as the trainer's, and matrices as rollout.weight_dtype says", "inference/NOTES.md"
+    ),
     "worker_extension_cls": Reason("weight update", "transport/README.md"),
     "weight_transfer_config": Reason("weight update from shard to shard", "transport/README.md"),
     "enable_sleep_mode": Reason("servers share the trainer's GPUs", "recipe: placement.rollout_nodes"),

@@ -16,6 +16,7 @@ from gspo_megatron.config.schema import Recipe
 from gspo_megatron.data.log_ratios import write_log_ratios
 from gspo_megatron.data.model_directory import write_tokenizer
 from gspo_megatron.data.store import SampleStore
+from gspo_megatron.models.weight_format import form_of
 from gspo_megatron.objective import Sums, add_sums, finalize_step, runtime_warnings
 from gspo_megatron.policy.instruments import RouterInstruments
 from gspo_megatron.policy.microbatch import MicroBatch
@@ -50,7 +51,8 @@ class Trainer:
         self.store = SampleStore(RunDir(run_dir).samples)
         self.batcher = Batcher(recipe, policy, self.store)
         self.takes_turns = takes_turns(recipe)
-        self.sender = WeightSender(policy.device, shares=not recipe.placement.rollout_nodes)
+        shares = not recipe.placement.rollout_nodes
+        self.sender = WeightSender(policy.device, shares=shares, fp8=form_of(recipe).fp8)
         self.routers = RouterInstruments(policy)
         self.old = OldPolicy(recipe, policy, self.routers)
         self.reference: ReferenceWeights | None = None

@@ -15,9 +15,11 @@ UNPADDED = "triton"
 def pads_experts(recipe: Recipe, machine: Machine) -> bool:
     """Whether vLLM takes kernels that pad experts (`pad_experts`).
 
-    Source: its `fused_moe/oracle/unquantized.py`, and `make cuda-dry` at capabilities 9.0, 10.0 and 10.3.
+    Source: its `fused_moe/oracle/unquantized.py`, and `make cuda-dry` at capabilities 9.0, 10.0 and 10.3. Those of fp8
+    take whole blocks and pad nothing.
     """
-    return machine.device.kind in BLACKWELL and recipe.rollout.vllm.given().get("moe_backend") != UNPADDED
+    plain = recipe.rollout.weight_dtype is None and recipe.rollout.vllm.given().get("moe_backend") != UNPADDED
+    return machine.device.kind in BLACKWELL and plain
 
 
 def expert_widths(recipe: Recipe, arch: Architecture) -> tuple[int, int]:

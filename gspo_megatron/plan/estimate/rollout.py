@@ -13,13 +13,13 @@ from gspo_megatron.cluster.placement import server_nodes, span_findings
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.models import architecture_of
-from gspo_megatron.models.hf_table import hf_shapes
+from gspo_megatron.models.weight_format import SCALE, WeightFormat, form_of
 from gspo_megatron.plan.estimate import decode, flops
 from gspo_megatron.plan.estimate.batch import PROMPT_SHARE, BatchPlan
 from gspo_megatron.plan.estimate.padded_experts import padding_bytes
 from gspo_megatron.plan.estimate.practice import OURS, Practice
 from gspo_megatron.plan.estimate.server_steps import block_tokens, step_bytes
-from gspo_megatron.types import ITEM_BYTES, Finding
+from gspo_megatron.types import Finding
 
 SERVER_BYTES = 4_000_000_000
 """Bytes of a server per GPU outside weights and KV: context, graphs, NCCL, the largest prefill."""
@@ -77,27 +77,28 @@ class RolloutPlan:
     """Time of the responses of one evaluation, seconds; 0 = no held-out problems."""
 
 
-def weight_bytes(arch: Architecture, tensor: int, pipeline: int, element: int) -> int:
+def weight_bytes(arch: Architecture, tensor: int, pipeline: int, form: WeightFormat) -> int:
     """Return the bytes of weights on one GPU of a server.
 
     Norms and router are replicated, and each GPU holds at least one key-value head.
     """
-    copied, grouped, cut = _kinds(flops.as_key(arch))  # pyright: ignore[reportArgumentType]  a frozen model is hashable
+    copied, grouped, cut = _kinds(flops.as_key(arch), form)
     whole = copied + -(-grouped // min(tensor, arch.num_key_value_heads)) + -(-cut // tensor)
-    return -(-whole // pipeline) * element
+    return -(-whole // pipeline)
 
 
 @lru_cache(maxsize=32)
-def _kinds(key: str) -> tuple[int, int, int]:
-    """Count the parameters that are replicated, that are split by key-value heads, and that are split evenly."""
+def _kinds(key: str, form: WeightFormat) -> tuple[int, int, int]:
+    """Count the bytes that are replicated, that are split by key-value heads, and that are split evenly."""
     copied = grouped = cut = 0
-    for name, shape in hf_shapes(architecture_of(json.loads(key))).items():
+    for name, shape in form.shapes(architecture_of(json.loads(key))).items():
+        size = math.prod(shape) * form.item_bytes(name)
         if len(shape) == 1 or name.endswith("mlp.gate.weight"):
-            copied += math.prod(shape)
-        elif name.endswith(("k_proj.weight", "v_proj.weight")):
-            grouped += math.prod(shape)
+            copied += size
+        elif name.removesuffix(SCALE).endswith(("k_proj.weight", "v_proj.weight")):
+            grouped += size
         else:
-            cut += math.prod(shape)
+            cut += size
     return copied, grouped, cut
 
 
@@ -106,9 +107,8 @@ def plan_rollout(
 ) -> RolloutPlan:
     """Estimate memory and speed of the servers."""
     rollout = recipe.rollout
-    element = ITEM_BYTES[recipe.model.dtype]
     devices = rollout.tensor_parallel * rollout.pipeline_parallel
-    weights = weight_bytes(arch, rollout.tensor_parallel, rollout.pipeline_parallel, element)
+    weights = weight_bytes(arch, rollout.tensor_parallel, rollout.pipeline_parallel, form_of(recipe))
     per_token = decode.kv_bytes(recipe, arch)
     per_device = -(-per_token // (decode.kv_shards(recipe, arch) * rollout.pipeline_parallel))
     if machine.is_cpu:

@@ -12,7 +12,7 @@ from gspo_megatron.config.schema import Recipe
 from gspo_megatron.models.server_cuts import EXPERT_TILE
 from gspo_megatron.plan.estimate.engine_effects import MEGATRON_EFFECTS, VLLM_EFFECTS, not_counted
 from gspo_megatron.plan.estimate.padded_experts import UNPADDED, expert_widths, pads_experts
-from gspo_megatron.plan.rules import server_start
+from gspo_megatron.plan.rules import server_start, server_weights
 from gspo_megatron.plan.units import value_text
 from gspo_megatron.types import Finding
 
@@ -37,6 +37,7 @@ def findings(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[F
     yield from _trainer_layout(recipe, arch, megatron)
     yield from _flash_attention(machine, megatron)
     yield from server_start.findings(recipe, machine)
+    yield from server_weights.findings(recipe, arch, machine)
     if str(vllm.get("kv_cache_dtype", "")).startswith("fp8"):
         yield from _rounded_keys(recipe)
     yield from _not_counted(megatron, vllm)

@@ -9,6 +9,7 @@ import pytest
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.models import load_recipe
 from gspo_megatron.models.hf_table import local_parameters
+from gspo_megatron.models.weight_format import WeightFormat
 from gspo_megatron.parallel import Layout
 from gspo_megatron.plan import make_plan
 from gspo_megatron.plan.as_text import lines
@@ -173,7 +174,8 @@ def test_server_weights_by_hand() -> None:
     arch = architecture(A22B)
     layer = 4096 * 64 * 128 * 2 // 8 + 2 * 4096 * 512 // 4 + 128 * 3 * 4096 * 1536 // 8
     copied = 128 * 4096 + 2 * 4096 + 2 * 128
-    assert weight_bytes(arch, 8, 1, 2) == 2 * (94 * (layer + copied) + 2 * 151_936 * 4096 // 8 + 4096)
+    heads = 2 * 151_936 * 4096 // 8
+    assert weight_bytes(arch, 8, 1, WeightFormat("bfloat16")) == 2 * (94 * (layer + copied) + heads + 4096)
 
 
 @pytest.mark.parametrize(
