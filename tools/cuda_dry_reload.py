@@ -11,6 +11,7 @@ brings other values. No kernel runs.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -66,6 +67,7 @@ def main() -> int:
     parser.add_argument("--capability", default="9.0")
     chosen = parser.parse_args()
     pretend(chosen.capability)
+    answer_scale_layout(chosen.capability)
     distributed.init_process_group("gloo")
     found: dict[str, Any] = {}
     for name, changes in CASES.items():
@@ -78,6 +80,27 @@ def main() -> int:
         print(json.dumps(found), flush=True)
     # Threads of vLLM would keep the process.
     os._exit(int(any(one["wrong"] for one in found.values())))
+
+
+def answer_scale_layout(capability: str) -> None:
+    """Give DeepGEMM's function that lays out scales, which is compiled for CUDA only, a form for tensors on a CPU.
+
+    Hopper takes float32 scales of blocks as they are (its `csrc/apis/layout.hpp`); Blackwell takes exponents, four to
+    an int32 and column after column, for which FlashInfer has the same function in torch.
+    """
+    # Modules that this environment's type checker does not know; the second registers the function.
+    flashinfer, _ = (
+        importlib.import_module(name) for name in ("flashinfer.deep_gemm", "vllm.third_party.deep_gemm._C")
+    )
+
+    @torch.library.impl("deep_gemm::transform_sf_into_required_layout", "CPU")
+    def lay_out(
+        sf: Tensor, mn: int, k: int, recipe: list[int], num_groups: int | None = None, is_sfa: bool | None = None,
+        disable_ue8m0_cast: bool = False, psum_layout: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        if capability.startswith("9.") or disable_ue8m0_cast:
+            return sf
+        return flashinfer.transform_sf_into_required_layout(sf, mn, k, tuple(recipe), num_groups, bool(is_sfa))
 
 
 def look(recipe: Recipe, place: Path) -> dict[str, Any]:
@@ -108,7 +131,7 @@ def update_twice(recipe: Recipe, place: Path) -> dict[str, Any]:
     layout = layout_of(updated, recipe)
     for sent in tensors:
         update(updated, config, recipe, layout, as_sent(recipe, sent))
-    wanted, now = dict(state(loaded)), dict(state(updated))
+    wanted, now = ({**dict(state(model)), **dict(kernel_scales(model))} for model in (loaded, updated))
     assert wanted.keys() == now.keys(), wanted.keys() ^ now.keys()
     wrong = [f"{name} differs" for name, value in wanted.items() if not torch.equal(bits(value), bits(now[name]))]
     wrong += [f"{name} has moved" for name, address in addresses(updated).items() if address != before[name]]
@@ -208,6 +231,15 @@ def state(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
     """What the model computes with."""
     yield from model.named_parameters()
     yield from model.named_buffers()
+
+
+def kernel_scales(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Scales of experts as their kernel holds them: vLLM makes the kernel anew at every load."""
+    for name, module in model.named_modules():
+        config = getattr(getattr(module, "quant_method", None), "moe_quant_config", None)
+        for part in ("w1_scale", "w2_scale"):
+            if isinstance(scale := getattr(config, part, None), Tensor):
+                yield f"{name}.kernel.{part}", scale
 
 
 def bits(tensor: Tensor) -> Tensor:

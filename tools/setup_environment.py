@@ -241,7 +241,8 @@ def build_engine(uv: str, pins: list[str]) -> None:
     if pip_install(uv, "--no-deps", "--no-build-isolation", "-r", "-", lines=pins, settings=BUILD_SETTINGS):
         fault = "could not be built; uv's message is above"
     else:
-        probe = [str(VENV_PYTHON), "-c", "import transformer_engine.pytorch"]
+        # torch brings the NCCL that Transformer Engine is linked against.
+        probe = [str(VENV_PYTHON), "-c", "import torch, transformer_engine.pytorch"]
         tried = subprocess.run(probe, capture_output=True, text=True)
         fault = f"was built but cannot be imported ({last_line(tried.stderr)})" if tried.returncode else ""
     if fault:

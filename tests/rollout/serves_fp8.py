@@ -27,7 +27,7 @@ def become_server() -> None:
         from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUFp8BlockScaledMMKernel
         from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsFp8
 
-        CPUFp8BlockScaledMMKernel.is_supported = classmethod(lambda cls, capability=None: (True, None))
+        CPUFp8BlockScaledMMKernel.is_supported = classmethod(lambda *_: (True, None))  # pyright: ignore[reportAttributeAccessIssue]
         CPUExpertsFp8._supports_current_device = staticmethod(lambda: True)
 
     vllm_plugin.register = register_and_allow

@@ -200,6 +200,12 @@ def test_transformer_engine_is_built_with_the_headers_of_nvidias_wheels(checkout
     assert line.endswith("1 TRUE")
 
 
+def test_transformer_engine_is_tried_after_torch(checkout: ModuleType, tmp_path: Path) -> None:
+    """Alone it finds no libnccl.so.2 where the only one is in a wheel, which torch loads."""
+    needs_torch = 'case "$2" in *torch,*transformer_engine*) exit 0;; *transformer_engine*) exit 1;; esac'
+    assert "transformer-engine-torch" in install_cuda(checkout, tmp_path, imports=needs_torch)
+
+
 @pytest.mark.parametrize(
     ("engine", "imports", "said"),
     [
