@@ -234,16 +234,15 @@ def waived() -> str:
 
 
 def build_engine(uv: str, pins: list[str]) -> None:
-    """Build Transformer Engine against the installed torch, and import it."""
+    """Build Transformer Engine against the installed torch, and import it after torch, whose NCCL it is linked to."""
     if not pins or waived():
         return
     say(f"building {ENGINE} (a quarter of an hour of processor time; {WITHOUT}={ENGINE} accepts slow training instead)")
     if pip_install(uv, "--no-deps", "--no-build-isolation", "-r", "-", lines=pins, settings=BUILD_SETTINGS):
         fault = "could not be built; uv's message is above"
     else:
-        # torch brings the NCCL that Transformer Engine is linked against.
-        probe = [str(VENV_PYTHON), "-c", "import torch, transformer_engine.pytorch"]
-        tried = subprocess.run(probe, capture_output=True, text=True)
+        probe = "import torch, transformer_engine.pytorch"
+        tried = subprocess.run([str(VENV_PYTHON), "-c", probe], capture_output=True, text=True)
         fault = f"was built but cannot be imported ({last_line(tried.stderr)})" if tried.returncode else ""
     if fault:
         raise SetupError(f"{ENGINE} {fault}. Fix that, or accept slow training with {WITHOUT}={ENGINE}")
