@@ -70,7 +70,7 @@ def test_memory_update_and_decoding_are_counted() -> None:
     assert before and after and after.seconds["weight update"] < before.seconds["weight update"]
 
 
-def test_the_engine_is_told_and_the_reason_shown() -> None:
+def test_the_engine_gets_the_form_and_the_reason_is_shown() -> None:
     rows = {row.name: row for row in explain_engines(load_recipe(Path(R30B), list(FP8)))}
     assert rows["hf_overrides"].value["quantization_config"] == {
         "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
