@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from gspo_megatron.cluster.child_processes import bind_forked_children, die_with_parent
 from gspo_megatron.cluster.gpu_environment import compiler_variables, server_variables
@@ -31,6 +32,9 @@ from gspo_megatron.models.vllm_engine import RECORDS, engine_arguments, to_optio
 from gspo_megatron.run_dir import RunDir
 from gspo_megatron.transport import identity
 from gspo_megatron.transport.auth import read_key
+
+SHUTDOWN_SECONDS = 5
+"""For the requests that are still open once the engine is dead."""
 
 
 def main() -> None:
@@ -177,6 +181,20 @@ def make_stage_inputs() -> None:
     CPUModelRunner.load_model = load_model
 
 
+def end_in_time() -> None:
+    """Bound vLLM's shutdown after its engine has died: a request that the engine was to answer would keep it open."""
+    from uvicorn import Config
+    from vllm.entrypoints.launchers.launcher import NoSignalServer
+
+    original = NoSignalServer.__init__
+
+    def init(self: NoSignalServer, config: Config, *others: Any, **named: Any) -> None:
+        config.timeout_graceful_shutdown = SHUTDOWN_SECONDS
+        original(self, config, *others, **named)
+
+    NoSignalServer.__init__ = init
+
+
 def serve(arguments: list[str], index: int) -> None:
     """Run vLLM's own API server in this process, or the workers of a part that answers no requests."""
     import uvloop
@@ -191,6 +209,7 @@ def serve(arguments: list[str], index: int) -> None:
         fork_workers()
         make_stage_inputs()
         record_on_cpu()
+    end_in_time()
     bind_forked_children()
     vllm_plugin.register()
     parsed: argparse.Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)  # type: ignore[assignment]

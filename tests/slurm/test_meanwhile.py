@@ -6,7 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
@@ -15,7 +15,8 @@ from tests.slurm.lab.cluster import wait_for
 from tests.slurm.lanes import Scenarios
 
 pytestmark = pytest.mark.timeout(1800)
-SCENARIOS = Scenarios()
+SCENARIOS, ELSEWHERE = Scenarios(), Scenarios()
+"""On the lab of all, and on one of its own, whose slurmctld may go."""
 ENDLESS = ("trainer.max_steps=100000", "checkpoint.every=2")
 INHERITED = {
     "SLURM_HET_SIZE": "2", "SLURM_JOB_NODELIST_HET_GROUP_0": "node5", "SLURM_JOB_NODELIST_HET_GROUP_1": "node6",
@@ -220,33 +221,36 @@ def the_key_is_no_longer_there_when_the_script_is_killed(workplace: Workplace) -
     assert job.finish(END) == "FAILED" and not (job.attempt(1) / "key").exists()
 
 
-@pytest.fixture(scope="module")
-def ends(workplace: Workplace) -> dict[str, Future[None]]:
-    return SCENARIOS.run(workplace)
-
-
-@pytest.mark.parametrize("name", SCENARIOS.functions)
-def test_meanwhile(name: str, ends: dict[str, Future[None]]) -> None:
-    ends[name].result()
-
-
-def test_no_more_crashes_than_it_may_also_where_slurmctld_is_down(workplace: Workplace) -> None:
-    job = start(workplace, "crashes", "--nodelist=node5", GSPO_MAX_RESTARTS="1")
+@ELSEWHERE.add
+def no_more_crashes_than_it_may_also_where_slurmctld_is_down(workplace: Workplace) -> None:
+    job = start(workplace, "crashes", "--nodelist=node1", "--gpus-per-node=0", GSPO_MAX_RESTARTS="1")
     with workplace.lab.without_controller():
         # The only task of its step: srun cannot end other tasks without slurmctld.
-        job.kill("rollout", "node5")
+        job.kill("rollout", "node1")
         job.wait_for_words("gspo: slurmctld does not answer; waiting for it")
     job.wait_for_attempt(2)
     job.wait_for_step(max(job.steps()) // 2 * 2 + 4)
-    assert "gspo: rollout failed on node5: Killed" in job.text()
+    assert "gspo: rollout failed on node1: Killed" in job.text()
     # Just after slurmctld is back its nodes may not answer yet, and count as lost.
     assert "gspo: restart 1 of at most 1, because " in job.text()
-    job.kill("trainer", "node5")
+    job.kill("trainer", "node1")
     assert job.finish(END) == "FAILED" and job.exit_code() == 1
     assert "gspo: not restarted: 1 restarts are used up" in job.text()
-    assert job.last_line().startswith("gspo: trainer failed on node5: Killed"), job.last_line()
+    assert job.last_line().startswith("gspo: trainer failed on node1: Killed"), job.last_line()
     assert len((job.run_dir / "logs" / "restarts").read_text().splitlines()) == 1
     assert not list(job.run_dir.glob("logs/attempt_*/key"))
     resumed = workplace.resume(job, "crashes_resumed", PYTHONPATH=str(CHEAP))
     resumed.wait_for_words("gspo: goes on after step")
     resumed.wait_for_attempt(3)
+
+
+@pytest.fixture(scope="module")
+def ends(workplace: Workplace, bare: Workplace) -> dict[str, Future[None]]:
+    with ThreadPoolExecutor(1) as pool:
+        elsewhere = pool.submit(ELSEWHERE.run, bare)
+        return {**SCENARIOS.run(workplace), **elsewhere.result()}
+
+
+@pytest.mark.parametrize("name", [*SCENARIOS.functions, *ELSEWHERE.functions])
+def test_meanwhile(name: str, ends: dict[str, Future[None]]) -> None:
+    ends[name].result()
