@@ -84,7 +84,7 @@ def in_trainer(settings: Settings, host: str, words: Sequence[str], drawing: boo
         Refused: the environment has no interpreter.
     """
     if settings.images["trainer"] and not drawing:
-        command = ("sh", "-c", IN_IMAGE, "look", settings.python("trainer"), *words)
+        command = ("/bin/sh", "-c", IN_IMAGE, "look", settings.python("trainer"), *words)
         return settings.srun(Step("trainer", (host,)), command)
     python = settings.own_python("trainer")
     if shutil.which(python) is None:

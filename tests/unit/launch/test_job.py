@@ -100,10 +100,10 @@ def test_an_image_sees_the_checkout_and_where_the_job_was_submitted(tmp_path: Pa
 def test_an_image_without_python_is_named(tmp_path: Path) -> None:
     settings = Settings(ROOT, ROOT, {}, {"trainer": "image"}, "", 3, 240.0, allocation=Allocation(("n1",)))
     words = in_trainer(settings, "n1", ("-c", "print(7)"))
-    words = words[words.index("sh") :]
+    words = words[words.index("/bin/sh") :]
     missing = "the image of GSPO_IMAGE has no python3 on its PATH"
     for path, said in ((tmp_path, missing), (Path(sys.prefix, "bin"), "7")):
-        done = subprocess.run(["/bin/sh", *words[1:]], env={"PATH": f"{path}"}, capture_output=True, text=True)
+        done = subprocess.run(words, env={"PATH": f"{path}"}, capture_output=True, text=True)
         assert said in done.stdout + done.stderr and done.returncode == (2 if path == tmp_path else 0)
 
 
