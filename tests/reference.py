@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,12 @@ class Response:
     """One a token."""
     sampler: Tensor | None = None
     reference: Tensor | None = None
+    value: Tensor | None = None
+    """The critic's, of the state before each token."""
+    old_value: Tensor | None = None
+    """The same at the start of the rollout batch."""
+    returns: Tensor | None = None
+    """What the critic should say."""
 
     @property
     def length(self) -> int:
@@ -66,6 +72,26 @@ def advantages(
             std = math.sqrt(sum((c - mean) ** 2 for c in centered) / (len(centered) - ddof))
             out.append((centered[i] - mean) / (std + eps))
     return out
+
+
+def generalized(
+    rewards: Sequence[float], values: Sequence[float], discount: float, decay: float
+) -> tuple[list[float], list[float]]:
+    """(advantages, returns) of one response by equation 16 of 1506.02438: the sum over all later TD errors."""
+    count, after = len(rewards), [*values[1:], 0.0]
+    errors = [rewards[t] + discount * after[t] - values[t] for t in range(count)]
+    found = [sum((discount * decay) ** (k - t) * errors[k] for k in range(t, count)) for t in range(count)]
+    return found, [a + v for a, v in zip(found, values, strict=True)]
+
+
+def over_their_std(advantages: Sequence[Sequence[float]], ddof: int = 0, eps: float = 0.0) -> list[list[float]]:
+    """(A - mean) / std over the tokens of all responses; 0 where all are equal."""
+    every = [a for row in advantages for a in row]
+    if len(set(every)) < 2:
+        return [[0.0] * len(row) for row in advantages]
+    mean = sum(every) / len(every)
+    std = math.sqrt(sum((a - mean) ** 2 for a in every) / (len(every) - ddof))
+    return [[(a - mean) / (std + eps) for a in row] for row in advantages]
 
 
 # --- pieces ------------------------------------------------------------------------------------------------------
@@ -220,8 +246,32 @@ def interpolated(answers: Sequence[Response], staleness: Sequence[Sequence[int]]
             for t, d in enumerate(ages)
         ]
         old = torch.tensor(old, dtype=torch.float64)
-        moved.append(Response(answer.logp, old, answer.advantage, answer.sampler, answer.reference))
+        moved.append(replace(answer, old=old))
     return moved
+
+
+def value_error(answers: Sequence[Response], width: float = 0.2) -> Tensor:
+    """Mean over all tokens of 1/2 max((V - R)^2, (V_old + clip(V - V_old) - R)^2)."""
+
+    def term(a: Response, t: int) -> Tensor:
+        assert a.value is not None and a.old_value is not None and a.returns is not None
+        v, old, target = a.value[t], float(a.old_value[t]), float(a.returns[t])
+        moved = float(v.detach()) - old
+        if moved > width:
+            held = torch.tensor(old + width, dtype=torch.float64)
+        elif moved < -width:
+            held = torch.tensor(old - width, dtype=torch.float64)
+        else:
+            held = v
+        free, bounded = (v - target) ** 2, (held - target) ** 2
+        return (bounded if float(bounded.detach()) > float(free.detach()) else free) / 2
+
+    return token_mean(answers, term)
+
+
+def ppo(answers: Sequence[Response], low: float = 0.2, high: float = 0.2, coefficient: float = 0.1) -> Tensor:
+    """Equation 9 of 1707.06347 without the entropy bonus."""
+    return dapo(answers, low, high) - coefficient * value_error(answers)
 
 
 def minirl(answers: Sequence[Response], low: float = 0.2, high: float = 0.27, cap: float = 5.0) -> Tensor:
@@ -262,6 +312,7 @@ OBJECTIVES: dict[str, Callable[[Sequence[Response]], Tensor]] = {
     "reinforce_pp_baseline": lambda answers: dapo(answers, 0.2, 0.2),
     "minpro": minpro,
     "minirl": minirl,
+    "ppo": ppo,
 }
 """One a preset; `dr_grpo` divides by 16."""
 
@@ -271,9 +322,7 @@ def gradients(
 ) -> tuple[float, list[Tensor]]:
     """(J, dJ/dlogp of each answer)."""
     leaves = [answer.logp.detach().double().requires_grad_() for answer in answers]
-    moved = [
-        Response(leaf, a.old, a.advantage, a.sampler, a.reference) for leaf, a in zip(leaves, answers, strict=True)
-    ]
+    moved = [replace(a, logp=leaf) for leaf, a in zip(leaves, answers, strict=True)]
     value = objective(moved)
     used = [leaf for leaf in leaves if leaf.numel()]
     found = torch.autograd.grad(value, used, allow_unused=True) if value.requires_grad else ()

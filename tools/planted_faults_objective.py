@@ -17,8 +17,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from critic_faults import CRITIC_FAULTS
+
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ("fixtures", "fixtures_mismatch", "advantages", "inputs", "invariance", "metrics", "oracle")
+TESTS = ("critic", "fixtures", "fixtures_mismatch", "advantages", "inputs", "invariance", "metrics", "oracle")
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Fault:
 
 
 FAULTS = (
+    *(Fault(*row) for row in CRITIC_FAULTS),
     Fault(
         "sequences of this micro-batch as denominator",
         "loss.py",

@@ -19,11 +19,12 @@ Correction = Literal["tis", "mis", "icepop", "geometric_mask", "sequence_product
 class Axes(Section):
     """Every axis of the objective. The defaults are GSPO as published."""
 
-    advantage: Literal["std", "mean", "rloo", "batch", "batch_std", "maxrl"] = "std"
+    advantage: Literal["std", "mean", "rloo", "batch", "batch_std", "maxrl", "gae"] = "std"
     """How rewards r of a group become advantages. `std`: (r - mean) / std. `mean`: r - mean.
     `rloo`: r - mean of the other responses. `batch`: (r - batch mean) / std of the batch, without groups.
     `batch_std`: (r - group mean) / std of the batch; both are of REINFORCE++ (arXiv 2501.03262).
     `maxrl`: (r - mean) / mean, for rewards of at least 0 (MaxRL, arXiv 2602.02710).
+    `gae`: one a token, of a critic (section `critic`), (A - mean) / std over the batch (GAE, arXiv 1506.02438).
 
     Source: GSPO, arXiv 2507.18071, eq. 6.
     """
@@ -31,6 +32,15 @@ class Axes(Section):
     """Delta degrees of freedom of the standard deviation: 0 divides by n, 1 by n - 1."""
     advantage_eps: float = Field(default=0.0, ge=0)
     """Added to the standard deviation. 0 is safe: a group without variance gets advantage 0 exactly."""
+    gae_discount: float = Field(default=1.0, gt=0, le=1)
+    """gae: factor by which a reward counts less for each token before it. Source: usual for language models."""
+    gae_decay: float = Field(default=0.95, ge=0, le=1)
+    """gae: lambda. 0 trusts the critic after one token, 1 only the reward. Source: PPO, arXiv 1707.06347."""
+    value_clip: float = Field(default=0.2, gt=0)
+    """gae: distance from the value before the first update beyond which the critic's loss of a token has no gradient,
+    unless it lies on the wrong side. Source: the implementation of PPO by OpenAI."""
+    value_coefficient: float = Field(default=0.1, gt=0)
+    """gae: weight of the critic's loss beside the policy's. Source: the default of TRL."""
     ratio_level: Literal["token", "sequence", "sequence_token"] = "sequence"
     """Unit of the importance ratio. `sequence` takes one advantage per response, `sequence_token` also one per token.
 
@@ -140,6 +150,11 @@ class Axes(Section):
         if isinstance(value, str):
             return () if value == "none" else (value,)
         return value
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether advantages are those of a critic, one a token, and the loss trains it."""
+        return self.advantage == "gae"
 
     def mask_bounds(self, name: str) -> tuple[float, float]:
         """Return the smallest and largest weight that `mis` or `icepop` keeps: the recipe's, or the published ones."""

@@ -58,6 +58,8 @@ class ObjectiveSpec(Axes):
     @property
     def requires_every_sequence(self) -> str:
         """Why a sequence with advantage 0 may have a gradient or an effect; empty = it has none."""
+        if self.has_critic:
+            return "the critic learns from every token"
         if self.kl != "none":
             return f"kl={self.kl} compares every sequence with the reference policy"
         if self.trust not in TRUST_RULES:
@@ -70,6 +72,8 @@ class ObjectiveSpec(Axes):
 
         Where one may, the gradient itself decides: a sequence with a token that kept its gradient goes on whole.
         """
+        if self.has_critic:
+            return "the critic learns from every token"
         if DROP_SEQUENCES.intersection(self.correction):
             return ""
         if self.trust not in ("clip", "dual_clip", "mask"):
@@ -81,6 +85,8 @@ class ObjectiveSpec(Axes):
     @property
     def requires_old_logprobs(self) -> str:
         """What reads log-probs of the old weights by the trainer; empty = only metrics do."""
+        if self.has_critic:
+            return "advantage=gae takes the critic's values of their pass"
         if self.ratio_reference == "recomputed":
             return "ratio_reference=recomputed divides by them"
         # Interpolated log-probs take the place of the old policy's.
@@ -107,7 +113,7 @@ class ObjectiveSection(Axes):
 
     preset: ObjectReference = "gspo"
     """gspo, gspo_token, grpo, grpo_replay, dr_grpo, dapo, cispo, sapo, gmpo, luspo, rloo, reinforce_pp,
-    reinforce_pp_baseline, minpro, minirl, or `file.py:NAME`.
+    reinforce_pp_baseline, minpro, minirl, ppo, or `file.py:NAME`.
 
     Source: the algorithm this repository is for.
     """

@@ -36,7 +36,12 @@ def one_sentence(name: str, spec: Axes, sequences: int | None, updates: int | No
     parts.append("replay off" if spec.replay == "off" else f"replay of the {spec.replay}'s routes")
     if spec.advantage in _ADVANTAGES:
         parts.append(_ADVANTAGES[spec.advantage])
-    if spec.advantage in ("std", "batch", "batch_std") and (spec.advantage_ddof or spec.advantage_eps):
+    if spec.advantage == "gae":
+        parts.append(
+            f"advantage GAE {spec.gae_discount:g}/{spec.gae_decay:g} over the batch's std, "
+            f"{_number(spec.value_coefficient)} x value loss clipped +-{spec.value_clip:g}"
+        )
+    if spec.advantage in ("std", "batch", "batch_std", "gae") and (spec.advantage_ddof or spec.advantage_eps):
         parts.append(f"std with ddof {spec.advantage_ddof} and eps {spec.advantage_eps:g}")
     if spec.overlong != "none":
         parts.append(_overlong(spec))

@@ -67,4 +67,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "correction": ("tis",),
         "tis_cap": 5.0,
     },
+    # 1707.06347 with the advantages of 1506.02438: a critic in place of groups.
+    "ppo": {
+        **_TOKEN_CLIP,
+        "advantage": "gae",
+        "gae_discount": 1.0,
+        "gae_decay": 0.95,
+        "value_clip": 0.2,
+        "aggregation": "token_mean",
+    },
 }

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
 from gspo_megatron.config.agent_section import AgentSection, check_conversation
 from gspo_megatron.config.base import Section
+from gspo_megatron.config.critic_section import CriticSection
 from gspo_megatron.config.engine_sections import VllmMap
 from gspo_megatron.config.long_responses import EnvironmentSection, LengthStage, RepetitionHalt, ThinkingBudget
 from gspo_megatron.config.metrics_section import MetricsSection
@@ -227,6 +228,7 @@ class Recipe(Section):
     cold_start: ColdStartSection | None = None
     batch: BatchSection = BatchSection()
     objective: ObjectiveSection = ObjectiveSection()
+    critic: CriticSection = CriticSection()
     optimizer: OptimizerSection = OptimizerSection()
     trainer: TrainerSection = TrainerSection()
     rollout: RolloutSection

@@ -15,8 +15,10 @@ from gspo_megatron.models.registry import family_of
 from gspo_megatron.models.trainer_cuts import Parameter, Piece, cut_rows, whole
 from gspo_megatron.parallel import Coordinates, Layout
 
-__all__ = ["Parameter", "Piece", "count_parameters", "hf_shapes", "local_parameters"]
+__all__ = ["Parameter", "Piece", "count_parameters", "critic_parameters", "hf_shapes", "local_parameters"]
 
+VALUE_HEAD = "value_head.weight"
+"""Of a critic, the same in the trainer's and in the table's words: it is in no Hugging Face checkpoint."""
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
@@ -57,3 +59,9 @@ def local_parameters(arch: Architecture, layout: Layout, at: Coordinates, chunk:
             # A tied head on a stage of its own is a second copy of the embedding.
             hold_vocabulary("output_layer.weight", EMBEDDING)
     return held
+
+
+def critic_parameters(arch: Architecture, layout: Layout, at: Coordinates, chunk: int = 0) -> list[Parameter]:
+    """What a critic adds to one model chunk of that rank: the value head beside the last layer, whole on every rank."""
+    holds = arch.num_hidden_layers - 1 in layout.layers(arch.num_hidden_layers, at.pipeline, chunk)
+    return [whole(VALUE_HEAD, VALUE_HEAD, (arch.hidden_size,))] if holds else []

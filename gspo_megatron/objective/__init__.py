@@ -4,7 +4,7 @@ Pure torch: no process groups, no configuration look-ups, no host synchronisatio
 """
 
 from gspo_megatron.config.objective_spec import ObjectiveSpec
-from gspo_megatron.objective.advantages import generalized_advantages, group_advantages
+from gspo_megatron.objective.advantages import generalized_advantages, group_advantages, normalize_tokens
 from gspo_megatron.objective.inputs import BatchTotals, LossInputs, LossOutput, check_values
 from gspo_megatron.objective.kl import kl_in_reward
 from gspo_megatron.objective.loss import policy_loss
@@ -31,6 +31,7 @@ __all__ = [
     "group_metrics",
     "is_trained",
     "kl_in_reward",
+    "normalize_tokens",
     "policy_loss",
     "runtime_warnings",
     "shape_rewards",

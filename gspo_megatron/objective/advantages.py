@@ -5,6 +5,7 @@ Host-side arithmetic on one number an answer: it runs once a rollout batch, on C
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -102,6 +103,35 @@ def generalized_advantages(
         next_value = value[at]
         advantages[at] = next_advantage
     return advantages.to(rewards.dtype)
+
+
+def normalize_tokens(
+    advantages: Sequence[Tensor],
+    loss_masks: Sequence[Tensor],
+    sum_over_ranks: Callable[[Tensor], Tensor],
+    ddof: int = 0,
+    eps: float = 0.0,
+) -> list[Tensor]:
+    """(A - mean) / (std + eps) over the trained tokens of a whole rollout batch, 0 at untrained ones.
+
+    Args:
+        advantages: [T] float64 of each micro-batch of this rank.
+        loss_masks: [T] bool of each: the tokens that this rank counts.
+        sum_over_ranks: adds a float64 tensor over all ranks.
+        ddof: degrees of freedom taken off in the std.
+        eps: added to the std.
+    """
+    nothing = torch.zeros(1, dtype=torch.float64, device=loss_masks[0].device if loss_masks else None)
+    kept = [torch.where(mask, one, 0.0) for one, mask in zip(advantages, loss_masks, strict=True)]
+    count = sum((mask.sum(dtype=torch.float64) for mask in loss_masks), nothing)
+    count, total = sum_over_ranks(torch.cat([count, sum((one.sum() for one in kept), nothing)])).split(1)
+    mean = total / count.clamp(min=1)
+    centered = [torch.where(mask, one - mean, 0.0) for one, mask in zip(kept, loss_masks, strict=True)]
+    square = sum_over_ranks(sum((one.square().sum() for one in centered), nothing))
+    std = (square / (count - ddof).clamp(min=1)).sqrt()
+    # Equal advantages have a rounded mean and with it a std of 1e-16 of it.
+    flat = std <= 1e-12 * mean.abs()
+    return [torch.where(flat, 0.0, one / (std + eps)) for one in centered]
 
 
 def number_groups(group_ids: Tensor) -> tuple[Tensor, int]:

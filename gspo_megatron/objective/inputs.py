@@ -13,6 +13,10 @@ from torch import Tensor
 
 from gspo_megatron.config.objective_spec import ObjectiveSpec
 
+TOKEN_TENSORS = ("logprobs", "old_logprobs", "rollout_logprobs", "reference_logprobs", "staleness",
+                 "values", "old_values", "returns")  # fmt: skip
+"""Fields of `LossInputs` that are [T] numbers, or None."""
+
 
 @dataclass(frozen=True, slots=True)
 class BatchTotals:
@@ -46,6 +50,12 @@ class LossInputs:
     """[T] under the reference policy of the KL axis."""
     staleness: Tensor | None = None
     """[T] fp32 or fp64: weight versions between the token and the batch, for ratio_reference=interpolated."""
+    values: Tensor | None = None
+    """[T] fp32 or fp64: the critic's, of the state before each token, for advantage=gae; requires grad."""
+    old_values: Tensor | None = None
+    """[T] the critic's under the weights at the start of the rollout batch."""
+    returns: Tensor | None = None
+    """[T] what the critic learns: `old_values` + advantage, before that was normalised."""
     token_advantages: bool | None = None
     """Whether `advantages` is one a token; None = decided by its shape, and [S] where S == T."""
 
@@ -125,7 +135,7 @@ def check_values(inputs: LossInputs) -> None:
 
 
 def _token_tensors(inputs: LossInputs) -> Iterator[tuple[str, Tensor]]:
-    for name in ("logprobs", "old_logprobs", "rollout_logprobs", "reference_logprobs", "staleness"):
+    for name in TOKEN_TENSORS:
         tensor = getattr(inputs, name)
         if tensor is not None:
             yield name, tensor
@@ -143,6 +153,8 @@ def _check_advantages(spec: ObjectiveSpec, inputs: LossInputs, num_tokens: int, 
             f"advantages {list(shape)} is one a token, but ratio_level=sequence takes one a sequence; "
             "use ratio_level=sequence_token (preset gspo_token)"
         )
+    if spec.has_critic and not inputs.advantages_per_token:
+        raise ValueError(f"advantages {list(shape)} is one a sequence, but advantage=gae takes one a token")
 
 
 def _check_presence(spec: ObjectiveSpec, inputs: LossInputs) -> None:
@@ -154,6 +166,9 @@ def _check_presence(spec: ObjectiveSpec, inputs: LossInputs) -> None:
             raise ValueError(f"rollout_logprobs is None, but correction={list(spec.correction)} reads them; pass them")
     if inputs.staleness is None and spec.ratio_reference == "interpolated":
         raise ValueError("staleness is None, but ratio_reference=interpolated weighs by it; pass it")
+    missing = [name for name in ("values", "old_values", "returns") if getattr(inputs, name) is None]
+    if spec.has_critic and missing:
+        raise ValueError(f"{', '.join(missing)} is None, but advantage=gae trains a critic; pass them")
     if inputs.old_logprobs is None and spec.requires_old_logprobs:
         raise ValueError(f"old_logprobs is None, but {spec.requires_old_logprobs}; pass them")
     if inputs.reference_logprobs is None and spec.kl != "none" and spec.kl_in == "loss":

@@ -38,6 +38,7 @@ from gspo_megatron.objective.metrics import compared_sums, metric_sums
 from gspo_megatron.objective.packed import Packed, SumOverContext, identity
 from gspo_megatron.objective.prefix import least_before
 from gspo_megatron.objective.trust import Surrogate, TokenTerms, clip_log_ratio, find_rule
+from gspo_megatron.objective.value import value_loss
 
 
 def policy_loss(spec: ObjectiveSpec, inputs: LossInputs, sum_over_context: SumOverContext = identity) -> LossOutput:
@@ -74,8 +75,14 @@ def policy_loss(spec: ObjectiveSpec, inputs: LossInputs, sum_over_context: SumOv
         divergence = kl_estimate(spec.kl, current, reference, bounded_exp(current - proximal))
         objective = objective - spec.kl_coefficient * divergence
 
-    share = -(torch.where(packed.mask, objective, 0.0) * _token_weights(spec, packed, inputs)).sum()
+    weights = _token_weights(spec, packed, inputs)
+    share = -(torch.where(packed.mask, objective, 0.0) * weights).sum()
+    value_sums: dict[str, Tensor] = {}
+    if spec.has_critic:
+        value_share, value_sums = value_loss(spec, packed, inputs, weights)
+        share = share + spec.value_coefficient * value_share
     metrics = metric_sums(packed, share, current, old, sampler, advantages, surrogate, log_s, factor, divergence)
+    metrics |= value_sums
     metrics |= compared_sums(packed, metrics, inputs.old_logprobs is not None)
     clipped = torch.stack([packed.local_parts(side) for side in (surrogate.low, surrogate.high)])
     return LossOutput(narrowed(share, inputs.logprobs.dtype), metrics, clipped)

@@ -134,9 +134,12 @@ def _sample_batch(spec: ObjectiveSpec) -> LossInputs:
         old_logprobs=old,
         rollout_logprobs=old.clone(),
         reference_logprobs=old.clone(),
-        advantages=torch.tensor([1.0, -0.5], dtype=torch.float64),
+        advantages=torch.tensor([1.0, 1.0, 1.0, -0.5, -0.5, -0.5] if spec.has_critic else [1.0, -0.5]).double(),
         loss_mask=torch.ones(6, dtype=torch.bool),
         cu_seqlens=torch.tensor([0, 3, 6]),
         totals=BatchTotals(sequences=2, tokens=6),
         staleness=torch.tensor([0, 0, 1, 0, 1, 2], dtype=torch.float64),
+        values=torch.zeros(6, dtype=torch.float64),
+        old_values=torch.zeros(6, dtype=torch.float64),
+        returns=old + 1.5,
     )

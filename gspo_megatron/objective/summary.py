@@ -21,6 +21,7 @@ from gspo_megatron.objective.metrics import (
     Sums,
     add_sums,
 )
+from gspo_megatron.objective.value import VALUE_LOSS, value_metrics
 from gspo_megatron.types import are_equal
 
 PER_MINIBATCH = ("clip_fraction_sequences", "clip_left_sequences", "clip_right_sequences", "clip_fraction_tokens",
@@ -67,6 +68,7 @@ def _of_scored(value: Mapping[str, float], sums: Sums) -> dict[str, float]:
     if "correction_weight" in value:
         logged["correction_weight_mean"] = value["correction_weight"] / tokens
         logged["correction_zero_tokens"] = value["correction_zero_tokens"] / tokens
+    logged |= value_metrics(value, tokens)
     if "reference_kl" in value:
         logged["reference_kl"] = value["reference_kl"] / tokens
     return logged
@@ -79,7 +81,9 @@ def finalize_step(minibatches: Sequence[Sums]) -> dict[str, float]:
         minibatches: sums of each optimizer step over all ranks, in order, on the host.
     """
     logged = finalize_metrics(add_sums(minibatches))
-    logged["loss"] /= len(minibatches)
+    for name in ("loss", VALUE_LOSS):
+        if name in logged:
+            logged[name] /= len(minibatches)
     for index, sums in enumerate(minibatches):
         one = finalize_metrics(sums)
         logged |= {f"{name}/minibatch_{index}": one[name] for name in PER_MINIBATCH if name in one}

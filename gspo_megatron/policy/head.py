@@ -99,7 +99,7 @@ def _chunks(length: int, chunk: int) -> list[slice]:
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float, wide: torch.dtype) -> Tensor:
-    return _product(hidden, weight.T, wide).div_(temperature)
+    return wide_product(hidden, weight.T, wide).div_(temperature)
 
 
 def _score_chunk(logits: Tensor, targets: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,7 +123,7 @@ def _gradient_of_logits(
     return gradient
 
 
-def _product(left: Tensor, right: Tensor, wide: torch.dtype) -> Tensor:
+def wide_product(left: Tensor, right: Tensor, wide: torch.dtype) -> Tensor:
     """left @ right in a wider type; a GPU adds up in float32 anyway and need not round the sums."""
     if left.is_cuda and left.dtype is not wide:
         return torch.mm(left, right, out_dtype=wide)
@@ -137,7 +137,7 @@ def _add_product(total: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
         return
     for start in range(0, len(total), GRADIENT_BLOCK_ROWS):
         rows = slice(start, start + GRADIENT_BLOCK_ROWS)
-        total[rows] += _product(grad_logits[:, rows].T, hidden, total.dtype)
+        total[rows] += wide_product(grad_logits[:, rows].T, hidden, total.dtype)
 
 
 def _reduce(values: Tensor, operation: Any, group: dist.ProcessGroup) -> Tensor:

@@ -25,6 +25,7 @@ from gspo_megatron.policy.specs import (
     reference_spec,
     transformer_engine_spec,
 )
+from gspo_megatron.policy.value_head import VALUE_HEAD, ValueHead
 
 
 def transformer_config(arch: Architecture, trainer: TrainerSection, dtype: torch.dtype) -> TransformerConfig:
@@ -99,7 +100,10 @@ def _build(recipe: Recipe, device: torch.device, dtype: torch.dtype | None) -> l
             rotary_base=arch.rope_theta,  # pyright: ignore[reportArgumentType]  any number will do
             vp_stage=stage,
             **family_of(arch).megatron_settings(arch).model,
-        ).to(device)
+        )
+        if recipe.objective.has_critic and chunk.post_process:
+            chunk.add_module(VALUE_HEAD, ValueHead(config, recipe.critic.trunk == "detached"))
+        chunk.to(device)
         if recipe.trainer.offload_activations:
             offload_inputs(chunk.decoder)
         if recipe.trainer.megatron.given().get("gradient_accumulation_fusion", True):

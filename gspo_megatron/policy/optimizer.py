@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from gspo_megatron.models.hf_table import VALUE_HEAD
 from gspo_megatron.models.megatron_engine import optimizer_arguments
+
+CRITIC = "critic"
+"""Key of an optimizer's group of parameters: whether it holds the value head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,8 @@ def make_optimizer(
     arguments = optimizer_arguments(settings, str(model.params_dtype).removeprefix("torch."), distributes)
     config = OptimizerConfig(**arguments | {"bf16": model.bf16, "params_dtype": model.params_dtype})
     overrides = get_standard_config_overrides(config)
+    # A group of its own: it has a learning rate of its own.
+    overrides[ParamKey(name=f"*{VALUE_HEAD}")] = cast("Any", {CRITIC: True})
     optimizer = get_megatron_optimizer(config, list(chunks), overrides, use_gloo_process_groups=False)
     for group in optimizer.param_groups:
         # Norm weights are not decayed; Megatron leaves the product to its own scheduler.

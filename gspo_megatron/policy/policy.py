@@ -26,7 +26,7 @@ from gspo_megatron.policy.layer_outputs import seams_of
 from gspo_megatron.policy.microbatch import MicroBatch, place
 from gspo_megatron.policy.model import assert_settings, build_chunks
 from gspo_megatron.policy.offload import Residence
-from gspo_megatron.policy.optimizer import OptimizerSettings, make_optimizer
+from gspo_megatron.policy.optimizer import CRITIC, OptimizerSettings, make_optimizer
 from gspo_megatron.policy.replay import Routes, Routing
 from gspo_megatron.policy.surviving_training import SurvivingTraining
 from gspo_megatron.policy.weights import ReadPiece, ShardedWeights, save_hf
@@ -41,6 +41,8 @@ class Scored:
     """[T_local] float32, of each position's target."""
     entropy: Tensor
     """[T_local] float32, nats."""
+    values: Tensor | None = None
+    """[T_local] float32, of the critic: of the state before each position's target."""
 
 
 LossFunction = Callable[[MicroBatch, Scored, int], tuple[Tensor, dict[str, Tensor]]]
@@ -169,6 +171,7 @@ class Policy:
         replays: bool = False,
         records: bool = False,
         skips: bool = False,
+        critic_lr: float | None = None,
     ) -> tuple[list[dict[str, Tensor]], float, bool]:
         """One optimizer step.
 
@@ -179,6 +182,7 @@ class Policy:
             routes: recorded routes of each micro-batch; choices that differ from them are counted.
             replays, records: whether the routers choose the recorded experts again; as in `score`.
             skips: leave out backward passes whose gradient is 0; the loss must reach the model by log-probs only.
+            critic_lr: of the value head; None = `lr`.
 
         Returns:
             Metric sums of each micro-batch (last stage only), global gradient norm before clipping, whether the step
@@ -192,7 +196,7 @@ class Policy:
         with self.routing.run(batches, trains=not narrows, routes=routes, replays=replays, records=records):
             sums = self._survivors(batches, loss) if narrows else self._run(batches, loss, False, skips)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = critic_lr if critic_lr is not None and group.get(CRITIC) else lr
         self.optimizer.prepare_grads()  # the norm is read where the optimizer steps, not where the buffers are
         norm = self.optimizer.get_grad_norm()
         if not torch.isfinite(torch.as_tensor(norm)):
@@ -269,7 +273,12 @@ class Policy:
             self._gate.note(output, chunk)
 
         def finish(logprobs: Tensor) -> tuple[Tensor, dict[str, Any]]:
-            share, sums = loss(batch, Scored(logprobs, one.found[0].entropy), index)
+            values = one.values[0] if one.values else None
+            share, sums = loss(batch, Scored(logprobs, one.found[0].entropy, values), index)
+            if values is not None:
+                # A phase without a critic's loss (fine-tuning) leaves the head out, and the reduction of gradients that
+                # overlaps with the backward pass waits for every weight.
+                share = share + 0 * torch.nan_to_num(values).sum().to(share.dtype)
             share = self.scale_share(share, num_microbatches)
             return share if self._gate is None else self._gate.cut_loss(share, logprobs, chunk), sums
 

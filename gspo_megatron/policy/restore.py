@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from gspo_megatron.config.model_section import Architecture
-from gspo_megatron.models.hf_table import Parameter, Piece, local_parameters
+from gspo_megatron.models.hf_table import Parameter, Piece, critic_parameters, local_parameters
 from gspo_megatron.parallel import Layout
 from gspo_megatron.policy.policy import Policy
 from gspo_megatron.policy.snapshot import MOMENTS, RANDOM, VALUE, Stepped, rank_file, restore_random_states, stepped
@@ -30,7 +30,7 @@ class SavedPolicy:
         for rank in range(layout.world):
             at = layout.coordinates(rank)
             for chunk in range(layout.virtual):
-                for entry in local_parameters(arch, layout, at, chunk):
+                for entry in [*local_parameters(arch, layout, at, chunk), *critic_parameters(arch, layout, at, chunk)]:
                     for piece in entry.pieces:
                         held = self._sources.setdefault(piece.tensor, {})
                         held.setdefault((piece.rows, piece.columns), (entry, piece, []))[2].append(rank)
@@ -122,7 +122,7 @@ def restore(policy: Policy, saved: SavedPolicy, steps: int) -> None:
     with_moments = saved.has_moments()
     runs = {run.entry.name: run for run in stepped(policy)}
     with torch.no_grad():
-        for entry, weight in policy.weights.parameters.values():
+        for entry, weight in policy.weights.trained():
             whole = _local(entry, partial(saved.read, VALUE))
             # Also what other replicas step: it is read here, not sent.
             weight.copy_(whole)

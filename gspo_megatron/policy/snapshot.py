@@ -23,7 +23,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
-from gspo_megatron.models.hf_table import Parameter, local_parameters
+from gspo_megatron.models.hf_table import Parameter, critic_parameters, local_parameters
 from gspo_megatron.policy.policy import Policy
 
 VALUE = "value"
@@ -66,7 +66,7 @@ def stepped(policy: Policy) -> Iterator[Stepped]:
     parts = getattr(outer, "chained_optimizers", [outer])
     groups = [part.optimizer.param_groups if part.optimizer is not None else [] for part in parts]
     held = [{id(main) for group in found for main in group["params"]} for found in groups]
-    for entry, weight in policy.weights.parameters.values():
+    for entry, weight in policy.weights.trained():
         for part, mains in zip(parts, held, strict=True):
             if isinstance(part, DistributedOptimizer):
                 if weight in part.model_param_group_index_map:
@@ -173,9 +173,10 @@ def _written_by_another_tensor_rank(policy: Policy) -> set[str]:
     theirs = {
         entry.name: entry.pieces
         for chunk in range(layout.virtual)
-        for entry in local_parameters(policy.weights.arch, layout, beside, chunk)
+        for table in (local_parameters, critic_parameters)
+        for entry in table(policy.weights.arch, layout, beside, chunk)
     }
-    mine = [entry for entry, _ in policy.weights.parameters.values() if not entry.expert]
+    mine = [entry for entry, _ in policy.weights.trained() if not entry.expert]
     return {entry.name for entry in mine if theirs.get(entry.name) == entry.pieces}
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gspo_megatron.config.model_section import Architecture
-from gspo_megatron.models.hf_table import Parameter, Piece, hf_shapes, local_parameters
+from gspo_megatron.models.hf_table import Parameter, Piece, critic_parameters, hf_shapes, local_parameters
 from gspo_megatron.models.manifest import TensorMeta
 from gspo_megatron.models.weight_files import INDEX_FILE, find_weights
 from gspo_megatron.own_directory import HUGGING_FACE, replace_directory
@@ -36,23 +36,32 @@ class ShardedWeights:
         self.arch, self.layout, self.rank = arch, layout, rank
         at = layout.coordinates(rank)
         self.parameters: dict[str, tuple[Parameter, torch.nn.Parameter]] = {}
+        """What an export and the servers get."""
+        self.critic: dict[str, tuple[Parameter, torch.nn.Parameter]] = {}
+        """What only trainer and checkpoints know."""
         for index, chunk in enumerate(chunks):
             described = {entry.name: entry for entry in local_parameters(arch, layout, at, index)}
             layers = layout.layers(arch.num_hidden_layers, at.pipeline, index)
+            valued = {entry.name: entry for entry in critic_parameters(arch, layout, at, index)}
             first_expert = at.expert * (arch.num_experts // layout.expert)
             for local_name, parameter in chunk.named_parameters():
                 name = global_name(local_name, layers, first_expert)
-                entry = described.pop(name)
+                entry = valued[name] if name in valued else described.pop(name)
                 if tuple(parameter.shape) != entry.shape:
                     raise ValueError(
                         f"{name} has shape {tuple(parameter.shape)}, the table says {entry.shape}; the table is wrong"
                     )
-                self.parameters[name] = (entry, parameter)
+                (self.critic if name in valued else self.parameters)[name] = (entry, parameter)
             if described:
                 raise ValueError(f"the model lacks {sorted(described)}; the table is wrong")
 
+    def trained(self) -> Iterator[tuple[Parameter, torch.nn.Parameter]]:
+        """Everything that an optimizer steps."""
+        yield from self.parameters.values()
+        yield from self.critic.values()
+
     def load(self, read: ReadPiece) -> None:
-        """Fill every parameter from pieces of Hugging Face tensors."""
+        """Fill the parameters from pieces of Hugging Face tensors; a value head keeps what it has."""
         with torch.no_grad():
             for entry, parameter in self.parameters.values():
                 for piece in entry.pieces:

@@ -165,6 +165,18 @@ def _gradient(table: Table, recipe: Recipe | None) -> Json | None:
     return figure("gradient", "Gradient norm", "Of the last update of each step.", norm, rate, skipped)
 
 
+def _critic(table: Table, recipe: Recipe | None) -> Json | None:
+    explained, loss = Panel("Share of the returns' variance that values explain", "share"), Panel("Value loss", "")
+    level, clipped = Panel("Mean over tokens", "reward"), Panel("Tokens whose value left its band", "share of tokens")
+    explained.line(table, "explained_variance", "explained variance")
+    loss.line(table, "value_loss", "value loss")
+    level.line(table, "value_mean", "values before the updates")
+    level.line(table, "return_mean", "returns")
+    clipped.line(table, "value_clipped", "clipped")
+    about = "Values are those before the updates of a step. Below 0 the critic explains less than a constant would."
+    return figure("critic", "Critic", about, explained, level, loss, clipped)
+
+
 def _mismatch(table: Table, recipe: Recipe | None) -> Json | None:
     gap = Panel("Divergence of sampler and trainer", "nats a token", log=True)
     gap.line(table, "mismatch_k3", "k3")
@@ -270,6 +282,6 @@ def derive(table: dict[str, Series], recipe: Recipe | None) -> None:
 
 
 FIGURES: tuple[Callable[[Table, Recipe | None], Json | None], ...] = (
-    _reward, _ratio, _clipping, _routers, _gradient, _mismatch, _policy, _responses, _time,
+    _reward, _ratio, _clipping, _routers, _gradient, _critic, _mismatch, _policy, _responses, _time,
 )  # fmt: skip
 """In the order of the page."""

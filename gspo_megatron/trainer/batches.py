@@ -61,7 +61,9 @@ class TrainingMicroBatch(ScoredMicroBatch):
     """A scored micro-batch with the advantages of its sequences."""
 
     advantages: Tensor
-    """[S] float64; one 0 in a micro-batch that only fills a slot."""
+    """[S] float64; one 0 in a micro-batch that only fills a slot. [T_local] where a critic gives one a token."""
+    returns: Tensor | None = None
+    """[T_local] float64: what the critic learns."""
 
 
 @dataclass(frozen=True, slots=True)

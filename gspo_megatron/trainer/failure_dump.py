@@ -41,6 +41,8 @@ class TrainedUpdate:
     """[T_local] of each micro-batch in the training pass; empty off the last stage."""
     clipped: Sequence[Tensor]
     """[2, S] of each: `LossOutput.clipped`."""
+    values: Sequence[Tensor] = ()
+    """[T_local] of each, the critic's in the training pass; none without one."""
 
 
 def write_dump(
@@ -66,13 +68,10 @@ def write_dump(
         return directory if found[0] else None
     directory.mkdir(parents=True, exist_ok=True)
     if policy.is_last_stage and policy.at.tensor == 0:
-        micro_batches = zip(update.minibatch.micro_batches, update.logprobs, strict=False)
         tensors = {
             f"{index}/{name}": tensor.detach().cpu().contiguous()
-            for index, (micro, now) in enumerate(micro_batches)
-            for name, tensor in _tensors(
-                micro, now, update.minibatch.old_logprobs(index, now), update.minibatch.staleness(index, spec)
-            ).items()
+            for index in range(len(update.logprobs))
+            for name, tensor in _tensors(update, index, spec).items()
         }
         write_tensors(tensors, directory / f"rank_{dist.get_rank():05d}.safetensors")
     if dist.get_rank() == 0:
@@ -87,7 +86,9 @@ def write_dump(
     return directory
 
 
-def _tensors(micro: TrainingMicroBatch, now: Tensor, old: Tensor | None, staleness: Tensor | None) -> dict[str, Tensor]:
+def _tensors(update: TrainedUpdate, index: int, spec: ObjectiveSpec) -> dict[str, Tensor]:
+    micro, now = update.minibatch.micro_batches[index], update.logprobs[index]
+    old, staleness = update.minibatch.old_logprobs(index, now), update.minibatch.staleness(index, spec)
     batch = micro.batch
     found = {
         "targets": batch.targets,
@@ -103,6 +104,8 @@ def _tensors(micro: TrainingMicroBatch, now: Tensor, old: Tensor | None, stalene
     }
     if staleness is not None:
         found["staleness"] = staleness
+    if spec.has_critic and micro.old is not None and micro.old.values is not None and micro.returns is not None:
+        found |= {"values": update.values[index], "old_values": micro.old.values, "returns": micro.returns}
     if micro.reference is not None:
         found["reference_logprobs"] = micro.reference.logprobs
     return found

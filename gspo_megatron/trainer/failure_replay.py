@@ -18,7 +18,7 @@ from gspo_megatron.objective import BatchTotals, LossInputs, policy_loss
 BUNDLE = "bundle.json"
 SHOWN = 5
 """Most tokens and most sequences that are listed."""
-LOGPROBS = ("logprobs", "old_logprobs", "rollout_logprobs", "reference_logprobs")
+READ = ("logprobs", "old_logprobs", "rollout_logprobs", "reference_logprobs", "values", "old_values", "returns")
 
 
 def replay_bundle(directory: Path) -> str:
@@ -64,7 +64,9 @@ def _of(part: dict[str, Tensor], index: int) -> dict[str, Tensor]:
 
 def _join(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     order = torch.cat([part["indices"] for part in parts]).argsort()
-    whole = {"advantages": parts[0]["advantages"], "cu_seqlens": parts[0]["cu_seqlens"] * len(parts)}
+    whole = {"cu_seqlens": parts[0]["cu_seqlens"] * len(parts)}
+    if "values" not in parts[0]:  # a critic's advantages are one a token
+        whole["advantages"] = parts[0]["advantages"]
     tokens = parts[0].keys() - whole.keys() - {"indices", "ranks"}
     return whole | {name: torch.cat([part[name] for part in parts])[order] for name in tokens}
 
@@ -75,11 +77,11 @@ def _loss(spec: ObjectiveSpec, totals: BatchTotals, pack: dict[str, Tensor]) -> 
         return float("nan")
     values: dict[str, Any] = {name: tensor for name, tensor in pack.items() if name != "targets"}
     values["logprobs"] = pack["logprobs"].requires_grad_()
-    return float(policy_loss(spec, LossInputs(**values, totals=totals, token_advantages=False)).loss)
+    return float(policy_loss(spec, LossInputs(**values, totals=totals, token_advantages=spec.has_critic)).loss)
 
 
 def _nonfinite(name: str, pack: dict[str, Tensor]) -> Iterator[str]:
-    for kind in LOGPROBS:
+    for kind in READ:
         if kind in pack:
             for at in torch.nonzero(~torch.isfinite(pack[kind]) & pack["loss_mask"]).flatten().tolist():
                 sequence = int((pack["cu_seqlens"] <= at).sum()) - 1
@@ -95,9 +97,11 @@ def _sequences(name: str, pack: dict[str, Tensor]) -> Iterator[tuple[float, str]
         if trained.any():
             gap = (pack["logprobs"] - pack["old_logprobs"])[start:end][trained].detach().double()
             largest = int(gap.abs().argmax())
+            advantages = pack["advantages"]
+            advantage = advantages[start:end][trained].mean() if "values" in pack else advantages[sequence]
             yield (
                 abs(float(gap.mean())) if torch.isfinite(gap).all() else float("inf"),
                 f"  {name}, sequence {sequence}: log s {float(gap.mean()):+.3e} over {len(gap)} tokens, advantage "
-                f"{float(pack['advantages'][sequence]):+.3g}, largest token ratio {float(gap[largest].exp()):.4g} "
+                f"{float(advantage):+.3g}, largest token ratio {float(gap[largest].exp()):.4g} "
                 f"at trained token {largest}",
             )

@@ -34,7 +34,10 @@ def zero_sums(spec: ObjectiveSpec, device: torch.device) -> dict[str, Tensor]:
         cu_seqlens=torch.tensor([0, 1]),
         totals=BatchTotals(0, 0),
         staleness=nothing,
-        token_advantages=False,
+        values=nothing,
+        old_values=nothing,
+        returns=nothing,
+        token_advantages=spec.has_critic,
     )
     sums = {**policy_loss(spec, inputs).metrics, TOKEN_ENTROPY: nothing.sum()}
     sums |= {f"{LEFT_OUT}{unit}": nothing.sum() for unit in ("sequences", "tokens")}

@@ -27,6 +27,7 @@ from gspo_megatron.run_dir import RunDir
 from gspo_megatron.run_log import RunLog
 from gspo_megatron.trainer import failure_dump, response_advantages
 from gspo_megatron.trainer.batches import Batcher, MiniBatch, ScoredMicroBatch, TrainingMicroBatch, charge_divergence
+from gspo_megatron.trainer.critic_advantages import with_critic_advantages
 from gspo_megatron.trainer.failure_dump import TrainedUpdate, write_dump
 from gspo_megatron.trainer.metric_sums import TOKEN_ENTROPY, count_left_out, reduce_sums, zero_sums
 from gspo_megatron.trainer.old_policy import OldPolicy
@@ -171,7 +172,10 @@ class Trainer:
     def assign_advantages(
         self, refs: Sequence[SampleRef], minibatches: Sequence[MiniBatch[ScoredMicroBatch]]
     ) -> list[MiniBatch[TrainingMicroBatch]]:
-        """Give every sequence its group advantage; whole groups count, whatever was left out of training."""
+        """Give every sequence its group advantage, or every token its critic's.
+
+        Whole groups count, whatever was left out of training.
+        """
         spec = self.spec
         self.log.add(response_advantages.reward_metrics(self.recipe, refs))
         shaped = response_advantages.shaped_rewards(self.recipe, spec, refs)
@@ -180,6 +184,8 @@ class Trainer:
             charges = torch.tensor([charged.get((r.prompt_index, r.sample_index), 0.0) for r in refs]).double()
             shaped = shaped - charges
             self.log.add({"reference_charge": float(charges.mean())})
+        if spec.has_critic:
+            return with_critic_advantages(spec, minibatches, dict(zip(refs, shaped.tolist(), strict=True)), self.policy)
         advantages = response_advantages.advantages_of(spec, refs, shaped)
         return [one.with_advantages(advantages) for one in minibatches]
 
@@ -190,22 +196,25 @@ class Trainer:
             This rank's metric sums over its micro-batches; None on a rank that counts nothing.
         """
         self.updates += 1
-        lr = self.recipe.optimizer.learning_rate(self.updates, self.recipe.total_updates)
+        each, total = self.recipe.batch.updates, self.recipe.total_updates
+        lr, critic_lr = self.recipe.critic.learning_rates(self.recipe.optimizer, self.updates, total, each)
         logprobs: list[Tensor] = []
         clipped: list[Tensor] = []
-        self._trained_on.append(TrainedUpdate(self.updates, minibatch, logprobs, clipped))
+        values: list[Tensor] = []
+        self._trained_on.append(TrainedUpdate(self.updates, minibatch, logprobs, clipped, values))
         batches = [micro.batch for micro in minibatch.micro_batches]
         routes = [micro.routes for micro in minibatch.micro_batches]
         fresh = [index for index, micro in enumerate(minibatch.micro_batches) if not micro.is_routed]
         with self.log.time("train"):
             sums, norm, taken = self.policy.train(
                 batches,
-                make_loss(self.spec, minibatch, logprobs, clipped),
+                make_loss(self.spec, minibatch, logprobs, clipped, values),
                 lr,
                 routes=routes,
                 replays=self.spec.replay != "off",
                 records=bool(fresh),
                 skips=self.recipe.skips_clipped,
+                critic_lr=critic_lr,
             )
         if fresh:
             self.routers.add_load(batches, self.policy.routing.recorded(len(batches)))

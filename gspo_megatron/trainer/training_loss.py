@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ def make_loss(
     minibatch: MiniBatch[TrainingMicroBatch],
     logprobs: list[Tensor],
     clipped: list[Tensor],
+    values: list[Tensor],
 ) -> LossFunction:
     """The loss of one mini-batch.
 
@@ -25,28 +28,34 @@ def make_loss(
         minibatch: what is trained on.
         logprobs: gets the current log-probs [T_local] of each micro-batch, in order.
         clipped: gets `LossOutput.clipped` of each.
+        values: gets the current values [T_local] of each, where there is a critic.
     """
 
     def loss(batch: MicroBatch, scored: Scored, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         micro = minibatch.micro_batches[index]
         now = scored.logprobs.detach()
         logprobs.append(now)
-        old = minibatch.old_logprobs(index, now)
-        finite = torch.isfinite(scored.logprobs) | ~batch.loss_mask
-        if old is not None:
-            finite = finite & (torch.isfinite(old) | ~batch.loss_mask)
-            old = torch.where(finite, old, 0.0)
+        read: dict[str, Tensor | None] = {
+            "logprobs": scored.logprobs, "old_logprobs": minibatch.old_logprobs(index, now),
+        }  # fmt: skip
+        if spec.has_critic:
+            assert scored.values is not None and micro.old is not None
+            values.append(scored.values.detach())
+            read |= {"values": scored.values, "old_values": micro.old.values, "returns": micro.returns}
+            read["advantages"] = micro.advantages
+        finite = torch.ones_like(batch.loss_mask)
+        for numbers in read.values():
+            finite = finite if numbers is None else finite & (torch.isfinite(numbers) | ~batch.loss_mask)
+        kept = {name: None if found is None else torch.where(finite, found, 0.0) for name, found in read.items()}
         inputs = LossInputs(
-            logprobs=torch.where(finite, scored.logprobs, 0.0),
-            old_logprobs=old,
+            **{"advantages": micro.advantages, **cast("dict[str, Any]", kept)},
             rollout_logprobs=batch.rollout_logprobs,
             reference_logprobs=None if micro.reference is None else micro.reference.logprobs,
-            advantages=micro.advantages,
             loss_mask=batch.loss_mask,
             cu_seqlens=batch.cu_seqlens,
             totals=minibatch.totals,
             staleness=minibatch.staleness(index, spec),
-            token_advantages=False,
+            token_advantages=spec.has_critic,
         )
         out = policy_loss(spec, inputs, batch.share.sum)
         clipped.append(out.clipped)

@@ -114,7 +114,7 @@ def gather(policy: Policy) -> State:
 
     def of_kind(kind: str) -> Callable[[torch.nn.Parameter], Tensor]:
         wholes = {}
-        for entry, weight in policy.weights.parameters.values():
+        for entry, weight in policy.weights.trained():
             whole = torch.zeros(weight.numel(), dtype=torch.float32)
             run = runs.get(id(weight))
             if run is not None:
@@ -125,10 +125,16 @@ def gather(policy: Policy) -> State:
             wholes[id(weight)] = whole.view(weight.shape)
         return lambda parameter: wholes[id(parameter)]
 
-    state = {"value": dict(policy.export())}
-    for kind in ("main", *MOMENTS):
-        state[kind] = dict(policy.weights.export(2**20, of_kind(kind)))
+    kinds = {"value": torch.Tensor.detach, **{kind: of_kind(kind) for kind in ("main", *MOMENTS)}}
+    state = {kind: dict(policy.weights.export(2**20, of)) | of_the_head(policy, of) for kind, of in kinds.items()}
     return {kind: {name: tensor.clone() for name, tensor in tensors.items()} for kind, tensors in state.items()}
+
+
+def of_the_head(policy: Policy, of: Callable[[torch.nn.Parameter], Tensor]) -> dict[str, Tensor]:
+    """The same of the value head, where there is one."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, {name: of(weight).clone() for name, (_, weight) in policy.weights.critic.items()})
+    return {name: tensor for part in gathered for name, tensor in part.items()}
 
 
 def replicas(policy: Policy, expert: bool) -> Any:
@@ -148,7 +154,9 @@ def train(policy: Policy, steps: int) -> float:
     batches = policy.place([collate([samples[i] for i in members], policy.layout.pad_multiple) for members in mine])
 
     def loss(batch: MicroBatch, scored: Scored, _: int) -> tuple[Tensor, dict[str, Tensor]]:
-        return -torch.where(batch.loss_mask, scored.logprobs, 0.0).sum() / 48, {}
+        # A value head learns something, too.
+        wanted = scored.logprobs if scored.values is None else scored.logprobs - (scored.values - 1).square()
+        return -torch.where(batch.loss_mask, wanted, 0.0).sum() / 48, {}
 
     return [policy.train(batches, loss, 1e-3)[1] for _ in range(steps)][-1]
 

@@ -257,7 +257,7 @@ def install() -> None:
     # Its own choice where neither cuDNN nor flash-attention is there: attention written in torch.
     attention._get_fused_attn_backend = lambda **_: (int(nothing), "no GPU")
     autotuner.Autotuner._bench = lambda *_, **__: [0.0, 0.0, 0.0]
-    head._product = lambda left, right, wide: multiply(left, right).to(wide)
+    head.wide_product = lambda left, right, wide: multiply(left, right).to(wide)
     _show_gpu()
 
 

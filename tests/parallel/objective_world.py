@@ -91,7 +91,11 @@ def run_case(case: Case, layout: str, rank: int, world: int) -> dict[str, Any]:
     losses, outputs = [], []
     for indices in microbatches:
         inputs = loss_inputs(
-            [rows[i] for i in indices], totals_of(rows), context, rank if context > 1 else 0, case.token_advantages
+            [rows[i] for i in indices],
+            totals_of(rows),
+            context,
+            rank if context > 1 else 0,
+            case.token_advantages or case.spec.has_critic,
         )
         out = policy_loss(case.spec, inputs, add) if context > 1 else policy_loss(case.spec, inputs)
         losses.append(out.loss.double())

@@ -23,6 +23,14 @@ OVERRIDES = {
     "TP2_PP2_qwen2": [*QWEN2, "trainer.tensor_parallel=2", "trainer.pipeline_parallel=2"],
     "TP4_qwen2": [*QWEN2, "trainer.tensor_parallel=4"],
     "DP4_bf16": ["model.dtype=bfloat16"],
+    **{
+        f"{name}_ppo": ["objective.preset=ppo", *(f"trainer.{word}" for word in words)]
+        for name, words in {
+            "TP2_PP2": ("tensor_parallel=2", "pipeline_parallel=2"),
+            "CP2_EP2": ("context_parallel=2", "expert_parallel=2"),
+            "PP2_VPP2": ("pipeline_parallel=2", "virtual_pipeline=2"),
+        }.items()
+    },
     "TP2_EP2_bf16": ["trainer.tensor_parallel=2", "trainer.expert_parallel=2", "model.dtype=bfloat16"],
 }
 SPREAD = "_spread"
@@ -41,6 +49,9 @@ PAIRS = [
     ("CP2_EP2_spread", "TP2_ETP2_spread"),
     ("TP2_PP2_qwen2", "TP4_qwen2"),
     ("TP4_qwen2", "TP2_PP2_qwen2"),
+    ("TP2_PP2_ppo", "TP2_PP2_ppo"),
+    ("TP2_PP2_ppo", "CP2_EP2_ppo_spread"),
+    ("CP2_EP2_ppo_spread", "PP2_VPP2_ppo"),
     ("DP4_bf16", "DP4_bf16"),
     ("TP2_EP2_bf16_spread", "DP4_bf16"),
     ("DP4_bf16", "TP2_EP2_bf16_spread"),

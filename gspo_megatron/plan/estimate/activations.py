@@ -117,3 +117,9 @@ def head_bytes(shape: Shape, chunk: int) -> int:
     logits = 3 * min(chunk, shape.tokens) * rows * 4
     gradient = rows * arch.hidden_size * (4 + (shape.element if shape.element < 4 else 0))
     return int(states + logits + gradient)
+
+
+def value_bytes(shape: Shape) -> int:
+    """The value head: the states that it keeps apart from the log-prob head's and their gradient, and its values."""
+    states = 2 * shape.tokens / shape.layout.tensor * shape.arch.hidden_size * shape.element
+    return int(states + 2 * 4 * shape.tokens)

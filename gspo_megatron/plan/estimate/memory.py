@@ -12,7 +12,7 @@ from gspo_megatron.cluster.machines import Machine
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.models import architecture_of
-from gspo_megatron.models.hf_table import Parameter, local_parameters
+from gspo_megatron.models.hf_table import Parameter, critic_parameters, local_parameters
 from gspo_megatron.parallel import Coordinates, Layout, round_up
 from gspo_megatron.plan.estimate import activations, flops
 from gspo_megatron.plan.estimate.batch import BatchPlan
@@ -91,18 +91,20 @@ class Held:
         )
 
 
-def held_by(arch: Architecture, layout: Layout, stage: int) -> tuple[Held, ...]:
-    """Return what the first rank of a stage holds, one entry per model chunk."""
+def held_by(arch: Architecture, layout: Layout, stage: int, critic: bool = False) -> tuple[Held, ...]:
+    """Return what the first rank of a stage holds, one entry per model chunk; `critic`: with a value head."""
     # All layers are equal, and so are all middle stages: one entry of the cache serves them.
     stage = 1 if 0 < stage < layout.pipeline - 1 else stage
-    return _held_by(flops.as_key(arch), replace(layout, world=0, context=1), stage)  # pyright: ignore[reportArgumentType]  a frozen model is hashable
+    return _held_by(flops.as_key(arch), replace(layout, world=0, context=1), stage, critic)  # pyright: ignore[reportArgumentType]  a frozen model is hashable
 
 
 @lru_cache(maxsize=4096)
-def _held_by(key: str, layout: Layout, stage: int) -> tuple[Held, ...]:
+def _held_by(key: str, layout: Layout, stage: int, critic: bool) -> tuple[Held, ...]:
     arch = architecture_of(json.loads(key))
     at = Coordinates(tensor=0, context=0, data=0, pipeline=stage, expert_tensor=0, expert=0, expert_data=0)
-    return tuple(Held.of(local_parameters(arch, layout, at, chunk)) for chunk in range(layout.virtual))
+    tables = (local_parameters, critic_parameters) if critic else (local_parameters,)
+    chunks = range(layout.virtual)
+    return tuple(Held.of([p for table in tables for p in table(arch, layout, at, chunk)]) for chunk in chunks)
 
 
 def exact_bytes(
@@ -164,7 +166,7 @@ def stage_memory(recipe: Recipe, layout: Layout, batch: BatchPlan, machine: Mach
     distributed = recipe.trainer.distributed_optimizer and not machine.is_cpu
     found = []
     for stage, layers in enumerate(layout.stage_sizes(arch.num_hidden_layers)):
-        chunks = held_by(arch, layout, stage)
+        chunks = held_by(arch, layout, stage, recipe.objective.has_critic)
         shape = activations.Shape.of(recipe, arch, layout)
         offloads = recipe.trainer.offload_activations
         found.append(
@@ -190,6 +192,8 @@ def _estimate(
     if stage == layout.pipeline - 1:
         # The head is done with before the first layer goes back: the fuller of the two moments counts.
         head = activations.head_bytes(shape, recipe.trainer.head_chunk_tokens)
+        if recipe.objective.has_critic:
+            head += activations.value_bytes(shape)
         all_saved = activations.layers_in_flight(layout, batch, stage, layers) * shape.kept_bytes
         if all_saved + head > saved + shape.peak_bytes:
             moving, saved = {"head": head}, all_saved

@@ -130,7 +130,7 @@ def update_seconds(
         backward: seconds of a micro-batch, behind which an overlapped reduction hides.
     """
     practice = practice or practice_of(recipe)
-    held = held_by(recipe.arch, layout, 0)
+    held = held_by(recipe.arch, layout, 0, recipe.objective.has_critic)
     inside = {span.name: span.inside_node for span in spans(layout, machine.domain)}
     kinds = (
         (sum(sum(chunk.dense) for chunk in held), layout.data * layout.context, inside["data"] and inside["context"]),

@@ -28,6 +28,7 @@ def findings(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[F
     yield from _lengths(recipe)
     yield from _steps(recipe)
     yield from _optimizer(recipe)
+    yield from _critic(recipe)
     yield from _unread(recipe, machine)
     yield from _directories(recipe, machine)
 
@@ -151,6 +152,23 @@ def _optimizer(recipe: Recipe) -> Iterator[Finding]:
             "no-export-in-between", "warning", "checkpoint.export_every",
             f"{exports} is above trainer.max_steps={steps}: no model is exported before the end",
             f"set it to {steps} or less, or to 0",
+        )  # fmt: skip
+
+
+def _critic(recipe: Recipe) -> Iterator[Finding]:
+    critic, steps = recipe.critic, recipe.trainer.max_steps
+    for key in () if recipe.objective.has_critic else type(critic).model_fields:
+        if getattr(critic, key) != type(critic).model_fields[key].default:
+            yield Finding(
+                "critic-inert", "error", f"critic.{key}",
+                f"{getattr(critic, key)} has no effect: objective.advantage={recipe.objective.advantage} has no critic",
+                "remove it, or set objective.preset=ppo",
+            )  # fmt: skip
+    if recipe.objective.has_critic and 0 < steps <= critic.warmup_steps:
+        yield Finding(
+            "critic-warmup-only", "error", "critic.warmup_steps",
+            f"{critic.warmup_steps} of trainer.max_steps={steps}: the policy never learns",
+            "shorten it to a tenth of the run, or raise trainer.max_steps",
         )  # fmt: skip
 
 

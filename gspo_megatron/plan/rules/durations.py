@@ -40,7 +40,7 @@ def findings(
 
 def _replicated_states(recipe: Recipe, arch: Architecture, layout: Layout) -> Finding:
     """Optimizer states that every replica holds. Experts have fewer replicas than the rest."""
-    held, element = held_by(arch, layout, 0), ITEM_BYTES[recipe.model.dtype]
+    held, element = held_by(arch, layout, 0, recipe.objective.has_critic), ITEM_BYTES[recipe.model.dtype]
     whole, cut = (
         sum(size for name, size in exact_bytes(held, layout, element, on, on_cpu=False).items() if "optimizer" in name)
         for on in (False, True)

@@ -14,7 +14,7 @@ PRODUCT_LENGTH = 256
 """Tokens up to which a product of token weights is usable. At 1.5e-3 nats per token its log is -0.4 there."""
 _BANDED = ("clip", "dual_clip", "mask")
 _TOKEN_WEIGHTS = ("tis", "mis", "icepop")
-_NORMALISED = ("std", "batch", "batch_std")
+_NORMALISED = ("std", "batch", "batch_std", "gae")
 
 
 def findings(
@@ -33,7 +33,7 @@ def findings(
         max_answer_tokens: response limit, tokens.
     """
     found = [*_ratio(spec, updates, max_answer_tokens), *_correction(spec, max_answer_tokens), *_kl(spec)]
-    found += [*_lengths(spec, max_answer_tokens), *_groups(spec, answers), *_inert(spec)]
+    found += [*_lengths(spec, max_answer_tokens), *_groups(spec, answers), *_critic(spec), *_inert(spec)]
     return found
 
 
@@ -206,7 +206,7 @@ def _lengths(spec: ObjectiveSpec, max_answer_tokens: int | None) -> Iterator[Fin
 
 
 def _groups(spec: ObjectiveSpec, answers: int | None) -> Iterator[Finding]:
-    if answers == 1 and spec.advantage != "batch":
+    if answers == 1 and spec.advantage not in ("batch", "gae"):
         yield Finding(
             "group-of-one", "error", "batch.answers",
             f"with 1 response per prompt advantage={spec.advantage} compares nothing: every advantage is 0",
@@ -221,6 +221,21 @@ def _groups(spec: ObjectiveSpec, answers: int | None) -> Iterator[Finding]:
         )  # fmt: skip
 
 
+def _critic(spec: ObjectiveSpec) -> Iterator[Finding]:
+    if spec.has_critic and spec.ratio_level == "sequence":
+        yield _say(
+            "critic-with-sequence-ratio", "error", "advantage",
+            "gae gives one advantage a token, and ratio_level=sequence takes one a response",
+            "use ratio_level=token (ppo) or sequence_token (gspo_token)",
+        )  # fmt: skip
+    if spec.has_critic and "opsm" in spec.correction:
+        yield _say(
+            "critic-with-opsm", "error", "correction",
+            "opsm drops a response by the sign of its advantage, and advantage=gae gives one a token",
+            "use veto, geometric_mask or trust_region_mask",
+        )  # fmt: skip
+
+
 def _own(spec: ObjectiveSpec) -> bool:
     return ":" in spec.trust
 
@@ -228,6 +243,10 @@ def _own(spec: ObjectiveSpec) -> bool:
 _READ_WHEN: dict[str, Callable[[ObjectiveSpec], bool]] = {
     "advantage_ddof": lambda s: s.advantage in _NORMALISED,
     "advantage_eps": lambda s: s.advantage in _NORMALISED,
+    "gae_discount": lambda s: s.has_critic,
+    "gae_decay": lambda s: s.has_critic,
+    "value_clip": lambda s: s.has_critic,
+    "value_coefficient": lambda s: s.has_critic,
     "clip_low": lambda s: s.trust in (*_BANDED, "log_clip") or _own(s),
     "clip_high": lambda s: s.trust in (*_BANDED, "log_clip") or _own(s),
     "dual_clip_bound": lambda s: s.trust == "dual_clip" or _own(s),

@@ -89,7 +89,7 @@ def host_bytes(
     # A copy from which a thread writes; the buffer is kept for the next checkpoint.
     found = {"copy for checkpoints": ranks * max(pinned_bytes(_sum(stage, "optimizer")) for stage in stages)}
     if recipe.objective.kl != "none":
-        chunks = held_by(arch, layout_of(recipe.trainer, machine.ranks), 0)
+        chunks = held_by(arch, layout_of(recipe.trainer, machine.ranks), 0, recipe.objective.has_critic)
         sizes = [size * ITEM_BYTES[recipe.model.dtype] for chunk in chunks for size in (*chunk.dense, *chunk.expert)]
         found["reference weights"] = ranks * sum(map(pinned_bytes, sizes))
     if recipe.trainer.offload_activations:

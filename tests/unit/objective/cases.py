@@ -37,6 +37,7 @@ PRESET_NAMES = (
     "reinforce_pp_baseline",
     "minpro",
     "minirl",
+    "ppo",
 )
 
 
@@ -61,7 +62,13 @@ def as_answers(
         base = torch.full((len(row),), old, dtype=torch.float64)
         per_token = list(advantage) if isinstance(advantage, Sequence) else [advantage] * len(row)
         current = base + torch.tensor(row, dtype=torch.float64)
-        answers.append(Response(current, base, torch.tensor(per_token, dtype=torch.float64), sampler=base.clone()))
+        advantages_of_tokens = torch.tensor(per_token, dtype=torch.float64)
+        zero = torch.zeros_like(base)
+        answers.append(
+            Response(
+                current, base, advantages_of_tokens, sampler=base.clone(), value=zero, old_value=zero, returns=zero
+            )
+        )
     return answers
 
 
@@ -83,6 +90,9 @@ def random_answers(
             advantage = torch.randn((), generator=draw, dtype=torch.float64).expand(length).clone()
         logp = old + shift + wiggle - wiggle.mean()
         answers.append(Response(logp, old, advantage, sampler=old - gap, reference=old + gap.flip(0) / 2))
+    for answer in answers:
+        answer.old_value, move, answer.returns = torch.randn(3, answer.length, generator=draw, dtype=torch.float64)
+        answer.value = answer.old_value + move / 4
     return answers
 
 
@@ -99,6 +109,8 @@ class Row:
     garbage: float = float("nan")
     staleness: Tensor | None = None
     """[n] weight versions since each trained token."""
+    value: Tensor | None = None
+    """[n] the critic's values, a leaf."""
 
     def full(self, values: Tensor) -> Tensor:
         """[n] -> [length], garbage at untrained positions."""
@@ -124,7 +136,8 @@ def as_rows(
         extra = 0 if seed is None else int(torch.randint(0, 7, (), generator=draw))
         order = torch.randperm(answer.length + extra, generator=draw)[: answer.length].sort().values
         leaf = answer.logp.detach().to(dtype).requires_grad_()
-        rows.append(Row(answer, leaf, order.tolist(), answer.length + extra, garbage))
+        value = None if answer.value is None else answer.value.detach().to(dtype).requires_grad_()
+        rows.append(Row(answer, leaf, order.tolist(), answer.length + extra, garbage, value=value))
     return rows
 
 
@@ -192,6 +205,11 @@ def loss_inputs(
         if rows and all(row.staleness is not None for row in rows)
         else None,
         token_advantages=token_advantages,
+        **{
+            name: packed([row.value if name == "values" else getattr(row.answer, field) for row in rows])
+            for name, field in (("values", "value"), ("old_values", "old_value"), ("returns", "returns"))
+            if all(row.value is not None for row in rows)
+        },
     )
 
 
@@ -211,7 +229,9 @@ def engine(
         outputs += over_context(
             layout.context,
             lambda rank, add, part=part: policy_loss(
-                spec, loss_inputs(part, totals, layout.context, rank, layout.token_advantages), add
+                spec,
+                loss_inputs(part, totals, layout.context, rank, layout.token_advantages or spec.has_critic),
+                add,
             ),
         )
     loss = torch.stack([out.loss.double() for out in outputs]).sum()

@@ -22,7 +22,7 @@ B = FIXTURES["B"]
 TESTED_ENTRIES = {
     "A", "A2", "B", "Bside", "C", "H", "GAE", "overlong", "token_table", "GMPO_A1", "GMPO_A-1", "agg", "mismatch",
     "partial", "router", "vespo", "rfpp_baseline", "temperature", "logits_fixture", "opsm", "luspo_B", "sapo_B",
-    "cispo_B_cap1.3_logpold-1_tokenmean", "dapo_B", "drgrpo_B_L5",
+    "cispo_B_cap1.3_logpold-1_tokenmean", "dapo_B", "drgrpo_B_L5", "PPO",
 }  # fmt: skip
 
 

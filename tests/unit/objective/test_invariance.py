@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
@@ -113,7 +114,7 @@ def test_main_fixture_in_every_split(split: list[list[int]], context: int) -> No
 @pytest.mark.parametrize("name", PRESET_NAMES)
 def test_fully_masked_sequences_do_not_count(name: str) -> None:
     answers = random_answers(4)
-    empty = reference.Response(*(torch.empty(0, dtype=torch.float64) for _ in range(5)))
+    empty = reference.Response(*(torch.empty(0, dtype=torch.float64) for _ in fields(reference.Response)))
     alone = engine(preset(name), as_rows(answers))
     mixed = engine(preset(name), as_rows([empty, *answers[:3], empty, *answers[3:], empty], seed=2))
     assert mixed[0] == pytest.approx(alone[0], abs=1e-13)
@@ -129,18 +130,19 @@ def test_sequences_of_one_token() -> None:
     assert_same(got_grads, grads, 1e-13)
 
 
-def empty_inputs(num_sequences: int) -> LossInputs:
+def empty_inputs(num_sequences: int, critic: bool = False) -> LossInputs:
+    nothing = torch.empty(0)
     return LossInputs(
-        torch.empty(0, requires_grad=True), torch.empty(0), torch.zeros(num_sequences),
+        torch.empty(0, requires_grad=True), nothing, nothing if critic else torch.zeros(num_sequences),
         torch.empty(0, dtype=torch.bool), torch.zeros(num_sequences + 1, dtype=torch.int32), BatchTotals(4, 9),
-        torch.empty(0),
+        nothing, values=nothing, old_values=nothing, returns=nothing, token_advantages=critic,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("num_sequences", [0, 3])
 @pytest.mark.parametrize("name", PRESET_NAMES)
 def test_a_rank_with_nothing_has_a_loss_of_zero_with_a_graph(name: str, num_sequences: int) -> None:
-    inputs = empty_inputs(num_sequences)
+    inputs = empty_inputs(num_sequences, preset(name).has_critic)
     out = policy_loss(preset(name), inputs)
     assert out.loss.item() == 0 and out.loss.requires_grad
     out.loss.backward()

@@ -33,7 +33,7 @@ def test_gspo_is_written_out_and_is_the_default_of_every_axis() -> None:
     assert ObjectiveSpec().model_dump() == written
     numbers = {"dual_clip_bound", "ratio_cap", "tau_positive", "tau_negative", "options", "tis_cap", "mask_low"}
     numbers |= {"mask_high", "geometric_low", "geometric_high", "opsm_delta", "veto_below", "aggregation_length"}
-    numbers |= {"trust_region_delta"}
+    numbers |= {"trust_region_delta", "gae_discount", "gae_decay", "value_clip", "value_coefficient"}
     numbers |= {"kl_in", "kl_coefficient", "overlong_buffer", "name"}
     assert written.keys() == row.keys() | numbers and not row.keys() & numbers
 
@@ -100,6 +100,10 @@ def test_two_objectives_have_two_sentences() -> None:
         "advantage": "mean",
         "advantage_ddof": 1,
         "advantage_eps": 0.1,
+        "gae_discount": 0.9,
+        "gae_decay": 0.9,
+        "value_clip": 9.0,
+        "value_coefficient": 9.0,
         "ratio_level": "token",
         "ratio_reference": "interpolated",
         "ratio_prefix": "minimum",
@@ -132,6 +136,7 @@ def test_two_objectives_have_two_sentences() -> None:
     }
     assert set(moved) == set(Axes.model_fields)
     readers: dict[str, dict[str, Any]] = {
+        **{axis: {"advantage": "gae"} for axis in ("gae_discount", "gae_decay", "value_clip", "value_coefficient")},
         "dual_clip_bound": {"trust": "dual_clip"},
         "ratio_cap": {"trust": "detached_clip"},
         "tau_positive": {"trust": "soft_gate"},
@@ -182,6 +187,9 @@ def test_two_objectives_have_two_sentences() -> None:
         ("dapo", {"overlong": "soft"}, {}, "overlong-buffer-missing"),
         ("dapo", {"overlong": "soft", "overlong_buffer": 9999}, {}, "overlong-buffer-too-long"),
         ("gspo", {}, {"answers": 1}, "group-of-one"),
+        ("gspo", {"advantage": "gae"}, {}, "critic-with-sequence-ratio"),
+        ("gspo_token", {"advantage": "gae", "correction": ["opsm"]}, {}, "critic-with-opsm"),
+        ("gspo", {"value_clip": 0.1}, {}, "objective-key-inert"),
         ("gspo", {"advantage": "maxrl", "overlong": "soft", "overlong_buffer": 20}, {}, "rewards-below-zero"),
         (
             "gspo",
