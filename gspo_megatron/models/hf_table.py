@@ -15,7 +15,8 @@ from gspo_megatron.models.registry import family_of
 from gspo_megatron.models.trainer_cuts import Parameter, Piece, cut_rows, whole
 from gspo_megatron.parallel import Coordinates, Layout
 
-__all__ = ["Parameter", "Piece", "count_parameters", "critic_parameters", "hf_shapes", "local_parameters"]
+__all__ = ["Parameter", "Piece", "count_parameters", "critic_parameters", "hf_shapes", "local_parameters",
+           "trained_parameters"]  # fmt: skip
 
 VALUE_HEAD = "value_head.weight"
 """Of a critic, the same in the trainer's and in the table's words: it is in no Hugging Face checkpoint."""
@@ -65,3 +66,11 @@ def critic_parameters(arch: Architecture, layout: Layout, at: Coordinates, chunk
     """What a critic adds to one model chunk of that rank: the value head beside the last layer, whole on every rank."""
     holds = arch.num_hidden_layers - 1 in layout.layers(arch.num_hidden_layers, at.pipeline, chunk)
     return [whole(VALUE_HEAD, VALUE_HEAD, (arch.hidden_size,))] if holds else []
+
+
+def trained_parameters(
+    arch: Architecture, layout: Layout, at: Coordinates, chunk: int = 0, critic: bool = True
+) -> list[Parameter]:
+    """Everything of one model chunk that the rank at these coordinates trains, in the order of the model."""
+    added = critic_parameters(arch, layout, at, chunk) if critic else []
+    return [*local_parameters(arch, layout, at, chunk), *added]

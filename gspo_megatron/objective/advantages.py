@@ -111,23 +111,25 @@ def normalize_tokens(
     sum_over_ranks: Callable[[Tensor], Tensor],
     ddof: int = 0,
     eps: float = 0.0,
+    counts: bool = True,
 ) -> list[Tensor]:
     """(A - mean) / (std + eps) over the trained tokens of a whole rollout batch, 0 at untrained ones.
 
     Args:
         advantages: [T] float64 of each micro-batch of this rank.
-        loss_masks: [T] bool of each: the tokens that this rank counts.
+        loss_masks: [T] bool of each.
         sum_over_ranks: adds a float64 tensor over all ranks.
         ddof: degrees of freedom taken off in the std.
         eps: added to the std.
+        counts: whether this rank adds its tokens: one of those that hold the same ones does.
     """
     nothing = torch.zeros(1, dtype=torch.float64, device=loss_masks[0].device if loss_masks else None)
     kept = [torch.where(mask, one, 0.0) for one, mask in zip(advantages, loss_masks, strict=True)]
     count = sum((mask.sum(dtype=torch.float64) for mask in loss_masks), nothing)
-    count, total = sum_over_ranks(torch.cat([count, sum((one.sum() for one in kept), nothing)])).split(1)
+    count, total = sum_over_ranks(torch.cat([count, sum((one.sum() for one in kept), nothing)]) * counts).split(1)
     mean = total / count.clamp(min=1)
     centered = [torch.where(mask, one - mean, 0.0) for one, mask in zip(kept, loss_masks, strict=True)]
-    square = sum_over_ranks(sum((one.square().sum() for one in centered), nothing))
+    square = sum_over_ranks(sum((one.square().sum() for one in centered), nothing) * counts)
     std = (square / (count - ddof).clamp(min=1)).sqrt()
     # Equal advantages have a rounded mean and with it a std of 1e-16 of it.
     flat = std <= 1e-12 * mean.abs()

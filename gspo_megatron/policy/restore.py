@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from gspo_megatron.config.model_section import Architecture
-from gspo_megatron.models.hf_table import Parameter, Piece, critic_parameters, local_parameters
+from gspo_megatron.models.hf_table import Parameter, Piece, trained_parameters
 from gspo_megatron.parallel import Layout
 from gspo_megatron.policy.policy import Policy
 from gspo_megatron.policy.snapshot import MOMENTS, RANDOM, VALUE, Stepped, rank_file, restore_random_states, stepped
@@ -30,7 +30,7 @@ class SavedPolicy:
         for rank in range(layout.world):
             at = layout.coordinates(rank)
             for chunk in range(layout.virtual):
-                for entry in [*local_parameters(arch, layout, at, chunk), *critic_parameters(arch, layout, at, chunk)]:
+                for entry in trained_parameters(arch, layout, at, chunk):
                     for piece in entry.pieces:
                         held = self._sources.setdefault(piece.tensor, {})
                         held.setdefault((piece.rows, piece.columns), (entry, piece, []))[2].append(rank)

@@ -23,7 +23,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
-from gspo_megatron.models.hf_table import Parameter, critic_parameters, local_parameters
+from gspo_megatron.models.hf_table import Parameter, trained_parameters
 from gspo_megatron.policy.policy import Policy
 
 VALUE = "value"
@@ -173,8 +173,7 @@ def _written_by_another_tensor_rank(policy: Policy) -> set[str]:
     theirs = {
         entry.name: entry.pieces
         for chunk in range(layout.virtual)
-        for table in (local_parameters, critic_parameters)
-        for entry in table(policy.weights.arch, layout, beside, chunk)
+        for entry in trained_parameters(policy.weights.arch, layout, beside, chunk)
     }
     mine = [entry for entry, _ in policy.weights.trained() if not entry.expert]
     return {entry.name for entry in mine if theirs.get(entry.name) == entry.pieces}

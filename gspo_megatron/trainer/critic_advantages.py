@@ -37,9 +37,9 @@ def with_critic_advantages(
     plain = [_advantages(spec, micro, rewards) for micro in parts]
     # The tensor-parallel ranks of a stage hold the same tokens, and only the last stage has values.
     counts = policy.is_last_stage and policy.at.tensor == 0
-    counted = [micro.batch.loss_mask & counts for micro in parts]
-    moments = normalize_tokens(plain, counted, _sum_over_ranks, spec.advantage_ddof, spec.advantage_eps)
-    ready = iter(zip(parts, plain, moments, strict=True))
+    masks = [micro.batch.loss_mask for micro in parts]
+    normalised = normalize_tokens(plain, masks, _sum_over_ranks, spec.advantage_ddof, spec.advantage_eps, counts)
+    ready = iter(zip(parts, plain, normalised, strict=True))
     return [
         MiniBatch(
             [_ready(*next(ready)) for _ in one.micro_batches], one.totals, one.left_out, one.is_first, one.version

@@ -37,15 +37,17 @@ SEED = 3
 LR, HEAD_LR = 1e-3, 1e-2
 HEAD = "value_head.weight"
 Shift = Callable[[SampleRef], Tensor]
+Place = tuple[int, int]
+"""Prompt and sample of a response."""
 
 
 @dataclass
 class Oracle:
     """What one update must give."""
 
-    values: dict[SampleRef, Tensor]
+    values: dict[Place, Tensor]
     """[n] of every response before any update."""
-    advantages: dict[SampleRef, Tensor]
+    advantages: dict[Place, Tensor]
     """[n] after normalisation."""
     loss: float
     gradients: dict[str, Tensor]
@@ -80,9 +82,11 @@ def run_case(directory: Path, case: dict[str, Any], oracles: dict[str, Oracle], 
         trainer = Trainer(recipe, directory, policy, None, log)
         policy.start_optimizer(OptimizerSettings(LR, (0.9, 0.95), 1e-8, 0.1, clip_grad=0.0))
         refs = references(trainer, REWARDS["live"])
-        key = " ".join(word for word in case["overrides"] if not word.startswith("trainer."))
+        key = " ".join(word for word in case["overrides"] if not word.startswith(("trainer.", "critic.warmup")))
         if key not in oracles:
-            oracles[key] = make_oracle(recipe, trainer, refs)
+            made = [make_oracle(recipe, trainer, refs) if dist.get_rank() == 0 else None]
+            dist.broadcast_object_list(made, src=0)
+            (oracles[key],) = [one for one in made if one is not None]
         wanted = oracles[key]
         scored = trainer.score_old_policy(refs)
         first, second = trainer.assign_advantages(refs, scored)
@@ -93,7 +97,6 @@ def run_case(directory: Path, case: dict[str, Any], oracles: dict[str, Oracle], 
         sums = [trainer.update(plant(first))]
         reduced = reduce_sums(sums, trainer._zero_sums)
         after = weights_of(policy)
-        trainer.update(second)
     if dist.get_rank():
         return {}
     return {
@@ -107,7 +110,6 @@ def run_case(directory: Path, case: dict[str, Any], oracles: dict[str, Oracle], 
         "clipped": float(reduced[0]["value_clipped"]),
         "moved": {name for name, tensor in after.items() if not torch.equal(tensor, before[name])},
         "exported": set(after) - {HEAD} == set(hf_shapes(recipe.arch)),
-        "row": log.row(),
     }
 
 
@@ -157,11 +159,15 @@ def make_oracle(recipe: Recipe, trainer: Trainer, refs: Sequence[SampleRef]) -> 
     loss.backward()
     assert weight.grad is not None
     return Oracle(
-        {ref: answer.value.detach() for ref, answer in answers.items() if answer.value is not None},
-        {ref: answer.advantage for ref, answer in answers.items()},
+        {place(ref): answer.value.detach() for ref, answer in answers.items() if answer.value is not None},
+        {place(ref): answer.advantage for ref, answer in answers.items()},
         loss.item(),
         {**gradients(arch, hf), HEAD: weight.grad},
     )
+
+
+def place(ref: SampleRef) -> Place:
+    return ref.prompt_index, ref.sample_index
 
 
 def spread(batch: MicroBatch, refs: Sequence[SampleRef], of: Shift) -> tuple[Tensor, Tensor]:
@@ -169,8 +175,9 @@ def spread(batch: MicroBatch, refs: Sequence[SampleRef], of: Shift) -> tuple[Ten
     starts = batch.params.cu_seqlens_q.tolist()
     whole, held = torch.zeros(starts[-1], dtype=torch.float64), torch.zeros(starts[-1], dtype=torch.bool)
     for ref, start in zip(refs, starts, strict=False):
-        place = slice(start + ref.prompt_length - 1, start + ref.prompt_length - 1 + ref.answer_length)
-        whole[place], held[place] = of(ref), True
+        first = start + ref.prompt_length - 1  # the last token of the prompt predicts the first of the response
+        whole[first : first + ref.answer_length] = of(ref)
+        held[first : first + ref.answer_length] = True
     return whole[batch.indices], held[batch.indices]
 
 
@@ -197,12 +204,12 @@ def largest_gap(
     first: MiniBatch[TrainingMicroBatch],
     second: MiniBatch[TrainingMicroBatch],
     found: Callable[[TrainingMicroBatch], Tensor],
-    wanted: dict[SampleRef, Tensor],
+    wanted: dict[Place, Tensor],
 ) -> float:
     """The largest absolute difference at a token of a response, over all ranks."""
     gap, count = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
     for micro in [*first.micro_batches, *second.micro_batches] if policy.is_last_stage else []:
-        numbers, held = spread(micro.batch, micro.refs, lambda ref: wanted[ref])
+        numbers, held = spread(micro.batch, micro.refs, lambda ref: wanted[place(ref)])
         gap = torch.maximum(gap, torch.where(held, (found(micro) - numbers).abs(), 0.0).max())
         count += held.sum() * (policy.at.tensor == 0)
     dist.all_reduce(gap, dist.ReduceOp.MAX)

@@ -9,34 +9,29 @@ import pytest
 import torch
 
 from tests.parallel.critic_worker import HEAD
-from tests.parallel.test_signal_world import overrides_of
+from tests.parallel.layouts import Row
 from tests.parallel.world import run_world
 
 PPO = ["objective.preset=ppo", "objective.clip_low=null", "objective.clip_high=null", "objective.gae_discount=0.97",
        "objective.gae_decay=0.9", "objective.value_coefficient=0.5"]  # fmt: skip
 DETACHED, WARMUP = "critic.trunk=detached", "critic.warmup_steps=1"
-RECOMPUTE, OVERLAP = "trainer.recompute=full", "trainer.megatron={overlap_grad_reduce: true, bucket_size: 20000}"
 
 
 def case(layout: str, *more: str, double: bool = True) -> dict[str, Any]:
-    return {"overrides": [*PPO, *overrides_of(layout), *more], "double": double}
+    return {"overrides": [*PPO, *Row(4, layout).overrides, *more], "double": double}
 
 
 CASES = {
     "DP4": case(""),
-    "TP4 EP2": case("TP4 EP2"),
-    "TP2 EP2 ETP2": case("TP2 EP2 ETP2"),
+    "TP4 EP2": case("TP4 EP2", WARMUP),
     "CP2 EP4": case("CP2 EP4"),
-    "TP2 CP2 EP2": case("TP2 CP2 EP2"),
-    "PP2 VPP2 EP2": case("PP2 VPP2 EP2"),
-    "TP2 PP2": case("TP2 PP2"),
-    "PP2 CP2, recompute": case("PP2 CP2", RECOMPUTE),
+    "TP2 CP2 EP2 ETP2": case("TP2 CP2 EP2 ETP2"),
+    "PP2 VPP2 EP2": case("PP2 VPP2 EP2", WARMUP),
+    "PP2 CP2 recompute": case("PP2 CP2 recompute"),
     "CP4 dynamic EP2": case("CP4 dynamic EP2"),
     "TP2 CP2 dynamic EP2, detached": case("TP2 CP2 dynamic EP2", DETACHED),
     "TP2 PP2, detached": case("TP2 PP2", DETACHED),
-    "EP2, overlap": case("EP2", OVERLAP),
-    "TP2 EP2, warm-up": case("TP2 EP2", WARMUP),
-    "PP2 EP2, warm-up": case("PP2 EP2", WARMUP),
+    "EP2 overlap": case("EP2 overlap"),
     "TP2 CP2, single": case("TP2 CP2", double=False),
 }
 

@@ -9,7 +9,7 @@ import pytest
 
 from gspo_megatron.cluster.machines import machine_of
 from gspo_megatron.models import load_recipe
-from gspo_megatron.models.hf_table import local_parameters
+from gspo_megatron.models.hf_table import trained_parameters
 from gspo_megatron.models.registry import family_of
 from gspo_megatron.plan.estimate.activations import Shape
 from gspo_megatron.plan.estimate.batch import plan_batch
@@ -44,6 +44,8 @@ TWO_RANKS = {
         "model.architecture.num_experts_per_tok=0",
         "model.architecture.moe_intermediate_size=0",
     ],
+    "PP2 ppo": ["trainer.pipeline_parallel=2", "objective.preset=ppo"],
+    "TP2 ppo bfloat16": ["trainer.tensor_parallel=2", "objective.preset=ppo", "model.dtype=bfloat16"],
     "PP2 tied": ["trainer.pipeline_parallel=2", "model.architecture.tie_word_embeddings=true"],
 }
 FOUR_RANKS = {
@@ -81,7 +83,8 @@ def planned(overrides: list[str], size: int, rank: int) -> dict[str, int]:
     recipe = load_recipe(RECIPE, overrides)
     arch, layout = recipe.arch, layout_of(recipe.trainer, size)
     at = layout.coordinates(rank)
-    chunks = [Held.of(local_parameters(arch, layout, at, chunk)) for chunk in range(layout.virtual)]
+    critic = recipe.objective.has_critic
+    chunks = [Held.of(trained_parameters(arch, layout, at, chunk, critic)) for chunk in range(layout.virtual)]
     found = exact_bytes(chunks, layout, ITEM_BYTES[recipe.model.dtype], distributed=False, on_cpu=True)
     if recipe.model.dtype == "float32" and family_of(arch).megatron_settings(arch).transformer["qk_layernorm"]:
         found["projection"] = Shape(arch, layout, TOKENS, 4, recipe.trainer.recompute).projection_bytes

@@ -12,7 +12,7 @@ from gspo_megatron.cluster.machines import Machine
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.models import architecture_of
-from gspo_megatron.models.hf_table import Parameter, critic_parameters, local_parameters
+from gspo_megatron.models.hf_table import Parameter, trained_parameters
 from gspo_megatron.parallel import Coordinates, Layout, round_up
 from gspo_megatron.plan.estimate import activations, flops
 from gspo_megatron.plan.estimate.batch import BatchPlan
@@ -102,9 +102,7 @@ def held_by(arch: Architecture, layout: Layout, stage: int, critic: bool = False
 def _held_by(key: str, layout: Layout, stage: int, critic: bool) -> tuple[Held, ...]:
     arch = architecture_of(json.loads(key))
     at = Coordinates(tensor=0, context=0, data=0, pipeline=stage, expert_tensor=0, expert=0, expert_data=0)
-    tables = (local_parameters, critic_parameters) if critic else (local_parameters,)
-    chunks = range(layout.virtual)
-    return tuple(Held.of([p for table in tables for p in table(arch, layout, at, chunk)]) for chunk in chunks)
+    return tuple(Held.of(trained_parameters(arch, layout, at, chunk, critic)) for chunk in range(layout.virtual))
 
 
 def exact_bytes(

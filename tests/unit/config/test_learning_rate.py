@@ -70,3 +70,15 @@ def test_the_plan_says_the_schedule_and_what_has_no_effect() -> None:
     assert "final-fraction-inert" in codes
     codes = {finding.code for finding in check(load_recipe(TINY, ["optimizer.schedule=cosine"]), 2)}
     assert not codes & {"final-fraction-inert", "warmup-beyond-run"}
+
+
+def test_in_the_warm_up_of_the_critic_only_its_head_learns() -> None:
+    changes = ["objective.preset=ppo", "critic.lr=1e-2", "critic.warmup_steps=2", "optimizer.schedule=linear"]
+    recipe = load_recipe(TINY, changes)
+    each, total, optimizer = recipe.batch.updates, recipe.total_updates, recipe.optimizer
+    rates = [recipe.critic.learning_rates(optimizer, update, total, each) for update in range(1, total + 1)]
+    alone = [optimizer.learning_rate(update, total) for update in range(1, total + 1)]
+    assert [policy for policy, _ in rates] == [0.0] * (2 * each) + alone[2 * each :]
+    assert [head for _, head in rates] == pytest.approx([rate * 1e-2 / optimizer.lr for rate in alone], rel=1e-12)
+    without = recipe.critic.model_copy(update={"lr": None, "warmup_steps": 0})
+    assert without.learning_rates(optimizer, 30, total, each) == (alone[29], alone[29])

@@ -98,6 +98,8 @@ def test_the_cache_of_held_parameters_changes_nothing() -> None:
     for stage in range(8):
         at = layout.coordinates(stage * 16)
         assert held_by(arch, layout, stage) == (Held.of(local_parameters(arch, layout, at)),)
+        (plain,), (valued,) = held_by(arch, layout, stage), held_by(arch, layout, stage, critic=True)
+        assert valued.dense == plain.dense + ((arch.hidden_size,) if stage == 7 else ())
 
 
 def test_bytes_with_the_distributed_optimizer_by_hand() -> None:

@@ -18,6 +18,7 @@ from gspo_megatron.policy.attention import zigzag_indices
 from gspo_megatron.trainer.failure_replay import micro_batches
 
 SPEC = ObjectiveSpec.preset("gspo").replace(clip_low=0.1, clip_high=0.2)
+PPO = ObjectiveSpec.preset("ppo")
 TOTALS = BatchTotals(sequences=2, tokens=10)
 STARTS = torch.tensor([0, 8, 16], dtype=torch.int32)
 
@@ -39,7 +40,14 @@ def pack() -> dict[str, Tensor]:
     }
 
 
-def write(directory: Path, whole: dict[str, Tensor], context: int) -> Path:
+def critic_pack() -> dict[str, Tensor]:
+    """The same with a critic, whose advantages are one a token."""
+    values = torch.randn(4, 16, generator=torch.Generator().manual_seed(2))
+    named = dict(zip(("advantages", "values", "old_values", "returns"), values, strict=True))
+    return {**pack(), **named, "advantages": named["advantages"].double()}
+
+
+def write(directory: Path, whole: dict[str, Tensor], context: int, spec: ObjectiveSpec = SPEC) -> Path:
     """The bundle that `context` ranks would have written."""
     directory.mkdir()
     for rank in range(context):
@@ -53,16 +61,16 @@ def write(directory: Path, whole: dict[str, Tensor], context: int) -> Path:
         save_file(part, directory / f"rank_{rank:05d}.safetensors")
     about = {
         "update": 7, "reason": "the gradient norm is nan", "metrics": {"grad_norm": 1.5, "a/b": 2.0},
-        "objective": SPEC.model_dump(mode="json"), "totals": {"sequences": 2, "tokens": 10},
+        "objective": spec.model_dump(mode="json"), "totals": {"sequences": 2, "tokens": 10},
     }  # fmt: skip
     (directory / "bundle.json").write_text(json.dumps(about))
     return directory
 
 
-def expected_loss(whole: dict[str, Tensor]) -> float:
+def expected_loss(whole: dict[str, Tensor], spec: ObjectiveSpec = SPEC) -> float:
     values = {name: value for name, value in whole.items() if name != "targets"}
     values["logprobs"] = whole["logprobs"].clone().requires_grad_()
-    return float(policy_loss(SPEC, LossInputs(**values, totals=TOTALS, token_advantages=False)).loss)
+    return float(policy_loss(spec, LossInputs(**values, totals=TOTALS, token_advantages=spec.has_critic)).loss)
 
 
 @pytest.mark.parametrize("context", [1, 2])
@@ -76,6 +84,21 @@ def test_the_loss_comes_out_again(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "update 7: the gradient norm is nan" in said and "grad_norm 1.5" in said
     gap = (whole["logprobs"] - whole["old_logprobs"])[3:7].double().mean()
     assert f"sequence 0: log s {float(gap):+.3e} over 4 tokens, advantage +1" in said
+
+
+@pytest.mark.parametrize("context", [1, 2])
+def test_the_loss_of_a_critic_comes_out_again(tmp_path: Path, capsys: pytest.CaptureFixture[str], context: int) -> None:
+    whole = critic_pack()
+    whole["values"][11] = float("nan") if context == 2 else 0.0
+    assert main(["debug", str(write(tmp_path / "bundle", whole, context, PPO))]) == 0
+    said = capsys.readouterr().out
+    found = re.search(r"loss (\S+) over 2 sequences", said)
+    assert found is not None
+    if context == 2:
+        assert found[1] == "nan" and "token 3 (id 111): values nan" in said
+    else:
+        assert float(found[1]) == pytest.approx(expected_loss(whole, PPO), rel=1e-5)
+    assert f"advantage {float(whole['advantages'][3:7].mean()):+.3g}" in said
 
 
 @pytest.mark.parametrize("context", [1, 2])
