@@ -71,7 +71,7 @@ MISTAKES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (R30, "model.dtype", ("model.dtype=bf16",)),
     (R30, "placement.gpu", ("placement.gpu=v100",)),
     (R30, "objective.preset", ("objective.preset=",)),
-    (R30, "objective.preset", ("objective.preset=ppo",)),
+    (R30, "objective.preset", ("objective.preset=a2c",)),
     (R30, "reward.bounds", ("reward.bounds=[1,0]",)),
     (R30, "optimizer.betas", ("optimizer.betas=[0.95,0.9]",)),
     (R30, "optimizer.final_fraction", ("optimizer.schedule=linear", "optimizer.final_fraction=1.0")),
