@@ -124,9 +124,7 @@ class RolloutSection(Section):
     """Share of each GPU's memory that a server may use. Source: chosen here: 0.15 remains for the trainer's process."""
     start_timeout: float = Field(default=600, gt=0)
     """Longest time until a started server passes its health check, seconds.
-
-    Source: chosen here: 235B loads in minutes from a cold file system.
-    """
+    Source: chosen here: 235B loads in minutes from a cold file system."""
     keep_samples: int | None = Field(default=100, gt=0)
     """Steps whose samples (ids, log-probs, rewards) stay in the run directory, the newest; null = all.
 
