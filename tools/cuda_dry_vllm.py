@@ -94,6 +94,7 @@ def pretend(capability: str) -> None:
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
     torch.accelerator.device_count = answers["device_count"]
+    torch.accelerator.current_device_index = lambda: 0
     # Dynamo asks the driver even for what is computed on a CPU, as vLLM's quantiser is here.
     torch._dynamo.config.disable = True
 
