@@ -17,7 +17,7 @@ OWN_TARGET := tests/gpu tests/slurm
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train train-agent study test lint test-slurm parity long-context test-faults test-faults-policy fuzz plan-table test-gpu test-gpu-rollout first-contact cuda-dry requirements clean
+.PHONY: help setup train train-agent study test lint test-slurm parity long-context test-faults test-faults-policy fuzz plan-table test-gpu test-gpu-rollout first-contact bench cuda-dry requirements clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -74,6 +74,9 @@ test-gpu-rollout: setup ## trainer and vLLM taking turns on one NVIDIA GPU
 
 first-contact: setup ## the first hour on GPUs step by step, to tools/results/first_contact.json; without a GPU a dry run
 	$(BIN)/python tools/first_contact.py $(ARGS)
+
+bench: setup ## every benchmark that fits 2 cores in 15 minutes, to tools/results/bench.md (ARGS= names some)
+	$(BIN)/python tools/bench_all.py $(ARGS)
 
 cuda-dry: setup ## after a change of requirements/cuda.txt: the CUDA packages without a GPU, in .venv-cuda (9 GB)
 	$(BIN)/python tools/cuda_dry.py $(ARGS)

@@ -97,9 +97,9 @@ class Generation:
         return None if put_in or not self.token_ids else self.token_ids[-1]
 
     @property
-    def request_ids(self) -> list[int]:
+    def request_ids(self) -> array[int]:
         """Ids that a continuing request starts from."""
-        return [*self.prompt.token_ids, *self.token_ids]
+        return array("i", self.prompt.token_ids) + self.token_ids
 
     def extend(self, token_ids: Sequence[int], logprobs: Sequence[float], version: int) -> None:
         """Take in tokens that were sampled under one version of the weights."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gspo_megatron.transport.route_frames import FrameError
+from gspo_megatron.transport.token_frames import FrameError
 
 
 class RecordedRoutes:

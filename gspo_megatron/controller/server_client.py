@@ -7,22 +7,24 @@ refused here, before it is sent.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 
 import aiohttp
-import numpy as np
 
 from gspo_megatron.controller import vllm_format
 from gspo_megatron.controller.generation import Generation, Sampling
-from gspo_megatron.controller.server_admin import CONTROL_SECONDS, JSON_HEADER, ServerAdmin, ServerError
-from gspo_megatron.controller.vllm_format import FormatError, GenerationChunk
-from gspo_megatron.transport.route_frames import HEADER, FrameError, read_frame
+from gspo_megatron.controller.server_admin import CONTROL_SECONDS, ServerAdmin, ServerError
+from gspo_megatron.controller.token_reception import Outbox, Reception
+from gspo_megatron.controller.vllm_format import Ending, RefusedRequest
 from gspo_megatron.transport.server_paths import GENERATE
+from gspo_megatron.transport.token_frames import Frame, FrameError, FrameReader, SamplingRequest, write_requests
 from gspo_megatron.types import StopReason
 
 STALL_SECONDS = 300.0
 """A server that holds requests and yields neither a token nor an answer for so long is taken for dead."""
+ABORT = "/inference/v1/abort_requests"
+"""vLLM's own."""
 ABORT_SECONDS = 0.5
 """Time that aborted answers have to arrive before the abort is repeated."""
 
@@ -38,7 +40,9 @@ class ServerClient(ServerAdmin):
         """Answers that it may hold at a time."""
         self.generations: set[Generation] = set()
         """Answers that it is sampling."""
-        self._readers: set[asyncio.Task[object]] = set()
+        self._receptions: set[Reception] = set()
+        self._outbox = Outbox(self._send)
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def check(self, token_ids: Sequence[int], max_tokens: int, stop_ids: Sequence[int] = ()) -> None:
         """Refuse what the server must not see. Raises ValueError."""
@@ -78,44 +82,38 @@ class ServerClient(ServerAdmin):
         self.check(generation.request_ids, left, sampling.stop_ids)
         label = version()
         assert label is not None, "nothing may be sampled while the weights change"
-        body = vllm_format.write_generation(generation, sampling, left)
+        certain = start
+
+        def take(frame: Frame) -> None:
+            nonlocal label, certain
+            if frame.routes is not None:
+                generation.routes.extend(frame.routes)
+            # A frame was started when the one before it came: at worst it is labelled as too old.
+            generation.extend(frame.token_ids, frame.logprobs, label)
+            generation.received(len(frame.token_ids))
+            label = label if (now := version()) is None else now
+            certain = certain if now is None else len(generation)
+
+        request = vllm_format.sampling_request(generation, sampling, left)
         generation.parts += 1
         self.generations.add(generation)
-        certain, reason, segments = start, None, ()
         try:
-            async with aclosing(self._stream(body, sampling.routes)) as chunks:
-                async for chunk in chunks:
-                    self._keep_routes(generation, chunk)
-                    # A chunk was started when the one before it came: at worst it is labelled as too old.
-                    generation.extend(chunk.token_ids, chunk.logprobs, label)
-                    generation.received(len(chunk.token_ids))
-                    label = label if (now := version()) is None else now
-                    certain = certain if now is None else len(generation)
-                    reason, segments = chunk.finish_reason, chunk.segments
-            if reason is None:
-                raise ServerError(f"server {self.url} broke off an answer")
+            ending = await self._ask(request, take)
             self._check_routes(generation, sampling, start)
         except ServerError:
             generation.cut(certain)
             raise
         finally:
             self.generations.discard(generation)
-        generation.relabel(start, segments)
-        return _stop_reason(reason, self.url)
+        generation.relabel(start, ending.segments)
+        return _stop_reason(ending.finish_reason, self.url)
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probs of token_ids[1:] under the server's weights at temperature 1, [length - 1]."""
         self.check(token_ids, 1)
-        body = await self.call("POST", GENERATE, vllm_format.write_scoring(token_ids), timeout=STALL_SECONDS)
-        with self._reading(GENERATE):
-            return vllm_format.read_scores(body, token_ids)
-
-    def _keep_routes(self, generation: Generation, chunk: GenerationChunk) -> None:
-        try:
-            if chunk.routes is not None:
-                generation.routes.extend(chunk.routes)
-        except FrameError as error:
-            raise ServerError(f"server {self.url}: {error}") from None
+        scores: list[float] = []
+        await self._ask(vllm_format.scoring_request(token_ids), lambda frame: scores.extend(frame.logprobs))
+        return scores
 
     def _check_routes(self, generation: Generation, sampling: Sampling, start: int) -> None:
         """Raise ServerError unless every token but the last has its routes, where they are asked for."""
@@ -123,36 +121,70 @@ class ServerClient(ServerAdmin):
         if sampling.routes and len(generation) > start and len(generation.routes) != wanted:
             raise ServerError(f"server {self.url} sent routes of {len(generation.routes)} tokens instead of {wanted}")
 
-    async def _stream(self, body: bytes, routes: bool) -> AsyncGenerator[GenerationChunk, None]:
-        """The chunks of one response. Raises ServerError when the server dies, or is given up by `watch`."""
+    async def _ask(self, request: SamplingRequest, take: Callable[[Frame], None]) -> Ending:
+        """Send a request with others of its time, and take in what comes until it ends.
+
+        Raises:
+            ServerError: the server died, or was given up by `watch`.
+            RefusedRequest: it will not answer this request.
+        """
         if self.fault:
             raise ServerError(self.fault)
-        reader = asyncio.current_task()
-        assert reader is not None
-        self._readers.add(reader)
+        reception = Reception(request, self.url, take)
+        self._receptions.add(reception)
+        self._outbox.add(reception)
         try:
-            url = self.url + GENERATE
-            limit = aiohttp.ClientTimeout(sock_connect=10)
-            headers = JSON_HEADER | ({HEADER: "1"} if routes else {})
-            async with self._session.post(url, data=body, headers=headers, timeout=limit) as response:
-                await self._need_success(response, GENERATE)
-                rows: np.ndarray | None = None
-                async for line in response.content:
-                    if (frame := read_frame(line)) is not None:
-                        rows = frame.read(await response.content.readexactly(frame.num_bytes + 1))
-                    elif (chunk := vllm_format.read_chunk(line, rows)) is not None:
-                        rows = None
-                        yield chunk
-        # A dying engine ends its streams in any of these ways, an error message instead of a chunk included.
-        except (aiohttp.ClientError, FormatError, FrameError, asyncio.IncompleteReadError) as error:
-            reason = str(error) if isinstance(error, FormatError | FrameError) else type(error).__name__
-            raise ServerError(f"server {self.url} is gone: {reason} on {GENERATE}") from None
+            return await reception.ended
         except asyncio.CancelledError:
-            if self.fault:
-                raise ServerError(self.fault) from None
+            if not reception.is_over:
+                self._start(self._give_up(reception))
             raise
         finally:
-            self._readers.discard(reader)
+            self._receptions.discard(reception)
+
+    def _send(self, receptions: Sequence[Reception]) -> None:
+        self._start(self._stream(receptions))
+
+    def _start(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _stream(self, receptions: Sequence[Reception]) -> None:
+        """Ask for several responses with one message, and hand out the frames that come."""
+        error: ServerError | RefusedRequest = ServerError(f"server {self.url} broke off an answer")
+        try:
+            body = write_requests([reception.request for reception in receptions])
+            limit = aiohttp.ClientTimeout(sock_connect=10)
+            async with self._session.post(self.url + GENERATE, data=body, timeout=limit) as response:
+                await self._need_success(response, GENERATE)
+                reader = FrameReader()
+                async for data in response.content.iter_any():
+                    for frame in reader.feed(data):
+                        receptions[frame.number].receive(frame)
+        # A dying engine ends its streams in any of these ways.
+        except (aiohttp.ClientError, FrameError, IndexError) as fault:
+            reason = str(fault) if isinstance(fault, FrameError) else type(fault).__name__
+            error = ServerError(f"server {self.url} is gone: {reason} on {GENERATE}")
+        except (ServerError, RefusedRequest) as fault:
+            error = fault
+        finally:
+            for reception in receptions:
+                reception.fail(error)
+
+    async def _give_up(self, reception: Reception) -> None:
+        """Have the server forget a request for which nobody waits; one that was on its way is asked for again."""
+        body = vllm_format.write_abort([reception.request.request_id])
+        with suppress(ServerError):
+            while not reception.is_over and not self.fault:
+                await self.call("POST", ABORT, body, CONTROL_SECONDS)
+                await asyncio.sleep(ABORT_SECONDS)
+
+    async def close(self) -> None:
+        """Close all connections; requests in flight are dropped by the server."""
+        for task in self._tasks:
+            task.cancel()
+        await super().close()
 
     async def interrupt(self) -> None:
         """Interrupt all generations in flight; they keep what was sampled."""
@@ -161,14 +193,14 @@ class ServerClient(ServerAdmin):
         while True:
             await self.call("POST", "/pause?mode=abort", timeout=CONTROL_SECONDS)
             settled = clock() + ABORT_SECONDS
-            while self._readers and clock() < settled:
+            while self._receptions and clock() < settled:
                 await asyncio.sleep(0.01)
             await self.resume()
-            if not self._readers:
+            if not self._receptions:
                 return
             # A request that was on its way came in after the abort and was held: it needs another one.
             if clock() > deadline:
-                raise ServerError(f"server {self.url} holds {len(self._readers)} requests that it was asked to end")
+                raise ServerError(f"server {self.url} holds {len(self._receptions)} requests that it was asked to end")
 
     async def generated_tokens(self) -> int:
         """Tokens generated since the server started."""
@@ -185,13 +217,15 @@ class ServerClient(ServerAdmin):
                 tokens = await self.generated_tokens()
             except ServerError:
                 tokens = seen
-            if tokens != seen or not self._readers:
+            if tokens != seen or not self._receptions:
                 seen, since = tokens, clock()
             elif clock() - since > stall_seconds:
-                waiting = len(self._readers)
+                waiting = len(self._receptions)
                 self.fault = f"server {self.url} made no progress on {waiting} answers for {stall_seconds:g} s"
-                for reader in self._readers:
-                    reader.cancel()
+                for task in self._tasks:
+                    task.cancel()
+                for reception in self._receptions:
+                    reception.fail(ServerError(self.fault))
 
 
 def _stop_reason(reason: str | None, url: str) -> StopReason:

@@ -1,27 +1,27 @@
-"""vLLM's own HTTP formats (0.32), written and read in one place.
+"""vLLM's own formats (0.32), written and read in one place.
 
-Our side of each is a typed value: `Sampling` and `Generation` go in, `GenerationChunk` and plain values come out. The
-readers raise FormatError for a body that vLLM would not send.
+Our side of each is a typed value: `Sampling` and `Generation` go in, `Ending` and plain values come out. The readers
+raise FormatError for a body that vLLM would not send. Samples travel in frames of ours (`transport/token_frames.py`);
+their parameters and endings are in vLLM's words.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from gspo_megatron.controller.generation import Generation, Sampling, response_seed
+from gspo_megatron.transport.token_frames import SamplingRequest
 from gspo_megatron.transport.update_messages import JoinRequest
 from gspo_megatron.types import Segment
 
-DATA, DONE = b"data: ", b"data: [DONE]"
 GENERATED_TOKENS = re.compile(rb"^vllm:generation_tokens_total\{[^}]*\} ([0-9.e+]+)", re.MULTILINE)
-
-
+_scorings = itertools.count()
 BUSY = (408, 425, 429)
 """Statuses of a server that might take the same request at another time."""
 
@@ -35,22 +35,16 @@ class RefusedRequest(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class GenerationChunk:
-    """What a stream delivers at a time."""
+class Ending:
+    """How a request ended."""
 
-    token_ids: tuple[int, ...]
-    """[n] sampled ids."""
-    logprobs: tuple[float, ...]
-    """[n]; empty for greedy requests."""
     finish_reason: str | None
-    """vLLM's word for why the response ended; None = it has not."""
+    """vLLM's word for why the response ended."""
     segments: tuple[Segment, ...]
-    """In the last chunk: weight versions of all tokens of the request, counted from its first one."""
-    routes: np.ndarray | None = None
-    """[rows, layers, k] experts of the tokens that follow those of the chunk before; None = none came."""
+    """Weight versions of all tokens of the request, counted from its first one."""
 
 
-def write_generation(generation: Generation, sampling: Sampling, left: int) -> bytes:
+def sampling_request(generation: Generation, sampling: Sampling, left: int) -> SamplingRequest:
     """The request for the rest of a response, of at most `left` tokens."""
     greedy = sampling.temperature == 0
     place = (generation.prompt.index, generation.sample_index, generation.parts)
@@ -74,30 +68,17 @@ def write_generation(generation: Generation, sampling: Sampling, left: int) -> b
         halt = {"max_pattern_size": sampling.halt.longest_pattern, "min_count": sampling.halt.times}
         parameters["repetition_detection"] = halt
     name = "-".join(map(str, (*place, "greedy" if greedy else "sampled")))
-    return _write(
-        {"request_id": name, "token_ids": generation.request_ids, "sampling_params": parameters, "stream": True}
-    )
+    return SamplingRequest(name, generation.request_ids, parameters)
 
 
-def read_chunk(line: bytes, routes: np.ndarray | None = None) -> GenerationChunk | None:
-    """One line of a stream, with the routes that came before it; None for a line without tokens."""
-    if not line.startswith(DATA) or line.startswith(DONE):
-        return None
+def read_ending(text: bytes) -> Ending:
+    """The last frame's own words on a request. Raises FormatError or RefusedRequest for an error in their place."""
     try:
-        body = json.loads(line[len(DATA) :])
+        body = json.loads(text)
         if "error" in body:
             raise read_error(body)
-        choice = body["choices"][0]
-        entries = choice["logprobs"]["content"] if choice["logprobs"] else ()
-        return GenerationChunk(
-            tuple(choice["token_ids"] or ()),
-            tuple(entry["logprob"] for entry in entries),
-            choice["finish_reason"],
-            tuple(
-                Segment(int(span["version"]), span["start"], span["end"]) for span in choice["weight_versions"] or ()
-            ),
-            routes,
-        )
+        spans = body.get("weight_versions") or ()
+        return Ending(body["finish_reason"], tuple(Segment(int(label), start, end) for label, start, end in spans))
     except (FormatError, RefusedRequest):
         raise
     except (ValueError, LookupError, TypeError) as error:
@@ -110,26 +91,22 @@ def is_refusal(status: object) -> bool:
 
 
 def read_error(body: dict[str, Any]) -> FormatError | RefusedRequest:
-    """Read the error that vLLM puts in place of a chunk, where the status has been sent already."""
+    """Read the error that a server puts in place of an ending, where the status has been sent already."""
     error = body["error"]
     code, words = (error.get("code"), error.get("message")) if isinstance(error, dict) else (None, error)
     sentence = " ".join(str(words).split())[:400]
     return RefusedRequest(sentence) if is_refusal(code) else FormatError(sentence)
 
 
-def write_scoring(token_ids: Sequence[int]) -> bytes:
+def scoring_request(token_ids: Sequence[int]) -> SamplingRequest:
     """The request for the log-probs of a prompt."""
     parameters = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
-    return _write({"token_ids": list(token_ids), "sampling_params": parameters})
+    return SamplingRequest(f"score-{next(_scorings)}", array("i", token_ids), parameters)
 
 
-def read_scores(body: bytes, token_ids: Sequence[int]) -> list[float]:
-    """Log-probs of token_ids[1:], [length - 1]."""
-    try:
-        rows = json.loads(body)["prompt_logprobs"][1:]
-        return [float(row[str(token)]["logprob"]) for row, token in zip(rows, token_ids[1:], strict=True)]
-    except (ValueError, LookupError, TypeError) as error:
-        raise FormatError(f"{type(error).__name__}: {error}") from None
+def write_abort(request_ids: Sequence[str]) -> bytes:
+    """The request to forget other requests."""
+    return _write({"request_ids": list(request_ids)})
 
 
 def write_worker_call(method: str) -> bytes:

@@ -235,11 +235,13 @@ class WeightUpdater:
         """|log-prob difference| of every probe token; only the canary's own requests reach the server here."""
         differences: list[float] = []
         bound = self._settings.canary_bound
-        for number, probe in enumerate(probes):
-            try:
-                scores = await server.score(probe.token_ids)
-            except ValueError as error:
-                raise Refused(f"probe {number}: {error}") from None
+        # They leave together, so the engine scores them in one pass.
+        asked = await asyncio.gather(*(server.score(probe.token_ids) for probe in probes), return_exceptions=True)
+        for number, (probe, scores) in enumerate(zip(probes, asked, strict=True)):
+            if isinstance(scores, ValueError):
+                raise Refused(f"probe {number}: {scores}") from None
+            if isinstance(scores, BaseException):
+                raise scores
             if len(scores) != len(probe.logprobs):
                 raise Refused(
                     f"probe {number} has {len(scores) + 1} tokens and {len(probe.logprobs)} log-probs; send one fewer"

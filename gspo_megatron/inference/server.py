@@ -28,7 +28,7 @@ from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.inference import vllm_plugin, weight_guard
 from gspo_megatron.models import load_resolved
-from gspo_megatron.models.vllm_engine import RECORDS, engine_arguments, to_options
+from gspo_megatron.models.vllm_engine import engine_arguments, to_options
 from gspo_megatron.run_dir import RunDir
 from gspo_megatron.transport import identity
 from gspo_megatron.transport.auth import read_key
@@ -130,7 +130,7 @@ def vllm_arguments(recipe: Recipe, model: Path, host: str, port: int, has_gpu: b
         # Development mode would log a growing stack for every request that a dead engine leaves: 300 MB for 500.
         "--no-log-error-stack",
         # The last is asked first.
-        *(["--middleware=gspo_megatron.inference.route_stream.RouteStream"] if arguments[RECORDS] else []),
+        "--middleware=gspo_megatron.inference.token_stream.TokenStream",
         "--middleware=gspo_megatron.inference.weight_guard.WeightGuard",
         "--middleware=gspo_megatron.transport.auth.KeyGuard",
     ]

@@ -142,25 +142,30 @@ class Policy:
             results = self._run(filled, keep, forward_only=True)
         return [result["scored"] for result in results[: len(batches)]]
 
-    def probe(self, batch: PackedBatch) -> tuple[Tensor, float]:
-        """Log-probs [T] of every token of a pack at temperature 1, and the distance of its routing from a tie.
+    def probe(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Log-probs of a pack at temperature 1, and how far the routing of its sequences is from a tie.
 
-        Every data-parallel rank passes the same pack, and every rank gets the result. The second number is the smallest
-        gap, over tokens and layers, between the last chosen and the first rejected router logit; infinite when dense.
+        Every data-parallel rank passes the same pack, and every rank gets the result.
+
+        Returns:
+            [T] of every token, and [S] of every sequence the smallest gap, over its tokens and all layers, between the
+            last chosen and the first rejected router logit; infinite when dense.
         """
         (placed,) = self.place([batch])
         self.temperature = 1.0
-        margins: list[Tensor] = []
-        scored = self.score([placed], margins=margins)
+        found: list[Tensor] = []
+        scored = self.score([placed], margins=found)
         self.temperature = self.recipe.rollout.temperature
-        whole = torch.zeros(len(batch.token_ids), dtype=torch.float64, device=self.device)
+        logprobs = torch.zeros(len(batch.token_ids), dtype=torch.float64, device=self.device)
         if scored and self.at.tensor == self.at.data == 0:
-            whole[placed.indices] = scored[0].logprobs.double()
-        nearest = min((float(margin) for margin in margins), default=float("inf"))
-        margin = torch.tensor(nearest, dtype=torch.float64).to(self.device)
-        dist.all_reduce(whole)
-        dist.all_reduce(margin, dist.ReduceOp.MIN)
-        return whole, float(margin)
+            logprobs[placed.indices] = scored[0].logprobs.double()
+        gaps, rows = torch.full_like(logprobs, torch.inf), self.routing.of_this_rank(placed.indices)
+        for margins in found:
+            gaps[rows] = torch.minimum(gaps[rows], margins.double())
+        dist.all_reduce(logprobs)
+        dist.all_reduce(gaps, dist.ReduceOp.MIN)
+        lengths = torch.as_tensor(batch.cu_seqlens).diff().tolist()
+        return logprobs, torch.stack([part.min() for part in gaps.split(lengths)])
 
     def train(
         self,

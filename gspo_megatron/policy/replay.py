@@ -130,7 +130,7 @@ class RouterSeam:
             self.recorded[index] = to_stored(chosen, self.num_experts)
         if self.margins is not None and len(scores) and chosen.shape[1] < scores.shape[1]:
             best = torch.topk(scores, k=chosen.shape[1] + 1, dim=1, sorted=True).values
-            self.margins.append((best[:, -2] - best[:, -1]).min())
+            self.margins.append(best[:, -2] - best[:, -1])
 
 
 class Routing:
@@ -174,7 +174,7 @@ class Routing:
                 micro-batch has none.
             replays: choose them again.
             records: keep the choices; `recorded` gives them.
-            margins: takes, for every call, the smallest gap between a chosen and a rejected score.
+            margins: takes, for every call, [T_rank] gaps between the last chosen and the first rejected score.
         """
         self._trains = trains
         counted = self.counted_rows(batches)

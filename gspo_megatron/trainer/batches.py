@@ -155,11 +155,13 @@ class Batcher:
 
         Of all probes the half that is farthest from a router tie.
         """
+        samples = self.probes()
+        pack = self.collate(samples)
+        logprobs, margins = (found.tolist() for found in self.policy.probe(pack))
         scored = []
-        for sample in self.probes():
-            logprobs, margin = self.policy.probe(self.collate([sample]))
-            ids, scores = sample.token_ids.tolist(), logprobs[: len(sample.token_ids) - 1].tolist()
-            scored.append((margin, Probe(token_ids=tuple(ids), logprobs=tuple(scores))))
+        for sample, start, margin in zip(samples, pack.cu_seqlens.tolist()[:-1], margins, strict=True):
+            ids = tuple(sample.token_ids.tolist())
+            scored.append((margin, Probe(token_ids=ids, logprobs=tuple(logprobs[start : start + len(ids) - 1]))))
         scored.sort(key=lambda entry: -entry[0])
         return [probe for _, probe in scored[: self.recipe.weight_update.canary_prompts]]
 

@@ -1,4 +1,5 @@
-"""Paths of vLLM's HTTP interface that both the controller and our guards within the server name."""
+"""Paths of a server's HTTP interface that both the controller and our middleware within the server name."""
 
-GENERATE = "/inference/v1/generate"
+GENERATE = "/gspo/generate"
+"""Ours: many responses in one binary stream (`token_frames.py`)."""
 FINISH_UPDATE = "/finish_weight_update"

@@ -118,7 +118,7 @@ def compare_step(policy: Policy, oracle: dict[str, Any], form: str) -> dict[str,
         "gradient": worst,
         "norm": abs(norm / oracle["norm"] - 1),
         "sgd": compare_tensors(policy, stepped, torch.Tensor.detach),
-        "margin": over_ranks(min(map(float, margins), default=math.inf), dist.ReduceOp.MIN),
+        "margin": over_ranks(min((float(gaps.min()) for gaps in margins), default=math.inf), dist.ReduceOp.MIN),
         "shift": over_ranks(max(shifts), dist.ReduceOp.MAX),
         "bits": bits,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from array import array
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -12,17 +13,22 @@ from typing import Any
 import numpy as np
 from aiohttp import web
 
-from gspo_megatron.controller.server_client import ServerClient
+from gspo_megatron.controller.server_client import ABORT, ServerClient
 from gspo_megatron.models.vllm_layout import ServerLayout
 from gspo_megatron.transport.auth import has_key
 from gspo_megatron.transport.messages import ServerIdentity, StreamState
-from gspo_megatron.transport.route_frames import HEADER, write_frame
+from gspo_megatron.transport.server_paths import GENERATE
+from gspo_megatron.transport.token_frames import Frame, SamplingRequest, read_requests, write_frame
 from gspo_megatron.transport.update_messages import WorkerLayout, WorkerReport
 from gspo_megatron.types import Problem, Prompt
 
 KEY = "unit-test-key"
 VOCAB = 50
 CONTEXT = 24
+
+
+class BrokenOffError(Exception):
+    """A stream that ends too early."""
 
 
 class FakeServer:
@@ -60,6 +66,10 @@ class FakeServer:
         self.identity: ServerIdentity | None = None
         """What it says of itself."""
         self.aborts = 0
+        self.refused = ""
+        """Request that it will not answer."""
+        self.forgotten: set[str] = set()
+        """Requests that nobody waits for."""
         self.missed_aborts = 0
         """Aborts that come before the requests they are meant for."""
 
@@ -70,8 +80,10 @@ class FakeServer:
         self.calls.append(path + (f" {request.query['tags']}" if path == "/wake_up" else ""))
         if path in self.fail:
             return web.json_response({"error": f"{path} was made to fail"}, status=self.fail[path])
-        if path == "/inference/v1/generate":
-            return await self._generate(request, await request.json())
+        if path == GENERATE:
+            return await self._generate(request, read_requests(await request.read()))
+        if path == ABORT:
+            self.forgotten |= set((await request.json())["request_ids"])
         if path == "/metrics":
             self.tokens += self.tokens_a_look
             return web.Response(
@@ -102,51 +114,68 @@ class FakeServer:
         report = WorkerReport(checksum=self.checksum, tensors=1, seconds=0.1, received_bytes=8, needed_bytes=8)
         return report.to_json() if method == "weight_report" else None
 
-    async def _generate(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-        self.bodies.append(body)
+    async def _generate(self, request: web.Request, asked: list[SamplingRequest]) -> web.StreamResponse:
+        bodies = [
+            {"request_id": one.request_id, "token_ids": one.token_ids.tolist(), "sampling_params": one.parameters}
+            for one in asked
+        ]
+        self.bodies += bodies
         while self.hang:
             await asyncio.sleep(0.01)
-        if not body.get("stream"):
-            scored = [None, *({str(token): {"logprob": self.score}} for token in body["token_ids"][1:])]
-            return web.json_response({"choices": [{}], "prompt_logprobs": scored})
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        response = web.StreamResponse()
         await response.prepare(request)
-        token, spans, reason, aborts = len(body["token_ids"]), [], None, self.aborts
-        planned = [token] * self.length(body) if self.ids is None else list(self.ids(body))
-        routed = body["sampling_params"].get("routed_experts_prompt_start")
-        assert (routed is None) == (HEADER not in request.headers)
-        stops = [number for number, one in enumerate(planned, 1) if one in body["sampling_params"]["stop_token_ids"]]
-        wanted = min(len(planned), body["sampling_params"]["max_tokens"], *stops[:1])
-        for number, token in enumerate(planned[:wanted]):
-            while (self.paused or number >= self.gate) and self.aborts == aborts:
-                await asyncio.sleep(0.005)
-            if self.aborts != aborts:
-                reason = "abort"
-                break
-            if number == self.break_off_at:
-                return response
-            await asyncio.sleep(self.delay)
-            if not spans or spans[-1]["version"] != self.version:
-                spans.append({"version": self.version, "start": number})
-            spans[-1]["end"] = number + 1
-            self.tokens += 1
-            if routed is not None:
-                now = len(body["token_ids"]) + number
-                rows = [[[position], [self.mark]] for position in range(routed, now)]
-                await response.write(write_frame(np.array(rows, np.uint8)))
-                routed = now
-            await self._send(response, [token], None, None)
-        ended = "stop" if self.ids is not None and wanted in stops else self.reason
-        await self._send(response, [], reason or ended, spans)
-        await response.write(b"data: [DONE]\n\n")
+        samples = [asyncio.create_task(self._sample(response, number, body)) for number, body in enumerate(bodies)]
+        try:
+            await asyncio.gather(*samples)
+        except BrokenOffError:
+            for sample in samples:
+                sample.cancel()
         return response
 
-    async def _send(
-        self, response: web.StreamResponse, ids: list[int], reason: str | None, spans: list[dict[str, Any]] | None
-    ) -> None:
-        content = [{"token_id": token, "logprob": -0.5} for token in ids]
-        choice = {"token_ids": ids, "finish_reason": reason, "logprobs": {"content": content}, "weight_versions": spans}
-        await response.write(b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n")
+    async def _sample(self, response: web.StreamResponse, number: int, body: dict[str, Any]) -> None:
+        parameters = body["sampling_params"]
+        if body["request_id"] == self.refused:
+            words = {"error": {"message": "made to be refused", "code": 400}}
+            await response.write(write_frame(Frame(number, ending=json.dumps(words).encode())))
+            return
+        if "prompt_logprobs" in parameters:
+            scores = array("f", [self.score] * (len(body["token_ids"]) - 1))
+            await response.write(write_frame(Frame(number, logprobs=scores, ending=write_ending("length", ()))))
+            return
+        token, spans, reason, aborts = len(body["token_ids"]), [], None, self.aborts
+        planned = [token] * self.length(body) if self.ids is None else list(self.ids(body))
+        routed = parameters.get("routed_experts_prompt_start")
+        stops = [place for place, one in enumerate(planned, 1) if one in parameters["stop_token_ids"]]
+        wanted = min(len(planned), parameters["max_tokens"], *stops[:1])
+        for place, token in enumerate(planned[:wanted]):
+            is_left = False
+            while (self.paused or place >= self.gate) and self.aborts == aborts and not is_left:
+                is_left = body["request_id"] in self.forgotten
+                await asyncio.sleep(0.005)
+            if self.aborts != aborts or is_left:
+                reason = "abort"
+                break
+            if place == self.break_off_at:
+                raise BrokenOffError
+            await asyncio.sleep(self.delay)
+            if not spans or spans[-1][0] != self.version:
+                spans.append([self.version, place, place])
+            spans[-1][2] = place + 1
+            self.tokens += 1
+            rows = None
+            if routed is not None:
+                now = len(body["token_ids"]) + place
+                rows = np.array([[[position], [self.mark]] for position in range(routed, now)], np.uint8)
+                routed = now
+            logprobs = array("f", [-0.5] if "logprobs" in parameters else [])
+            await response.write(write_frame(Frame(number, array("i", [token]), logprobs, rows)))
+        ended = "stop" if self.ids is not None and wanted in stops else self.reason
+        await response.write(write_frame(Frame(number, ending=write_ending(reason or ended, spans))))
+
+
+def write_ending(reason: str, spans: Sequence[Sequence[Any]]) -> bytes:
+    """The last words of our servers on a request."""
+    return json.dumps({"finish_reason": reason, "weight_versions": spans}).encode()
 
 
 @asynccontextmanager

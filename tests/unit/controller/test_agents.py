@@ -353,7 +353,7 @@ async def test_evaluations_are_episodes_too_and_count_in_no_step(tmp_path: Path)
 
 async def test_a_lost_server_ends_the_run_and_not_only_the_agent(tmp_path: Path) -> None:
     fake = FakeServer()
-    fake.fail = {"/inference/v1/generate": 500}
+    fake.fail = {"/gspo/generate": 500}
 
     async def never_mind(problem: dict[str, Any], settings: ClientSettings) -> None:
         try:

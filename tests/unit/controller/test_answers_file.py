@@ -87,5 +87,5 @@ async def test_the_guard_lets_a_server_sample_that_has_loaded_files(
 
     if loaded:
         monkeypatch.setenv(LOADED_VARIABLE, "1")
-    await WeightGuard(app)({"type": "http", "path": "/inference/v1/generate"}, receive, send)
+    await WeightGuard(app)({"type": "http", "path": "/gspo/generate"}, receive, send)
     assert reached == (["engine"] if loaded else ["409"])

@@ -38,7 +38,7 @@ from tests.waiting import HANG
 async def test_a_server_lost_in_the_batch_loses_no_answer_and_doubles_none(tmp_path: Path) -> None:
     good, bad = FakeServer(), FakeServer()
     async with controlling(tmp_path, good, bad) as controller:
-        bad.fail["/inference/v1/generate"] = 500
+        bad.fail["/gspo/generate"] = 500
         batch = await controller.rollout(RolloutRequest(step=1))
         places = [(row.prompt_index, row.sample_index) for row in batch.samples]
         assert places == [(p, s) for p in range(8) for s in range(3)]
@@ -53,7 +53,7 @@ async def test_a_server_lost_in_the_batch_loses_no_answer_and_doubles_none(tmp_p
 
 async def test_the_last_lost_server_ends_the_batch_with_its_reason(tmp_path: Path) -> None:
     fake = FakeServer()
-    fake.fail["/inference/v1/generate"] = 500
+    fake.fail["/gspo/generate"] = 500
     async with controlling(tmp_path, fake) as controller:
         for _ in range(2):
             with pytest.raises(Refused, match=r"no server is left: .* with 500"):

@@ -262,4 +262,4 @@ def test_a_generation_keeps_its_versions_in_order() -> None:
     assert generation.segments == [Segment(3, 0, 4), Segment(5, 4, 5)]
     generation.cut(3)
     assert generation.segments == [Segment(3, 0, 3)] and len(generation.logprobs) == 3 and generation.lost == 2
-    assert generation.request_ids == [1, 2, 3, 1, 2, 4]
+    assert generation.request_ids.tolist() == [1, 2, 3, 1, 2, 4]

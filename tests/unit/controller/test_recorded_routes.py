@@ -17,7 +17,7 @@ from gspo_megatron.controller.server_admin import ServerError
 from gspo_megatron.controller.servers import ServerSet
 from gspo_megatron.controller.state import describe_groups, read_groups, store_generations
 from gspo_megatron.data.store import SampleStore
-from gspo_megatron.transport.route_frames import FrameError
+from gspo_megatron.transport.token_frames import FrameError
 from tests.unit.controller.fakes import FakeServer, make_prompt, serving
 
 SAMPLED = Sampling(temperature=0.8, max_tokens=8, stop_ids=(), seed=3, routes=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 
 import pytest
 
@@ -12,7 +13,7 @@ from gspo_megatron.controller.scheduler import Scheduler
 from gspo_megatron.controller.server_admin import ServerError
 from gspo_megatron.controller.server_client import ServerClient
 from gspo_megatron.controller.servers import Refused, ServerSet
-from gspo_megatron.controller.vllm_format import FormatError, GenerationChunk, RefusedRequest, read_chunk
+from gspo_megatron.controller.vllm_format import Ending, FormatError, RefusedRequest, read_ending
 from gspo_megatron.types import Segment, StopReason
 from tests.unit.controller.fakes import CONTEXT, KEY, VOCAB, FakeServer, make_prompt, serving
 
@@ -57,14 +58,14 @@ def test_seeds_differ_between_runs_prompts_samples_and_segments() -> None:
     assert response_seed(0, 1, 2, 0) == response_seed(0, 1, 2, 0)
 
 
-def test_a_chunk_of_vllms_stream_becomes_typed_values() -> None:
-    spans = [{"version": "3", "start": 0, "end": 224}, {"version": "4", "start": 224, "end": 1000}]
-    choice = {"token_ids": [7], "logprobs": {"content": [{"logprob": -0.25}]}, "finish_reason": "stop"}
-    line = b"data: " + json.dumps({"choices": [{**choice, "weight_versions": spans}]}).encode()
-    assert read_chunk(line) == GenerationChunk((7,), (-0.25,), "stop", (Segment(3, 0, 224), Segment(4, 224, 1000)))
-    assert read_chunk(b"data: [DONE]") is None and read_chunk(b"\n") is None
-    with pytest.raises(FormatError, match="KeyError: 'choices'"):
-        read_chunk(b"data: {}")
+def test_an_ending_becomes_typed_values() -> None:
+    spans = [["3", 0, 224], ["4", 224, 1000]]
+    text = json.dumps({"finish_reason": "stop", "weight_versions": spans}).encode()
+    assert read_ending(text) == Ending("stop", (Segment(3, 0, 224), Segment(4, 224, 1000)))
+    assert read_ending(b'{"finish_reason": "abort"}') == Ending("abort", ())
+    for wrong in (b"{}", b"", b"[]", b'{"finish_reason": "stop", "weight_versions": [["default", 0, 1]]}'):
+        with pytest.raises(FormatError):
+            read_ending(wrong)
 
 
 @pytest.mark.parametrize(
@@ -78,9 +79,9 @@ def test_a_chunk_of_vllms_stream_becomes_typed_values() -> None:
         ({}, FormatError),
     ],
 )
-def test_an_error_in_place_of_a_chunk_keeps_its_words(error: object, kind: type[ValueError]) -> None:
+def test_an_error_in_place_of_an_ending_keeps_its_words(error: object, kind: type[ValueError]) -> None:
     with pytest.raises(ValueError) as caught:
-        read_chunk(b"data: " + json.dumps({"error": error}).encode())
+        read_ending(json.dumps({"error": error}).encode())
     assert type(caught.value) is kind
     words = error.get("message", "None") if isinstance(error, dict) else error
     assert str(words) in str(caught.value)
@@ -93,7 +94,7 @@ async def test_a_refused_request_is_no_dead_server(status: int) -> None:
     async with serving(fake) as [client]:
         servers = ServerSet([client], None)
         scheduler = Scheduler(servers, version)
-        fake.fail["/inference/v1/generate"] = status
+        fake.fail["/gspo/generate"] = status
         with pytest.raises(Refused, match=f"prompt 7: server .* with {status}: .*was made to fail"):
             await scheduler.complete(Generation(make_prompt(7), 0), SAMPLED)
         with pytest.raises(RefusedRequest, match=f"with {status}"):
@@ -138,11 +139,9 @@ async def test_the_longest_allowed_request_is_sent() -> None:
 
 async def test_a_refusal_and_a_dead_server_are_sentences() -> None:
     fake = FakeServer()
-    fake.fail["/inference/v1/generate"] = 500
+    fake.fail["/gspo/generate"] = 500
     async with serving(fake) as [client]:
-        with pytest.raises(
-            ServerError, match=f"server {fake.url} answered /inference/v1/generate with 500: .*made to fail"
-        ):
+        with pytest.raises(ServerError, match=f"server {fake.url} answered /gspo/generate with 500: .*made to fail"):
             await generate(client, make_prompt(0))
         assert await client.is_healthy()
         stranger = ServerClient(fake.url, "wrong", VOCAB, CONTEXT, 1)
@@ -154,6 +153,46 @@ async def test_a_refusal_and_a_dead_server_are_sentences() -> None:
     with pytest.raises(ServerError, match=f"server {fake.url} is gone"):
         await generate(gone, make_prompt(0))
     await gone.close()
+
+
+async def test_requests_of_one_moment_leave_in_one_message() -> None:
+    fake = FakeServer()
+    async with serving(fake) as [client]:
+        generations = [Generation(make_prompt(index), 0) for index in range(6)]
+        done = await asyncio.gather(*(client.generate(one, SAMPLED, version) for one in generations))
+        assert done == ["length"] * 6 and fake.calls == ["/gspo/generate"]
+        assert [body["request_id"] for body in fake.bodies] == [f"{index}-0-0-sampled" for index in range(6)]
+        assert all(one.token_ids.tolist() == [3, 3, 3] for one in generations)
+
+
+async def test_one_that_is_refused_leaves_the_others_of_its_message() -> None:
+    fake = FakeServer()
+    fake.refused = "1-0-0-sampled"
+    async with serving(fake) as [client]:
+        asked = [generate(client, make_prompt(index)) for index in range(3)]
+        first, second, third = await asyncio.gather(*asked, return_exceptions=True)
+        assert first == third == "length"
+        assert isinstance(second, RefusedRequest) and "made to be refused" in str(second)
+
+
+async def test_one_that_nobody_waits_for_is_forgotten_by_the_server() -> None:
+    fake = FakeServer()
+    fake.gate = 2
+    async with serving(fake) as [client]:
+        kept, left = Generation(make_prompt(0), 0), Generation(make_prompt(1), 0)
+        waiting = [asyncio.create_task(client.generate(one, SAMPLED, version)) for one in (kept, left)]
+        await wait_for(lambda: len(kept) == len(left) == 2)
+        waiting[1].cancel()
+        await wait_for(lambda: fake.forgotten == {"1-0-0-sampled"})
+        fake.gate = 9
+        assert await waiting[0] == "length" and len(left) == 2
+        with pytest.raises(asyncio.CancelledError):
+            await waiting[1]
+
+
+async def wait_for(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.01)
 
 
 async def test_an_answer_that_misses_the_abort_gets_another() -> None:

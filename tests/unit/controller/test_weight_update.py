@@ -61,9 +61,8 @@ async def test_steps_come_in_order_and_the_report_is_complete() -> None:
         "/finish_weight_update",
         "/reset_prefix_cache",
         "/resume",
-        "/inference/v1/generate",
-        "/inference/v1/generate",
-    ]
+        "/gspo/generate",
+    ], "the probes are scored together"
     assert fake.version == "4"
 
 
@@ -111,7 +110,7 @@ async def test_every_worker_has_a_proxy_on_its_device() -> None:
         "/finish_weight_update",
         "/reset_prefix_cache",
         "/resume",
-        "/inference/v1/generate",
+        "/gspo/generate",
     ],
 )
 async def test_a_server_that_fails_anywhere_is_out_and_the_other_serves(path: str) -> None:

@@ -248,8 +248,8 @@ def test_a_group_with_a_member_too_few_and_a_state_without_its_tokens_are_refuse
 
 
 SCALARS = {str, int, float, bool, bytes, None, type(None)}
-OWN_VALUES = {"Generation", "Sampling", "GenerationChunk", "StopReason"}
-"""Values of the controller itself; `vllm_format.py` writes and reads them in vLLM's formats."""
+OWN_VALUES = {"Generation", "Sampling", "Ending", "StopReason", "Reception", "SamplingRequest", "Frame"}
+"""Values of the controller itself; `vllm_format.py` and `token_frames.py` write and read them."""
 
 
 def annotations_of(function: Any) -> Iterator[Any]:
