@@ -81,7 +81,7 @@ def read_ending(text: bytes) -> Ending:
         return Ending(body["finish_reason"], tuple(Segment(int(label), start, end) for label, start, end in spans))
     except (FormatError, RefusedRequest):
         raise
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise FormatError(f"{type(error).__name__}: {error}") from None
 
 
