@@ -236,7 +236,10 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids. An id outside the vocabulary (a model's padding rows can be sampled) becomes U+FFFD."""
-        kept = [int(i) for i in ids if i not in self.stop_ids]
+        stops = frozenset(self.stop_ids)
+        kept = [int(i) for i in ids if i not in stops]
+        if kept and min(kept) >= 0 and max(kept) < self.vocab_size:
+            return self._model.decode(kept)
         runs = groupby(kept, key=lambda i: 0 <= i < self.vocab_size)
         return "".join(self._model.decode(list(run)) if known else "\ufffd" * len(list(run)) for known, run in runs)
 
