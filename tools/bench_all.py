@@ -144,9 +144,10 @@ def run(benchmark: Benchmark) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, cwd=ROOT, env=environment)
-        found = json.loads(done.stdout)
     except subprocess.TimeoutExpired:
         return f"took more than {LIMIT} s"
+    try:
+        found = json.loads(done.stdout)
     except ValueError:
         return f"exit {done.returncode}: {done.stderr.strip()[-300:]}"
     file = RESULTS / f"{benchmark.name}.json"

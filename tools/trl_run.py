@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import trl
-from datasets import Dataset
+import trl  # pyright: ignore[reportMissingImports]
+from datasets import Dataset  # pyright: ignore[reportMissingImports]
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 

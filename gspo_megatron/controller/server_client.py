@@ -80,9 +80,9 @@ class ServerClient(ServerAdmin):
         """
         start, left = len(generation), sampling.max_tokens - len(generation)
         self.check(generation.request_ids, left, sampling.stop_ids)
-        label = version()
-        assert label is not None, "nothing may be sampled while the weights change"
-        certain = start
+        now = version()
+        assert now is not None, "nothing may be sampled while the weights change"
+        label, certain = now, start
 
         def take(frame: Frame) -> None:
             nonlocal label, certain

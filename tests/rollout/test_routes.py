@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +17,7 @@ from gspo_megatron.controller.server_client import ServerClient
 from gspo_megatron.data.store import SampleStore
 from gspo_megatron.transport.controller_client import ControllerClient
 from gspo_megatron.transport.messages import EvaluationRequest, RolloutRequest
+from gspo_megatron.transport.token_frames import Frame
 from gspo_megatron.types import Problem, Prompt, SampleRef
 from tests.rollout.conftest import ControllerThread, Server, make_run_dir, open_controller, running_servers
 from tests.rollout.tiny import ARCH, KEY, VOCAB, Oracle, make_recipe
@@ -127,11 +127,15 @@ def test_prompts_of_the_prefix_cache_and_prompts_in_parts_have_their_routes(serv
     async def ask(server: Server, number: int) -> np.ndarray:
         client = ServerClient(server.url, KEY, VOCAB, 64, 4)
         generation = Generation(LONG, number)
-        body = json.loads(vllm_format.write_generation(generation, SAMPLED, 20))
-        del body["sampling_params"]["seed"]  # vLLM's CPU build dies of a seeded request whose prompt is cut
-        async for chunk in client._stream(json.dumps(body).encode(), True):
-            client._keep_routes(generation, chunk)
-            generation.extend(chunk.token_ids, chunk.logprobs, 0)
+        request = vllm_format.sampling_request(generation, SAMPLED, 20)
+        del request.parameters["seed"]  # vLLM's CPU build dies of a seeded request whose prompt is cut
+
+        def take(frame: Frame) -> None:
+            if frame.routes is not None:
+                generation.routes.extend(frame.routes)
+            generation.extend(frame.token_ids, frame.logprobs, 0)
+
+        await client._ask(request, take)
         await client.close()
         rows = generation.routes.copy()
         assert rows is not None and len(rows) == len(generation.request_ids) - 1
