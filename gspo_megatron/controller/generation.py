@@ -155,7 +155,7 @@ class Generation:
         if span.start == span.end:
             return
         if self.segments and self.segments[-1].version == span.version:
-            self.segments[-1] = replace(self.segments[-1], end=span.end)
+            self.segments[-1] = Segment(span.version, self.segments[-1].start, span.end)
         else:
             self.segments.append(span)
 

@@ -90,7 +90,7 @@ class Scoring:
         Raises:
             Refused: as many responses as a batch has got no score for the same reason.
         """
-        response, ids = generation.response(reason), generation.token_ids.tolist()
+        response, ids = generation.response(reason), generation.token_ids
         said = ids[:-1] if ids and ids[-1] in self._tokenizer.stop_ids else ids
         text = self._tokenizer.decode(said)
         # An observation is not the model's response; only the last turn is scored.

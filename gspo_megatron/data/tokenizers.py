@@ -7,6 +7,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from gspo_megatron.config.loading import refuse
 from gspo_megatron.config.task_sections import TokenizerSection
 from gspo_megatron.data.stop_ids import read_stop_ids
@@ -236,11 +238,12 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids. An id outside the vocabulary (a model's padding rows can be sampled) becomes U+FFFD."""
-        stops = frozenset(self.stop_ids)
-        kept = [int(i) for i in ids if i not in stops]
-        if kept and min(kept) >= 0 and max(kept) < self.vocab_size:
-            return self._model.decode(kept)
-        runs = groupby(kept, key=lambda i: 0 <= i < self.vocab_size)
+        every = np.asarray(ids, np.int64)
+        kept = every[~np.isin(every, self.stop_ids)]
+        known = (kept >= 0) & (kept < self.vocab_size)
+        if known.all():  # as an array: transformers looks at every number of a list, which takes longer than the rest
+            return self._model.decode(kept) if len(kept) else ""
+        runs = groupby(kept.tolist(), key=lambda i: 0 <= i < self.vocab_size)
         return "".join(self._model.decode(list(run)) if known else "\ufffd" * len(list(run)) for known, run in runs)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
