@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -238,13 +237,12 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids. An id outside the vocabulary (a model's padding rows can be sampled) becomes U+FFFD."""
-        every = np.asarray(ids, np.int64)
+        every = np.asarray(ids, np.int64)  # transformers looks at every number of a list, and takes an array as it is
         kept = every[~np.isin(every, self.stop_ids)]
         known = (kept >= 0) & (kept < self.vocab_size)
-        if known.all():  # as an array: transformers looks at every number of a list, which takes longer than the rest
-            return self._model.decode(kept) if len(kept) else ""
-        runs = groupby(kept.tolist(), key=lambda i: 0 <= i < self.vocab_size)
-        return "".join(self._model.decode(list(run)) if known else "\ufffd" * len(list(run)) for known, run in runs)
+        borders = np.flatnonzero(known[1:] != known[:-1]) + 1
+        runs = zip(np.split(kept, borders), np.split(known, borders), strict=True)
+        return "".join(self._model.decode(run) if said.all() else "\ufffd" * len(run) for run, said in runs)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Return the text of each id, or the token's name where its bytes are no whole characters, or U+FFFD."""
@@ -262,12 +260,8 @@ def _load_directory(path: Path) -> Any:
     # A broken file shows as an exception of whichever library met it first.
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise refuse(
-            "tokenizer-broken",
-            "tokenizer.path",
-            f"{path} cannot be loaded ({reason})",
-            "save the tokenizer by save_pretrained, or name another directory",
-        ) from None
+        fix = "save the tokenizer by save_pretrained, or name another directory"
+        raise refuse("tokenizer-broken", "tokenizer.path", f"{path} cannot be loaded ({reason})", fix) from None
 
 
 def load_tokenizer(section: TokenizerSection, model_path: Path | None) -> Tokenizer:
