@@ -59,6 +59,10 @@ class Layout:
     """Layers of the last stage when uneven."""
     dynamic: bool = False
     """Whether a pack may be shared by fewer context-parallel ranks: 1, 2, 4, ... consecutive ones."""
+    context_exchange: str = "p2p"
+    """How the ranks that share a pack meet all its keys and values: `p2p`, `all_gather`, `a2a`, `a2a+p2p`."""
+    inner_context: int = 1
+    """Of `a2a+p2p`: consecutive context-parallel ranks that exchange heads."""
 
     @property
     def data(self) -> int:
@@ -78,6 +82,10 @@ class Layout:
     def context_sizes(self) -> tuple[int, ...]:
         """How many ranks may share a pack, rising."""
         return powers_of_two(self.context) if self.dynamic else (self.context,)
+
+    def head_ranks(self, ranks: int) -> int:
+        """Of so many ranks that share a pack, how many consecutive ones exchange heads, so that each has whole ones."""
+        return {"a2a": ranks, "a2a+p2p": min(ranks, self.inner_context)}.get(self.context_exchange, 1)
 
     @property
     def expert_data(self) -> int:
@@ -161,6 +169,7 @@ def round_up(value: int, multiple: int) -> int:
 
 def layout_of(trainer: TrainerSection, world: int) -> Layout:
     """The layout of a recipe on `world` ranks."""
+    given = trainer.megatron.given()
     return Layout(
         world=world,
         tensor=trainer.tensor_parallel,
@@ -168,6 +177,8 @@ def layout_of(trainer: TrainerSection, world: int) -> Layout:
         virtual=trainer.virtual_pipeline or 1,
         context=trainer.context_parallel,
         dynamic=trainer.dynamic_context_parallel,
+        context_exchange=given.get("cp_comm_type", "p2p"),
+        inner_context=(given.get("hierarchical_context_parallel_sizes") or (1,))[0],
         expert=trainer.expert_parallel,
         expert_tensor=trainer.expert_tensor_parallel,
         first_stage_layers=trainer.first_stage_layers,

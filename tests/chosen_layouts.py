@@ -76,6 +76,7 @@ def _words(change: Mapping[str, Any]) -> str:
         )
     ]  # fmt: skip
     words = [f"{letters}{size}" for letters, size in sizes if size > 1]
+    words += [kind] if (kind := change.get("trainer.megatron.cp_comm_type")) else []
     host = ["host"] if change["trainer.offload_activations"] else []
     gpus = change["rollout.tensor_parallel"] * change["rollout.pipeline_parallel"]
     return " ".join([*words, change["trainer.recompute"], *host]) + f"; {change['rollout.servers']} x {gpus}"

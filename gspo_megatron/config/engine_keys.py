@@ -15,11 +15,14 @@ MEGATRON_KEYS: Mapping[str, str] = MappingProxyType({
     "bias_activation_fusion": "One kernel for the gate, its activation and the product.",
     "bias_dropout_fusion": "One kernel for the residual addition.",
     "bucket_size": "Parameters that one reduction of gradients covers; acts with overlap_grad_reduce.",
-    "cp_comm_type": "How context-parallel ranks exchange keys and values: a ring, or all-to-all over the heads.",
+    "cp_comm_type": "How context-parallel ranks meet: keys and values round a ring (p2p) or gathered (all_gather), or "
+    "heads exchanged (a2a), or heads exchanged by consecutive ranks and a ring between these (a2a+p2p).",
     "deterministic_mode": "Only kernels that give equal bits for equal input.",
     "disable_bf16_reduced_precision_matmul": "Accumulate split matrix products in float32.",
     "flash_attention_version": "Version of flash-attention that Transformer Engine takes.",
     "gradient_accumulation_fusion": "Matrix products of Transformer Engine add weight gradients to the float32 buffer.",
+    "hierarchical_context_parallel_sizes": "Of cp_comm_type=a2a+p2p: consecutive ranks that exchange heads, and "
+    "how many such groups a ring connects.",
     "high_priority_a2a_comm_stream": "A stream of high priority for the exchange of tokens between experts.",
     "moe_flex_dispatcher_backend": "Library of the flex dispatcher, which has to be installed.",
     "moe_flex_dispatcher_num_sms": "Multiprocessors that the flex dispatcher takes.",
@@ -72,7 +75,8 @@ VLLM_KEYS: Mapping[str, str] = MappingProxyType({
 })  # fmt: skip
 
 ACT_ON_CPU = frozenset({
-    "batch_p2p_sync", "bucket_size", "deterministic_mode", "overlap_grad_reduce", "recompute_modules",
+    "batch_p2p_sync", "bucket_size", "cp_comm_type", "deterministic_mode", "hierarchical_context_parallel_sizes",
+    "overlap_grad_reduce", "recompute_modules",
     "async_scheduling", "block_size", "disable_log_stats", "max_num_batched_tokens", "num_gpu_blocks_override",
 })  # fmt: skip
 """Those that do something where there is no GPU."""
@@ -80,8 +84,7 @@ ACT_ON_CPU = frozenset({
 NARROWED: Mapping[str, tuple[str, ...]] = MappingProxyType({
     # allgather takes packs of one length only.
     "moe_token_dispatcher_type": ("alltoall", "flex"),
-    # all_gather takes packs too, but no run has compared it; a2a+p2p needs groups of two levels.
-    "cp_comm_type": ("p2p", "a2a"),
+    "cp_comm_type": ("p2p", "all_gather", "a2a", "a2a+p2p"),
     # Those that take weights as they are sent.
     "moe_backend": ("auto", "triton", "batched_triton", "flashinfer_trtllm", "flashinfer_cutlass"),
     "recompute_modules": ("core_attn", "layernorm", "mlp", "moe", "moe_act"),

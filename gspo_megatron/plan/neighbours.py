@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from gspo_megatron.cluster.machines import Machine, machine_of
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.plan.estimate import rollout, step_time
-from gspo_megatron.plan.rules import resources
+from gspo_megatron.plan.rules import context_exchange, resources
 from gspo_megatron.plan.suggest import Change, apply, build, refuses
 from gspo_megatron.plan.units import overrides_text
 from gspo_megatron.types import Finding
@@ -79,6 +79,7 @@ def _other_trainers(recipe: Recipe) -> Iterator[Change]:
         for value in {1, now // 2, 2 * now} - {0, now}:
             change: Change = {f"trainer.{name}": value}
             yield change | ({"trainer.virtual_pipeline": None} if name == "pipeline_parallel" else {})
+    yield from context_exchange.other_kinds(trainer, recipe.arch, machine_of(recipe))
     if trainer.offload_activations:
         yield {"trainer.offload_activations": False}
     yield {"trainer.micro_batch_tokens": 2 * trainer.micro_batch_tokens}

@@ -16,8 +16,9 @@ from gspo_megatron.plan.estimate.rollout import RolloutPlan, plan_rollout
 from gspo_megatron.plan.estimate.rollout import findings as rollout_findings
 from gspo_megatron.plan.estimate.step_time import plan_compute
 from gspo_megatron.plan.estimate.trainer_time import TrainerTime, trainer_times
-from gspo_megatron.plan.rules import layout, resources
-from gspo_megatron.plan.suggest import apply
+from gspo_megatron.plan.rules import context_exchange, layout, resources
+from gspo_megatron.plan.rules.context_exchange import KIND, SIZES
+from gspo_megatron.plan.suggest import apply, value_of
 
 Least = Literal["seconds", "gpu-hours"]
 MOST_STAGES, MOST_CONTEXT = 32, 64
@@ -26,6 +27,8 @@ LEAST_TOKENS = 2048
 """Least tokens of a sequence on one context-parallel rank. Below it, communication costs more than the split saves."""
 REFINED = 16
 """Fastest layouts for which chunks, larger micro-batches, expert tensor parallelism and offload are tried."""
+KIND_GAIN = 0.05
+"""Share of the time by which another way to meet keys and values has to be faster than the ring, which has run most."""
 WIDER = (1, 2, 4)
 """Micro-batches that are tried, in sequences of the longest length."""
 FEWER = (1, 2, 4)
@@ -189,6 +192,7 @@ def _layouts(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[d
                     "trainer.dynamic_context_parallel": (
                         recipe.trainer.dynamic_context_parallel and context > 1 and not context & (context - 1)
                     ),
+                    **_exchange(recipe, arch, tensor, context),
                     "trainer.pipeline_parallel": pipeline,
                     "trainer.first_stage_layers": ends[0],
                     "trainer.last_stage_layers": ends[1],
@@ -199,6 +203,14 @@ def _layouts(recipe: Recipe, arch: Architecture, machine: Machine) -> Iterator[d
                 }
                 for expert in _divisors(stage, arch.num_experts or 1):
                     yield {**base, "trainer.expert_parallel": expert}
+
+
+def _exchange(recipe: Recipe, arch: Architecture, tensor: int, context: int) -> dict[str, Any]:
+    """As the recipe says, where the layout can."""
+    sizes = {"trainer.tensor_parallel": tensor, "trainer.context_parallel": context}
+    given = {key: value_of(recipe, key) if context > 1 else None for key in (KIND, SIZES)}
+    can = not any(context_exchange.findings(apply(recipe, {**sizes, **given}).trainer, arch))
+    return given if can else dict.fromkeys(given)
 
 
 def _refine(recipe: Recipe, arch: Architecture, machine: Machine, one: Candidate) -> Candidate:
@@ -215,7 +227,14 @@ def _refine(recipe: Recipe, arch: Architecture, machine: Machine, one: Candidate
         if tensor > 1 and arch.num_experts and not virtual and wider == 1:
             variations.append({**tried, "trainer.expert_tensor_parallel": tensor})
         found += [other for variation in variations if (other := _judge(recipe, arch, machine, variation))]
-    return min(found, key=_order)
+    best = min(found, key=_order)
+    if value_of(recipe, KIND):
+        return best
+    trainer = apply(recipe, best.change).trainer
+    kinds = [{**best.change, **kind} for kind in context_exchange.other_kinds(trainer, arch, machine)]
+    others = [other for change in kinds if (other := _judge(recipe, arch, machine, change))]
+    faster = [other for other in others if other.seconds < (1 - KIND_GAIN) * best.seconds]
+    return min(faster, default=best, key=_order)
 
 
 def _divisors(of: int, most: int) -> list[int]:

@@ -11,7 +11,7 @@ from gspo_megatron.config.schema import Recipe
 from gspo_megatron.plan.estimate.calibration import TIME_RANGE
 from gspo_megatron.plan.run_plan import make_plan
 from gspo_megatron.plan.search import Candidate, Found, Least, Servers, search
-from gspo_megatron.plan.suggest import apply
+from gspo_megatron.plan.suggest import apply, value_of
 from gspo_megatron.plan.units import between, overrides_text
 
 SHOWN = 8
@@ -99,8 +99,9 @@ def _placement(one: Found, placements: int) -> Iterator[str]:
 
 
 def _layout_row(one: Candidate) -> str:
-    keys = {key.split(".")[1]: value for key, value in one.change.items()}
+    keys = {key.rpartition(".")[2]: value for key, value in one.change.items()}
     mode = keys["recompute"] + (" +host" if keys["offload_activations"] else "")
+    mode += f" {keys['cp_comm_type']}" if keys["cp_comm_type"] else ""
     return (
         f"{keys['tensor_parallel']:>3} {keys['context_parallel']:>3} {keys['pipeline_parallel']:>3} "
         f"{keys['virtual_pipeline'] or 1:>3} {keys['expert_parallel']:>4} {keys['expert_tensor_parallel']:>3} "
@@ -119,5 +120,4 @@ def _server_row(one: Servers) -> str:
 
 def _without_defaults(recipe: Recipe, change: dict[str, Any]) -> dict[str, Any]:
     """Leave out what the recipe says already."""
-    now = {key: getattr(getattr(recipe, key.split(".")[0]), key.split(".")[1]) for key in change}
-    return {key: value for key, value in change.items() if value != now[key]}
+    return {key: value for key, value in change.items() if value != value_of(recipe, key)}

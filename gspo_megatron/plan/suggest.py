@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import reduce
+from itertools import accumulate
 from typing import Any
 
 from gspo_megatron.cluster.machines import Machine, machine_of
@@ -79,12 +81,19 @@ def refuses(found: Iterable[Finding]) -> bool:
 
 
 def apply(recipe: Recipe, change: Change) -> Recipe:
-    """Return a copy of the recipe with `section.key` values changed."""
+    """Return a copy of the recipe with the values of dotted keys changed."""
     for key, value in change.items():
-        section, name = key.split(".")
-        part = getattr(recipe, section).model_copy(update={name: value})
-        recipe = recipe.model_copy(update={section: part})
+        *sections, name = key.split(".")
+        parts = list(accumulate(sections, getattr, initial=recipe))
+        for part, inner in zip(reversed(parts), [name, *reversed(sections)], strict=True):
+            value = part.model_copy(update={inner: value})
+        recipe = value
     return recipe
+
+
+def value_of(recipe: Recipe, key: str) -> Any:
+    """Return the value of a dotted key."""
+    return reduce(getattr, key.split("."), recipe)
 
 
 def _changes(recipe: Recipe, machine: Machine) -> Iterator[Change]:

@@ -1,8 +1,9 @@
 """The reference core attention: packed (THD) and context-parallel, in plain torch.
 
 Sharded exactly as Transformer Engine shards: each sequence, padded to a multiple of 2*CP, is cut in 2*CP chunks and
-rank r holds chunks r and 2*CP-1-r. Keys and values are gathered over the ranks that share the pack; each query attends
-to the positions of its own sequence that are not after it.
+rank r holds chunks r and 2*CP-1-r. Keys and values are gathered over the ranks that share the pack; or these exchange
+heads for tokens and back, as Transformer Engine's `a2a` does; or consecutive ones exchange heads, and gather what the
+others hold. Each query attends to the positions of its own sequence that are not after it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.mappings import all_to_all, gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -30,7 +31,8 @@ class Bucket:
     """Sequences of similar length, attended to as one padded batch."""
 
     queries: Tensor
-    """[B, Lq] index of each query among the local tokens; T_local marks padding."""
+    """[B, Lq] index of each query among the tokens of this rank, or of the ranks that exchange heads, one after the
+    other; their number marks padding."""
     keys: Tensor
     """[B, Lk] index of each key among the gathered tokens; T marks padding."""
     query_positions: Tensor
@@ -61,6 +63,10 @@ class PackedBatchParams(PackedSeqParams):
     positions: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     """[T_local] place of each token in its own sequence."""
     buckets: tuple[Bucket, ...] = field(default=())
+    head_group: Any = None
+    """Ranks that exchange heads; None where each keeps all heads of its tokens."""
+    key_group: Any = None
+    """Ranks over which keys and values are gathered after that; None where all are there."""
 
 
 def zigzag_indices(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
@@ -84,8 +90,16 @@ def positions_of(cu_seqlens: Tensor, indices: Tensor) -> Tensor:
     return indices - cu_seqlens[torch.searchsorted(cu_seqlens, indices, right=True) - 1]
 
 
-def plan_buckets(cu_seqlens: Tensor, rank: int, size: int, device: torch.device) -> tuple[Bucket, ...]:
-    """Index sets for one pack, computed once for all layers; within a bucket lengths differ by less than twice."""
+def plan_buckets(cu_seqlens: Tensor, rank: int, size: int, device: torch.device, count: int = 1) -> tuple[Bucket, ...]:
+    """Index sets for one pack, computed once for all layers; within a bucket lengths differ by less than twice.
+
+    Args:
+        cu_seqlens: [S+1] padded sequence starts.
+        rank: the first of the ranks whose queries attend here.
+        size: ranks that share the pack.
+        device: of the result.
+        count: how many ranks' queries attend here.
+    """
     starts, lengths = cu_seqlens[:-1].tolist(), (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
     total = int(cu_seqlens[-1])
     owner = torch.empty(total, dtype=torch.long)
@@ -100,17 +114,20 @@ def plan_buckets(cu_seqlens: Tensor, rank: int, size: int, device: torch.device)
     buckets = []
     for members in groups.values():
         longest = max(lengths[sequence] for sequence in members)
-        queries = torch.full((len(members), longest // size), total // size)
-        query_positions = torch.full((len(members), longest // size), -1)
+        queries = torch.full((len(members), count * longest // size), count * total // size)
+        query_positions = torch.full((len(members), count * longest // size), -1)
         keys = torch.full((len(members), longest), total)
         key_positions = torch.full((len(members), longest), longest)
         for row, sequence in enumerate(members):
             start, length = starts[sequence], lengths[sequence]
             keys[row, :length] = owner[start : start + length]
             key_positions[row, :length] = torch.arange(length)
-            own = zigzag_indices(torch.tensor([0, length]), rank, size)
+            own, order = torch.cat(
+                [zigzag_indices(torch.tensor([0, length]), one, size) for one in range(rank, rank + count)]
+            ).sort()
             query_positions[row, : len(own)] = own
-            queries[row, : len(own)] = start // size + torch.arange(len(own))
+            held = torch.cat([(at * total + start) // size + torch.arange(length // size) for at in range(count)])
+            queries[row, : len(own)] = held[order]
         seen = query_positions.clamp(min=0)
         parts = (part.to(device) for part in (queries, keys, query_positions, key_positions))
         buckets.append(Bucket(*parts, first_hidden=seen.amin(0).numpy() + 1, last_seen=seen.amax(0).numpy()))
@@ -154,11 +171,12 @@ class ReferenceAttention(MegatronModule):
             [T_local, heads * d].
         """
         assert packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
-        if packed_seq_params.cp_group is not None:
+        heads, keys = packed_seq_params.head_group, packed_seq_params.key_group
+        if heads is not None:
+            query, key, value = (_spread_heads(part, heads) for part in (query, key, value))
+        if keys is not None:
             key, value = (
-                gather_from_sequence_parallel_region(
-                    part.contiguous(), tensor_parallel_output_grad=True, group=packed_seq_params.cp_group
-                )
+                gather_from_sequence_parallel_region(part.contiguous(), tensor_parallel_output_grad=True, group=keys)
                 for part in (key, value)
             )
         # The last row takes the padding of the buckets. Picking the real rows would ask the device how many there are.
@@ -168,7 +186,8 @@ class ReferenceAttention(MegatronModule):
                 _pick(query, bucket.queries), _pick(key, bucket.keys), _pick(value, bucket.keys), bucket
             )
             output = output.index_put((bucket.queries,), attended)
-        return output[:-1].flatten(1)
+        attended = output[:-1]
+        return (attended if heads is None else _collect_heads(attended, heads)).flatten(1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, bucket: Bucket) -> Tensor:
         """[B, Lq, heads, d] of one bucket."""
@@ -176,6 +195,18 @@ class ReferenceAttention(MegatronModule):
         parts = (part.contiguous() for part in (by_group, key.transpose(1, 2), value.transpose(1, 2)))
         attended: Tensor = _BlockedAttention.apply(*parts, bucket, self.scale)
         return attended.permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _spread_heads(tokens: Tensor, group: Any) -> Tensor:
+    """[T_local, heads, d] of this rank -> [n * T_local, heads / n, d] of the n ranks of the group, in their order."""
+    size = group.size()
+    return all_to_all(group, tokens.unflatten(1, (size, -1)).transpose(0, 1).flatten(0, 1))
+
+
+def _collect_heads(tokens: Tensor, group: Any) -> Tensor:
+    """The way back of `_spread_heads`."""
+    size = group.size()
+    return all_to_all(group, tokens).unflatten(0, (size, -1)).transpose(0, 1).flatten(1, 2)
 
 
 class _BlockedAttention(torch.autograd.Function):

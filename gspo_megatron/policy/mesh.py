@@ -30,6 +30,17 @@ class ContextShare:
     """This one among them."""
     group: dist.ProcessGroup | None = None
     """All of them; None for one rank alone."""
+    heads: int = 1
+    """Consecutive ones that exchange heads."""
+    head_group: dist.ProcessGroup | None = None
+    """These; None for one alone."""
+    key_group: dist.ProcessGroup | None = None
+    """Those that hold other tokens of the same heads, over which the plain-torch spec gathers keys and values."""
+
+    @property
+    def is_two_level(self) -> bool:
+        """Whether some exchange heads, and these groups meet in turn."""
+        return self.head_group is not None and self.key_group is not None
 
     def sum(self, values: Tensor) -> Tensor:
         """Add a detached [S] tensor, of the sequences of the pack, over the ranks that share it."""
@@ -58,11 +69,13 @@ def build_groups(layout: Layout) -> dict[int, ContextShare]:
     """
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
+    inner = layout.head_ranks(layout.context)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
         context_parallel_size=layout.context,
+        hierarchical_context_parallel_sizes=[inner, layout.context // inner] if 1 < inner < layout.context else None,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
         # Only megatron's own checkpoint of its distributed optimizer would use one beside each of NCCL.
@@ -73,7 +86,13 @@ def build_groups(layout: Layout) -> dict[int, ContextShare]:
     shares = {}
     for size in layout.context_sizes:
         group = _context_group(layout, rank, size) if size > 1 else None
-        shares[size] = ContextShare(size, place % size, group)
+        heads = layout.head_ranks(size)
+        head_group, key_group = (group, None) if heads == size else (None, group)
+        if 1 < heads < size:
+            levels = parallel_state.get_hierarchical_context_parallel_groups()
+            assert levels is not None
+            head_group, key_group = levels
+        shares[size] = ContextShare(size, place % size, group, heads, head_group, key_group)
     return shares
 
 

@@ -103,7 +103,8 @@ def narrow(batch: MicroBatch, starts: Sequence[int], members: Sequence[int]) -> 
 def _describe(cu_seqlens: Tensor, keep: Tensor, share: ContextShare, device: torch.device) -> PackedBatchParams:
     """A pack as Megatron wants it; `cu_seqlens` [S+1] and `keep` [T_local] are on the host."""
     longest = int(cu_seqlens.diff().max())
-    group: Any = share.group  # where megatron declares a group, it takes None too
+    # Transformer Engine keeps the two groups of a2a+p2p that it was made with; any other is replaced here.
+    group: Any = None if share.is_two_level else share.group  # where megatron declares a group, it takes None too
     on_device = cu_seqlens.to(device)
     rope_length = -(-longest // ROPE_LENGTH_STEP) * ROPE_LENGTH_STEP
     return PackedBatchParams(
@@ -119,7 +120,11 @@ def _describe(cu_seqlens: Tensor, keep: Tensor, share: ContextShare, device: tor
         pad_between_seqs=False,
         # Attention exchanges keys and values in this group, whatever group its module was made with.
         cp_group=group,
-        local_cp_size=share.size,
+        local_cp_size=None if share.is_two_level else share.size,  # pyright: ignore[reportArgumentType]
         positions=positions_of(cu_seqlens, keep).to(device),
-        buckets=plan_buckets(cu_seqlens, share.rank, share.size, device),
+        buckets=plan_buckets(
+            cu_seqlens, share.rank // share.heads * share.heads, share.size, device, count=share.heads
+        ),
+        head_group=share.head_group,
+        key_group=share.key_group,
     )

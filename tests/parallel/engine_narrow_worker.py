@@ -1,15 +1,17 @@
-"""One rank of the bfloat16 runs on Transformer Engine's layers: one micro-batch against two, and offload."""
+"""One rank of the bfloat16 runs on Transformer Engine's layers: micro-batches, context-parallel attention, offload."""
 
 from __future__ import annotations
 
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe import moe_utils
 from torch import Tensor
 
@@ -23,11 +25,14 @@ from gspo_megatron.policy.snapshot import Snapshot
 from gspo_megatron.policy.specs import FUSES
 from gspo_megatron.policy.weights import random_pieces
 from gspo_megatron.types import Sample, SampleRef
-from tests.parallel import engine_answers
+from tests.parallel import engine_answers, engine_ring
 
 SEED = 5
 HALVES = ((31, 12, 9), (31, 17, 5))
 """Lengths of the sequences of two micro-batches; equal longest ones, so that attention has rows of one length."""
+ATTENDED = (512, 96)
+"""Lengths of the sequences of the comparison of attention."""
+INPUTS = ("output", "queries", "keys", "values")
 TOKENS, WIDTH, EXPERTS = 24, 32, 4
 ADAM = OptimizerSettings(1e-3, (0.9, 0.95), 1e-8, 0.0, 1.0)
 
@@ -112,6 +117,49 @@ def compare_offload(overrides: list[str], device: torch.device) -> dict[str, Any
     return {"left": left, "saved": saved, "tensors": len(weights[0]), "changed": changed}
 
 
+def compare_attention(overrides: list[str], device: torch.device) -> dict[str, Any]:
+    """Relative distances of a layer's attention over all ranks from float64: output, gradients of its inputs."""
+    recipe = load_recipe(Path("recipes/tiny_moe.yaml"), overrides)
+    policy = Policy(recipe, device, torch.bfloat16)
+    core = policy.chunks[0].module.decoder.layers[0].self_attention.core_attention
+    refs = [SampleRef("", 0, 0, 2, size - 2, 0.0, "stop", ()) for size in ATTENDED]
+    rows = [
+        Sample(np.zeros(size, np.int32), np.ones(size, dtype=bool), np.zeros(size, np.float32), ref)
+        for size, ref in zip(ATTENDED, refs, strict=True)
+    ]
+    pack = collate(rows, policy.layout.pad_multiple)
+    (batch,) = policy.place([pack])
+    generator = torch.Generator().manual_seed(SEED)
+    arch = recipe.arch
+    heads = (arch.num_attention_heads, arch.num_key_value_heads, arch.num_key_value_heads)
+    whole = [torch.randn(len(pack.token_ids), count, arch.head_dim, generator=generator).bfloat16() for count in heads]
+    upper = torch.randn(len(pack.token_ids), heads[0] * arch.head_dim, generator=generator).bfloat16()
+    mine = [part[batch.indices].requires_grad_() for part in whole]
+    out = core(*mine, None, AttnMaskType.causal, packed_seq_params=batch.params).view(len(batch.indices), -1)
+    found = [out, *torch.autograd.grad(out, mine, upper[batch.indices])]
+    wide = [part.double().requires_grad_() for part in whole]
+    exact = attend(wide, pack.cu_seqlens.tolist())
+    wanted = [exact, *torch.autograd.grad(exact, wide, upper.double())]
+    sums = torch.tensor([
+        [(one.double() - all_[batch.indices]).square().sum(), all_[batch.indices].square().sum()]
+        for one, all_ in zip(found, wanted, strict=True)
+    ])  # fmt: skip
+    dist.all_reduce(sums)
+    return {"attention": dict(zip(INPUTS, (sums[:, 0] / sums[:, 1]).sqrt().tolist(), strict=True))}
+
+
+def attend(tensors: list[Tensor], starts: list[int]) -> Tensor:
+    """[T, heads * d] causal attention within each sequence, written down."""
+    parts = []
+    for begin, end in pairwise(starts):
+        query, key, value = (part[begin:end].transpose(0, 1) for part in tensors)
+        key, value = (part.repeat_interleave(len(query) // len(key), 0) for part in (key, value))
+        hidden = torch.ones(end - begin, end - begin, dtype=torch.bool).triu(1)
+        scores = (query @ key.transpose(1, 2) * query.shape[-1] ** -0.5).masked_fill(hidden, float("-inf"))
+        parts.append((scores.softmax(-1) @ value).transpose(0, 1).flatten(1))
+    return torch.cat(parts)
+
+
 def reorder(fused: bool) -> dict[str, Tensor]:
     """Tokens to their experts, sorted by another order of experts and back, with all gradients."""
     generator = torch.Generator().manual_seed(SEED)
@@ -143,7 +191,13 @@ def main() -> None:
     directory = Path(sys.argv[1])
     device = mesh.start_world()
     engine_answers.install()
-    runs = {"micro-batches": compare_micro_batches, "offload": compare_offload, "permutation": compare_permutation}
+    engine_ring.install()
+    runs = {
+        "micro-batches": compare_micro_batches,
+        "attention": compare_attention,
+        "offload": compare_offload,
+        "permutation": compare_permutation,
+    }
     results: list[Any] = []
     for case in json.loads((directory / "cases.json").read_text()):
         rows: list[Any] = [None] * dist.get_world_size()

@@ -39,6 +39,11 @@ ROWS = [
     Row(4, "TP2 CP2 EP2"),
     Row(4, "TP2 PP2 EP2 recompute"),
     Row(4, "TP2 CP2", "llama, tied"),
+    Row(2, "CP2 gather"),
+    Row(2, "CP2 heads"),
+    Row(4, "CP4 gather recompute"),
+    Row(4, "TP2 CP2 EP2 heads"),
+    Row(4, "CP4 levels"),
 ]
 NO_TRITON = "trainer.megatron.moe_permute_fusion=false"
 """Interpreted, the kernels that reorder tokens take minutes a case; `engine_narrow.py` holds them to megatron's own."""
@@ -66,7 +71,12 @@ def case_of(row: Row) -> dict[str, Any]:
 def faults_of(row: Row, result: dict[str, Any]) -> list[str]:
     """What of a result does not hold; a run that did not go through Transformer Engine proves nothing."""
     needed = [*NEEDED, *(["te_general_grouped_gemm"] if row.model.startswith("moe") else [])]
-    needed += ["fused_attn_fwd", "fused_attn_bwd", "thd_grad_correction"] if "CP" in row.layout else []
+    words = row.layout.split()
+    if "CP" in row.layout:
+        needed += ["fused_attn_fwd", "fused_attn_bwd"]
+        needed += ["thd_cp_rank_order_to_sequence_order"] if {"gather", "heads", "levels"} & {*words} else []
+        needed += ["thd_copy_valid_tokens_from_per_split_to_rank_local"] if "gather" in words else []
+        needed += [] if {"gather", "heads"} & {*words} else ["thd_grad_correction"]
     unasked = [f"{name} was not asked" for name in needed if not result["asked"].get(name)]
     return [*broken_bounds(result), *unasked]
 

@@ -1,7 +1,8 @@
-"""Transformer Engine's ring of context-parallel ranks: the attention kernel and its corrections answered by torch.
+"""Transformer Engine's context-parallel attention: the kernel, and what goes on around it, answered by torch.
 
-A rank's keys and values travel around the ring, and what each step gives is merged by its softmax normalizer. Packs
-only. Every sequence of a pack is split over the ranks, its first and second half apart.
+A rank's keys and values travel around a ring, and what each step gives is merged by its softmax normalizer; or they
+are gathered; or the ranks exchange heads. Packs only. Every sequence of a pack is split over the ranks, its first and
+second half apart.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from tests.parallel.engine_answers import engine, spans
 CUDNN = (9, 20, 0)
 
 
-def scores(queries: Tensor, keys: Tensor, scale: float, causal: bool) -> Tensor:
-    """[heads, q, k] of one sequence."""
+def scores(queries: Tensor, keys: Tensor, scale: float, mask: str) -> Tensor:
+    """[heads, q, k] of one sequence; with `bottom_right` the last query sees the last key, however many there are."""
     found = torch.einsum("qhd,khd->hqk", queries.double(), spread(keys, queries)) * scale
-    if causal:
-        found = found.masked_fill(torch.ones(found.shape[1:], dtype=torch.bool).triu(1), float("-inf"))
+    if "causal" in mask:
+        seen = 1 + (len(keys) - len(queries) if "bottom_right" in mask else 0)
+        found = found.masked_fill(torch.ones(found.shape[1:], dtype=torch.bool).triu(seen), float("-inf"))
     return found
 
 
@@ -48,13 +50,14 @@ def pairs(cu_q: Tensor, at_q: Tensor, cu_k: Tensor, at_k: Tensor) -> list[tuple[
 
 def fused_attn_fwd(
     _trains: bool, _most_q: int, _most_k: int, cu_q: Tensor, cu_k: Tensor, q: Tensor, k: Tensor, v: Tensor,
-    *, attn_scale: float, attn_mask_type: str, cu_seqlens_q_padded: Tensor, cu_seqlens_kv_padded: Tensor, **_: Any,
+    *_: Any, attn_scale: float, attn_mask_type: str, cu_seqlens_q_padded: Tensor, cu_seqlens_kv_padded: Tensor,
+    **__: Any,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """Attention of packs [T, heads, d], and the normalizer [T, heads, 1] of each token and head."""
     out = torch.zeros_like(q)
     normalizers = torch.full((*q.shape[:2], 1), float("-inf"), dtype=torch.float32)
     for (first, end), (begin, stop) in pairs(cu_q, cu_seqlens_q_padded, cu_k, cu_seqlens_kv_padded):
-        found = scores(q[first:end], k[begin:stop], attn_scale, "causal" in attn_mask_type)
+        found = scores(q[first:end], k[begin:stop], attn_scale, attn_mask_type)
         total = found.logsumexp(-1)
         shares = (found - total[..., None]).exp()
         out[first:end] = torch.einsum("hqk,khd->qhd", shares, spread(v[begin:stop], q)).to(out.dtype)
@@ -72,7 +75,7 @@ def fused_attn_bwd(
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for (first, end), (begin, stop) in pairs(cu_q, cu_seqlens_q_padded, cu_k, cu_seqlens_kv_padded):
         rows, columns = slice(first, end), slice(begin, stop)
-        found = scores(q[rows], k[columns], attn_scale, "causal" in attn_mask_type)
+        found = scores(q[rows], k[columns], attn_scale, attn_mask_type)
         shares = (found - normalizers[rows, :, 0].double().T[..., None]).exp()
         upper = grad[rows].double()
         inner = torch.einsum("qhd,khd->hqk", upper, spread(v[columns], q))
@@ -130,6 +133,36 @@ def thd_grad_correction(grad: Tensor, step: Tensor, lengths: Tensor, first: str,
             grad.index_add_(dim, rows, part) if action == "add" else grad.index_copy_(dim, rows, part)
 
 
+def rank_order(lengths: Tensor, ranks: int) -> Tensor:
+    """Where in the pack each token is, with those of one rank behind those of the other."""
+    found = []
+    for rank in range(ranks):
+        for begin, end in spans(lengths):
+            size = (end - begin) // (2 * ranks)
+            found += [torch.arange(begin + at * size, begin + (at + 1) * size) for at in (rank, 2 * ranks - 1 - rank)]
+    return torch.cat(found)
+
+
+def thd_cp_rank_order_to_sequence_order(tokens: Tensor, lengths: Tensor, ranks: int, count: int) -> Tensor:
+    """The tokens of all ranks in the order of the pack."""
+    assert count == len(tokens)
+    return torch.empty_like(tokens).index_copy_(0, rank_order(lengths, ranks), tokens)
+
+
+def thd_sequence_order_to_cp_rank_order(tokens: Tensor, lengths: Tensor, ranks: int, count: int) -> Tensor:
+    """Back."""
+    assert count == len(tokens)
+    return tokens.index_select(0, rank_order(lengths, ranks))
+
+
+def thd_copy_valid_tokens_from_per_split_to_rank_local(
+    whole: Tensor, part: Tensor, places_of: Tensor, lengths: Tensor
+) -> None:
+    """Copy the tokens that one call of the kernel computed."""
+    for (begin, end), at in zip(spans(lengths), places_of.tolist(), strict=False):
+        whole[at : at + end - begin] = part[at : at + end - begin]
+
+
 def exchange(
     _rank: int, sent: Tensor, _to: int, received: Tensor, source: int, group: Any, _batched: bool
 ) -> list[Any]:
@@ -146,7 +179,8 @@ def install() -> None:
     backends, ring, utils = (engine(f"{packed}.{name}") for name in ("backends", "context_parallel", "utils"))
     corrections = (
         thd_read_half_tensor, thd_second_half_lse_correction, thd_out_correction, thd_read_second_half_lse,
-        thd_grad_correction,
+        thd_grad_correction, thd_cp_rank_order_to_sequence_order, thd_sequence_order_to_cp_rank_order,
+        thd_copy_valid_tokens_from_per_split_to_rank_local,
     )  # fmt: skip
     engine_answers.answer({function.__name__: function for function in corrections})
     for function in (fused_attn_fwd, fused_attn_bwd):

@@ -74,6 +74,9 @@ WORDS = {
     "selective": "recompute=selective",
     "offload": "offload_activations=true",
     "dynamic": "dynamic_context_parallel=true",
+    "gather": "megatron.cp_comm_type=all_gather",
+    "heads": "megatron.cp_comm_type=a2a",
+    "levels": "megatron={cp_comm_type: a2a+p2p, hierarchical_context_parallel_sizes: [2, 2]}",
     "overlap": "megatron={overlap_grad_reduce: true, bucket_size: 20000}",
 }
 DIMENSIONS = ("TP", "PP", "VPP", "CP", "EP", "ETP", "DP")
@@ -88,8 +91,9 @@ class Row:
     layout: str
     """`TP2 PP2 first1 last3`; words without a number say how it computes: `recompute` = all layers again, `selective` =
     the experts again (of a dense model the feed-forward part), `offload` = layer inputs in memory of the host,
-    `dynamic` = packs of one update are shared by 1, 2 and 4 of the CP ranks (`policy_batch.MIXED`), `spread` =
-    optimizer states spread over the replicas, `overlap` = gradients reduced during the backward pass."""
+    `dynamic` = packs of one update are shared by 1, 2 and 4 of the CP ranks (`policy_batch.MIXED`), `gather`, `heads`,
+    `levels` = how context-parallel ranks meet keys and values, other than by a ring (for which plain torch gathers),
+    `spread` = optimizer states spread over the replicas, `overlap` = gradients reduced during the backward pass."""
     model: str = "moe"
     """A key of MODELS."""
     in_test: bool = False
@@ -187,6 +191,12 @@ ROWS = [
     Row(4, "PP2 CP2 dynamic EP2"),
     Row(4, "PP2 VPP2 CP2 dynamic EP2", in_test=True),
     Row(4, "TP2 CP2 dynamic", "llama, tied"),
+    Row(4, "CP2 EP2 heads"),
+    Row(4, "TP2 CP2 EP4 heads", in_test=True),
+    Row(4, "CP4 EP2 heads recompute"),
+    Row(4, "CP4 EP2 levels", in_test=True),
+    Row(4, "CP4 dynamic EP2 heads", in_test=True),
+    Row(4, "PP2 VPP2 CP2 heads", "qwen2"),
     Row(8, ""),
     Row(8, "EP8"),
     Row(8, "TP8 EP8"),
@@ -196,6 +206,7 @@ ROWS = [
     Row(8, "TP4 PP2 EP2 ETP2"),
     Row(8, "CP4 PP2 EP4"),
     Row(8, "TP2 PP2 VPP2 CP2 EP2 ETP2"),
+    Row(8, "TP2 CP4 EP2 levels"),
     Row(8, "TP2 PP4 first1 last1 EP2", "moe, 6 layers"),
     Row(8, "TP4 PP2 EP4", "moe, 2 KV heads"),
     Row(8, "TP8", "dense"),

@@ -14,7 +14,6 @@ from gspo_megatron.models.megatron_engine import recomputed_modules
 from gspo_megatron.models.registry import family_of
 from gspo_megatron.parallel import Layout
 from gspo_megatron.plan.estimate.batch import BatchPlan
-from gspo_megatron.plan.estimate.practice import practice_of
 from gspo_megatron.types import ITEM_BYTES
 
 PEAK_IMBALANCE, MEAN_IMBALANCE = 1.5, 1.1
@@ -29,16 +28,13 @@ class Shape(LayerShape):
     """`none`, `selective`, `full`."""
     modules: tuple[str, ...] = ()
     """Parts that `selective` repeats, in Megatron's words."""
-    exchanges_heads: bool = False
-    """Whether context-parallel ranks exchange heads, and not keys and values round a ring."""
 
     @classmethod
     def of(cls, recipe: Recipe, arch: Architecture, layout: Layout) -> Shape:
         """The layer that a recipe trains."""
         tokens = recipe.trainer.micro_batch_tokens / layout.context
         element, trainer = ITEM_BYTES[recipe.model.dtype], recipe.trainer
-        heads = practice_of(recipe).exchanges_heads
-        return cls(arch, layout, tokens, element, trainer.recompute, recomputed_modules(arch, trainer), heads)
+        return cls(arch, layout, tokens, element, trainer.recompute, recomputed_modules(arch, trainer))
 
     @property
     def attention_bytes(self) -> int:
@@ -64,11 +60,15 @@ class Shape(LayerShape):
     def work_bytes(self) -> int:
         """What comes and goes in the fullest layer, and what is on its way between the context ranks."""
         wide, heads = family_of(self.arch).mixer_work(self, PEAK_IMBALANCE), 0.0
-        if self.layout.context > 1 and self.exchanges_heads:
+        ranks = self.layout.context
+        exchanging = self.layout.head_ranks(ranks)
+        if exchanging > 1:
             # Queries, keys, values and output, as they are sent and as they arrive.
-            heads = 2 * 2 * (self.arch.num_attention_heads / self.layout.tensor + self.groups)
-        elif self.layout.context > 1:
-            heads = 4 * 2 * self.groups
+            heads += 2 * 2 * (self.arch.num_attention_heads / self.layout.tensor + self.groups)
+        if exchanging < ranks:
+            # Keys, values and their gradients: twice on a ring. Gathered they are those of the whole pack, with the
+            # gradients of two halves of the queries, and one that is put in another order.
+            heads += (9 * ranks if self.layout.context_exchange == "all_gather" else 8) * self.groups
         return int((wide + heads * self.tokens * self.arch.head_dim) * self.element)
 
     @property

@@ -21,6 +21,7 @@ MEGATRON_EFFECTS: Mapping[str, str] = MappingProxyType({
     "disable_bf16_reduced_precision_matmul": NOT_COUNTED,
     "flash_attention_version": NOT_COUNTED,
     "gradient_accumulation_fusion": "time of an update for each parameter tensor",
+    "hierarchical_context_parallel_sizes": "which ranks exchange heads, over which links",
     "high_priority_a2a_comm_stream": NOT_COUNTED,
     "moe_flex_dispatcher_backend": NOT_COUNTED,
     "moe_flex_dispatcher_num_sms": NOT_COUNTED,

@@ -154,6 +154,8 @@ def attention_seconds(
 ) -> tuple[float, float]:
     """Attention scores forward and backward, with what context-parallel ranks exchange and scores do not hide.
 
+    A ring goes round while scores are computed. Heads are exchanged, and keys and values gathered, before or after.
+
     Args:
         arch: of the model.
         layout: its `context` ranks share all of `slots`.
@@ -162,23 +164,40 @@ def attention_seconds(
         practice: of the trainer.
     """
     ranks, tokens = layout.context, sum(slot.tokens for slot in slots)
-    cut = 1 if practice.exchanges_heads else ranks
+    cut = ranks // layout.head_ranks(ranks)
     forward, backward = (
         sum(_score_seconds(arch, layout, machine, slot, slot.length / cut, back) for slot in slots)
         for back in (False, True)
     )
     if ranks == 1:
         return forward, backward
-    speed = link_speed(machine, practice, machine.domain % (layout.tensor * ranks) == 0)
-    if practice.exchanges_heads:
-        # Queries, keys and values before the kernel, its output after it; backward their gradients. Nothing hides them.
-        heads = 2 * (arch.num_attention_heads + arch.num_key_value_heads) / layout.tensor
-        moved = tokens * heads * arch.head_dim * 2 * (ranks - 1) / ranks / speed
-        return forward + moved, backward + moved
-    # Keys and values go round while scores are computed; backward their gradients go with them.
+    heads, keys = (
+        tokens * size / link_speed(machine, practice, machine.domain % (layout.tensor * reach) == 0)
+        for size, reach in zip(exchanged_bytes(arch, layout, 2), (layout.head_ranks(ranks), ranks), strict=True)
+    )
+    if layout.context_exchange == "all_gather":
+        return forward + keys, backward + 2 * keys
+    # Backward the gradients of keys and values go round with them, and those of heads go back as they came.
+    return max(keys, forward) + heads, max(2 * keys, backward) + heads
+
+
+def exchanged_bytes(arch: Architecture, layout: Layout, element: int) -> tuple[float, float]:
+    """Bytes that a rank receives in the forward pass of a layer for each of its tokens: (heads, keys and values).
+
+    Where heads are exchanged, queries, keys and values come before the kernel and its output goes after it. Ranks that
+    hold other tokens of the same heads then get keys and values of each other.
+
+    Args:
+        arch: of the model.
+        layout: its `context` ranks share the pack.
+        element: bytes of a value.
+    """
+    ranks = layout.context
+    heads = layout.head_ranks(ranks)
+    every = 2 * (arch.num_attention_heads + arch.num_key_value_heads) / layout.tensor
     groups = max(1.0, arch.num_key_value_heads / layout.tensor)
-    ring = tokens * 2 * groups * arch.head_dim * 2 * (ranks - 1) / speed
-    return max(ring, forward), max(2 * ring, backward)
+    value = arch.head_dim * element
+    return every * value * (heads - 1) / heads, 2 * groups * value * (ranks // heads - 1)
 
 
 def _score_seconds(

@@ -24,8 +24,6 @@ class Practice:
     """Parameters that one overlapped reduction covers; None = Megatron's usual number."""
     overlaps_gather: bool = False
     """Whether parameters are gathered during the first forward pass."""
-    exchanges_heads: bool = False
-    """Whether context-parallel ranks exchange heads by all-to-all, instead of passing keys and values round a ring."""
     fuses_accumulation: bool = False
     """Whether products add gradients to the buffer themselves."""
     virtual: int = 0
@@ -54,6 +52,5 @@ def practice_of(recipe: Recipe) -> Practice:
         dispatch="fused" if given.get("moe_token_dispatcher_type") == "flex" else "all_to_all",
         overlaps_reduction=bool(given.get("overlap_grad_reduce")),
         bucket=given.get("bucket_size"),
-        exchanges_heads=given.get("cp_comm_type") == "a2a",
         fuses_accumulation=given.get("gradient_accumulation_fusion") is not False,
     )

@@ -74,6 +74,12 @@ def _cpu_shapes(arch: Architecture) -> Iterator[Finding]:
 
 
 def _only_on_gpus(given: dict[str, Any]) -> Iterator[Finding]:
+    if given.get("trainer.megatron.cp_comm_type") == "p2p":
+        yield Finding(
+            "engine-needs-gpu", "error", "trainer.megatron.cp_comm_type",
+            "p2p has no effect: the ring is Transformer Engine's, and the layers of a CPU gather keys and values",
+            "remove it, or set placement.gpu",
+        )  # fmt: skip
     for key, value in given.items():
         if key.rpartition(".")[2] not in ACT_ON_CPU:
             message = f"{value_text(value)} has no effect: the part that reads it runs on a GPU only"
@@ -89,6 +95,9 @@ def _inert(recipe: Recipe, arch: Architecture, given: dict[str, Any]) -> Iterato
     needs = {
         "trainer.megatron.bucket_size": (overlap, "trainer.megatron.overlap_grad_reduce=true"),
         "trainer.megatron.cp_comm_type": (trainer.context_parallel > 1, "trainer.context_parallel above 1"),
+        "trainer.megatron.hierarchical_context_parallel_sizes": (
+            megatron.get("cp_comm_type") == "a2a+p2p", "trainer.megatron.cp_comm_type=a2a+p2p",
+        ),
         "trainer.megatron.moe_flex_dispatcher_backend": (flex, "trainer.megatron.moe_token_dispatcher_type=flex"),
         "trainer.megatron.moe_flex_dispatcher_num_sms": (flex, "trainer.megatron.moe_token_dispatcher_type=flex"),
         "trainer.megatron.recompute_modules": (selective, "trainer.recompute=selective"),
@@ -112,14 +121,6 @@ def _inert(recipe: Recipe, arch: Architecture, given: dict[str, Any]) -> Iterato
 
 def _trainer_layout(recipe: Recipe, arch: Architecture, megatron: dict[str, Any]) -> Iterator[Finding]:
     trainer = recipe.trainer
-    heads = trainer.tensor_parallel * trainer.context_parallel
-    if megatron.get("cp_comm_type") == "a2a" and arch.num_key_value_heads % heads:
-        yield Finding(
-            "engine-layout", "error", "trainer.megatron.cp_comm_type",
-            f"a2a gives each of {heads} ranks (TP x CP) whole heads, and the model has {arch.num_key_value_heads} of "
-            "keys",
-            "set it to p2p",
-        )  # fmt: skip
     flex = megatron.get("moe_token_dispatcher_type") == "flex"
     if flex and arch.num_experts and trainer.expert_parallel * trainer.expert_tensor_parallel == 1:
         yield Finding(

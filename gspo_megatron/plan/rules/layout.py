@@ -9,6 +9,7 @@ from gspo_megatron.cluster.machines import Machine
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.trainer_section import TrainerSection
 from gspo_megatron.parallel import Coordinates, Layout, layout_of, powers_of_two
+from gspo_megatron.plan.rules import context_exchange
 from gspo_megatron.plan.units import value_text
 from gspo_megatron.types import Finding
 
@@ -52,7 +53,7 @@ def rank_table(layout: Layout) -> list[Coordinates]:
 def findings(trainer: TrainerSection, arch: Architecture, machine: Machine) -> Iterator[Finding]:
     """Find everything that prevents the layout, and what makes it slow."""
     errors = [*_grid(trainer, machine.ranks), *_model_cuts(trainer, arch), *_pipeline(trainer, arch)]
-    errors += _dynamic(trainer)
+    errors += [*_dynamic(trainer), *context_exchange.findings(trainer, arch)]
     yield from errors
     if not errors:
         yield from _nodes(layout_of(trainer, machine.ranks), machine)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from gspo_megatron.cluster.machines import machine_of
 from gspo_megatron.models import load_recipe
 from gspo_megatron.plan import make_plan
 from gspo_megatron.plan.engine_text import explain_engines, kept_defaults, print_engines
@@ -14,6 +15,8 @@ from gspo_megatron.plan.estimate import decode
 from gspo_megatron.plan.estimate.calibration import CALIBRATED
 from gspo_megatron.plan.estimate.practice import Practice, practice_of
 from gspo_megatron.plan.estimate.trainer_time import trainer_times
+from gspo_megatron.plan.rules.context_exchange import other_kinds
+from gspo_megatron.plan.suggest import apply
 
 GPU = ("qwen3_30b_a3b_gspo", "qwen3_30b_a3b_gspo_100k", "qwen3_235b_a22b_gspo", "qwen3_235b_a22b_gspo_100k")
 DENSE = "qwen3_0p6b_gspo"
@@ -66,6 +69,18 @@ def share(name: str, practice: Practice) -> float:
     return (usual - other) / plan.compute.seconds_per_step
 
 
+def exchange_shares(name: str) -> list[float]:
+    """Share of a step that each other way to meet keys and values would save."""
+    recipe = load_recipe(path_of(name))
+    plans = [
+        make_plan(apply(recipe, change))
+        for change in [{}, *other_kinds(recipe.trainer, recipe.arch, machine_of(recipe))]
+    ]
+    usual, *others = [plan.compute.seconds_per_step for plan in plans if plan.compute]
+    assert len(others) >= 1
+    return [1 - other / usual for other in others]
+
+
 @pytest.mark.parametrize("name", GPU)
 def test_the_shares_of_a_step_are_those_that_the_rows_claim(name: str) -> None:
     ours = practice_of(load_recipe(path_of(name)))
@@ -73,6 +88,7 @@ def test_the_shares_of_a_step_are_those_that_the_rows_claim(name: str) -> None:
     assert 0 <= share(name, replace(ours, overlaps_gather=True)) <= 0.0011
     assert 0.01 <= share(name, replace(ours, dispatch="overlapped")) <= 0.055
     assert 0.005 <= share(name, replace(ours, dispatch="fused")) <= 0.035
+    assert max(exchange_shares(name)) <= 0.01
     assert 0 <= share(name, replace(ours, rates=replace(CALIBRATED, layer_seconds=0.0))) <= 0.02
 
 

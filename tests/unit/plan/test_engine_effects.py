@@ -10,9 +10,12 @@ import pytest
 from gspo_megatron.config.engine_keys import MEGATRON_KEYS, NARROWED, VLLM_KEYS
 from gspo_megatron.config.engine_sections import arguments_of
 from gspo_megatron.models import load_recipe
+from gspo_megatron.parallel import Layout
 from gspo_megatron.plan import Plan, make_plan
 from gspo_megatron.plan.estimate.calibration import CALIBRATED
 from gspo_megatron.plan.estimate.engine_effects import MEGATRON_EFFECTS, VLLM_EFFECTS
+from gspo_megatron.plan.estimate.layer_time import exchanged_bytes
+from gspo_megatron.plan.estimate.memory import ALLOCATOR_SHARE
 
 A3B = "recipes/qwen3_30b_a3b_gspo.yaml"
 SECTION = {"trainer.megatron": MEGATRON_EFFECTS, "rollout.vllm": VLLM_EFFECTS}
@@ -20,6 +23,10 @@ KEYS = [(section, key) for section, effects in SECTION.items() for key in effect
 BESIDE = {
     "bucket_size": ["trainer.megatron.overlap_grad_reduce=true"],
     "recompute_modules": ["trainer.recompute=selective"],
+    "hierarchical_context_parallel_sizes": [
+        "trainer.context_parallel=8",
+        "trainer.megatron={cp_comm_type: a2a+p2p, hierarchical_context_parallel_sizes: [2, 4]}",
+    ],
     "moe_flex_dispatcher_backend": ["trainer.megatron.moe_token_dispatcher_type=flex"],
     "moe_flex_dispatcher_num_sms": ["trainer.megatron.moe_token_dispatcher_type=flex"],
     "moe_backend": ["placement.gpu=b200", "placement.gpus_per_node=4", "rollout.tensor_parallel=4"],
@@ -29,6 +36,7 @@ BESIDE = {
 """What an argument acts with."""
 VALUES = {
     "moe_backend": "triton", "kv_cache_dtype": "fp8", "recompute_modules": "[moe_act]", "cp_comm_type": "a2a",
+    "hierarchical_context_parallel_sizes": "[4, 2]",
     "bucket_size": "400000000", "num_gpu_blocks_override": "4000", "max_num_batched_tokens": "65536",
     "optimization_level": "O0", "compilation_config": "{cudagraph_mode: NONE}", "cudagraph_capture_sizes": "[1, 2]",
     "max_cudagraph_capture_size": "2", "attention_config": "{flash_attn_version: 3}",
@@ -138,6 +146,27 @@ def test_heads_are_exchanged_unhidden_and_a_ring_is_hidden() -> None:
     """At 30K tokens the scores take longer than their ring; the exchange of heads comes on top of them."""
     ring, heads = seconds(), seconds("trainer.megatron.cp_comm_type=a2a")
     assert heads["training"] > ring["training"] and heads["old log-probs"] > ring["old log-probs"]
+
+
+def test_what_each_kind_receives_is_counted() -> None:
+    """A rank of 8, one of 4 key heads for 32 of queries: bytes of a token and layer, by hand."""
+    arch = load_recipe(Path(A3B)).arch
+    kinds = {"p2p": (1, (0, 7 * 8)), "all_gather": (1, (0, 7 * 8)), "a2a+p2p": (4, (72 * 3 / 4, 8))}
+    for kind, (inner, sizes) in kinds.items():
+        layout = Layout(8, context=8, context_exchange=kind, inner_context=inner)
+        assert exchanged_bytes(arch, layout, 2) == tuple(size * 128 * 2 for size in sizes)
+    whole = Layout(4, context=4, context_exchange="a2a")
+    assert exchanged_bytes(arch, whole, 2) == (72 * 3 / 4 * 128 * 2, 0)
+
+
+def test_gathered_keys_are_not_hidden_and_take_the_memory_of_the_pack() -> None:
+    overrides = [f"trainer.megatron.cp_comm_type={kind}" for kind in ("p2p", "all_gather")]
+    assert seconds(overrides[1])["training"] > seconds(overrides[0])["training"]
+    ring, gathered = (plan_of(one).memory for one in overrides)
+    # Of a rank's tokens, two bytes each: 9 whole packs in place of 8 shares of 4 heads.
+    assert ring and gathered
+    more = gathered[0].peak_bytes - ring[0].peak_bytes
+    assert more == pytest.approx((9 * 2 - 8) * 4 * 128 * 32768 / 2 * 2 * (1 + ALLOCATOR_SHARE), rel=1e-6)
 
 
 def test_an_overlapped_reduction_leaves_its_last_bucket() -> None:

@@ -26,6 +26,7 @@ def codes(path: str, *overrides: str) -> dict[str, str]:
     ("path", "override", "code"),
     [
         (TINY, "trainer.megatron.moe_token_dispatcher_type=flex", "engine-needs-gpu"),
+        (TINY, "trainer.megatron.cp_comm_type=p2p", "engine-needs-gpu"),
         (TINY, "rollout.vllm.cudagraph_capture_sizes=[1]", "engine-needs-gpu"),
         (TINY, "rollout.model_runner=v1", "engine-needs-gpu"),
         (GPU, "trainer.megatron.bucket_size=1000", "engine-inert"),
@@ -35,6 +36,7 @@ def codes(path: str, *overrides: str) -> dict[str, str]:
         (DENSE, "trainer.megatron.moe_permute_fusion=false", "engine-inert"),
         (DENSE, "rollout.vllm.moe_backend=triton", "engine-inert"),
         ("recipes/qwen3_30b_a3b_gspo_100k.yaml", "trainer.megatron.cp_comm_type=a2a", "engine-layout"),
+        (GPU, "trainer.megatron.hierarchical_context_parallel_sizes=[2, 2]", "engine-inert"),
         (GPU, "rollout.vllm.kv_cache_dtype=fp8", "sampler-rounds-keys"),
         (GPU, "rollout.vllm.numa_bind_nodes=[0, 1]", "engine-inert"),
         (GPU, "rollout.vllm.max_num_batched_tokens=127", "server-refuses"),
@@ -66,6 +68,39 @@ def test_what_does_not_fit_is_named(path: str, override: str, code: str) -> None
 )
 def test_what_fits_raises_nothing(override: str) -> None:
     assert codes(GPU, override) == {}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fault"),
+    [
+        (["cp_comm_type=all_gather"], None),
+        (["cp_comm_type=a2a"], "8 ranks (TP x CP) whole heads, and the model has 4"),
+        (["cp_comm_type=a2a+p2p"], "needs two numbers above 1 that make context_parallel=8"),
+        (["cp_comm_type=a2a+p2p", "hierarchical_context_parallel_sizes=[2, 4]"], None),
+        (["cp_comm_type=a2a+p2p", "hierarchical_context_parallel_sizes=[4, 2]"], None),
+        (["cp_comm_type=a2a+p2p", "hierarchical_context_parallel_sizes=[4, 2]", "TP2"], "8 ranks (TP x the first"),
+        (["cp_comm_type=a2a+p2p", "hierarchical_context_parallel_sizes=[8, 1]"], "two numbers above 1"),
+        (["cp_comm_type=a2a+p2p", "hierarchical_context_parallel_sizes=[2, 2]"], "context_parallel=8"),
+        (
+            ["cp_comm_type=a2a+p2p", "hierarchical_context_parallel_sizes=[2, 4]", "flash_attention_version=4"],
+            "flash-attention 4",
+        ),
+    ],
+)
+def test_each_way_to_meet_keys_and_values_has_its_layouts(overrides: list[str], fault: str | None) -> None:
+    keys = ["trainer.tensor_parallel=2" if one == "TP2" else f"trainer.megatron.{one}" for one in overrides]
+    recipe = load_recipe(Path(GPU), ["trainer.context_parallel=8", "trainer.tensor_parallel=1", *keys])
+    errors = [one.message for one in make_plan(recipe).findings if one.code == "engine-layout"]
+    assert errors == [] if fault is None else fault in errors[0] and len(errors) == 1
+
+
+def test_two_levels_take_no_packs_that_fewer_ranks_share() -> None:
+    keys = ["cp_comm_type=a2a+p2p", "hierarchical_context_parallel_sizes=[2, 2]"]
+    overrides = [*(f"trainer.megatron.{one}" for one in keys), "trainer.context_parallel=4"]
+    dynamic = "trainer.dynamic_context_parallel=true"
+    assert "engine-layout" not in codes(GPU, *overrides)
+    assert codes(GPU, *overrides, dynamic)["engine-layout"] == "trainer.megatron.cp_comm_type"
+    assert "engine-layout" not in codes(GPU, "trainer.context_parallel=4", "trainer.megatron.cp_comm_type=a2a", dynamic)
 
 
 def test_prompts_that_may_not_be_cut_need_a_step_that_holds_a_sequence() -> None:
