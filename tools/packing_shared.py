@@ -1,8 +1,9 @@
 """Static against dynamic context parallelism on one draw of lengths, for `bench_packing.py`.
 
 Seconds are those of `gspo plan` for H100s: scoring and training once with full recomputation, TP1, CP8, a slot as long
-as its slowest rank. Bytes are keys and values that ranks receive in one forward pass;
-`tests/parallel/test_context_bytes.py` counts them from collectives and finds this formula.
+as its slowest rank; their bound is `least_time`, which no packs beat, of whatever sizes they are. Bytes are keys and
+values that ranks receive in one forward pass; `tests/parallel/test_context_bytes.py` counts them from collectives and
+finds this formula.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from gspo_megatron.config.schema import Recipe
+from gspo_megatron.data.context_bound import least_time
 from gspo_megatron.data.context_packing import SharedPack, pack_shared
 from gspo_megatron.models import load_recipe
 from gspo_megatron.parallel import Layout, round_up
@@ -80,7 +82,7 @@ def compare(
         return float(tokens.sum()) * kv_bytes(recipe.arch)
 
     spent = by_rank(slots, lambda one: sum(flops[i] for i in one.members) / one.ranks, group)
-    least = sum(min(time(length, size) * size for size in layout.context_sizes) for length in lengths) / ranks
+    bound = least_time(lengths, time.floor, layout, max_tokens, time.slot, span)
     padded = [
         sum(round_up(lengths[i], layout.padding_of(one.ranks)) for i in one.members) / one.ranks
         for slot in slots
@@ -90,8 +92,8 @@ def compare(
     return {
         "W": slowest(spent) / (sum(flops) / ranks),
         "static_over_dynamic_seconds": seconds(whole) / seconds(slots),
-        "seconds_over_least": seconds(slots) / least,
-        "static_over_least_seconds": seconds(whole) / least,
+        "seconds_over_bound": seconds(slots) / bound,
+        "static_seconds_over_bound": seconds(whole) / bound,
         "bytes_over_static": received(slots) / received(whole),
         "ranks_of_a_sequence": float(np.mean([one.ranks for slot in slots for row in slot for one in row
                                               for _ in one.members])),

@@ -14,7 +14,14 @@ MOST_PRICES = 64
 """Prices of a token that are tried; each gives a valid bound, more of them a slightly higher one."""
 
 
-def lower_bound(tokens: np.ndarray, costs: np.ndarray, num_groups: int, ranks: int, max_tokens: int) -> float:
+def lower_bound(
+    tokens: np.ndarray,
+    costs: np.ndarray,
+    num_groups: int,
+    ranks: int,
+    max_tokens: int,
+    alone: np.ndarray | None = None,
+) -> float:
     """The largest of four lower bounds on the time of the slowest expert group, for any number of slots.
 
     1. *Mean.* All costs over all ranks.
@@ -32,34 +39,55 @@ def lower_bound(tokens: np.ndarray, costs: np.ndarray, num_groups: int, ranks: i
        because t_s >= tau_s and t_s >= cost(B). The bin of sequence 1 adds at most c_1 to the last sum, and the other
        k * R - 1 bins at most `most_content`, for tau_s <= c_1. The slowest group takes at least 1 / E of the sum.
 
+    With `alone` a slot that holds sequence i takes at least a_i >= c_i, which is more than its part of a bin. Then
+    a takes the place of c in 2, in every tau_s and in what limits the content of a bin; and in 3 where no two of these
+    sequences fit in one bin, for they are in m + 1 slots.
+
     Args:
         tokens: [n] int64, none above `max_tokens`, n >= 1.
         costs: [n] int64. Whole numbers keep the result equal on every machine.
         num_groups: E.
         ranks: R.
         max_tokens: C.
+        alone: [n] int64, a; None = `costs`.
 
     Returns:
         The bound in the unit of `costs`.
     """
-    order = np.lexsort((-tokens, -costs))
-    tokens, costs = tokens[order], costs[order]
+    times = costs if alone is None else alone
+    order = np.lexsort((-tokens, -times))
+    tokens, costs, times = tokens[order], costs[order], times[order]
     bins, total = num_groups * ranks, int(costs.sum())
-    bound = max(total / bins, float(costs[0]), _pigeonhole(costs, bins))
+    bound = max(total / bins, float(times[0]), _pigeonhole(np.sort(costs)[::-1], bins))
+    # How many of the first sequences there are of which no two fit in one bin.
+    apart = _apart(tokens, max_tokens)
+    bound = max(bound, _pigeonhole(times[:apart], bins))
     known = 0
-    # A rank without others in its group never waits.
-    for slots in range(1, MOST_SLOTS + 1 if ranks > 1 else 1):
+    # A rank without others in its group never waits; where sequences take longer than their part, it does.
+    for slots in range(1, MOST_SLOTS + 1 if ranks > 1 or alone is not None else 1):
         last = (slots - 1) * ranks
-        if last >= len(costs) or (last and np.sort(tokens[: last + 1])[:2].sum() <= max_tokens):
+        if last >= apart:
             break
-        known += int(costs[last])
-        content = most_content(tokens[1:], costs[1:], slots * ranks - 1, max_tokens, int(costs[0]))
-        bound = max(bound, (known + (total - int(costs[0]) - content) / ranks) / num_groups)
+        known += int(times[last])
+        content = int(times[0]) + most_content(tokens[1:], costs[1:], slots * ranks - 1, max_tokens, int(times[0]))
+        if alone is not None:
+            content = min(content, most_content(tokens, costs, slots * ranks, max_tokens, int(times[0])))
+        bound = max(bound, (known + (total - content) / ranks) / num_groups)
     return bound
 
 
+def _apart(tokens: np.ndarray, max_tokens: int) -> int:
+    """The most first sequences of which no two fit in one bin; 1 at least."""
+    shortest = int(tokens[0])
+    for count, size in enumerate(tokens.tolist()[1:], start=1):
+        if shortest + size <= max_tokens:
+            return count
+        shortest = min(shortest, size)
+    return len(tokens)
+
+
 def _pigeonhole(costs: np.ndarray, bins: int) -> float:
-    """Bound 3: the m + 1 cheapest of the first bins * m + 1 sequences, for the best m."""
+    """Bound 3: the m + 1 cheapest of the first bins * m + 1 sequences, falling, for the best m."""
     together = range(1, (len(costs) - 1) // bins + 1)
     return float(max((costs[bins * m - m : bins * m + 1].sum() for m in together), default=0))
 

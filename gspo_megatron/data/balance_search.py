@@ -81,11 +81,11 @@ class Search:
         np.add.at(self.filled, home, tokens[kinds[home], every])
         self.slot_of = np.arange(bins) // shape[2]
 
-    def run(self, bound: float) -> np.ndarray:
-        """[n] the best bins seen; ends when the slowest group is within `CLOSE_ENOUGH` of `bound`."""
+    def run(self, bound: float, rounds: int = ROUNDS) -> np.ndarray:
+        """[n] the best bins seen in so many rounds; ends when the slowest group is within `CLOSE_ENOUGH` of `bound`."""
         generator = np.random.default_rng(0)
         best, best_home = None, self.home[: self.count].copy()
-        for turn in range(ROUNDS):
+        for turn in range(rounds):
             ordered, places = self._sorted_slots()
             times = ordered[:, 0].reshape(self.shape[:2]).sum(axis=1)
             slowest = int(times.max())
@@ -95,7 +95,7 @@ class Search:
                 break
             trials = self._draw(generator, int(times.argmax()))
             changes = self._changes(trials, ordered, places)
-            worth = generator.random(len(trials.give)) * (TOLERANCE * slowest * (1 - (turn + 1) / ROUNDS))
+            worth = generator.random(len(trials.give)) * (TOLERANCE * slowest * (1 - (turn + 1) / rounds))
             self._apply(trials, *changes, times, worth)
         return best_home
 

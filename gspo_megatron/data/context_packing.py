@@ -10,18 +10,22 @@ So by the costs given the result is not slower than that, but for what the searc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from gspo_megatron.data.balance import WHOLE
-from gspo_megatron.data.balance_search import Search
+from gspo_megatron.data.balance import FEW
+from gspo_megatron.data.balance_search import ROUNDS, Search
 from gspo_megatron.data.balance_start import BinBuilder
+from gspo_megatron.data.context_bound import SharedCost, measure, shared_bound
 from gspo_megatron.parallel import Layout, round_up
 
-SharedCost = Callable[[int, int], float]
-"""(tokens of a sequence, ranks that share it) -> time of each rank; times in one pack add up."""
+SLACKS = (1.0, 1.15, 1.4)
+"""Room beside a sequence for others that even out its ranks. The longest of those that fit 4 ranks fill them, and so
+wait less where 8 share them."""
+ROUNDS_OF_MANY = 60
+"""Rounds of the search of more than `FEW` sequences, whose times make most of the 50 ms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,15 +106,12 @@ def pack_shared(
         return []
     sizes, count = layout.context_sizes, np.asarray(lengths, dtype=np.int64)
     order = np.lexsort((np.arange(len(count)), -count))
-    tokens = np.array([[round_up(int(c), layout.padding_of(size)) for c in count[order]] for size in sizes])
+    tokens, whole, scale = measure(count[order].tolist(), cost, layout)
     if tokens[-1, 0] > max_tokens // layout.context * layout.context:
         raise ValueError(
             f"sequence {order[0]} has {tokens[-1, 0]} tokens, a micro-batch takes 1 to {max_tokens}; "
             "raise trainer.micro_batch_tokens or lower rollout.max_answer_tokens"
         )
-    times = np.array([[cost(int(c), size) for c in count[order]] for size in sizes])
-    scale = WHOLE / (float(times[0].sum()) or 1.0)
-    whole = np.maximum(np.rint(times * scale).astype(np.int64), 1)
     problem = _Problem(
         sizes,
         tokens,
@@ -123,8 +124,15 @@ def pack_shared(
         slot_multiple=layout.pipeline if layout.virtual > 1 else 1,
         bubble_slots=(layout.pipeline - 1) / layout.virtual,
     )
-    starts = [start for least in range(len(sizes)) for start in _starts(problem, least)]
-    found = _search(problem, min(starts, key=lambda it: it.price(problem)), _bound(problem))
+    few = len(lengths) <= FEW
+    starts = [
+        start
+        for slack in (SLACKS if few else SLACKS[:1])
+        for least in range(len(sizes))
+        for start in _starts(problem, least, slack)
+    ]
+    bound = shared_bound(tokens, whole, layout, rows_per_expert_group, problem.room)
+    found = _search(problem, min(starts, key=lambda it: it.price(problem)), bound, ROUNDS if few else ROUNDS_OF_MANY)
     return _read_out(problem, found, order, layout.context)
 
 
@@ -138,11 +146,15 @@ def pack_at(packs: Sequence[SharedPack], place: int) -> SharedPack:
     raise ValueError(f"context-parallel rank {place} of a row whose packs take {end} ranks")
 
 
-def _starts(problem: _Problem, least: int) -> list[_Slots]:
-    """Packs shared by at least 2^least ranks, for the fewest slots and one set more."""
+def _starts(problem: _Problem, least: int, slack: float) -> list[_Slots]:
+    """Packs shared by at least 2^least ranks, for the fewest slots and one set more.
+
+    A sequence is shared by so many ranks that they would have room for `slack` times its tokens.
+    """
     rooms = problem.room * np.array(problem.sizes)
     # The least kind from which on every kind takes it.
-    need = np.where(problem.tokens > rooms[:, None], np.arange(1, len(rooms) + 1)[:, None], 0).max(axis=0)
+    need = np.where(slack * problem.tokens > rooms[:, None], np.arange(1, len(rooms) + 1)[:, None], 0).max(axis=0)
+    need = np.minimum(need, len(rooms) - 1)
     kinds: list[int] = []
     places = np.full((len(need), 3), -1)
     times = [0] * problem.groups
@@ -204,24 +216,18 @@ def _kinds_of_bins(problem: _Problem, kinds: list[int]) -> np.ndarray:
     return np.tile(np.repeat(np.array(kinds, dtype=np.int64), problem.ranks), problem.groups)
 
 
-def _search(problem: _Problem, start: _Slots, bound: float) -> _Slots:
+def _search(problem: _Problem, start: _Slots, bound: float, rounds: int) -> _Slots:
     """Exchange sequences between bins of all kinds while it pays."""
     of_bin = _kinds_of_bins(problem, start.kinds)
     sizes = np.array(problem.sizes)[of_bin]
     column = np.tile(np.arange(problem.ranks), len(of_bin) // problem.ranks)
     rooms = np.where(column < problem.ranks // sizes, problem.room * sizes, 0)
-    home = Search(start.home, problem.tokens, problem.costs, start.loads.shape, rooms, of_bin).run(bound)
+    home = Search(start.home, problem.tokens, problem.costs, start.loads.shape, rooms, of_bin).run(bound, rounds)
     return _slots(problem, start.kinds, home)
 
 
-def _bound(problem: _Problem) -> float:
-    """What no packing beats: every sequence at its cheapest, spread evenly; the longest at its fastest."""
-    spent = (problem.costs * np.array(problem.sizes)[:, None]).min(axis=0).sum()
-    return max(float(spent) / (problem.groups * problem.ranks), float(problem.costs.min(axis=0).max()))
-
-
 def _read_out(problem: _Problem, slots: _Slots, order: np.ndarray, columns: int) -> list[list[list[SharedPack]]]:
-    """Packs by slot and row; the longest slots of a group first."""
+    """Packs by slot and row; the longest slots of a group first, none that is empty in all of them."""
     rows = problem.ranks // columns
     times = slots.loads.max(axis=2)
     count = len(slots.kinds)
@@ -236,4 +242,5 @@ def _read_out(problem: _Problem, slots: _Slots, order: np.ndarray, columns: int)
                 members = bins.get((group * count + slot) * problem.ranks + column, [])
                 row = group * rows + column * size // columns
                 result[place][row].append(SharedPack(size, sorted(members)))
-    return result
+    used = int((times > 0).sum(axis=1).max())
+    return result[: round_up(used, problem.slot_multiple)]

@@ -24,10 +24,19 @@ PACKAGE = ROOT / "gspo_megatron"
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"types", "config"}),
     frozenset({"models", "parallel"}),
-    frozenset({
-        "cluster", "plan", "run_dir", "directory_lock", "own_directory", "metric_rows", "run_log", "http_clients",
-        "sinks",
-    }),
+    frozenset(
+        {
+            "cluster",
+            "plan",
+            "run_dir",
+            "directory_lock",
+            "own_directory",
+            "metric_rows",
+            "run_log",
+            "http_clients",
+            "sinks",
+        }
+    ),
     frozenset({"objective", "data", "rewards", "environments"}),
     frozenset({"transport", "report"}),
     frozenset({"policy"}),

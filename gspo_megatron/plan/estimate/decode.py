@@ -8,9 +8,8 @@ from gspo_megatron.config.schema import Recipe
 from gspo_megatron.models.weight_format import form_of
 from gspo_megatron.plan.estimate import flops
 from gspo_megatron.plan.estimate.batch import PROMPT_SHARE
-from gspo_megatron.plan.estimate.layer_time import link_speed
 from gspo_megatron.plan.estimate.padded_experts import padded_share
-from gspo_megatron.plan.estimate.practice import OURS, Practice
+from gspo_megatron.plan.estimate.practice import OURS, Practice, link_speed
 from gspo_megatron.plan.estimate.server_steps import launch_seconds, prompt_tokens
 from gspo_megatron.types import ITEM_BYTES
 

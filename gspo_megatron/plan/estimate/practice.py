@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from gspo_megatron.cluster.machines import Machine
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.plan.estimate.calibration import CALIBRATED, Rates
 
@@ -54,3 +55,10 @@ def practice_of(recipe: Recipe) -> Practice:
         bucket=given.get("bucket_size"),
         fuses_accumulation=given.get("gradient_accumulation_fusion") is not False,
     )
+
+
+def link_speed(machine: Machine, practice: Practice, inside: bool) -> float:
+    """Bytes/s of a collective inside a node, or between nodes."""
+    if inside:
+        return machine.device.node_link * practice.rates.link_share
+    return machine.device.network * practice.rates.network_share

@@ -8,7 +8,8 @@ from dataclasses import replace
 from gspo_megatron.cluster.machines import Machine, machine_of
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.parallel import Layout
-from gspo_megatron.plan.estimate.layer_time import Slot, attention_seconds, head_time, layer_time
+from gspo_megatron.plan.estimate.attention_time import Slot, beside_scores, scores_seconds, token_seconds
+from gspo_megatron.plan.estimate.layer_time import head_time, layer_time
 from gspo_megatron.plan.estimate.practice import practice_of
 
 
@@ -29,6 +30,9 @@ class SequenceTime:
         """
         self._arch, self._machine, self._practice = recipe.arch, machine or machine_of(recipe), practice_of(recipe)
         self._layouts = {size: replace(layout, context=size) for size in layout.context_sizes}
+        self._exchange = {
+            size: token_seconds(self._arch, one, self._machine, self._practice) for size, one in self._layouts.items()
+        }
         self._forwards = 3 if recipe.trainer.recompute == "full" else 2
         full = Slot(recipe.trainer.micro_batch_tokens / layout.context, 1.0)
         layer = layer_time(self._arch, layout, self._machine, full, self._practice)
@@ -44,8 +48,14 @@ class SequenceTime:
         """Seconds of each of `ranks` ranks for a sequence of `length` tokens."""
         return self.seconds([length], ranks)
 
+    def floor(self, length: int, ranks: int) -> float:
+        """Seconds without what the ranks exchange: what a sequence adds to any pack at least."""
+        scores = scores_seconds(self._arch, self._layouts[ranks], self._machine, [Slot(length / ranks, length)])
+        return length / ranks * self._token + self._forwards * scores[0] + scores[1]
+
     def seconds(self, lengths: Sequence[int], ranks: int) -> float:
         """Seconds of each of `ranks` ranks for a pack of sequences, without `slot`."""
-        slots = [Slot(length / ranks, length) for length in lengths]
-        forward, back = attention_seconds(self._arch, self._layouts[ranks], self._machine, slots, self._practice)
-        return sum(slot.tokens for slot in slots) * self._token + self._forwards * forward + back
+        slots, layout = [Slot(length / ranks, length) for length in lengths], self._layouts[ranks]
+        scores, tokens = scores_seconds(self._arch, layout, self._machine, slots), sum(lengths) / ranks
+        forward, back = beside_scores(layout, scores, tokens, self._exchange[ranks])
+        return tokens * self._token + self._forwards * forward + back

@@ -9,10 +9,11 @@ from gspo_megatron.cluster.machines import Machine
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.models.megatron_engine import recomputed_modules
 from gspo_megatron.parallel import Layout
+from gspo_megatron.plan.estimate.attention_time import Slot
 from gspo_megatron.plan.estimate.batch import BatchPlan
-from gspo_megatron.plan.estimate.layer_time import Seconds, Slot, head_time, layer_time, link_speed, repeated
+from gspo_megatron.plan.estimate.layer_time import Seconds, head_time, layer_time, repeated
 from gspo_megatron.plan.estimate.memory import held_by
-from gspo_megatron.plan.estimate.practice import Practice, practice_of
+from gspo_megatron.plan.estimate.practice import Practice, link_speed, practice_of
 from gspo_megatron.plan.rules.layout import spans
 from gspo_megatron.types import ITEM_BYTES
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from itertools import product
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gspo_megatron.data.context_bound import least_time
 from gspo_megatron.data.context_packing import SharedPack, pack_at, pack_shared
 from gspo_megatron.data.packing import least_imbalance
 from gspo_megatron.parallel import Layout, round_up
@@ -82,6 +84,39 @@ def test_every_sequence_once_and_no_rank_too_full(
         padded = sum(round_up(lengths[index], layout.padding_of(one.ranks)) for index in one.members)
         assert padded / one.ranks <= most / context
     assert pack_shared(lengths, cost, layout, most, 0.0, rows) == slots, "every rank packs for itself"
+    if lengths:
+        found = times(slots, lengths, cost, layout.data * context)
+        assert slowest(found, rows * context) >= least_time(lengths, cost, layout, most, 0.0, rows) * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_packing_beats_the_bound(seed: int) -> None:
+    """All packings of few sequences in two slots, packs of a slot of different sizes among them."""
+    generator = np.random.default_rng(seed)
+    groups, rows = ((1, 2), (2, 1))[seed % 2]
+    layout, room = Layout(4, context=2, dynamic=True), 1000
+    lengths = generator.integers(50, 1900, int(generator.integers(3, 6))).tolist()
+    cost, slot_cost = (even, dear)[seed // 2 % 2], float(generator.choice([0.0, 1e12]))
+    best = float("inf")
+    for kinds in product((1, 2), repeat=4):
+        # Row-slots of one pack of two ranks, or of two of one: (slot, row, ranks).
+        bins = [(slot, row, kind) for (slot, row), kind in zip(product((0, 1), (0, 1)), kinds, strict=True)
+                for _ in range(2 // kind)]  # fmt: skip
+        chosen = np.array(list(product(range(len(bins)), repeat=len(lengths))))
+        spent, filled = np.zeros((len(chosen), len(bins))), np.zeros((len(chosen), len(bins)))
+        for index, length in enumerate(lengths):
+            for at, (_, _, kind) in enumerate(bins):
+                spent[:, at] += np.where(chosen[:, index] == at, cost(length, kind), 0)
+                tokens = round_up(length, layout.padding_of(kind)) / kind
+                filled[:, at] += np.where(chosen[:, index] == at, tokens, 0)
+        slow = np.zeros((len(chosen), 2, groups))
+        for at, (slot, row, _) in enumerate(bins):
+            slow[:, slot, row // rows] = np.maximum(slow[:, slot, row // rows], spent[:, at])
+        whole = slow.sum(axis=1).max(axis=1) + slot_cost * (slow.max(axis=2) > 0).sum(axis=1)
+        fitting = whole[(filled <= room).all(axis=1)]
+        best = min([best, *fitting.tolist()])
+    bound = least_time(lengths, cost, layout, 2 * room, slot_cost, rows)
+    assert bound <= best * (1 + 1e-9)
 
 
 def draw_lengths(count: int, seed: int) -> list[int]:

@@ -12,9 +12,9 @@ from gspo_megatron.config.engine_sections import arguments_of
 from gspo_megatron.models import load_recipe
 from gspo_megatron.parallel import Layout
 from gspo_megatron.plan import Plan, make_plan
+from gspo_megatron.plan.estimate.attention_time import exchanged_bytes
 from gspo_megatron.plan.estimate.calibration import CALIBRATED
 from gspo_megatron.plan.estimate.engine_effects import MEGATRON_EFFECTS, VLLM_EFFECTS
-from gspo_megatron.plan.estimate.layer_time import exchanged_bytes
 from gspo_megatron.plan.estimate.memory import ALLOCATOR_SHARE
 
 A3B = "recipes/qwen3_30b_a3b_gspo.yaml"

@@ -15,8 +15,9 @@ from gspo_megatron.plan import make_plan
 from gspo_megatron.plan.as_text import lines
 from gspo_megatron.plan.estimate import flops
 from gspo_megatron.plan.estimate.activations import Shape, head_bytes, layers_in_flight
+from gspo_megatron.plan.estimate.attention_time import Slot
 from gspo_megatron.plan.estimate.batch import plan_batch
-from gspo_megatron.plan.estimate.layer_time import Slot, layer_time
+from gspo_megatron.plan.estimate.layer_time import layer_time
 from gspo_megatron.plan.estimate.memory import Held, exact_bytes, held_by
 from gspo_megatron.plan.estimate.practice import Practice
 from gspo_megatron.plan.estimate.rollout import weight_bytes
