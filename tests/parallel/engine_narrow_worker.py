@@ -124,7 +124,7 @@ def compare_attention(overrides: list[str], device: torch.device) -> dict[str, A
     core = policy.chunks[0].module.decoder.layers[0].self_attention.core_attention
     refs = [SampleRef("", 0, 0, 2, size - 2, 0.0, "stop", ()) for size in ATTENDED]
     rows = [
-        Sample(np.zeros(size, np.int32), np.ones(size, dtype=bool), np.zeros(size, np.float32), ref)
+        Sample(np.zeros(size, np.int32), np.arange(size) > 0, np.zeros(size, np.float32), ref)
         for size, ref in zip(ATTENDED, refs, strict=True)
     ]
     pack = collate(rows, policy.layout.pad_multiple)
