@@ -50,7 +50,7 @@ class Study:
     grid: Grid
     runs: Path
     summaries: Path
-    longest: float = 7200.0
+    longest: float = 14400.0
     """Seconds after which a cell is ended, and has failed."""
     processes: set[subprocess.Popen[bytes]] = field(default_factory=set)
     stopping: threading.Event = field(default_factory=threading.Event)
