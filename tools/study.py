@@ -5,9 +5,10 @@
     python tools/study.py grpo-lr-3e-4-s2 --again      one cell anew
 
 CELL is a name or a pattern as of a shell. A cell is `gspo train recipes/study/base.yaml` with overrides. Its run lies
-in RUNS/CELL/attempt_K, and recipes/study/summaries/CELL.json keeps what the tables need. A cell that was interrupted
-starts anew in another attempt; nothing is removed. Cells that fail are named at the end, and the next call runs them
-again. A cell that this checkout has no recipe for is left out, with the reason. `tools/study_tables.py` makes tables.
+in RUNS/CELL/attempt_K, and recipes/study/summaries/CELL.json keeps what the tables need. A cell that was interrupted or
+failed is named at the end. The next call goes on from its newest checkpoint, or begins another attempt where cell or
+package have changed since; nothing is removed. A cell for which this checkout has no recipe is left out, with the
+reason. `tools/study_tables.py` makes the tables.
 """
 
 from __future__ import annotations
@@ -66,27 +67,36 @@ class Study:
         for place in reversed(ATTEMPT.find(self.runs / cell.name).values()):
             record = place.with_suffix(".json")
             facts = json.loads(record.read_text()) if RunDir(place).done.is_file() and record.is_file() else {}
-            if facts.get("digest") == cell.digest and "processor_seconds" in facts:
+            if facts.get("digest") == cell.digest:
                 return record
         return None
+
+    def open_attempt(self, cell: Cell, facts: Mapping[str, Any], again: bool) -> tuple[Path, dict[str, Any]]:
+        """Place and record of the unfinished attempt of this very cell with this very package, or of a new one."""
+        places = ATTEMPT.find(self.runs / cell.name)
+        newest = places[max(places)] if places else None
+        if newest is not None and not again and not RunDir(newest).done.is_file():
+            record = newest.with_suffix(".json")
+            known = json.loads(record.read_text()) if record.is_file() else {}
+            if all(known.get(key) == facts[key] for key in ("digest", "package")):
+                return newest, known
+        place = self.runs / cell.name / ATTEMPT.name(max(places, default=0) + 1)
+        place.mkdir(parents=True)
+        return place, {**facts, "starts": 0, "wall_seconds": 0.0, "processor_seconds": 0.0}
 
     def run_cell(self, cell: Cell, again: bool = False) -> str:
         """Run a cell and write its summary, or only the summary of a finished attempt. Returns what went wrong."""
         record = None if again else self.finished_attempt(cell)
-        if record is None:
-            numbers = ATTEMPT.find(self.runs / cell.name)
-            place = self.runs / cell.name / ATTEMPT.name(max(numbers, default=0) + 1)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            record = place.with_suffix(".json")
-            facts = {"digest": cell.digest, "date": datetime.now(UTC).date().isoformat(), **code_facts()}
-            record.write_text(json.dumps(facts))
-            code, usage = self.execute(self.command(cell, place), place.with_suffix(".log"), environment_of(cell))
-            record.write_text(json.dumps({**facts, **usage}))
-            if self.stopping.is_set():
-                return "was interrupted"
-        else:
-            code = 0
-        return self.keep(cell, record, code)
+        if record is not None:
+            return self.keep(cell, record, 0)
+        now = {"digest": cell.digest, "date": datetime.now(UTC).date().isoformat(), **code_facts()}
+        place, facts = self.open_attempt(cell, now, again)
+        record = place.with_suffix(".json")
+        facts["starts"] += 1
+        record.write_text(json.dumps(facts))
+        code, usage = self.execute(self.command(cell, place), place.with_suffix(".log"), environment_of(cell))
+        record.write_text(json.dumps({**facts, **{name: round(facts[name] + usage[name], 1) for name in usage}}))
+        return "was interrupted" if self.stopping.is_set() else self.keep(cell, record, code)
 
     def keep(self, cell: Cell, record: Path, code: int) -> str:
         """Write the summary of an attempt that ended. Returns what went wrong, if nothing can be kept."""
@@ -99,10 +109,12 @@ class Study:
         write_summary(self.summaries, cell, facts, summarize(read_rows(place), self.grid.collapse, ended))
         return ""
 
-    def execute(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> tuple[int, dict[str, Any]]:
+    def execute(
+        self, command: Sequence[str], log: Path, environment: Mapping[str, str]
+    ) -> tuple[int, dict[str, float]]:
         """Run a command to its end, or until the study stops; returns its exit code and what it took."""
         began = time.monotonic()
-        with log.open("wb") as out:
+        with log.open("ab") as out:
             process = subprocess.Popen(
                 command, cwd=ROOT, env={**os.environ, **environment}, stdout=out, stderr=out, start_new_session=True
             )
@@ -115,8 +127,7 @@ class Study:
         finally:
             clock.cancel()
             self.processes.discard(process)
-        seconds = {"wall_seconds": time.monotonic() - began, "processor_seconds": used.ru_utime + used.ru_stime}
-        return code, {name: round(value, 1) for name, value in seconds.items()}
+        return code, {"wall_seconds": time.monotonic() - began, "processor_seconds": used.ru_utime + used.ru_stime}
 
     def stop(self) -> None:
         """End the cells that run."""

@@ -19,7 +19,7 @@ from tools.study_summary import collapsed_at, read_summaries
 RUN = """
 import json, pathlib, sys
 place, how = pathlib.Path(sys.argv[1]), sys.argv[2]
-place.mkdir(parents=True)
+place.mkdir(parents=True, exist_ok=True)
 with (place / "metrics.jsonl").open("w") as file:
     for step in range(3):
         row = {"step": step, "eval/accuracy": 0.25 * step}
@@ -128,13 +128,28 @@ def test_a_finished_cell_is_not_run_again(grid: Grid, driver: Driver) -> None:
     )
 
 
-def test_an_interrupted_cell_starts_anew_and_nothing_is_removed(grid: Grid, driver: Driver) -> None:
+def test_an_interrupted_cell_goes_on_in_its_place(grid: Grid, driver: Driver) -> None:
     cell = grid.cells()[0]
     driver.how[cell.name] = ["killed"]
     assert "exit code 143" in driver.run([cell])[cell.name]
     assert driver.run([cell]) == {cell.name: ""}
     kept = driver.study.runs / cell.name
+    assert [path.name for path in kept.glob("attempt_?")] == ["attempt_1"]
+    assert read_summaries(driver.study.summaries, [cell])[cell.name]["starts"] == 2
+
+
+def test_under_another_package_an_interrupted_cell_starts_anew_and_nothing_is_removed(
+    grid: Grid, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = grid.cells()[0]
+    driver.how[cell.name] = ["killed"]
+    driver.run([cell])
+    monkeypatch.setattr("tools.study.code_facts", lambda: {"commit": "c", "package": "another", "hardware": "h"})
+    assert driver.run([cell]) == {cell.name: ""}
+    kept = driver.study.runs / cell.name
     assert sorted(path.name for path in kept.glob("attempt_?")) == ["attempt_1", "attempt_2"]
+    summary = read_summaries(driver.study.summaries, [cell])[cell.name]
+    assert (summary["package"], summary["starts"]) == ("another", 1)
 
 
 def test_a_run_whose_summary_was_not_written_is_not_repeated(grid: Grid, driver: Driver) -> None:
