@@ -20,7 +20,7 @@ from gspo_megatron.models import load_recipe
 from gspo_megatron.models.hf_table import hf_shapes
 from gspo_megatron.policy import mesh
 from gspo_megatron.policy.microbatch import MicroBatch
-from gspo_megatron.policy.policy import OptimizerSettings, Policy
+from gspo_megatron.policy.policy import OptimizerSettings, Policy, Scored
 from gspo_megatron.policy.weights import random_pieces
 from gspo_megatron.run_log import RunLog
 from gspo_megatron.trainer.batches import MiniBatch, TrainingMicroBatch
@@ -80,6 +80,7 @@ def run_case(directory: Path, case: dict[str, Any], oracles: dict[str, Oracle], 
         weight.data.copy_(head_weight(recipe))
     with KeepDouble() if case["double"] else nullcontext(), RunLog(directory, owns_terminal=False) as log:
         trainer = Trainer(recipe, directory, policy, None, log)
+        untouched = leaves_the_head_alone(trainer)
         policy.start_optimizer(OptimizerSettings(LR, (0.9, 0.95), 1e-8, 0.1, clip_grad=0.0))
         refs = references(trainer, REWARDS["live"])
         key = " ".join(word for word in case["overrides"] if not word.startswith(("trainer.", "critic.warmup")))
@@ -109,8 +110,21 @@ def run_case(directory: Path, case: dict[str, Any], oracles: dict[str, Oracle], 
         },
         "clipped": float(reduced[0]["value_clipped"]),
         "moved": {name for name, tensor in after.items() if not torch.equal(tensor, before[name])},
+        "untouched": untouched,
         "exported": set(after) - {HEAD} == set(hf_shapes(recipe.arch)),
     }
+
+
+def leaves_the_head_alone(trainer: Trainer) -> bool:
+    """Whether a phase that knows no critic (fine-tuning) runs, and gives the value head a gradient of 0."""
+    policy = trainer.policy
+
+    def loss(batch: MicroBatch, scored: Scored, _: int) -> tuple[Tensor, dict[str, Tensor]]:
+        return -torch.where(batch.loss_mask, scored.logprobs, 0.0).sum(), {}
+
+    policy.start_optimizer(OptimizerSettings(0.0, (0.9, 0.95), 1e-8, 0.0, clip_grad=0.0))
+    policy.train(trainer.batcher.place_samples(trainer.batcher.probes()), loss, 0.0)
+    return not any(bool(main_grad(weight).any()) for _, weight in policy.weights.critic.values())
 
 
 def head_weight(recipe: Recipe) -> Tensor:

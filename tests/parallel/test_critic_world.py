@@ -67,3 +67,9 @@ def test_in_the_warm_up_only_the_head_learns(name: str, results: Path) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_an_export_has_no_value_head(name: str, results: Path) -> None:
     assert torch.load(results / f"{name}.pt", weights_only=False)["exported"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fine_tuning_leaves_the_value_head_alone(name: str, results: Path) -> None:
+    """Gradients that are reduced during the backward pass wait for every weight, this one too."""
+    assert torch.load(results / f"{name}.pt", weights_only=False)["untouched"]
