@@ -209,8 +209,8 @@ FAULTS = (
     Fault(
         "ratio against the sampler ignored",
         "loss.py",
-        'spec.ratio_reference == "sampler" and sampler is not None',
-        "False",
+        'if spec.ratio_reference == "recomputed" or',
+        "if True or",
     ),
 )
 

@@ -109,8 +109,8 @@ def normalize_tokens(
     advantages: Sequence[Tensor],
     loss_masks: Sequence[Tensor],
     sum_over_ranks: Callable[[Tensor], Tensor],
-    ddof: int = 0,
-    eps: float = 0.0,
+    ddof: int,
+    eps: float,
     counts: bool = True,
 ) -> list[Tensor]:
     """(A - mean) / (std + eps) over the trained tokens of a whole rollout batch, 0 at untrained ones.

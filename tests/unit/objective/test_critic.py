@@ -89,7 +89,7 @@ def test_printed_advantages() -> None:
     plain = generalized_advantages(rewards, values, every, starts, PPO["discount"], PPO["decay"])
     assert plain.tolist() == [near(a) for a in flat(PPO["advantages"])]
     assert (plain + values).tolist() == [near(r) for r in flat(PPO["returns"])]
-    (normalised,) = normalize_tokens([plain], [every], lambda values: values)
+    (normalised,) = normalize_tokens([plain], [every], lambda values: values, 0, 0.0)
     assert normalised.tolist() == [near(a) for a in flat(PPO["normalised"])]
 
 
@@ -172,7 +172,8 @@ def test_advantages_of_drawn_packs(seed: int, discount: float, decay: float, ddo
 @pytest.mark.parametrize("level", [0.0, 0.1, -1e6])
 def test_equal_advantages_are_zero(level: float) -> None:
     every = torch.ones(7, dtype=torch.bool)
-    parts = normalize_tokens([torch.full((7,), level, dtype=torch.float64)] * 3, [every] * 3, lambda values: values)
+    equal = [torch.full((7,), level, dtype=torch.float64)] * 3
+    parts = normalize_tokens(equal, [every] * 3, lambda values: values, 0, 0.0)
     assert all(part.tolist() == [0.0] * 7 for part in parts)
 
 
