@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch.distributed as dist
 
 import gspo_megatron.policy  # noqa: F401  the device layer must be in before megatron
 from gspo_megatron.models import load_recipe
-from gspo_megatron.plan.estimate.flops import kv_bytes
+from gspo_megatron.plan.estimate.attention_time import exchanged_bytes
 from gspo_megatron.policy import mesh
 from gspo_megatron.policy.policy import Policy
 from gspo_megatron.policy.weights import random_pieces
@@ -47,8 +48,13 @@ def run_case(overrides: list[str], device: torch.device) -> dict[str, Any]:
     with counted(policy) as received:
         scored = policy.score(batches)
     scored_sum = sum(float((one.logprobs * batch.loss_mask).sum()) for one, batch in zip(scored, batches, strict=True))
-    each = kv_bytes(recipe.arch, 4) / policy.layout.tensor
-    formula = sum(each * len(batch.token_ids) * (batch.share.size - 1) for batch in batches)
+    layers = recipe.arch.num_hidden_layers
+    formula = sum(
+        layers
+        * len(batch.token_ids)
+        * sum(exchanged_bytes(recipe.arch, replace(policy.layout, context=batch.share.size), 4))
+        for batch in batches
+    )
     sums = torch.tensor([received[0], formula, scored_sum / policy.layout.tensor], dtype=torch.float64)
     dist.all_reduce(sums)
     counted_bytes, formula, scored_sum = sums.tolist()
@@ -58,11 +64,12 @@ def run_case(overrides: list[str], device: torch.device) -> dict[str, Any]:
 
 @contextmanager
 def counted(policy: Policy) -> Iterator[list[int]]:
-    """Count what gathers over the ranks of packs bring to this rank."""
+    """Count what gathers and exchanges over the ranks of packs bring to this rank."""
     from megatron.core.tensor_parallel import mappings
 
-    groups = {id(share.group) for share in policy._shares.values() if share.group is not None}
-    received, gather = [0], mappings.dist_all_gather_func
+    shares = policy._shares.values()
+    groups = {id(group) for share in shares for group in (share.head_group, share.key_group) if group is not None}
+    received, gather, exchange = [0], mappings.dist_all_gather_func, dist.all_to_all_single
 
     def count(output: torch.Tensor, part: torch.Tensor, *rest: Any, group: Any = None, **named: Any) -> Any:
         # Expert-parallel ranks may be the same ones; they gather whole numbers: how many tokens each expert gets.
@@ -70,11 +77,17 @@ def counted(policy: Policy) -> Iterator[list[int]]:
             received[0] += output.nbytes - part.nbytes
         return gather(output, part, *rest, group=group, **named)
 
-    mappings.dist_all_gather_func = count
+    def count_exchange(output: torch.Tensor, part: torch.Tensor, *rest: Any, group: Any = None, **named: Any) -> Any:
+        # What a rank sends to itself is not received. Expert-parallel ranks exchange rows without heads.
+        if id(group) in groups and part.dim() == 3:
+            received[0] += output.nbytes * (group.size() - 1) // group.size()
+        return exchange(output, part, *rest, group=group, **named)
+
+    mappings.dist_all_gather_func, dist.all_to_all_single = count, count_exchange
     try:
         yield received
     finally:
-        mappings.dist_all_gather_func = gather
+        mappings.dist_all_gather_func, dist.all_to_all_single = gather, exchange
 
 
 def make_samples(vocab_size: int) -> list[Sample]:
