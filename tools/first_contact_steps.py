@@ -19,8 +19,8 @@ class Step:
     name: str
     about: str
     """What it shows."""
-    command: tuple[str, ...] | None
-    """On a GPU; None = it has no form for one yet, and is listed as not run."""
+    command: tuple[str, ...]
+    """On a GPU."""
     remedy: str
     """What to do when it fails."""
     gpus: int = 1
@@ -52,6 +52,8 @@ SMALL_RUN = (
     "cold_start.batch_size=8", "batch.prompts=8", "batch.answers=4", "trainer.max_steps=2", "data.held_out=32",
     "evaluation.problems=16",
 )  # fmt: skip
+FP8 = ("rollout.weight_dtype=fp8", "weight_update.canary_bound=3", "model.architecture.num_key_value_heads=4")
+"""With heads that are whole blocks."""
 POLICY = "tests/gpu/test_policy_gpu.py"
 SLICE_DRY = _tool("measure_gpu", "step", "--layers", "1", "--tokens", "1024")
 
@@ -141,9 +143,17 @@ STEPS = (
         "set NCCL_DEBUG=INFO; then gspo train with trainer.ranks=1", gpus=2,
     ),
     Step(
-        "kill-9", "kill -9 of a server during an update: the others go on", None,
-        "read the controller's log", gpus=2,
-        why_not="no form for GPUs yet; over gloo: tests/rollout/test_layout_pairs.py",
+        "kill-9", "kill -9 of a server during an update over NCCL: the trainer and the other server go on",
+        _tests("tests/gpu/test_rollout_gpu.py", "-k", "killed_during_an_update"),
+        "look at transport/weights/nccl_group.py: torch may start NCCL's watchdog in another way now; until then give "
+        "the servers the trainer's GPUs (placement.rollout_nodes=0), where weights go over CUDA IPC", gpus=3,
+        why_not="over gloo it is tests/rollout/test_layout_pairs.py, minutes with its servers",
+    ),
+    Step(
+        "fp8", "a whole run whose server holds matrices in fp8, quantised by the trainer",
+        _train("recipes/tiny_moe.yaml", *SMALL_RUN, *FP8, "run.directory=runs/first_contact_fp8"),
+        "compare canary_mean with 0.02, what a CPU gives; remove rollout.weight_dtype",
+        why_not="on a CPU it is tests/rollout/test_fp8_servers.py",
     ),
     Step(
         "two-nodes", "a job over two nodes with servers on one of them: weights go over NCCL",

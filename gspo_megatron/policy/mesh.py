@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -70,17 +73,20 @@ def build_groups(layout: Layout) -> dict[int, ContextShare]:
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     inner = layout.head_ranks(layout.context)
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
-        context_parallel_size=layout.context,
-        hierarchical_context_parallel_sizes=[inner, layout.context // inner] if 1 < inner < layout.context else None,
-        expert_model_parallel_size=layout.expert,
-        expert_tensor_parallel_size=layout.expert_tensor,
-        # Only megatron's own checkpoint of its distributed optimizer would use one beside each of NCCL.
-        create_gloo_process_groups=False,
-    )
+    with _one_group_alone():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
+            context_parallel_size=layout.context,
+            hierarchical_context_parallel_sizes=[inner, layout.context // inner]
+            if 1 < inner < layout.context
+            else None,
+            expert_model_parallel_size=layout.expert,
+            expert_tensor_parallel_size=layout.expert_tensor,
+            # Only megatron's own checkpoint of its distributed optimizer would use one beside each of NCCL.
+            create_gloo_process_groups=False,
+        )
     rank = dist.get_rank()
     place = layout.coordinates(rank).context
     shares = {}
@@ -94,6 +100,30 @@ def build_groups(layout: Layout) -> dict[int, ContextShare]:
             head_group, key_group = levels
         shares[size] = ContextShare(size, place % size, group, heads, head_group, key_group)
     return shares
+
+
+@contextmanager
+def _one_group_alone() -> Iterator[None]:
+    """One group of each rank by itself, for all kinds of parallelism that a layout lacks.
+
+    megatron makes one for each kind, and each is a rendezvous of the whole world: 656 of 891 groups of 128 ranks. No
+    collective connects one, so nothing can tell them apart.
+    """
+    make, alone = parallel_state.create_group, dict[int, Any]()
+
+    def create_group(ranks: Sequence[int], *given: Any, **named: Any) -> Any:
+        if len(ranks) > 1:
+            return make(ranks, *given, **named)
+        (rank,) = ranks
+        if rank not in alone:
+            alone[rank] = make(ranks, *given, **named)
+        return alone[rank]
+
+    parallel_state.create_group = create_group
+    try:
+        yield
+    finally:
+        parallel_state.create_group = make
 
 
 def _context_group(layout: Layout, rank: int, size: int) -> dist.ProcessGroup:

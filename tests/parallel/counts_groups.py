@@ -1,4 +1,4 @@
-"""Prints the process groups that `build_groups` makes, by backend, as one rank of a large world sees them.
+"""Prints the process groups that `build_groups` makes, by kind, as one rank of a large world sees them.
 
 `python -m tests.parallel.counts_groups WORLD TP PP CP EP`; nothing is connected, and torch believes in a GPU.
 """
@@ -27,13 +27,14 @@ def main() -> None:
     make = dist.new_group
 
     def count(*arguments: Any, **named: Any) -> Any:
-        made[str(named.pop("backend", None) or "default")] += 1
+        named.pop("backend", None)
+        made[named["group_desc"]] += 1
         return make(*arguments, **named)
 
     dist.new_group = torch.distributed.new_group = count
     torch.cuda.is_available = lambda: True
     mesh.build_groups(Layout(world, tensor=tensor, pipeline=pipeline, context=context, expert=expert))
-    print(json.dumps(made))
+    print(json.dumps({"all": made.total(), "kinds": made}))
 
 
 if __name__ == "__main__":
