@@ -122,9 +122,7 @@ def _describe(cu_seqlens: Tensor, keep: Tensor, share: ContextShare, device: tor
         cp_group=group,
         local_cp_size=None if share.is_two_level else share.size,  # pyright: ignore[reportArgumentType]
         positions=positions_of(cu_seqlens, keep).to(device),
-        buckets=plan_buckets(
-            cu_seqlens, share.rank // share.heads * share.heads, share.size, device, count=share.heads
-        ),
+        buckets=plan_buckets(cu_seqlens, share.rank // share.heads * share.heads, share.size, device, share.heads),
         head_group=share.head_group,
         key_group=share.key_group,
     )
