@@ -107,6 +107,7 @@ def settings(recipe: Recipe, out: Path) -> trl.GRPOConfig:
         scale_rewards="group", learning_rate=optimizer.lr, adam_beta1=optimizer.betas[0], adam_beta2=optimizer.betas[1],
         adam_epsilon=optimizer.eps, weight_decay=optimizer.weight_decay, max_grad_norm=optimizer.clip_grad,
         warmup_steps=optimizer.warmup_updates, lr_scheduler_type="constant_with_warmup", gradient_checkpointing=False,
+        router_aux_loss_coef=recipe.trainer.aux_loss_coefficient,
     )  # fmt: skip
 
 

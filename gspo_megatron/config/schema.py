@@ -118,8 +118,8 @@ class RolloutSection(Section):
     """
     max_concurrency: int = Field(default=256, gt=0)
     """Most sequences that one server decodes at a time. Source: the default of vLLM."""
-    kv_cache_gib: float = Field(default=1.0, gt=0)
-    """KV cache of one server without a GPU, GiB. Source: chosen here: ample for the tiny model."""
+    kv_cache_gib: float | None = Field(default=None, gt=0)
+    """KV cache of one server without a GPU, GiB; null = twice what `max_concurrency` of the longest fill, at most 1."""
     gpu_memory_fraction: float = Field(default=0.85, gt=0, lt=1)
     """Share of each GPU's memory that a server may use. Source: chosen here: 0.15 remains for the trainer's process."""
     start_timeout: float = Field(default=600, gt=0)

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.models.weight_format import form_of, quantization_config
+from gspo_megatron.types import ITEM_BYTES
 
 BACKEND = "gspo"
 """Name of the package's weight transfer in vLLM."""
@@ -17,6 +19,8 @@ MODEL_NAME = "policy"
 MIN_STEP_TOKENS = 8192
 """Prompt tokens that one engine step takes in where there is no GPU."""
 GIB = 1 << 30
+CPU_BLOCK = 128
+"""Tokens of a block of the KV cache where there is no GPU, in vllm 0.32."""
 RECORDS = "enable_return_routed_experts"
 """Argument with which a server records the experts that its routers choose."""
 
@@ -63,13 +67,25 @@ def engine_arguments(recipe: Recipe, model: Path, has_gpu: bool, sleeps: bool, l
     return ours | recipe.rollout.vllm.given()
 
 
+def kv_cache_bytes(recipe: Recipe, arch: Architecture) -> int:
+    """KV cache of one server without a GPU, in bytes: vLLM takes all of it at its start."""
+    rollout = recipe.rollout
+    if rollout.kv_cache_gib is not None:
+        return int(rollout.kv_cache_gib * GIB)
+    size = rollout.vllm.given().get("block_size") or CPU_BLOCK
+    # As much again for prompts that are kept; one block is vLLM's own.
+    blocks = 2 * rollout.max_concurrency * -(-rollout.max_sequence_tokens // size) + 1
+    token = 2 * arch.num_hidden_layers * arch.num_key_value_heads * arch.head_dim * ITEM_BYTES[recipe.model.dtype]
+    return min(blocks * size * token, GIB)
+
+
 def _device_arguments(recipe: Recipe, has_gpu: bool, sleeps: bool) -> dict[str, Any]:
     rollout = recipe.rollout
     if has_gpu:
         return {"gpu_memory_utilization": rollout.gpu_memory_fraction, "enable_sleep_mode": sleeps}
     return {
         "enforce_eager": True,
-        "kv_cache_memory_bytes": int(rollout.kv_cache_gib * GIB),
+        "kv_cache_memory_bytes": kv_cache_bytes(recipe, recipe.arch),
         # vllm 0.32 dies on a seeded request whose prompt is cut into chunks ("CPU Generator does not use offset").
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(MIN_STEP_TOKENS, rollout.max_sequence_tokens),

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from gspo_megatron.cluster.machines import GIB, Machine
+from gspo_megatron.cluster.machines import Machine
 from gspo_megatron.cluster.placement import server_nodes, span_findings
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.models import architecture_of
+from gspo_megatron.models.vllm_engine import kv_cache_bytes
 from gspo_megatron.models.weight_format import SCALE, WeightFormat, form_of
 from gspo_megatron.plan.estimate import decode, flops
 from gspo_megatron.plan.estimate.batch import PROMPT_SHARE, BatchPlan
@@ -112,7 +113,7 @@ def plan_rollout(
     per_token = decode.kv_bytes(recipe, arch)
     per_device = -(-per_token // (decode.kv_shards(recipe, arch) * rollout.pipeline_parallel))
     if machine.is_cpu:
-        room = int(rollout.kv_cache_gib * GIB) // devices
+        room = kv_cache_bytes(recipe, arch) // devices
     else:
         room = int(machine.device.memory * rollout.gpu_memory_fraction) - weights - SERVER_BYTES
         room = max(0, room - padding_bytes(recipe, arch, machine) - step_bytes(recipe, arch, machine))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from gspo_megatron.cluster.machines import BLACKWELL, GIB, Machine
 from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe
-from gspo_megatron.models.vllm_engine import MIN_STEP_TOKENS
+from gspo_megatron.models.vllm_engine import CPU_BLOCK, MIN_STEP_TOKENS
 from gspo_megatron.plan.estimate.calibration import Rates
 from gspo_megatron.types import ITEM_BYTES
 
-BLOCK = {"gpu": 16, "cpu": 128}
+BLOCK = {"gpu": 16, "cpu": CPU_BLOCK}
 """Tokens of a block where the recipe does not say. Source: vLLM's `config/cache.py`, `platforms/cpu.py`."""
 
 
