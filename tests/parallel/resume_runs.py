@@ -25,15 +25,12 @@ OVERRIDES = [
 LAYOUTS = {
     "TP2_EP2": [
         "trainer.tensor_parallel=2", "trainer.expert_parallel=2",
+        "objective.preset=ppo", "critic.warmup_steps=2", "critic.lr=1.0e-2",
         "objective.kl=k2", "objective.kl_in=reward", "objective.kl_coefficient=0.1",
     ],
     "PP2": ["trainer.pipeline_parallel=2", "objective.kl=k3", "objective.kl_coefficient=0.1"],
-    "CP2_PPO": [
-        "trainer.context_parallel=2", "objective.preset=ppo", "critic.warmup_steps=2", "critic.lr=1.0e-2",
-        "objective.kl=k2", "objective.kl_in=reward", "objective.kl_coefficient=0.1",
-    ],
 }  # fmt: skip
-"""Each with a reference policy, which a resumed run must find again."""
+"""Each with a reference policy, which a resumed run must find again; one with a critic."""
 
 
 def whole_run(name: str) -> dict[str, Any]:
