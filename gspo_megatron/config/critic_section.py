@@ -15,7 +15,8 @@ class CriticSection(Section):
 
     trunk: Literal["shared", "detached"] = "shared"
     """shared: the critic's gradient goes on into the policy's layers, times objective.value_coefficient. detached: it
-    ends at the head, so that the critic learns from the policy's features and never changes them."""
+    ends at the head, so that the critic learns from the policy's features and never changes them. Source: PPO's paper
+    (arXiv 1707.06347, section 5), whose loss of shared parameters adds both terms."""
     lr: float | None = Field(default=None, gt=0)
     """Learning rate of the head; null = optimizer.lr. It follows optimizer.schedule and optimizer.warmup_updates."""
     warmup_steps: int = Field(default=0, ge=0)
