@@ -6,7 +6,6 @@ Host-side arithmetic on one number an answer: it runs once a rollout batch, on C
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 def group_advantages(
     rewards: Tensor,
     group_ids: Tensor,
-    normalize: Literal["std", "mean", "rloo", "batch", "batch_std", "maxrl"] = "std",
+    normalize: str = "std",
     ddof: int = 0,
     eps: float = 0.0,
 ) -> Tensor:
@@ -35,7 +34,7 @@ def group_advantages(
         eps: added to the std.
 
     Raises:
-        ValueError: shapes that differ, a reward that is not finite, or below 0 with maxrl.
+        ValueError: another `normalize`, shapes that differ, a reward that is not finite, or below 0 with maxrl.
     """
     _check_rewards(rewards, group_ids)
     if normalize == "maxrl" and bool((rewards < 0).any()):
