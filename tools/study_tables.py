@@ -182,12 +182,14 @@ def progress(kept: Kept) -> str:
     whole = sum(fmean(taken.get(kind_of(cell.name, kept), [usual])) for cell in kept.cells) / 3600
     commits = sorted({summary["package"] for summary in known})
     dates = sorted({summary["date"] for summary in known})
-    return (
-        f"{len(known)} of {total} cells are kept ({dates[0]} to {dates[-1]}; tree of the package: "
-        f"{', '.join(commits)}; {known[0]['hardware']}). A cell took {usual:.0f} processor seconds on average; where a "
-        f"stressor has not been run, this mean is used. The whole grid is {whole:.1f} processor hours: {whole / 2:.1f} "
-        "h where two cells keep two cores busy (`--jobs 2`)."
-    )
+    rows = [
+        ["cells kept", f"{len(known)} of {total}"],
+        ["run", f"{dates[0]} to {dates[-1]}, {known[0]['hardware']}"],
+        ["trees of the package", ", ".join(commits)],
+        ["processor seconds of a cell, mean", f"{usual:.0f}; taken for what has not been run"],
+        ["the whole grid", f"{whole:.1f} processor hours; {whole / 2:.1f} h with `--jobs 2` on two free cores"],
+    ]
+    return write_table(["what", "how much"], rows)
 
 
 def kind_of(name: str, kept: Kept) -> str:
