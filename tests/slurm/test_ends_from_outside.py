@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 
@@ -82,38 +81,6 @@ def test_a_job_that_is_preempted_while_it_starts_is_queued_again(workplace: Work
     (place / "dcgmi").unlink()
     assert job.finish(END) == "COMPLETED" and (job.run_dir / "DONE").exists(), job.everything()
     assert not (job.run_dir / "logs" / "restarts").exists()
-
-
-def test_what_people_do_to_a_run_directory_meanwhile(workplace: Workplace) -> None:
-    job = workplace.cheap("touched", f"trainer.max_steps={LAST}", options=["--nodes=1"])
-    job.wait_for_step(2, END)
-    checkpoints, logs = job.run_dir / "checkpoints", job.run_dir / "logs"
-    subprocess.run(("cp", "-r", checkpoints / "step_000002", checkpoints / "step_000002_best"), check=True)
-    (checkpoints / "step_999").mkdir()
-    (logs / "attempt_1_old").mkdir()
-    (logs / "attempt_007").mkdir()
-    (job.run_dir / "attempt").write_text("")
-    job.lab.run("scancel", "--batch", "--signal=USR1", str(job.id))
-    assert job.finish(END) == "COMPLETED" and (job.run_dir / "DONE").exists(), job.everything()
-    assert "holds '', not the number of an attempt" in job.text() and "Traceback" not in job.text()
-    assert (checkpoints / "step_000002_best" / "COMPLETE").exists() and (logs / "attempt_007").is_dir()
-    assert sorted(set(job.steps())) == list(range(1, LAST + 1)) and job.attempt(2).is_dir()
-
-
-def test_a_slow_file_system_that_is_stale_once(workplace: Workplace) -> None:
-    run_dir, stale = workplace.directory / "stale", workplace.directory / "tokens"
-    stale.mkdir()
-    for name in ("attempt", "plan.json", "key", "COMPLETE", "job"):
-        (stale / name).touch()
-    slow = {"LD_PRELOAD": str(workplace.lab.slow_files), "SLOW_DIR": str(run_dir), "SLOW_MICROSECONDS": "20000"}
-    overrides = (f"trainer.max_steps={LAST}", "checkpoint.every=1")
-    job = workplace.cheap("stale", *overrides, options=["--nodes=1"], STALE_DIR=str(stale), **slow)
-    job.wait_for_step(2, END)
-    assert list(stale.iterdir()) != [], "the file attempt is looked at later"
-    job.lab.run("scancel", "--batch", "--signal=USR1", str(job.id))
-    assert job.finish(END) == "COMPLETED" and (job.run_dir / "DONE").exists(), job.everything()
-    assert not {"attempt", "plan.json", "key", "COMPLETE"} & {path.name for path in stale.iterdir()}
-    assert "Traceback" not in job.everything()
 
 
 def test_of_two_jobs_that_start_in_one_second_one_runs(workplace: Workplace) -> None:

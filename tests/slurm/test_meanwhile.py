@@ -17,6 +17,7 @@ from tests.slurm.lanes import Scenarios
 pytestmark = pytest.mark.timeout(1800)
 SCENARIOS, ELSEWHERE = Scenarios(), Scenarios()
 """On the lab of all, and on one of its own, whose slurmctld may go."""
+LAST = 40
 ENDLESS = ("trainer.max_steps=100000", "checkpoint.every=2")
 INHERITED = {
     "SLURM_HET_SIZE": "2", "SLURM_JOB_NODELIST_HET_GROUP_0": "node5", "SLURM_JOB_NODELIST_HET_GROUP_1": "node6",
@@ -52,6 +53,40 @@ def a_time_limit_with_and_without_a_warning(workplace: Workplace) -> None:
     resumed = workplace.resume(job, "limit_resumed", PYTHONPATH=str(CHEAP))
     resumed.wait_for_words(f"gspo: goes on after step {whole}")
     resumed.wait_for_attempt(3)
+
+
+@SCENARIOS.add
+def what_people_do_to_a_run_directory_meanwhile(workplace: Workplace) -> None:
+    job = workplace.cheap("touched", f"trainer.max_steps={LAST}", options=["--nodes=1"])
+    job.wait_for_step(2, END)
+    checkpoints, logs = job.run_dir / "checkpoints", job.run_dir / "logs"
+    subprocess.run(("cp", "-r", checkpoints / "step_000002", checkpoints / "step_000002_best"), check=True)
+    (checkpoints / "step_999").mkdir()
+    (logs / "attempt_1_old").mkdir()
+    (logs / "attempt_007").mkdir()
+    (job.run_dir / "attempt").write_text("")
+    job.lab.run("scancel", "--batch", "--signal=USR1", str(job.id))
+    assert job.finish(END) == "COMPLETED" and (job.run_dir / "DONE").exists(), job.everything()
+    assert "holds '', not the number of an attempt" in job.text() and "Traceback" not in job.text()
+    assert (checkpoints / "step_000002_best" / "COMPLETE").exists() and (logs / "attempt_007").is_dir()
+    assert sorted(set(job.steps())) == list(range(1, LAST + 1)) and job.attempt(2).is_dir()
+
+
+@SCENARIOS.add
+def a_slow_file_system_that_is_stale_once(workplace: Workplace) -> None:
+    run_dir, stale = workplace.directory / "stale", workplace.directory / "tokens"
+    stale.mkdir()
+    for name in ("attempt", "plan.json", "key", "COMPLETE", "job"):
+        (stale / name).touch()
+    slow = {"LD_PRELOAD": str(workplace.lab.slow_files), "SLOW_DIR": str(run_dir), "SLOW_MICROSECONDS": "20000"}
+    overrides = (f"trainer.max_steps={LAST}", "checkpoint.every=1")
+    job = workplace.cheap("stale", *overrides, options=["--nodes=1"], STALE_DIR=str(stale), **slow)
+    job.wait_for_step(2, END)
+    assert list(stale.iterdir()) != [], "the file attempt is looked at later"
+    job.lab.run("scancel", "--batch", "--signal=USR1", str(job.id))
+    assert job.finish(END) == "COMPLETED" and (job.run_dir / "DONE").exists(), job.everything()
+    assert not {"attempt", "plan.json", "key", "COMPLETE"} & {path.name for path in stale.iterdir()}
+    assert "Traceback" not in job.everything()
 
 
 @SCENARIOS.add
