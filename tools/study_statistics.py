@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from gspo_megatron.evaluation import estimates
 from tools.study_summary import outcome
 
 MOST_ENUMERATED = 6
-"""Seeds up to which every resample is formed: 6^6 = 46,656. Above, DRAWS random ones."""
-DRAWS = 20_000
+"""Seeds up to which every resample is formed: 6^6 = 46,656. Above, random ones."""
 SHARE = 0.025
 """Share of the resamples left out at each end."""
 
@@ -45,11 +44,9 @@ def bootstrap(values: Sequence[float]) -> tuple[float, float] | None:
     count = len(values)
     if count < 2:
         return None
-    if count <= MOST_ENUMERATED:
-        means = sorted(fmean(drawn) for drawn in itertools.product(values, repeat=count))
-    else:
-        draw = random.Random(0)
-        means = sorted(fmean(draw.choices(values, k=count)) for _ in range(DRAWS))
+    if count > MOST_ENUMERATED:
+        return estimates.bootstrap(values)
+    means = sorted(fmean(drawn) for drawn in itertools.product(values, repeat=count))
     cut = math.floor(SHARE * len(means))
     return means[cut], means[-1 - cut]
 

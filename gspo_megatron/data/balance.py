@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gspo_megatron.data.balance_bound import lower_bound
+from gspo_megatron.data.balance_bound import fewest_bins, lower_bound
 from gspo_megatron.data.balance_search import Search
 from gspo_megatron.data.balance_start import BinBuilder, regroup
 from gspo_megatron.parallel import round_up
@@ -109,9 +109,7 @@ def _starts(
 ) -> list[_Bins]:
     """Bins for each number of slots that is tried, as they are built or regrouped, whichever is faster."""
     groups, ranks = shape
-    # Two sequences above half of the limit never share a bin.
-    bins = max(-(-int(tokens.sum()) // max_tokens), int((2 * tokens > max_tokens).sum()))
-    slots = round_up(-(-bins // (groups * ranks)), slot_multiple)
+    slots = round_up(-(-fewest_bins(tokens, max_tokens) // (groups * ranks)), slot_multiple)
     while (home := BinBuilder(tokens, costs, (groups, slots, ranks), max_tokens).build()) is None:
         slots += slot_multiple
     starts = []

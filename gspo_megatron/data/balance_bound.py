@@ -76,6 +76,11 @@ def lower_bound(
     return bound
 
 
+def fewest_bins(tokens: np.ndarray, max_tokens: int) -> int:
+    """A lower bound on the bins that [n] sequences need: two above half of the limit never share one."""
+    return max(-(-int(tokens.sum()) // max_tokens), int((2 * tokens > max_tokens).sum()))
+
+
 def _apart(tokens: np.ndarray, max_tokens: int) -> int:
     """The most first sequences of which no two fit in one bin; 1 at least."""
     shortest = int(tokens[0])

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from gspo_megatron.data.balance import WHOLE
-from gspo_megatron.data.balance_bound import lower_bound
+from gspo_megatron.data.balance_bound import fewest_bins, lower_bound
 from gspo_megatron.parallel import Layout, round_up
 
 SharedCost = Callable[[int, int], float]
@@ -36,9 +36,7 @@ def least_time(
     rows, room = rows_per_expert_group, max_tokens // layout.context
     tokens, costs, scale = measure(lengths, cost, layout)
     bound = shared_bound(tokens, costs, layout, rows, room) / scale
-    bins, least = layout.data, tokens.min(axis=0)
-    slots = max(-(-int(least.sum()) // (room * layout.context)), int((2 * least > room * layout.context).sum()))
-    return bound + slot_cost * -(-slots // bins)
+    return bound + slot_cost * -(-fewest_bins(tokens.min(axis=0), room * layout.context) // layout.data)
 
 
 def measure(lengths: Sequence[int], cost: SharedCost, layout: Layout) -> tuple[np.ndarray, np.ndarray, float]:

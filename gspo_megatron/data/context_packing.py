@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gspo_megatron.data.balance import FEW
+from gspo_megatron.data.balance_bound import fewest_bins
 from gspo_megatron.data.balance_search import ROUNDS, Search
 from gspo_megatron.data.balance_start import BinBuilder
 from gspo_megatron.data.context_bound import SharedCost, measure, shared_bound
@@ -186,7 +187,7 @@ def _finish(
     """Spread what is left over slots of the least kind, the fewest that take it and `extra` more."""
     places, width, multiple = places.copy(), problem.ranks // problem.sizes[least], problem.slot_multiple
     tokens, costs, room = problem.tokens[least, rest], problem.costs[least, rest], problem.room * problem.sizes[least]
-    bins = max(-(-int(tokens.sum()) // room), int((2 * tokens > room).sum()))
+    bins = fewest_bins(tokens, room)
     slots = round_up(len(kinds) + -(-bins // (problem.groups * width)), multiple) - len(kinds) + extra
     if len(rest):
         while (home := BinBuilder(tokens, costs, (problem.groups, slots, width), room, times).build()) is None:

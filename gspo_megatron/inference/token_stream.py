@@ -15,6 +15,7 @@ import asyncio
 import json
 import logging
 from array import array
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -33,8 +34,7 @@ from gspo_megatron.transport.token_frames import Frame, FrameError, SamplingRequ
 log = logging.getLogger(__name__)
 LOWEST = -9999.0
 """vLLM's own word for a log-prob of minus infinity or NaN, which JSON has not; the controller knows it."""
-
-SCORED = b'{"finish_reason": "length"}'
+SCORED = b'{"finish_reason": "stop"}'
 """Ending of a request for the log-probs of its prompt."""
 
 
@@ -109,18 +109,14 @@ async def wait_for_disconnect(receive: Receive) -> None:
         pass
 
 
-async def sample(engine: EngineClient, number: int, request: SamplingRequest, put: Any) -> None:
+async def sample(engine: EngineClient, number: int, request: SamplingRequest, put: Callable[[Frame], None]) -> None:
     """Sample one response to its end; whatever goes wrong is its ending."""
     try:
         parameters = read_parameters(request)
         prompt = tokens_input(request.token_ids.tolist())
         async for output in engine.generate(prompt, parameters, request.request_id):
             if parameters.prompt_logprobs is not None:
-                put(
-                    Frame(
-                        number, logprobs=first_of_each(output.prompt_logprobs, 1), ending=b'{"finish_reason": "stop"}'
-                    )
-                )
+                put(Frame(number, logprobs=first_of_each(output.prompt_logprobs, 1), ending=SCORED))
             else:
                 put(make_frame(number, output))
     except Exception as error:

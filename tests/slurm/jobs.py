@@ -27,6 +27,8 @@ START = 1200.0
 """Seconds that a run may take to its first checkpoint: six processes import torch, and more, on two cores."""
 END = 300.0
 """Seconds that a job that runs nothing may take; a second on a quiet machine."""
+LAST = 40
+"""Last step of a run of cheap roles that is to end by itself: long enough to be stopped before."""
 SMALL = (
     "placement.gpu=cpu", "batch.prompts=8", "batch.answers=4", "batch.updates=2", "rollout.max_answer_tokens=12",
     "evaluation.problems=8", "evaluation.every=0", "checkpoint.every=1", "optimizer.warmup_updates=0",

@@ -8,12 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.slurm.jobs import CHEAP, END, ROOT, SCRIPT, SMALL, TINY, Job, Workplace, make_run, refused
+from tests.slurm.jobs import CHEAP, END, LAST, ROOT, SCRIPT, SMALL, TINY, Job, Workplace, make_run, refused
 from tests.slurm.lab.cluster import LabError, wait_for
 from tests.slurm.leftovers import check_nothing_left
 
 pytestmark = pytest.mark.timeout(900)
-LAST = 40
 LONG = 120
 """Steps of 0.2 s: long enough for another job to come meanwhile."""
 PREEMPTED = {

@@ -10,14 +10,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from tests.slurm.jobs import CHEAP, END, ROOT, SCRIPT, SMALL, START, TINY, Job, Workplace, make_run
+from tests.slurm.jobs import CHEAP, END, LAST, ROOT, SCRIPT, SMALL, START, TINY, Job, Workplace, make_run
 from tests.slurm.lab.cluster import wait_for
 from tests.slurm.lanes import Scenarios
 
 pytestmark = pytest.mark.timeout(1800)
 SCENARIOS, ELSEWHERE = Scenarios(), Scenarios()
 """On the lab of all, and on one of its own, whose slurmctld may go."""
-LAST = 40
 ENDLESS = ("trainer.max_steps=100000", "checkpoint.every=2")
 INHERITED = {
     "SLURM_HET_SIZE": "2", "SLURM_JOB_NODELIST_HET_GROUP_0": "node5", "SLURM_JOB_NODELIST_HET_GROUP_1": "node6",

@@ -12,7 +12,7 @@ from gspo_megatron.config.schema import Recipe
 from gspo_megatron.models.server_cuts import EXPERT_TILE
 from gspo_megatron.plan.estimate.engine_effects import MEGATRON_EFFECTS, VLLM_EFFECTS, not_counted
 from gspo_megatron.plan.estimate.padded_experts import UNPADDED, expert_widths, pads_experts
-from gspo_megatron.plan.rules import server_start, server_weights
+from gspo_megatron.plan.rules import context_exchange, server_start, server_weights
 from gspo_megatron.plan.units import value_text
 from gspo_megatron.types import Finding
 
@@ -74,9 +74,9 @@ def _cpu_shapes(arch: Architecture) -> Iterator[Finding]:
 
 
 def _only_on_gpus(given: dict[str, Any]) -> Iterator[Finding]:
-    if given.get("trainer.megatron.cp_comm_type") == "p2p":
+    if given.get(context_exchange.KIND) == "p2p":
         yield Finding(
-            "engine-needs-gpu", "error", "trainer.megatron.cp_comm_type",
+            "engine-needs-gpu", "error", context_exchange.KIND,
             "p2p has no effect: the ring is Transformer Engine's, and the layers of a CPU gather keys and values",
             "remove it, or set placement.gpu",
         )  # fmt: skip
@@ -94,9 +94,10 @@ def _inert(recipe: Recipe, arch: Architecture, given: dict[str, Any]) -> Iterato
     binds = recipe.rollout.vllm.given().get("numa_bind")
     needs = {
         "trainer.megatron.bucket_size": (overlap, "trainer.megatron.overlap_grad_reduce=true"),
-        "trainer.megatron.cp_comm_type": (trainer.context_parallel > 1, "trainer.context_parallel above 1"),
-        "trainer.megatron.hierarchical_context_parallel_sizes": (
-            megatron.get("cp_comm_type") == "a2a+p2p", "trainer.megatron.cp_comm_type=a2a+p2p",
+        context_exchange.KIND: (trainer.context_parallel > 1, "trainer.context_parallel above 1"),
+        context_exchange.SIZES: (
+            megatron.get("cp_comm_type") == context_exchange.TWO_LEVELS,
+            f"{context_exchange.KIND}={context_exchange.TWO_LEVELS}",
         ),
         "trainer.megatron.moe_flex_dispatcher_backend": (flex, "trainer.megatron.moe_token_dispatcher_type=flex"),
         "trainer.megatron.moe_flex_dispatcher_num_sms": (flex, "trainer.megatron.moe_token_dispatcher_type=flex"),
