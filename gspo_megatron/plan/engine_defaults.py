@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 NEMO = "NeMo-RL: examples/configs/grpo_math_1B.yaml and recipes/llm/performance"
+NEMO_FP8 = "NeMo-RL: docs, FP8 quantization"
 BRIDGE = "Megatron-Bridge: scripts/performance/configs/qwen/qwen3_workload_base_configs.py"
 SLIME = "slime: scripts/run-qwen3-30B-A3B.sh, run-qwen3-235B-A22B.sh"
 VERL = "verl: examples/grpo_trainer/run_qwen3_235b_a22b_megatron.sh"
@@ -21,7 +22,7 @@ class Kept(NamedTuple):
     """What published recipes and guides for these models do."""
     why: str
     source: str
-    needs: Literal["", "experts", "context", "tensor"] = ""
+    needs: Literal["", "experts", "context", "tensor", "unrounded"] = ""
     """What a run must have for the argument to matter."""
 
 
@@ -85,6 +86,13 @@ MEGATRON: Mapping[str, Kept] = {
 }  # fmt: skip
 
 VLLM: Mapping[str, Kept] = {
+    "quantization": Kept(
+        "NeMo-RL samples in fp8 by a key, with a correction for it",
+        "the sampler's log-probs would leave the trainer's, and GSPO as published has no correction; with one, "
+        "`rollout.weight_dtype: fp8` takes 1 to 16 % off a step",
+        NEMO_FP8,
+        "unrounded",
+    ),
     "kv_cache_dtype": Kept(
         "none of these recipes sets it",
         "the sampler's log-probs would leave the trainer's, and GSPO as published has no correction; with one, a step "

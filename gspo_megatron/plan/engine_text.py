@@ -66,7 +66,7 @@ def kept_defaults(recipe: Recipe) -> list[Row]:
     trainer = recipe.trainer
     there = {
         "": True, "experts": recipe.arch.num_experts > 0, "context": trainer.context_parallel > 1,
-        "tensor": trainer.tensor_parallel > 1,
+        "tensor": trainer.tensor_parallel > 1, "unrounded": recipe.rollout.weight_dtype is None,
     }  # fmt: skip
     set_here = {(row.engine, row.name) for row in explain_engines(recipe)}
     return [

@@ -22,6 +22,16 @@ COLLECTIVE_TIMEOUT = timedelta(days=1)
 GROUP_TIMEOUT = timedelta(minutes=30)
 """As Megatron gives its own groups."""
 
+ASKED_ONLY = frozenset(
+    {
+        "DATA_PARALLEL_GROUP",
+        "TENSOR_AND_DATA_PARALLEL_GROUP",
+        "TENSOR_AND_DATA_PARALLEL_GROUP_WITH_CP",
+        "EXPERT_TENSOR_MODEL_PIPELINE_PARALLEL_GROUP_WITH_EGTP",
+    }
+)
+"""Kinds of groups in which no call of this package communicates; megatron asks their size and rank."""
+
 
 @dataclass(frozen=True, slots=True)
 class ContextShare:
@@ -73,7 +83,7 @@ def build_groups(layout: Layout) -> dict[int, ContextShare]:
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     inner = layout.head_ranks(layout.context)
-    with _one_group_alone():
+    with _used_groups_only():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tensor,
             pipeline_model_parallel_size=layout.pipeline,
@@ -103,15 +113,18 @@ def build_groups(layout: Layout) -> dict[int, ContextShare]:
 
 
 @contextmanager
-def _one_group_alone() -> Iterator[None]:
-    """One group of each rank by itself, for all kinds of parallelism that a layout lacks.
+def _used_groups_only() -> Iterator[None]:
+    """No rendezvous of the whole world for a group that nothing needs, of which megatron makes 601 of 891 at 128 ranks.
 
-    megatron makes one for each kind, and each is a rendezvous of the whole world: 656 of 891 groups of 128 ranks. No
-    collective connects one, so nothing can tell them apart.
+    Each rank by itself has one group for all kinds of parallelism that a layout lacks: no collective connects one, so
+    nothing can tell them apart. A kind of `ASKED_ONLY` knows size and rank and has no backend: torch refuses a
+    collective in it.
     """
-    make, alone = parallel_state.create_group, dict[int, Any]()
+    make, alone, own = parallel_state.create_group, dict[int, Any](), dist.get_rank()
 
     def create_group(ranks: Sequence[int], *given: Any, **named: Any) -> Any:
+        if len(ranks) > 1 and named["group_desc"] in ASKED_ONLY:
+            return dist.ProcessGroup(dist.HashStore(), ranks.index(own), len(ranks)) if own in ranks else None
         if len(ranks) > 1:
             return make(ranks, *given, **named)
         (rank,) = ranks

@@ -24,7 +24,7 @@ REACHED_FOR = {
     "megatron": "moe_token_dispatcher_type overlap_grad_reduce bucket_size overlap_param_gather moe_permute_fusion "
     "moe_router_fusion cp_comm_type use_precision_aware_optimizer optimizer_cpu_offload cuda_graph_impl "
     "overlap_moe_expert_parallel_comm delay_wgrad_compute gradient_accumulation_fusion apply_rope_fusion",
-    "vllm": "kv_cache_dtype speculative_config max_num_batched_tokens moe_backend optimization_level "
+    "vllm": "quantization kv_cache_dtype speculative_config max_num_batched_tokens moe_backend optimization_level "
     "cudagraph_capture_sizes async_scheduling enforce_eager",
 }
 """Settings that an expert reaches for on a mixture of experts."""
@@ -50,6 +50,8 @@ def test_no_row_says_what_is_not_so() -> None:
     dense = {row.name for row in kept_defaults(load_recipe(path_of(DENSE)))}
     assert dense and not {"moe_router_fusion", "moe_backend", "cp_comm_type", "tp_comm_overlap"} & dense
     assert kept_defaults(load_recipe(path_of("tiny_moe"))) == []
+    rounded = load_recipe(path_of(GPU[0]), ["rollout.weight_dtype=fp8"])
+    assert "quantization" not in {row.name for row in kept_defaults(rounded)}
 
 
 def test_both_parts_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,6 +101,16 @@ def test_float8_keys_save_what_the_row_claims(name: str) -> None:
     )
     assert plain and half
     assert 0.065 <= 1 - half.seconds_per_step / plain.seconds_per_step <= 0.28
+
+
+@pytest.mark.parametrize("name", [DENSE, *GPU])
+def test_float8_weights_save_what_the_row_claims(name: str) -> None:
+    """Where a server's cuts are no multiples of the blocks, its experts are spread, which changes no time."""
+    spread = [] if name == DENSE else ["rollout.expert_parallel=true"]
+    fp8 = ["rollout.weight_dtype=fp8", "weight_update.canary_bound=3"]
+    plain, half = (make_plan(load_recipe(path_of(name), more + spread)) for more in ([], fp8))
+    assert plain.compute and half.compute and not half.refused
+    assert 0.004 <= 1 - half.compute.seconds_per_step / plain.compute.seconds_per_step <= 0.165
 
 
 @pytest.mark.parametrize("name", [DENSE, *GPU])
