@@ -33,6 +33,7 @@ from gspo_megatron.models import load_resolved
 from gspo_megatron.transport.auth import KEY_VARIABLE, key_header
 from gspo_megatron.transport.controller_client import ControllerClient
 from gspo_megatron.transport.identity import Identity
+from tests.rollout.jobs import SERVER
 from tests.rollout.scorer import make_scorer
 from tests.rollout.tiny import KEY, VOCAB, CountingPrompts, NumberTokenizer, Oracle, make_recipe, write_config
 from tests.waiting import HANG, wait_until
@@ -69,32 +70,37 @@ class Server:
         return httpx.request(method, self.url + path, headers=key_header(key), timeout=HANG)
 
 
-def server_command(run_dir: Path, port: int, *more: str) -> list[str]:
+def server_command(run_dir: Path, port: int, *more: str, module: str = SERVER) -> list[str]:
     where = ["--run-dir", str(run_dir), "--index", "0", "--host", "127.0.0.1", "--port", str(port)]
-    return [sys.executable, "-m", "gspo_megatron.inference.server", *where, *more]
+    return [sys.executable, "-m", module, *where, *more]
 
 
 def make_run_dir(directory: Path, server_nodes: int | None = None, replay: str = "off", **rollout: Any) -> Path:
     """A run directory that a server can start from, with some keys of `rollout` changed."""
-    directory.mkdir(parents=True, exist_ok=True)
     recipe = make_recipe()
     sections = {
         "rollout": recipe.rollout.model_copy(update=rollout),
         "placement": recipe.placement.model_copy(update={"server_nodes": server_nodes}),
         "objective": recipe.objective.model_copy(update={"replay": replay}),
     }
-    save_resolved(recipe.model_copy(update=sections), directory / "recipe.resolved.yaml")
-    write_config(directory / "model")
+    return save_run(directory, recipe.model_copy(update=sections))
+
+
+def save_run(directory: Path, recipe: Recipe) -> Path:
+    """What a server reads of a run directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    save_resolved(recipe, directory / "recipe.resolved.yaml")
+    write_config(directory / "model", recipe.arch)
     return directory
 
 
 @contextmanager
-def running_servers(*run_dirs: Path) -> Iterator[list[Server]]:
+def running_servers(*run_dirs: Path, module: str = SERVER) -> Iterator[list[Server]]:
     """One healthy server for each run directory; they start side by side."""
     servers: list[Server] = []
     try:
         for run_dir in run_dirs:
-            servers.append(start_server(run_dir))
+            servers.append(start_server(run_dir, module))
         for server in servers:
             wait_until(server.answers, f"server at {server.url}", server.assert_lives)
         yield servers
@@ -105,7 +111,7 @@ def running_servers(*run_dirs: Path) -> Iterator[list[Server]]:
             process.wait()
 
 
-def start_server(run_dir: Path) -> Server:
+def start_server(run_dir: Path, module: str) -> Server:
     """Start one server; the parts of one that spans nodes run side by side here."""
     nodes = load_resolved(run_dir / "recipe.resolved.yaml").placement.server_nodes or 1
     environment = {**os.environ, KEY_VARIABLE: KEY, "VLLM_HOST_IP": "127.0.0.1"}
@@ -116,7 +122,7 @@ def start_server(run_dir: Path) -> Server:
             place = ("--part", str(part), "--of", str(nodes), "--meet", f"127.0.0.1:{meeting}") if nodes > 1 else ()
             processes.append(
                 subprocess.Popen(
-                    server_command(run_dir, port, *place),
+                    server_command(run_dir, port, *place, module=module),
                     env=environment,
                     stdout=output,
                     stderr=output,

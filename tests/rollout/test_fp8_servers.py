@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 from transformers import Qwen3MoeForCausalLM
 
 from gspo_megatron.data.sample_index import read_samples
 from gspo_megatron.data.store import SampleStore
-from gspo_megatron.models.weight_format import BLOCK, is_quantised
-from gspo_megatron.transport.weights.quantiser import block_maxima, encode, scales_of
 from tests.rollout.jobs import finish, rows_of, start
+from tests.rollout.rounded_model import NEEDS_AVX512, round_matrix, write_model
 from tests.rollout.serves_fp8 import HERE
 
 FP8 = (
@@ -28,10 +24,7 @@ FP8 = (
 LAYOUT = ("trainer.tensor_parallel=2", "trainer.expert_tensor_parallel=2")
 
 
-@pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() != "AVX512",
-    reason="vLLM's CPU kernels for blocks of fp8 need AVX-512, which this processor does not have",
-)
+@NEEDS_AVX512
 def test_what_the_trainer_quantises_is_what_the_servers_compute_with(tmp_path: Path) -> None:
     """Responses of the second version, scored with the exported weights as they are, and rounded to bytes and scales.
 
@@ -48,28 +41,12 @@ def test_what_the_trainer_quantises_is_what_the_servers_compute_with(tmp_path: P
     run = tmp_path / "run"
     exported = run / "checkpoints" / "final"
     tensors = {name: value for file in exported.glob("*.safetensors") for name, value in load_file(file).items()}
+    rounded = {name: round_matrix(name, value) for name, value in tensors.items()}
     plain, rounded = (
         median_difference(run / "samples", write_model(exported, tmp_path / kind, values))
-        for kind, values in (("plain", tensors), ("rounded", {name: to_bytes(name, tensors[name]) for name in tensors}))
+        for kind, values in (("plain", tensors), ("rounded", rounded))
     )
     assert rounded < 0.03 and rounded < plain / 5, (rounded, plain)
-
-
-def to_bytes(name: str, weight: Tensor) -> Tensor:
-    """The tensor as a server in fp8 has it, byte times scale, float32."""
-    if not is_quantised(name):
-        return weight.float()
-    scales, (height, width) = scales_of(block_maxima(weight, 0, 0)), weight.shape
-    return encode(weight, scales).float() * torch.kron(scales, torch.ones(BLOCK, BLOCK))[:height, :width]
-
-
-def write_model(source: Path, place: Path, tensors: dict[str, Tensor]) -> Path:
-    """A directory of the model with these values in float32."""
-    place.mkdir()
-    shutil.copy(source / "config.json", place)
-    values = {name: value.float().contiguous() for name, value in tensors.items()}
-    save_file(values, place / "model.safetensors", {"format": "pt"})
-    return place
 
 
 @torch.no_grad()

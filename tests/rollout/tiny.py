@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from gspo_megatron.config.model_section import Architecture
 from gspo_megatron.config.schema import Recipe
 from gspo_megatron.models import parse_recipe
 from gspo_megatron.types import Problem, Prompt
@@ -66,17 +67,17 @@ def make_recipe() -> Recipe:
 ARCH = make_recipe().arch
 
 
-def write_config(directory: Path) -> None:
-    """config.json of the tiny model, in Hugging Face's own words."""
-    _config().save_pretrained(directory)
+def write_config(directory: Path, arch: Architecture = ARCH) -> None:
+    """config.json of a model, in Hugging Face's own words."""
+    _config(arch).save_pretrained(directory)
 
 
-def _config() -> Qwen3MoeConfig:
-    values = ARCH.model_dump(exclude={"model_type", "rope_theta", "rope_scaling"})
+def _config(arch: Architecture) -> Qwen3MoeConfig:
+    values = arch.model_dump(exclude={"model_type", "rope_theta", "rope_scaling"})
     return Qwen3MoeConfig(
         **values,
         architectures=["Qwen3MoeForCausalLM"],
-        rope_parameters={"rope_type": "default", "rope_theta": ARCH.rope_theta},
+        rope_parameters={"rope_type": "default", "rope_theta": arch.rope_theta},
         mlp_only_layers=[],
     )
 
@@ -84,9 +85,9 @@ def _config() -> Qwen3MoeConfig:
 class Oracle:
     """The Hugging Face model of one seed, with its experts computed one by one."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, arch: Architecture = ARCH) -> None:
         torch.manual_seed(seed)
-        config = _config()
+        config = _config(arch)
         config._experts_implementation = "eager"
         self.model = Qwen3MoeForCausalLM(config).float().eval()
         with torch.no_grad():

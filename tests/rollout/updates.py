@@ -50,7 +50,7 @@ def update(
     return controller.finish_update(update_check(version, checksums, oracle.probes()))
 
 
-def differences(oracle: Oracle, store: SampleStore, refs: list[SampleRef]) -> np.ndarray:
+def differences(oracle: Oracle, store: SampleStore, refs: Sequence[SampleRef]) -> np.ndarray:
     """|sampler's log-prob - Hugging Face's| of every answer token."""
     found = []
     for ref in refs:
