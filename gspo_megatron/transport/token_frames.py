@@ -102,11 +102,16 @@ class FrameReader:
     """Cuts a stream of bytes, however it arrives, into frames."""
 
     def __init__(self) -> None:
-        self._kept = b""
+        self._kept: list[bytes] = []
+        self._missing = 0
 
     def feed(self, data: bytes) -> Iterator[Frame]:
         """The frames that these bytes complete. Raises FrameError where no frame begins."""
-        data, at = self._kept + data if self._kept else data, 0
+        self._kept.append(data)
+        self._missing -= len(data)
+        if self._missing > 0:  # A frame of recorded experts comes in thousands of pieces, joined once.
+            return
+        data, at, needed = b"".join(self._kept), 0, HEADER.size
         while len(data) - at >= HEADER.size:
             magic, number, tokens, logprobs, ending, *shape, item = HEADER.unpack_from(data, at)
             if magic != MAGIC or item not in ROUTE_TYPES:
@@ -115,6 +120,7 @@ class FrameReader:
             rows = ids + 4 * (tokens + logprobs)
             text = rows + shape[0] * shape[1] * shape[2] * item
             if len(data) < text + ending:
+                needed = text + ending - at
                 break
             at = text + ending
             yield Frame(
@@ -124,7 +130,7 @@ class FrameReader:
                 np.frombuffer(data[rows:text], ROUTE_TYPES[item]).reshape(shape) if shape[0] else None,
                 data[text:at],
             )
-        self._kept = data[at:]
+        self._kept, self._missing = [data[at:]], needed - (len(data) - at)
 
 
 def _to_bytes(values: array[Any]) -> bytes:
