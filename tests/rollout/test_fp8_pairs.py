@@ -16,9 +16,8 @@ from gspo_megatron.transport.update_messages import UpdateRequest, WeightTerms
 from tests.rollout.conftest import open_controller, running_servers, save_run
 from tests.rollout.rounded_model import NEEDS_AVX512, round_matrix, write_model
 from tests.rollout.serves_fp8 import HERE
-from tests.rollout.test_layout_pairs import TRAINERS
 from tests.rollout.tiny import ARCH, Oracle, make_recipe
-from tests.rollout.updates import differences, update_check
+from tests.rollout.updates import TRAINERS, differences, update_check
 from tests.shards import TrainerRanks, cut_shards
 
 # Two tensor-parallel ranks of a server cut at whole blocks of 128; four of the trainer, in half of one.

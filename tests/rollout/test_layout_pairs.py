@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from gspo_megatron.parallel import Layout
 from gspo_megatron.transport.controller_client import ControllerError
 from gspo_megatron.transport.messages import RolloutRequest
 from gspo_megatron.transport.server_paths import GENERATE
@@ -17,15 +16,9 @@ from gspo_megatron.transport.weights.ipc import device_name
 from gspo_megatron.transport.weights.wire import TransferError
 from tests.rollout.conftest import KEY, Server, make_run_dir, running_servers
 from tests.rollout.tiny import ARCH
-from tests.rollout.updates import differences, update, update_check, update_request
+from tests.rollout.updates import TRAINERS, differences, update, update_check, update_request
 from tests.shards import CPU, TrainerRanks, cut_shards
 from tests.waiting import HANG
-
-TRAINERS = [
-    Layout(4, tensor=2, pipeline=2, expert=2),
-    Layout(4, context=2, expert=4),
-    Layout(8, tensor=4, pipeline=2, virtual=2, expert=2, expert_tensor=2),
-]
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,12 @@ def update_check(
     return UpdateCheck(version=version, checksums=tuple(checksums), probes=scored)
 
 
-TRAINER = Layout(4, tensor=2, pipeline=2, expert=2)
+TRAINERS = [
+    Layout(4, tensor=2, pipeline=2, expert=2),
+    Layout(4, context=2, expert=4),
+    Layout(8, tensor=4, pipeline=2, virtual=2, expert=2, expert_tensor=2),
+]
+(TRAINER, *_) = TRAINERS
 
 
 def update(
