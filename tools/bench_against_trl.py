@@ -29,6 +29,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gspo_megatron.metric_rows import read_rows
+from gspo_megatron.run_dir import RunDir
 from tools.setup_environment import find_uv
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,7 +155,7 @@ def main() -> int:
         gspo(f"run.directory={work / 'start'}", "trainer.max_steps=1", "optimizer.lr=0", "evaluation.problems=0"),
         work / "start.log",
     )
-    start = work / "start" / "final"
+    start = RunDir(work / "start").final
     runs: dict[str, list[dict[str, Any]]] = {"ours": [], "trl": []}
     for number in range(chosen.repeats):
         runs["ours"].append(measure_ours(start, changes, work / f"ours_{number}"))
