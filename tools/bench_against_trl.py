@@ -21,7 +21,7 @@ import tempfile
 import threading
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import psutil
@@ -167,10 +167,14 @@ def main() -> int:
                 file=sys.stderr,
                 flush=True,
             )
+    learned = {name: mean(one["held_out_accuracy"][-1] for one in found) for name, found in runs.items()}
+    if any(one["held_out_accuracy"][0] >= one["held_out_accuracy"][-1] for found in runs.values() for one in found):
+        raise SystemExit(f"a run has learned nothing, so seconds say nothing: {learned}; its log is in {work}")
     ours, theirs = (median(one["seconds_a_step"] for one in runs[name]) for name in ("ours", "trl"))
     found = {
         "seconds_over_trl": ours / theirs,
         "peak_pss_gib": max(one["peak_pss_gib"] for one in runs["ours"]),
+        "held_out_accuracy": learned,
         "targets": TARGETS,
         "steps": chosen.steps,
         "cores": os.cpu_count(),

@@ -57,12 +57,18 @@ class Judge:
         return self._scorer(prompt.problem, judged).score
 
 
+def write_word(number: int) -> str:
+    """An id as a word that no other word holds: a special token is cut out of the middle of longer words too."""
+    return f"<{number}>"
+
+
 def number_tokenizer(vocab_size: int, stop: int) -> PreTrainedTokenizerFast:
-    """Ids as decimal words."""
-    words = Tokenizer(models.WordLevel({str(number): number for number in range(vocab_size)}, unk_token=str(PAD)))
+    """Ids as words."""
+    pad = write_word(PAD)
+    words = Tokenizer(models.WordLevel({write_word(number): number for number in range(vocab_size)}, unk_token=pad))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
     return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token=str(PAD), eos_token=str(stop), unk_token=str(PAD), padding_side="left"
+        tokenizer_object=words, pad_token=pad, eos_token=write_word(stop), unk_token=pad, padding_side="left"
     )
 
 
@@ -127,14 +133,17 @@ def main() -> None:
         return [judge.score(by_number[one], ids) for one, ids in zip(number, completion_ids, strict=True)]
 
     by_number = {prompt.index: prompt for prompt in prompts}
-    rows = [{"prompt": " ".join(map(str, one.token_ids)), "number": one.index} for one in prompts]
+    words = number_tokenizer(recipe.arch.vocab_size, judge.tokenizer.stop_ids[0])
+    texts = [" ".join(map(write_word, one.token_ids)) for one in prompts]
+    assert words(texts)["input_ids"] == [list(one.token_ids) for one in prompts]
+    rows = [{"prompt": text, "number": one.index} for text, one in zip(texts, prompts, strict=True)]
     clock = Clock()
     trainer = trl.GRPOTrainer(
         model=model,
         reward_funcs=reward,
         args=settings(recipe, Path(out)),
         train_dataset=Dataset.from_list(rows),
-        processing_class=number_tokenizer(recipe.arch.vocab_size, judge.tokenizer.stop_ids[0]),
+        processing_class=words,
         callbacks=[clock],
     )
     trainer.train()
