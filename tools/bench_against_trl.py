@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -30,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gspo_megatron.metric_rows import read_rows
 from gspo_megatron.run_dir import RunDir
+from tools.first_contact import versions
 from tools.setup_environment import find_uv
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,7 +41,7 @@ NEEDED = ("multiprocess==0.70.19", "xxhash==4.1.0", "pandas", "python-dateutil",
 """What these need and `.venv` has not."""
 UNCOUNTED = ("evaluate", "checkpoint", "check", "stop")
 """Parts of a step's seconds that TRL's have no counterpart of."""
-TARGETS = {"seconds": 1.0, "peak_pss_gib": 2.5}
+TARGETS = {"seconds_over_trl": 1.0, "peak_pss_gib": 2.5}
 
 
 def make_environment() -> Path:
@@ -141,6 +141,23 @@ def result(seconds: list[float], accuracy: list[float], memory: Memory) -> dict[
     }
 
 
+def summarize(runs: dict[str, list[dict[str, Any]]], steps: int) -> dict[str, Any]:
+    """What the runs of both say together. Exits if one has learned nothing: its seconds say nothing."""
+    learned = {name: mean(one["held_out_accuracy"][-1] for one in found) for name, found in runs.items()}
+    if any(one["held_out_accuracy"][0] >= one["held_out_accuracy"][-1] for found in runs.values() for one in found):
+        raise SystemExit(f"a run has learned nothing, so seconds say nothing; accuracy at the end: {learned}")
+    ours, theirs = (median(one["seconds_a_step"] for one in runs[name]) for name in ("ours", "trl"))
+    return {
+        "seconds_over_trl": ours / theirs,
+        "peak_pss_gib": max(one["peak_pss_gib"] for one in runs["ours"]),
+        "held_out_accuracy": learned,
+        "targets": TARGETS,
+        "steps": steps,
+        "cores": os.cpu_count(),
+        "runs": runs,
+    }
+
+
 def main() -> int:
     """Measure, write and print; 1 where a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -148,7 +165,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=2, help="runs of each, in turns")
     parser.add_argument("--json", action="store_true", help="print the result")
     chosen = parser.parse_args()
-    python = make_environment()
+    python, used = make_environment(), versions() | {"trl": PACKAGES[0]}
     work = Path(tempfile.mkdtemp(prefix="against-trl-"))
     changes = [f"trainer.max_steps={chosen.steps}", "evaluation.every=0", "checkpoint.every=0"]
     run(
@@ -167,26 +184,12 @@ def main() -> int:
                 file=sys.stderr,
                 flush=True,
             )
-    learned = {name: mean(one["held_out_accuracy"][-1] for one in found) for name, found in runs.items()}
-    if any(one["held_out_accuracy"][0] >= one["held_out_accuracy"][-1] for found in runs.values() for one in found):
-        raise SystemExit(f"a run has learned nothing, so seconds say nothing: {learned}; its log is in {work}")
-    ours, theirs = (median(one["seconds_a_step"] for one in runs[name]) for name in ("ours", "trl"))
-    found = {
-        "seconds_over_trl": ours / theirs,
-        "peak_pss_gib": max(one["peak_pss_gib"] for one in runs["ours"]),
-        "held_out_accuracy": learned,
-        "targets": TARGETS,
-        "steps": chosen.steps,
-        "cores": os.cpu_count(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "vllm", "megatron-core")}
-        | {"trl": PACKAGES[0]},
-        "runs": runs,
-    }
+    found = summarize(runs, chosen.steps) | {"versions": used}
     RESULT.write_text(json.dumps(found, indent=1) + "\n")
     if chosen.json:
         print(json.dumps(found))
     shutil.rmtree(work)
-    return int(ours / theirs > TARGETS["seconds"] or found["peak_pss_gib"] > TARGETS["peak_pss_gib"])
+    return int(any(float(found[name]) > most for name, most in TARGETS.items()))
 
 
 if __name__ == "__main__":
