@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gspo_megatron.data.balance_bound import fewest_bins, lower_bound
-from gspo_megatron.data.balance_search import Search
+from gspo_megatron.data.balance_search import CLOSE_ENOUGH, Search
 from gspo_megatron.data.balance_start import BinBuilder, regroup
 from gspo_megatron.parallel import round_up
 
@@ -44,6 +44,7 @@ def balance(
     max_tokens: int,
     slot_multiple: int = 1,
     bubble_slots: float = 0.0,
+    close_enough: float = CLOSE_ENOUGH,
 ) -> list[list[list[int]]]:
     """[slot][rank] -> sequence indices; see `pack`.
 
@@ -54,6 +55,7 @@ def balance(
         max_tokens: Most tokens of a bin.
         slot_multiple: Of which the number of slots is a multiple.
         bubble_slots: How often the longest slot is waited for beside its own turn.
+        close_enough: Share of the least time that is not worth a search.
     """
     order = np.lexsort((np.arange(len(costs)), -tokens, -costs))
     tokens, costs = tokens[order], costs[order]
@@ -62,7 +64,7 @@ def balance(
     fewest = starts[0].shape[1]
     starts.sort(key=lambda bins: bins.price(fewest, bubble_slots))
     found = [
-        _Bins.of(_search(start, tokens, costs, max_tokens, bound), costs, start.shape)
+        _Bins.of(_search(start, tokens, costs, max_tokens, bound, close_enough), costs, start.shape)
         for start in starts[: len(starts) if len(costs) <= FEW else 1]
     ]
     best = min(found, key=lambda bins: bins.price(fewest, bubble_slots))
@@ -71,10 +73,13 @@ def balance(
     return _read_out(home, best.loads)
 
 
-def _search(start: _Bins, tokens: np.ndarray, costs: np.ndarray, max_tokens: int, bound: float) -> np.ndarray:
+def _search(
+    start: _Bins, tokens: np.ndarray, costs: np.ndarray, max_tokens: int, bound: float, close_enough: float
+) -> np.ndarray:
     """[n] the bin of each sequence after exchanges between bins of one kind."""
     kinds = np.zeros(math.prod(start.shape), dtype=np.int64)
-    return Search(start.home, tokens[None], costs[None], start.shape, kinds + max_tokens, kinds).run(bound)
+    search = Search(start.home, tokens[None], costs[None], start.shape, kinds + max_tokens, kinds)
+    return search.run(bound, close_enough=close_enough)
 
 
 @dataclass(frozen=True, slots=True)

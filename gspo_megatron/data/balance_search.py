@@ -22,7 +22,7 @@ CANDIDATES = 64
 TOLERANCE = 2e-4
 """A round accepts losses up to this share of the time, falling to 0 in the last round, to leave local optima."""
 CLOSE_ENOUGH = 1e-4
-"""The search ends within this share of the lower bound."""
+"""The search ends within this share of the lower bound, unless the caller says what is not worth a search."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +81,8 @@ class Search:
         np.add.at(self.filled, home, tokens[kinds[home], every])
         self.slot_of = np.arange(bins) // shape[2]
 
-    def run(self, bound: float, rounds: int = ROUNDS) -> np.ndarray:
-        """[n] the best bins seen in so many rounds; ends when the slowest group is within `CLOSE_ENOUGH` of `bound`."""
+    def run(self, bound: float, rounds: int = ROUNDS, close_enough: float = CLOSE_ENOUGH) -> np.ndarray:
+        """[n] the best bins seen in so many rounds; ends when the slowest group is within this share of `bound`."""
         generator = np.random.default_rng(0)
         best, best_home = None, self.home[: self.count].copy()
         for turn in range(rounds):
@@ -91,7 +91,7 @@ class Search:
             slowest = int(times.max())
             if best is None or slowest < best:
                 best, best_home = slowest, self.home[: self.count].copy()
-            if best <= bound * (1 + CLOSE_ENOUGH):
+            if best <= bound * (1 + close_enough):
                 break
             trials = self._draw(generator, int(times.argmax()))
             changes = self._changes(trials, ordered, places)

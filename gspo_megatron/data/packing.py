@@ -12,6 +12,7 @@ import numpy as np
 
 from gspo_megatron.data.balance import balance, whole_costs
 from gspo_megatron.data.balance_bound import lower_bound
+from gspo_megatron.data.balance_search import CLOSE_ENOUGH
 from gspo_megatron.parallel import round_up
 from gspo_megatron.types import Sample, SampleRef
 
@@ -53,6 +54,7 @@ def pack(
     ranks_per_expert_group: int = 1,
     slot_multiple: int = 1,
     bubble_slots: float = 0.0,
+    close_enough: float = CLOSE_ENOUGH,
 ) -> list[list[list[int]]]:
     """Spread sequences over ranks and micro-batch slots so that the ranks wait for each other as little as possible.
 
@@ -69,6 +71,7 @@ def pack(
         bubble_slots: How often the longest slot is waited for beside its own turn: (PP - 1) / VPP in a pipeline of PP
             stages with VPP model chunks each. Slots of equal stages leave it in the order given: the last stage ends
             after the sum of all slots and PP - 1 times the longest.
+        close_enough: Share of the least time that is not worth a search.
 
     Returns:
         [slot][rank] -> indices into `lengths`; every rank has the same number of slots, some lists may be empty.
@@ -86,7 +89,7 @@ def pack(
     tokens = np.asarray(lengths, dtype=np.int64)
     costs = whole_costs([cost(int(length)) for length in lengths])
     shape = (num_ranks // ranks_per_expert_group, ranks_per_expert_group)
-    return balance(tokens, costs, shape, max_tokens, slot_multiple, bubble_slots)
+    return balance(tokens, costs, shape, max_tokens, slot_multiple, bubble_slots, close_enough)
 
 
 def imbalance(slots: list[list[list[int]]], costs: Sequence[float], ranks_per_expert_group: int = 1) -> float:

@@ -33,6 +33,7 @@ class SequenceTime:
         self._exchange = {
             size: token_seconds(self._arch, one, self._machine, self._practice) for size, one in self._layouts.items()
         }
+        self._layers, self._context = self._arch.num_hidden_layers / layout.pipeline, layout.context
         self._forwards = 3 if recipe.trainer.recompute == "full" else 2
         full = Slot(recipe.trainer.micro_batch_tokens / layout.context, 1.0)
         layer = layer_time(self._arch, layout, self._machine, full, self._practice)
@@ -59,3 +60,7 @@ class SequenceTime:
         scores, tokens = scores_seconds(self._arch, layout, self._machine, slots), sum(lengths) / ranks
         forward, back = beside_scores(layout, scores, tokens, self._exchange[ranks])
         return tokens * self._token + self._forwards * forward + back
+
+    def batch(self, lengths: Sequence[int], num_ranks: int) -> float:
+        """Seconds of a whole batch, spread evenly over so many data-parallel ranks: all layers that a rank holds."""
+        return self.seconds(lengths, self._context) * self._layers / num_ranks
