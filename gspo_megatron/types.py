@@ -135,6 +135,8 @@ class Response:
     """In order; versions of masked tokens are those of the token before."""
     limit: int | None = None
     """Limit of its tokens in the step that started it; None = `rollout.max_answer_tokens`."""
+    teacher_logprobs: np.ndarray | None = None
+    """[answer_length] float32, the teacher's of each token; 0 where masked; None = it said none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +167,9 @@ class SampleRef:
     """Named parts of its reward, if it has any: `(("right", 1.0), ("short", 0.2))`."""
     unscored: str = ""
     """Kind of the fault for which it has no score of its own: `raised`; empty = it was scored."""
+    teacher_fault: str = ""
+    """Kind of the fault for which it has no log-probs of the teacher: `failed`; empty = it has, or none were asked for.
+    """
 
     @property
     def trained_length(self) -> int:

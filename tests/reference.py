@@ -33,6 +33,8 @@ class Response:
     """The same at the start of the rollout batch."""
     returns: Tensor | None = None
     """What the critic should say."""
+    teacher: Tensor | None = None
+    """Log-probs of the policy that is imitated."""
 
     @property
     def length(self) -> int:
@@ -274,6 +276,16 @@ def ppo(answers: Sequence[Response], low: float = 0.2, high: float = 0.2, coeffi
     return dapo(answers, low, high) - coefficient * value_error(answers)
 
 
+def distillation(answers: Sequence[Response], low: float = 0.2, high: float = 0.2) -> Tensor:
+    """PPO's clip, token mean, with the advantage log p_teacher - log p_old of each token."""
+
+    def term(a: Response, t: int) -> Tensor:
+        assert a.teacher is not None
+        return clip(token_ratios(a)[t], a.teacher[t] - a.old[t], low, high)
+
+    return token_mean(answers, term)
+
+
 def minirl(answers: Sequence[Response], low: float = 0.2, high: float = 0.27, cap: float = 5.0) -> Tensor:
     def term(a: Response, t: int) -> Tensor:
         w = token_ratios(a)[t].detach()
@@ -313,6 +325,8 @@ OBJECTIVES: dict[str, Callable[[Sequence[Response]], Tensor]] = {
     "minpro": minpro,
     "minirl": minirl,
     "ppo": ppo,
+    # Of advantages that are given; `distillation` makes them.
+    "distillation": lambda answers: dapo(answers, 0.2, 0.2),
 }
 """One a preset; `dr_grpo` divides by 16."""
 

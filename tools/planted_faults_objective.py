@@ -17,10 +17,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from critic_faults import CRITIC_FAULTS
+from token_advantage_faults import CRITIC_FAULTS, TEACHER_FAULTS
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ("critic", "fixtures", "fixtures_mismatch", "advantages", "inputs", "invariance", "metrics", "oracle")
+TESTS = (
+    "critic", "distillation", "fixtures", "fixtures_mismatch", "advantages", "inputs", "invariance", "metrics",
+    "oracle",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Fault:
 
 
 FAULTS = (
-    *(Fault(*row) for row in CRITIC_FAULTS),
+    *(Fault(*row) for row in (*CRITIC_FAULTS, *TEACHER_FAULTS)),
     Fault(
         "sequences of this micro-batch as denominator",
         "loss.py",

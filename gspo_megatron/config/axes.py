@@ -19,12 +19,14 @@ Correction = Literal["tis", "mis", "icepop", "geometric_mask", "sequence_product
 class Axes(Section):
     """Every axis of the objective. The defaults are GSPO as published."""
 
-    advantage: Literal["std", "mean", "rloo", "batch", "batch_std", "maxrl", "gae"] = "std"
+    advantage: Literal["std", "mean", "rloo", "batch", "batch_std", "maxrl", "gae", "teacher"] = "std"
     """How rewards r of a group become advantages. `std`: (r - mean) / std. `mean`: r - mean.
     `rloo`: r - mean of the other responses. `batch`: (r - batch mean) / std of the batch, without groups.
     `batch_std`: (r - group mean) / std of the batch; both are of REINFORCE++ (arXiv 2501.03262).
     `maxrl`: (r - mean) / mean, for rewards of at least 0 (MaxRL, arXiv 2602.02710).
     `gae`: one a token, of a critic (section `critic`), (A - mean) / std over the batch (GAE, arXiv 1506.02438).
+    `teacher`: one a token, log p of the teacher (section `teacher`) - log p of the old policy: on-policy distillation
+    by the reverse KL divergence of each token; rewards are only measured (arXiv 2306.13649, Thinking Machines 2025).
 
     Source: GSPO, arXiv 2507.18071, eq. 6.
     """
@@ -155,6 +157,16 @@ class Axes(Section):
     def has_critic(self) -> bool:
         """Whether advantages are those of a critic, one a token, and the loss trains it."""
         return self.advantage == "gae"
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether advantages are those of a teacher, one a token."""
+        return self.advantage == "teacher"
+
+    @property
+    def has_token_advantages(self) -> bool:
+        """Whether advantages are one a token."""
+        return self.has_critic or self.has_teacher
 
     def mask_bounds(self, name: str) -> tuple[float, float]:
         """Return the smallest and largest weight that `mis` or `icepop` keeps: the recipe's, or the published ones."""

@@ -60,6 +60,8 @@ class ObjectiveSpec(Axes):
         """Why a sequence with advantage 0 may have a gradient or an effect; empty = it has none."""
         if self.has_critic:
             return "the critic learns from every token"
+        if self.has_teacher:
+            return "advantage=teacher gives every token its own"
         if self.kl != "none":
             return f"kl={self.kl} compares every sequence with the reference policy"
         if self.trust not in TRUST_RULES:
@@ -87,6 +89,8 @@ class ObjectiveSpec(Axes):
         """What reads log-probs of the old weights by the trainer; empty = only metrics do."""
         if self.has_critic:
             return "advantage=gae takes the critic's values of their pass"
+        if self.has_teacher:
+            return "advantage=teacher subtracts them"
         if self.ratio_reference == "recomputed":
             return "ratio_reference=recomputed divides by them"
         # Interpolated log-probs take the place of the old policy's.
@@ -113,7 +117,7 @@ class ObjectiveSection(Axes):
 
     preset: ObjectReference = "gspo"
     """gspo, gspo_token, grpo, grpo_replay, dr_grpo, dapo, cispo, sapo, gmpo, luspo, rloo, reinforce_pp,
-    reinforce_pp_baseline, minpro, minirl, ppo, or `file.py:NAME`.
+    reinforce_pp_baseline, minpro, minirl, ppo, distillation, or `file.py:NAME`.
 
     Source: the algorithm this repository is for.
     """

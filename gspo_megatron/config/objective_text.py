@@ -12,6 +12,7 @@ _ADVANTAGES = {
     "batch": "advantage (r - batch mean) / batch std",
     "batch_std": "advantage (r - group mean) / batch std",
     "maxrl": "advantage (r - mean) / mean",
+    "teacher": "advantage log p(teacher) - log p(old) of each token, rewards only measured",
 }
 _FILTERS = {"dynamic_sampling": "groups of equal rewards replaced"}
 

@@ -76,4 +76,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "value_clip": 0.2,
         "aggregation": "token_mean",
     },
+    # 2306.13649 with reverse KL, as a policy gradient ("On-Policy Distillation", Thinking Machines 2025). Theirs is not
+    # clipped, with one update a batch; PPO's band is for more of them.
+    "distillation": {**_TOKEN_CLIP, "advantage": "teacher", "aggregation": "token_mean"},
 }

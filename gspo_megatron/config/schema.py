@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
 from gspo_megatron.config.agent_section import AgentSection, check_conversation
 from gspo_megatron.config.base import Section
+from gspo_megatron.config.checkpoint_section import CheckpointSection
 from gspo_megatron.config.critic_section import CriticSection
 from gspo_megatron.config.engine_sections import VllmMap
 from gspo_megatron.config.long_responses import EnvironmentSection, LengthStage, RepetitionHalt, ThinkingBudget
@@ -22,6 +23,7 @@ from gspo_megatron.config.optimizer_section import OptimizerSection
 from gspo_megatron.config.placement_section import PlacementSection
 from gspo_megatron.config.run_section import RunSection
 from gspo_megatron.config.task_sections import ColdStartSection, DataSection, RewardSection, TokenizerSection
+from gspo_megatron.config.teacher_section import TeacherSection
 from gspo_megatron.config.trainer_section import TrainerSection
 
 LOWEST_TEMPERATURE = 0.01
@@ -198,20 +200,6 @@ class EvaluationSection(Section):
     """Sampling temperature of evaluations; 0 = greedy, otherwise at least 0.01."""
 
 
-class CheckpointSection(Section):
-    """`checkpoint`: the states that a run can resume from."""
-
-    every: int = Field(default=10, ge=0)
-    """Steps between checkpoints; 0 = only when the job receives SIGUSR1.
-
-    Source: chosen here: about an hour of the shipped recipes.
-    """
-    keep: int = Field(default=2, gt=0)
-    """Complete checkpoints to keep. Source: chosen here: the newest, and one more in case its files are damaged."""
-    export_every: int = Field(default=0, ge=0)
-    """Steps between exports as a Hugging Face directory, all of them kept; 0 = only at the end. Source: chosen here."""
-
-
 class Recipe(Section):
     """The recipe: all settings of one run."""
 
@@ -227,6 +215,7 @@ class Recipe(Section):
     batch: BatchSection = BatchSection()
     objective: ObjectiveSection = ObjectiveSection()
     critic: CriticSection = CriticSection()
+    teacher: TeacherSection | None = None
     optimizer: OptimizerSection = OptimizerSection()
     trainer: TrainerSection = TrainerSection()
     rollout: RolloutSection

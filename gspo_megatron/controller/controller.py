@@ -26,6 +26,7 @@ from gspo_megatron.controller.scheduler import URGENT
 from gspo_megatron.controller.scoring import Pool, Scored, Scoring, TextDecoder
 from gspo_megatron.controller.servers import Refused, ServerSet
 from gspo_megatron.controller.state import describe_groups, forget_lost_members, read_groups, store_generations
+from gspo_megatron.controller.teacher_client import Teacher
 from gspo_megatron.controller.weight_update import WeightUpdater
 from gspo_megatron.data.store import SampleStore
 from gspo_megatron.run_dir import NumberedName, RunDir
@@ -80,6 +81,7 @@ class Controller:
         environment: EnvironmentPool | None = None,
         loaded: bool = False,
         agents: Agents | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         """
         Args:
@@ -96,6 +98,7 @@ class Controller:
             environment: the environment that replies between turns.
             loaded: the servers have loaded weights themselves, and no update comes.
             agents: make the responses.
+            teacher: scores the tokens of training responses.
         """
         self.recipe = recipe
         self.servers = servers
@@ -109,7 +112,7 @@ class Controller:
         self.scoring = Scoring(recipe, tokenizer, scoring)
         self._store = store
         self._sleeps, self._loaded = sleeps, loaded
-        self._environment = environment
+        self._environment, self._teacher = environment, teacher
         self.scheduler, self._endpoint = self._schedule(thinking, agents)
         self.buffer = GroupBuffer(
             recipe,
@@ -130,6 +133,8 @@ class Controller:
         try:
             if self._endpoint is not None:
                 await self._endpoint.start()
+            if self._teacher is not None:
+                await self._teacher.start()
             await asyncio.gather(
                 self.servers.wait_healthy(self.recipe.rollout.start_timeout), self.updater.open_store()
             )
@@ -149,6 +154,8 @@ class Controller:
         await self.scheduler.close()
         if self._endpoint is not None:
             await self._endpoint.close()
+        if self._teacher is not None:
+            await self._teacher.close()
         await self.servers.close()
         self.scoring.pool.close()
         if self._environment is not None:
@@ -270,9 +277,12 @@ class Controller:
     async def _score_and_store(self, generation: Generation, reason: StopReason) -> SampleRef:
         """Score and store one response to a training prompt."""
         scored = await self._score(generation, reason)
-        ref = await asyncio.to_thread(self._store.write, generation.prompt, scored.response, scored.reward)
+        response, fault = scored.response, ""
+        if self._teacher is not None:
+            response, fault = await self._teacher.add_logprobs(generation, response)
+        ref = await asyncio.to_thread(self._store.write, generation.prompt, response, scored.reward)
         generation.routes.cut(0)  # of all that a response holds the largest; its group may wait for others
-        return replace(ref, parts=scored.parts, unscored=scored.unscored)
+        return replace(ref, parts=scored.parts, unscored=scored.unscored, teacher_fault=fault)
 
     async def _score(self, generation: Generation, reason: StopReason) -> Scored:
         scored = await self.scoring.score(generation, reason)

@@ -31,6 +31,7 @@ from gspo_megatron.controller.scheduler import with_reserve
 from gspo_megatron.controller.scoring import make_scoring_pool
 from gspo_megatron.controller.server_client import ServerClient
 from gspo_megatron.controller.servers import ServerSet
+from gspo_megatron.controller.teacher_client import Teacher
 from gspo_megatron.data.store import SampleStore
 from gspo_megatron.models import load_resolved
 from gspo_megatron.rewards.gold_check import gold_findings
@@ -76,6 +77,8 @@ def build(recipe: Recipe, run_dir: Path, host: str, urls: list[str], key: str, l
         environment=make_environment_pool(recipe, tokenizer, processes),
         loaded=loaded,
         agents=make_agents(recipe, tokenizer, processes),
+        # An evaluation trains on nothing.
+        teacher=None if recipe.teacher is None or loaded else Teacher(recipe, tokenizer),
     )
 
 

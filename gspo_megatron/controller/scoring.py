@@ -17,8 +17,9 @@ from gspo_megatron.controller.fault_tally import FaultTally
 from gspo_megatron.controller.generation import Generation
 from gspo_megatron.controller.loop_pool import LoopPool
 from gspo_megatron.controller.process_pool import Lost, ProcessPool, describe_error
+from gspo_megatron.model_requests import longest_wait, make_headers
+from gspo_megatron.rewards import judge as judges
 from gspo_megatron.rewards.answer_text import THINK_END, opens_thinking
-from gspo_megatron.rewards.judge import longest_wait, read_key
 from gspo_megatron.rewards.reward_contract import is_asynchronous
 from gspo_megatron.rewards.reward_input import RewardInput, make_input
 from gspo_megatron.rewards.scorer import Rules, Verdict, load_reward, make_scorer
@@ -52,7 +53,7 @@ def make_scoring_pool(recipe: Recipe, workers: int) -> Pool:
     if own is not None and is_asynchronous(own):
         judge = recipe.reward.judge
         if judge is not None:
-            read_key(judge)  # said here, and not by a process that cannot start
+            make_headers(judge, judges.NAME)  # said here, and not by a process that cannot start
         # What waits for a judge is not late before the judge is.
         more = {} if judge is None else {"at_once": judge.at_once, "patience": longest_wait(judge)}
         return LoopPool(make, SCORING_SECONDS, "scorer", **more)  # pyright: ignore[reportArgumentType]
@@ -82,7 +83,10 @@ class Scoring:
         self._own_rules, self._recipe = Rules(own), recipe
         thinking = recipe.rollout.thinking
         self._end = THINK_END if thinking is None else thinking.end
-        self._tally = FaultTally(recipe.batch.prompts * recipe.batch.answers, recipe.reward.bounds[0])
+        self._tally = FaultTally(
+            recipe.batch.prompts * recipe.batch.answers, "score", f"it gets {recipe.reward.bounds[0]:g}",
+            "unscored/{kind}",
+        )  # fmt: skip
 
     async def score(self, generation: Generation, reason: StopReason) -> Scored:
         """Score one finished generation.

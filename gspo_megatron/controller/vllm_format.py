@@ -44,6 +44,16 @@ class Ending:
     """Weight versions of all tokens of the request, counted from its first one."""
 
 
+@dataclass(frozen=True, slots=True)
+class PromptToken:
+    """What a server says of one token of a prompt."""
+
+    id: int
+    logprob: float
+    text: str | None
+    """None where it has no tokenizer."""
+
+
 def sampling_request(generation: Generation, sampling: Sampling, left: int) -> SamplingRequest:
     """The request for the rest of a response, of at most `left` tokens."""
     greedy = sampling.temperature == 0
@@ -102,6 +112,32 @@ def scoring_request(token_ids: Sequence[int]) -> SamplingRequest:
     """The request for the log-probs of a prompt."""
     parameters = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
     return SamplingRequest(f"score-{next(_scorings)}", array("i", token_ids), parameters)
+
+
+def prompt_request(model: str, token_ids: Sequence[int]) -> dict[str, object]:
+    """The body of `/v1/completions` for the log-probs of a prompt; one token is sampled, and not looked at."""
+    return {"model": model, "prompt": list(token_ids), "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+
+
+def read_prompt_tokens(body: bytes, token_ids: Sequence[int]) -> list[PromptToken]:
+    """[len(token_ids) - 1] what the answer to `prompt_request` says of the tokens but the first."""
+    try:
+        rows = json.loads(body)["choices"][0]["prompt_logprobs"]
+        found = [row[str(token)] for row, token in zip(rows[1:], token_ids[1:], strict=True)]
+        return [
+            PromptToken(token, float(one["logprob"]), one.get("decoded_token"))
+            for one, token in zip(found, token_ids[1:], strict=True)
+        ]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise FormatError(f"{type(error).__name__}: {error}") from None
+
+
+def read_models(body: bytes) -> dict[str, int | None]:
+    """The models that a server lists, and the most tokens of a sequence; None = it does not say."""
+    try:
+        return {str(card["id"]): card.get("max_model_len") for card in json.loads(body)["data"]}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise FormatError(f"{type(error).__name__}: {error}") from None
 
 
 def write_abort(request_ids: Sequence[str]) -> bytes:

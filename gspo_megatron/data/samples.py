@@ -36,7 +36,8 @@ class Selection:
 
 
 def select(refs: Sequence[SampleRef]) -> Selection:
-    """Leave out what cannot be trained on: responses that were aborted, responses without a trained token.
+    """Leave out what cannot be trained on: responses that were aborted, that the teacher failed to score, or that have
+    no trained token.
 
     Reads metadata only, so every rank decides the same without opening a file. Responses with zero advantage stay:
     they count in the denominators.
@@ -84,6 +85,8 @@ def split[Item: SampleRef | Sample](items: Sequence[Item], updates: int) -> list
 def _reason_to_drop(ref: SampleRef) -> str | None:
     if ref.stop_reason == "abort":
         return "aborted"
+    if ref.teacher_fault:
+        return "no-teacher"
     return "empty-answer" if ref.trained_length == 0 else None
 
 

@@ -5,9 +5,9 @@
     samples/trained_000012/         what its training passes said of them (log_ratios.py)
 
 A record, little-endian: a 32-byte header (magic `GSPO`, format version, prompt length, answer length, CRC-32 of the
-body, shape of the routes, bytes of one of their numbers, 3 zero bytes), then int32 ids of prompt and answer, then
-float32 log-probs of the answer, then, where the sampler reported them, routes. All start at a multiple of 4, so each is
-viewed in place.
+body, shape of the routes, bytes of one of their numbers, rows of log-probs, 2 zero bytes), then int32 ids of prompt and
+answer, then float32 log-probs of the answer: the sampler's and, in a second row, the teacher's; then, where the sampler
+reported them, routes. All start at a multiple of 4, so each is viewed in place. Earlier versions wrote 0 rows for one.
 
 A reference names file and offset, and exists only after its record was written: what a killed process leaves half
 written is never read. A new process opens a new file. Files are closed and on the disk before a batch or a checkpoint
@@ -25,6 +25,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,7 +36,7 @@ from gspo_megatron.types import ROUTE_TYPES, Prompt, Response, SampleRef
 
 MAGIC = b"GSPO"
 FORMAT_VERSION = 1
-HEADER = struct.Struct("<4sIIIIIHHB3x")
+HEADER = struct.Struct("<4sIIIIIHHBB2x")
 WRITTEN = NumberedName("written", 6, ".bin")
 """Files of records, in the order in which they were opened."""
 AT = "@"
@@ -46,6 +47,18 @@ MAPPED_FILES = 8
 
 class DamagedSample(ValueError):
     """A record that is not what was written; the message names its place and the fault."""
+
+
+class _Record(NamedTuple):
+    """One record, viewed in place."""
+
+    ids: np.ndarray
+    """[prompt_length + answer_length] int32."""
+    prompt_length: int
+    logprobs: np.ndarray
+    """[1 or 2, answer_length] float32: the sampler's, the teacher's."""
+    routes: np.ndarray
+    """[rows, layers, k]; no rows where the sampler reported nothing."""
 
 
 class SampleStore:
@@ -62,18 +75,20 @@ class SampleStore:
 
     def write(self, prompt: Prompt, answer: Response, reward: float) -> SampleRef:
         """Append one response; its reference exists only after the whole record does."""
-        if len(answer.logprobs) != len(answer.token_ids):
-            raise ValueError(
-                f"prompt {answer.prompt_index}, sample {answer.sample_index}: {len(answer.logprobs)} log-probs for "
-                f"{len(answer.token_ids)} tokens"
-            )
+        rows = [row for row in (answer.logprobs, answer.teacher_logprobs) if row is not None]
+        for row in rows:
+            if len(row) != len(answer.token_ids):
+                raise ValueError(
+                    f"prompt {answer.prompt_index}, sample {answer.sample_index}: {len(row)} log-probs for "
+                    f"{len(answer.token_ids)} tokens"
+                )
         ids = np.concatenate([np.asarray(prompt.token_ids, np.int32), np.asarray(answer.token_ids, np.int32)])
         routes = np.zeros((0, 0, 0), np.uint8) if answer.routes is None else answer.routes
         kind = np.dtype(ROUTE_TYPES[routes.dtype.itemsize])
-        body = ids.astype("<i4").tobytes() + np.asarray(answer.logprobs, "<f4").tobytes()
+        body = ids.astype("<i4").tobytes() + b"".join(np.asarray(row, "<f4").tobytes() for row in rows)
         body += routes.astype(kind, copy=False).tobytes()
         lengths = (len(prompt.token_ids), len(answer.token_ids))
-        shape = (*routes.shape, kind.itemsize)
+        shape = (*routes.shape, kind.itemsize, len(rows))
         header = HEADER.pack(MAGIC, FORMAT_VERSION, *lengths, _checksum(body, routes.shape), *shape)
         return SampleRef(
             path=self._append(header + body),
@@ -159,9 +174,17 @@ class SampleStore:
         Raises:
             DamagedSample: missing, cut, changed or belonging to other metadata.
         """
-        body, prompt_length, length, _ = self._map(ref)
-        answer_end = 8 * length - 4 * prompt_length
-        return body[: 4 * length].view("<i4"), prompt_length, body[4 * length : answer_end].view("<f4")
+        record = self._map(ref)
+        return record.ids, record.prompt_length, record.logprobs[0]
+
+    def read_teacher(self, ref: SampleRef) -> np.ndarray | None:
+        """The teacher's log-probs, [answer_length] float32, read-only, 0 where masked; None where it was not asked.
+
+        Raises:
+            DamagedSample: as `read`.
+        """
+        logprobs = self._map(ref).logprobs
+        return logprobs[1] if len(logprobs) > 1 else None
 
     def read_routes(self, ref: SampleRef) -> np.ndarray | None:
         """The sampler's experts of the first tokens, [rows, layers, k], read-only; None where it reported nothing.
@@ -169,10 +192,8 @@ class SampleStore:
         Raises:
             DamagedSample: as `read`.
         """
-        body, prompt_length, length, (*shape, item_bytes) = self._map(ref)
-        if not shape[0]:
-            return None
-        return body[8 * length - 4 * prompt_length :].view(ROUTE_TYPES[item_bytes]).reshape(shape)
+        routes = self._map(ref).routes
+        return routes if len(routes) else None
 
     def _append(self, record: bytes) -> str:
         """Write a record behind the last whole one; returns its place."""
@@ -197,8 +218,8 @@ class SampleStore:
                 self._file = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         self._end = 0
 
-    def _map(self, ref: SampleRef) -> tuple[np.ndarray, int, int, tuple[int, int, int, int]]:
-        """The checked body of a record, the length of its prompt and of all of it, shape and item size of its routes.
+    def _map(self, ref: SampleRef) -> _Record:
+        """A record, checked.
 
         Raises:
             DamagedSample: as `read`.
@@ -222,15 +243,22 @@ class SampleStore:
                 f"{ref.prompt_length} + {ref.answer_length}"
             )
         length = prompt_length + answer_length
-        rows, layers, chosen, item_bytes = shape
-        wanted = 4 * (length + answer_length) + item_bytes * rows * layers * chosen
+        rows, layers, chosen, item_bytes, floats = shape
+        floats = max(floats, 1)
+        ids_end, routes_start = 4 * length, 4 * (length + floats * answer_length)
+        wanted = routes_start + item_bytes * rows * layers * chosen
         body = whole[offset + HEADER.size : offset + HEADER.size + wanted]
         fits = len(body) == wanted and rows <= length and (not rows or item_bytes in ROUTE_TYPES)
         if not fits or _checksum(body, (rows, layers, chosen)) != checksum:
             raise DamagedSample(
                 f"sample {file} is damaged: the checksum at byte {offset} does not fit the {len(body)} bytes behind it"
             )
-        return body, prompt_length, length, (rows, layers, chosen, item_bytes)
+        return _Record(
+            body[:ids_end].view("<i4"),
+            prompt_length,
+            body[ids_end:routes_start].view("<f4").reshape(floats, answer_length),
+            body[routes_start:].view(ROUTE_TYPES[item_bytes if rows else 1]).reshape(rows, layers, chosen),
+        )
 
 
 @lru_cache(maxsize=MAPPED_FILES)

@@ -4,7 +4,12 @@ Pure torch: no process groups, no configuration look-ups, no host synchronisatio
 """
 
 from gspo_megatron.config.objective_spec import ObjectiveSpec
-from gspo_megatron.objective.advantages import generalized_advantages, group_advantages, normalize_tokens
+from gspo_megatron.objective.advantages import (
+    generalized_advantages,
+    group_advantages,
+    normalize_tokens,
+    teacher_advantages,
+)
 from gspo_megatron.objective.inputs import BatchTotals, LossInputs, LossOutput, check_values
 from gspo_megatron.objective.kl import kl_in_reward
 from gspo_megatron.objective.loss import policy_loss
@@ -36,4 +41,5 @@ __all__ = [
     "runtime_warnings",
     "shape_rewards",
     "soft_overlong_penalty",
+    "teacher_advantages",
 ]

@@ -1,4 +1,4 @@
-"""Advantages from rewards: relative to a group, or from a value function.
+"""Advantages from rewards, relative to a group or from a value function, and those of a teacher.
 
 Host-side arithmetic on one number an answer: it runs once a rollout batch, on CPU tensors.
 """
@@ -133,6 +133,23 @@ def normalize_tokens(
     # Equal advantages have a rounded mean and with it a std of 1e-16 of it.
     flat = std <= 1e-12 * mean.abs()
     return [torch.where(flat, 0.0, one / (std + eps)) for one in centered]
+
+
+def teacher_advantages(teacher: Tensor, old: Tensor, loss_mask: Tensor) -> Tensor:
+    """[T] float64 log p_teacher(y_t | before) - log p_old(y_t | before), 0 at untrained positions.
+
+    The reverse KL divergence of one next token, sum over y of p(y) (log p(y) - log p_teacher(y)), has the gradient
+    E_p[(log p(y) - log p_teacher(y)) grad log p(y)]. One sampled token estimates it, so its negative is the advantage
+    of that token alone: the divergence at later tokens does not count (GKD, arXiv 2306.13649, which takes no gradient
+    through sampling; "On-Policy Distillation", Thinking Machines 2025: discount 0).
+
+    Args:
+        teacher: [T] the teacher's log-probs of the sampled tokens.
+        old: [T] the trainer's own under the weights before the first update, which are the ones that learn; the
+            sampler's would add the gap between two engines, and under staleness be another policy's.
+        loss_mask: [T] bool.
+    """
+    return torch.where(loss_mask, teacher.double() - old.double(), 0.0)
 
 
 def number_groups(group_ids: Tensor) -> tuple[Tensor, int]:

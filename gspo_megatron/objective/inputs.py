@@ -153,8 +153,9 @@ def _check_advantages(spec: ObjectiveSpec, inputs: LossInputs, num_tokens: int, 
             f"advantages {list(shape)} is one a token, but ratio_level=sequence takes one a sequence; "
             "use ratio_level=sequence_token (preset gspo_token)"
         )
-    if spec.has_critic and not inputs.advantages_per_token:
-        raise ValueError(f"advantages {list(shape)} is one a sequence, but advantage=gae takes one a token")
+    if spec.has_token_advantages and not inputs.advantages_per_token:
+        named = f"advantage={spec.advantage}"
+        raise ValueError(f"advantages {list(shape)} is one a sequence, but {named} takes one a token")
 
 
 def _check_presence(spec: ObjectiveSpec, inputs: LossInputs) -> None:

@@ -34,7 +34,7 @@ from gspo_megatron.objective.bounded import bounded_exp, limit_gradient, narrowe
 from gspo_megatron.objective.correction import correction_factor
 from gspo_megatron.objective.inputs import LossInputs, LossOutput, check_shapes, check_values
 from gspo_megatron.objective.kl import kl_estimate
-from gspo_megatron.objective.metrics import compared_sums, metric_sums
+from gspo_megatron.objective.metrics import TEACHER_KL, compared_sums, metric_sums
 from gspo_megatron.objective.packed import Packed, SumOverContext, identity
 from gspo_megatron.objective.prefix import least_before
 from gspo_megatron.objective.trust import Surrogate, TokenTerms, clip_log_ratio, find_rule
@@ -83,6 +83,8 @@ def policy_loss(spec: ObjectiveSpec, inputs: LossInputs, sum_over_context: SumOv
         share = share + spec.value_coefficient * value_share
     metrics = metric_sums(packed, share, current, old, sampler, advantages, surrogate, log_s, factor, divergence)
     metrics |= value_sums
+    if spec.has_teacher:
+        metrics[TEACHER_KL] = -advantages.sum()
     metrics |= compared_sums(packed, metrics, inputs.old_logprobs is not None)
     clipped = torch.stack([packed.local_parts(side) for side in (surrogate.low, surrogate.high)])
     return LossOutput(narrowed(share, inputs.logprobs.dtype), metrics, clipped)

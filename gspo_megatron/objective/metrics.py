@@ -27,6 +27,8 @@ MAXIMUM = "/max"
 """Ends the names of entries that are combined by their maximum."""
 COMPARED = "compared_"
 """Begins the names of the counts of what has log-probs of the old policy: `tokens`, `sequences`."""
+TEACHER_KL = "teacher_kl"
+"""Sum over trained tokens of log p_old - log p_teacher."""
 
 Sums = Mapping[str, Tensor]
 """Float64 scalars by name, and `log_s_histogram` [length buckets, bins]."""

@@ -134,7 +134,9 @@ def _sample_batch(spec: ObjectiveSpec) -> LossInputs:
         old_logprobs=old,
         rollout_logprobs=old.clone(),
         reference_logprobs=old.clone(),
-        advantages=torch.tensor([1.0, 1.0, 1.0, -0.5, -0.5, -0.5] if spec.has_critic else [1.0, -0.5]).double(),
+        advantages=torch.tensor(
+            [1.0, 1.0, 1.0, -0.5, -0.5, -0.5] if spec.has_token_advantages else [1.0, -0.5]
+        ).double(),
         loss_mask=torch.ones(6, dtype=torch.bool),
         cu_seqlens=torch.tensor([0, 3, 6]),
         totals=BatchTotals(sequences=2, tokens=6),

@@ -18,6 +18,7 @@ from gspo_megatron.objective.metrics import (
     COMPARED,
     SIDE_BINS,
     SMALLEST_EXPONENT,
+    TEACHER_KL,
     Sums,
     add_sums,
 )
@@ -69,8 +70,9 @@ def _of_scored(value: Mapping[str, float], sums: Sums) -> dict[str, float]:
         logged["correction_weight_mean"] = value["correction_weight"] / tokens
         logged["correction_zero_tokens"] = value["correction_zero_tokens"] / tokens
     logged |= value_metrics(value, tokens)
-    if "reference_kl" in value:
-        logged["reference_kl"] = value["reference_kl"] / tokens
+    for name in ("reference_kl", TEACHER_KL):
+        if name in value:
+            logged[name] = value[name] / tokens
     return logged
 
 

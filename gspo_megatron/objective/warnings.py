@@ -23,14 +23,14 @@ def runtime_warnings(spec: ObjectiveSpec, metrics: Mapping[str, float]) -> list[
         spec: the effective objective.
         metrics: `finalize_step` of the batch, with `group_metrics` merged in where the rewards are at hand.
     """
-    found = [_constant_reward(metrics), _mostly_clipped(metrics), _first_minibatch_moved(spec, metrics)]
+    found = [_constant_reward(spec, metrics), _mostly_clipped(metrics), _first_minibatch_moved(spec, metrics)]
     found += [_mismatch_wider_than_band(spec, metrics), _nonfinite(metrics), _unscored(metrics)]
     found.append(_mostly_truncated(spec, metrics))
     return [finding for finding in found if finding is not None]
 
 
-def _constant_reward(metrics: Mapping[str, float]) -> Finding | None:
-    if metrics.get("zero_variance_groups", 0.0) < 1.0:
+def _constant_reward(spec: ObjectiveSpec, metrics: Mapping[str, float]) -> Finding | None:
+    if spec.has_teacher or metrics.get("zero_variance_groups", 0.0) < 1.0:
         return None
     return Finding(
         "constant-reward", "warning", "reward",

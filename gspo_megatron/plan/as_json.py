@@ -37,6 +37,7 @@ def to_json(plan: Plan, with_ranks: bool = False) -> dict[str, Any]:
         },
         "objective": plan.objective,
         "reward": plan.recipe.reward.describe(),
+        "teacher": None if plan.recipe.teacher is None else plan.recipe.teacher.describe(),
         "learning_rate": plan.recipe.optimizer.describe(plan.recipe.total_updates),
         "layout": None if plan.layout is None else _layout(plan, plan.layout, with_ranks),
         "batch": None if plan.batch is None else {**asdict(plan.batch), "words": plan.batch.words()},

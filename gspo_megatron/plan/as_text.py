@@ -82,6 +82,8 @@ def lines(plan: Plan) -> Iterator[Text | str]:
     yield _row("model", f"{total} parameters, {active} active, {arch.num_hidden_layers} layers, {native}")
     yield _row("objective", plan.objective)
     yield _row("reward", plan.recipe.reward.describe())
+    if plan.recipe.teacher is not None:
+        yield _row("teacher", plan.recipe.teacher.describe())
     yield _row("lr", plan.recipe.optimizer.describe(plan.recipe.total_updates))
     if plan.layout is not None:
         yield from _layout(plan, plan.layout)

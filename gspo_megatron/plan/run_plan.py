@@ -31,6 +31,7 @@ from gspo_megatron.plan.rules import (
     resume,
     run_directory,
     settings,
+    token_advantages,
 )
 from gspo_megatron.types import Finding
 
@@ -134,7 +135,7 @@ def _plan(recipe: Recipe, where: Machine, runs_here: bool) -> Plan:
     found = [*machines.findings(recipe, where), *settings.findings(recipe, arch, where)]
     found += [*model_files.findings(recipe, arch, runs_here), *data_files.findings(recipe, runs_here)]
     found += [*metric_sinks.findings(recipe, runs_here), *own_reward.findings(recipe, runs_here)]
-    found += own_programs.findings(recipe)
+    found += [*own_programs.findings(recipe), *token_advantages.findings(recipe, runs_here)]
     found += [*run_directory.findings(recipe), *resume.findings(recipe)]
     spec = recipe.objective.spec(recipe.rollout.max_answer_tokens)
     sequences = recipe.batch.prompts * recipe.batch.answers // recipe.batch.updates

@@ -200,7 +200,9 @@ def _policy(table: Table, recipe: Recipe | None) -> Json | None:
     entropy.line(table, "entropy", "of the sampled tokens")
     moved.line(table, "policy_k3", "k3 to the old policy")
     moved.line(table, "reference_kl", "KL to the reference policy")
-    return figure("policy", "Entropy and divergence", "Entropy below 0.05 is collapse.", entropy, moved)
+    other = Panel("Distance from the teacher", "nats a token")
+    other.line(table, "teacher_kl", "KL to the teacher")
+    return figure("policy", "Entropy and divergence", "Entropy below 0.05 is collapse.", entropy, moved, other)
 
 
 def _responses(table: Table, recipe: Recipe | None) -> Json | None:

@@ -57,8 +57,12 @@ class ScoredMicroBatch:
     def with_advantages(self, advantages: Mapping[SampleRef, float]) -> TrainingMicroBatch:
         """This micro-batch, ready for its update."""
         values = torch.tensor([advantages[ref] for ref in self.refs] or [0.0], dtype=torch.float64)
+        return self.ready(values.to(self.batch.loss_mask.device))
+
+    def ready(self, advantages: Tensor, returns: Tensor | None = None) -> TrainingMicroBatch:
+        """This micro-batch with what `TrainingMicroBatch` adds."""
         known = {field.name: getattr(self, field.name) for field in fields(self)}
-        return TrainingMicroBatch(**known, advantages=values.to(self.batch.loss_mask.device))
+        return TrainingMicroBatch(**known, advantages=advantages, returns=returns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,7 @@ class TrainingMicroBatch(ScoredMicroBatch):
     """A scored micro-batch with the advantages of its sequences."""
 
     advantages: Tensor
-    """[S] float64; one 0 in a micro-batch that only fills a slot. [T_local] where a critic gives one a token."""
+    """[S] float64; one 0 in a micro-batch that only fills a slot. [T_local] where there is one a token."""
     returns: Tensor | None = None
     """[T_local] float64: what the critic learns."""
 
@@ -88,8 +92,11 @@ class MiniBatch[Part: ScoredMicroBatch]:
 
     def with_advantages(self, advantages: Mapping[SampleRef, float]) -> MiniBatch[TrainingMicroBatch]:
         """This mini-batch, ready for its update."""
-        ready = [micro.with_advantages(advantages) for micro in self.micro_batches]
-        return MiniBatch(ready, self.totals, self.left_out, self.is_first, self.version)
+        return self.ready([micro.with_advantages(advantages) for micro in self.micro_batches])
+
+    def ready(self, micro_batches: Sequence[TrainingMicroBatch]) -> MiniBatch[TrainingMicroBatch]:
+        """This mini-batch with its micro-batches ready for the update."""
+        return MiniBatch(micro_batches, self.totals, self.left_out, self.is_first, self.version)
 
     def old_logprobs(self, index: int, now: Tensor) -> Tensor | None:
         """[T_local] old log-probs of a micro-batch.

@@ -6,7 +6,6 @@ The recursion runs along a whole response, so the values of the context-parallel
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 
 import torch
 import torch.distributed as dist
@@ -40,12 +39,7 @@ def with_critic_advantages(
     masks = [micro.batch.loss_mask for micro in parts]
     normalised = normalize_tokens(plain, masks, _sum_over_ranks, spec.advantage_ddof, spec.advantage_eps, counts)
     ready = iter(zip(parts, plain, normalised, strict=True))
-    return [
-        MiniBatch(
-            [_ready(*next(ready)) for _ in one.micro_batches], one.totals, one.left_out, one.is_first, one.version
-        )
-        for one in minibatches
-    ]
+    return [one.ready([_ready(*next(ready)) for _ in one.micro_batches]) for one in minibatches]
 
 
 def _sum_over_ranks(values: Tensor) -> Tensor:
@@ -54,10 +48,9 @@ def _sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def _ready(micro: ScoredMicroBatch, plain: Tensor, normalised: Tensor) -> TrainingMicroBatch:
-    known = {field.name: getattr(micro, field.name) for field in fields(micro)}
     values = None if micro.old is None else micro.old.values
     returns = None if values is None else values.double() + plain
-    return TrainingMicroBatch(**known, advantages=normalised, returns=returns)
+    return micro.ready(normalised, returns)
 
 
 def _advantages(spec: ObjectiveSpec, micro: ScoredMicroBatch, rewards: Mapping[SampleRef, float]) -> Tensor:

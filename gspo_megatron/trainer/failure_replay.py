@@ -33,10 +33,10 @@ def replay_bundle(directory: Path) -> str:
     spec, totals = ObjectiveSpec.model_validate(about["objective"]), BatchTotals(**about["totals"])
     lines = [f"update {about['update']}: {about['reason']}", spec.describe()]
     loss, faults, rows = 0.0, [], []
-    for name, pack in micro_batches(directory):
+    for name, pack in micro_batches(directory, spec.has_token_advantages):
         faults += list(_nonfinite(name, pack))
         loss += _loss(spec, totals, pack)
-        rows += list(_sequences(name, pack))
+        rows += list(_sequences(name, pack, spec.has_token_advantages))
     lines.append(f"loss {loss:.6g} over {totals.sequences} sequences with {totals.tokens} trained tokens")
     lines.append(f"{len(faults)} trained tokens without a finite log-prob" + (":" if faults else ""))
     lines += faults[:SHOWN]
@@ -46,15 +46,21 @@ def replay_bundle(directory: Path) -> str:
     return "\n".join(lines)
 
 
-def micro_batches(directory: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """(name, tensors) of every micro-batch, its context-parallel parts joined: those of the ranks that follow."""
+def micro_batches(directory: Path, token_advantages: bool) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """(name, tensors) of every micro-batch, its context-parallel parts joined: those of the ranks that follow.
+
+    Args:
+        directory: the failure dump.
+        token_advantages: whether its advantages are one a token.
+    """
     files = sorted(directory.glob("rank_*.safetensors"))
     parts = [load_file(file) for file in files]
     for index in range(1 + max((int(name.split("/")[0]) for name in parts[0]), default=-1) if parts else 0):
         start = 0
         while start < len(files):
             end = start + int(parts[start][f"{index}/ranks"])
-            yield f"{files[start].stem} micro-batch {index}", _join([_of(part, index) for part in parts[start:end]])
+            mine = [_of(part, index) for part in parts[start:end]]
+            yield f"{files[start].stem} micro-batch {index}", _join(mine, token_advantages)
             start = end
 
 
@@ -62,10 +68,10 @@ def _of(part: dict[str, Tensor], index: int) -> dict[str, Tensor]:
     return {n.removeprefix(f"{index}/"): tensor for n, tensor in part.items() if n.startswith(f"{index}/")}
 
 
-def _join(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _join(parts: list[dict[str, Tensor]], token_advantages: bool) -> dict[str, Tensor]:
     order = torch.cat([part["indices"] for part in parts]).argsort()
     whole = {"cu_seqlens": parts[0]["cu_seqlens"] * len(parts)}
-    if "values" not in parts[0]:  # a critic's advantages are one a token
+    if not token_advantages:
         whole["advantages"] = parts[0]["advantages"]
     tokens = parts[0].keys() - whole.keys() - {"indices", "ranks"}
     return whole | {name: torch.cat([part[name] for part in parts])[order] for name in tokens}
@@ -77,7 +83,9 @@ def _loss(spec: ObjectiveSpec, totals: BatchTotals, pack: dict[str, Tensor]) -> 
         return float("nan")
     values: dict[str, Any] = {name: tensor for name, tensor in pack.items() if name != "targets"}
     values["logprobs"] = pack["logprobs"].requires_grad_()
-    return float(policy_loss(spec, LossInputs(**values, totals=totals, token_advantages=spec.has_critic)).loss)
+    return float(
+        policy_loss(spec, LossInputs(**values, totals=totals, token_advantages=spec.has_token_advantages)).loss
+    )
 
 
 def _nonfinite(name: str, pack: dict[str, Tensor]) -> Iterator[str]:
@@ -90,7 +98,7 @@ def _nonfinite(name: str, pack: dict[str, Tensor]) -> Iterator[str]:
                 yield f"  {name}, sequence {sequence}, token {token} (id {target}): {kind} {float(pack[kind][at])}"
 
 
-def _sequences(name: str, pack: dict[str, Tensor]) -> Iterator[tuple[float, str]]:
+def _sequences(name: str, pack: dict[str, Tensor], token_advantages: bool) -> Iterator[tuple[float, str]]:
     starts = pack["cu_seqlens"].tolist()
     for sequence, (start, end) in enumerate(pairwise(starts)):
         trained = pack["loss_mask"][start:end]
@@ -98,7 +106,7 @@ def _sequences(name: str, pack: dict[str, Tensor]) -> Iterator[tuple[float, str]
             gap = (pack["logprobs"] - pack["old_logprobs"])[start:end][trained].detach().double()
             largest = int(gap.abs().argmax())
             advantages = pack["advantages"]
-            advantage = advantages[start:end][trained].mean() if "values" in pack else advantages[sequence]
+            advantage = advantages[start:end][trained].mean() if token_advantages else advantages[sequence]
             yield (
                 abs(float(gap.mean())) if torch.isfinite(gap).all() else float("inf"),
                 f"  {name}, sequence {sequence}: log s {float(gap.mean()):+.3e} over {len(gap)} tokens, advantage "

@@ -37,7 +37,7 @@ def zero_sums(spec: ObjectiveSpec, device: torch.device) -> dict[str, Tensor]:
         values=nothing,
         old_values=nothing,
         returns=nothing,
-        token_advantages=spec.has_critic,
+        token_advantages=spec.has_token_advantages,
     )
     sums = {**policy_loss(spec, inputs).metrics, TOKEN_ENTROPY: nothing.sum()}
     sums |= {f"{LEFT_OUT}{unit}": nothing.sum() for unit in ("sequences", "tokens")}

@@ -28,6 +28,7 @@ from gspo_megatron.run_log import RunLog
 from gspo_megatron.trainer import failure_dump, response_advantages
 from gspo_megatron.trainer.batches import Batcher, MiniBatch, ScoredMicroBatch, TrainingMicroBatch, charge_divergence
 from gspo_megatron.trainer.critic_advantages import with_critic_advantages
+from gspo_megatron.trainer.distilled_advantages import with_teacher_advantages
 from gspo_megatron.trainer.failure_dump import TrainedUpdate, write_dump
 from gspo_megatron.trainer.metric_sums import TOKEN_ENTROPY, count_left_out, reduce_sums, zero_sums
 from gspo_megatron.trainer.old_policy import OldPolicy
@@ -172,7 +173,7 @@ class Trainer:
     def assign_advantages(
         self, refs: Sequence[SampleRef], minibatches: Sequence[MiniBatch[ScoredMicroBatch]]
     ) -> list[MiniBatch[TrainingMicroBatch]]:
-        """Give every sequence its group advantage, or every token its critic's.
+        """Give every sequence its group advantage, or every token its critic's or its teacher's.
 
         Whole groups count, whatever was left out of training.
         """
@@ -184,6 +185,8 @@ class Trainer:
             charges = torch.tensor([charged.get((r.prompt_index, r.sample_index), 0.0) for r in refs]).double()
             shaped = shaped - charges
             self.log.add({"reference_charge": float(charges.mean())})
+        if spec.has_teacher:
+            return with_teacher_advantages(minibatches, self.store)
         if spec.has_critic:
             return with_critic_advantages(spec, minibatches, dict(zip(refs, shaped.tolist(), strict=True)), self.policy)
         advantages = response_advantages.advantages_of(spec, refs, shaped)

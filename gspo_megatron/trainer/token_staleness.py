@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gspo_megatron.policy.microbatch import MicroBatch
+from gspo_megatron.trainer.response_tokens import place_values
 from gspo_megatron.types import SampleRef
 
 
@@ -19,10 +20,11 @@ def token_staleness(refs: Sequence[SampleRef], batch: MicroBatch, version: int) 
         batch: the micro-batch, or this context-parallel rank's part of it.
         version: of the weights at the start of the rollout batch.
     """
-    starts = batch.params.cu_seqlens_q.tolist()
-    whole = torch.zeros(starts[-1])
-    for ref, start in zip(refs, starts, strict=False):
-        first = start + ref.prompt_length - 1  # the last token of the prompt predicts the first of the response
+
+    def behind(ref: SampleRef) -> Tensor:
+        found = torch.zeros(ref.answer_length)
         for segment in ref.segments:
-            whole[first + segment.start : first + segment.end] = version - segment.version
-    return whole.to(batch.indices.device)[batch.indices]
+            found[segment.start : segment.end] = version - segment.version
+        return found
+
+    return place_values(refs, batch, behind)

@@ -38,11 +38,12 @@ def make_loss(
         read: dict[str, Tensor | None] = {
             "logprobs": scored.logprobs, "old_logprobs": minibatch.old_logprobs(index, now),
         }  # fmt: skip
+        if spec.has_token_advantages:
+            read["advantages"] = micro.advantages
         if spec.has_critic:
             assert scored.values is not None and micro.old is not None
             values.append(scored.values.detach())
             read |= {"values": scored.values, "old_values": micro.old.values, "returns": micro.returns}
-            read["advantages"] = micro.advantages
         finite = torch.ones_like(batch.loss_mask)
         for numbers in read.values():
             finite = finite if numbers is None else finite & (torch.isfinite(numbers) | ~batch.loss_mask)
@@ -55,7 +56,7 @@ def make_loss(
             cu_seqlens=batch.cu_seqlens,
             totals=minibatch.totals,
             staleness=minibatch.staleness(index, spec),
-            token_advantages=spec.has_critic,
+            token_advantages=spec.has_token_advantages,
         )
         out = policy_loss(spec, inputs, batch.share.sum)
         clipped.append(out.clipped)

@@ -95,7 +95,7 @@ def run_case(case: Case, layout: str, rank: int, world: int) -> dict[str, Any]:
             totals_of(rows),
             context,
             rank if context > 1 else 0,
-            case.token_advantages or case.spec.has_critic,
+            case.token_advantages or case.spec.has_token_advantages,
         )
         out = policy_loss(case.spec, inputs, add) if context > 1 else policy_loss(case.spec, inputs)
         losses.append(out.loss.double())

@@ -82,7 +82,9 @@ def test_loss_and_gradient_are_the_oracle_s(world: dict[str, Any], name: str, la
 @pytest.mark.parametrize("name", CASES)
 def test_metrics_are_those_of_one_process(world: dict[str, Any], name: str, layout: str) -> None:
     case = CASES[name]
-    alone = Layout([list(range(len(case.answers)))], token_advantages=case.token_advantages or case.spec.has_critic)
+    alone = Layout(
+        [list(range(len(case.answers)))], token_advantages=case.token_advantages or case.spec.has_token_advantages
+    )
     sums = engine(case.spec, as_rows(case.answers), alone)[2]
     for metric, value in world[f"{name}@{layout}"]["metrics"].items():
         assert value == pytest.approx(sums[metric], abs=1e-9), metric

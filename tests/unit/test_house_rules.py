@@ -34,6 +34,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "metric_rows",
             "run_log",
             "http_clients",
+            "model_requests",
             "sinks",
         }
     ),

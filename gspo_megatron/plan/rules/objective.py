@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from gspo_megatron.config.objective_spec import DRIFT_MASKS, ObjectiveSpec
+from gspo_megatron.plan.rules.token_advantages import axis_findings
 from gspo_megatron.types import Finding, Severity
 
 PAPER_BAND, PAPER_LENGTH = 3.5e-4, 10_000
@@ -33,7 +34,7 @@ def findings(
         max_answer_tokens: response limit, tokens.
     """
     found = [*_ratio(spec, updates, max_answer_tokens), *_correction(spec, max_answer_tokens), *_kl(spec)]
-    found += [*_lengths(spec, max_answer_tokens), *_groups(spec, answers), *_critic(spec), *_inert(spec)]
+    found += [*_lengths(spec, max_answer_tokens), *_groups(spec, answers), *axis_findings(spec), *_inert(spec)]
     return found
 
 
@@ -206,7 +207,7 @@ def _lengths(spec: ObjectiveSpec, max_answer_tokens: int | None) -> Iterator[Fin
 
 
 def _groups(spec: ObjectiveSpec, answers: int | None) -> Iterator[Finding]:
-    if answers == 1 and spec.advantage not in ("batch", "gae"):
+    if answers == 1 and spec.advantage not in ("batch", "gae", "teacher"):
         yield Finding(
             "group-of-one", "error", "batch.answers",
             f"with 1 response per prompt advantage={spec.advantage} compares nothing: every advantage is 0",
@@ -218,21 +219,6 @@ def _groups(spec: ObjectiveSpec, answers: int | None) -> Iterator[Finding]:
             "rewards-below-zero", "error", "advantage",
             f"maxrl divides by the mean reward, and {name} takes from rewards",
             f"use advantage=std, or leave {name.split('=')[0]} unset",
-        )  # fmt: skip
-
-
-def _critic(spec: ObjectiveSpec) -> Iterator[Finding]:
-    if spec.has_critic and spec.ratio_level == "sequence":
-        yield _say(
-            "critic-with-sequence-ratio", "error", "advantage",
-            "gae gives one advantage a token, and ratio_level=sequence takes one a response",
-            "use ratio_level=token (ppo) or sequence_token (gspo_token)",
-        )  # fmt: skip
-    if spec.has_critic and "opsm" in spec.correction:
-        yield _say(
-            "critic-with-opsm", "error", "correction",
-            "opsm drops a response by the sign of its advantage, and advantage=gae gives one a token",
-            "use veto, geometric_mask or trust_region_mask",
         )  # fmt: skip
 
 

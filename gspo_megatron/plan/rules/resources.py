@@ -97,7 +97,7 @@ def host_bytes(
     if machine.colocated:
         # Weights and states move to the host while the servers are awake; gradients are freed.
         found["offloaded trainer states"] = ranks * max(_offloaded(stage) for stage in stages)
-    sample = batch.expected_tokens * (4 + 4 + 1)
+    sample = batch.expected_tokens * (4 + 4 + 1 + _teacher_bytes(recipe))
     routes = flops.route_bytes(arch) * batch.expected_tokens if recipe.objective.replay != "off" else 0
     found["samples of a batch"] = int(batch.sequences * sample)
     if routes:
@@ -121,6 +121,11 @@ def _sum(stage: StageMemory, kind: str) -> int:
     return sum(size for name, size in stage.exact.items() if kind in name)
 
 
+def _teacher_bytes(recipe: Recipe) -> int:
+    """Return the bytes of a teacher's log-prob of a response token."""
+    return 4 if recipe.objective.has_teacher else 0
+
+
 def disk_bytes(recipe: Recipe, arch: Architecture, batch: BatchPlan) -> dict[str, int]:
     """Return the bytes that a run writes to its directory, by kind."""
     parameters = flops.parameters(arch)
@@ -133,7 +138,7 @@ def disk_bytes(recipe: Recipe, arch: Architecture, batch: BatchPlan) -> dict[str
     kept = min(steps, recipe.rollout.keep_samples or steps)
     # A step has an index, a file of tokens and one of log-ratios a data-parallel rank; a checkpoint begins another one.
     files = (2 + batch.data_ranks) * kept + (kept // checkpoint.every if checkpoint.every else 0) + 1
-    samples = batch.expected_tokens_per_batch * (11 + routes) + batch.sequences * INDEX_BYTES
+    samples = batch.expected_tokens_per_batch * (11 + _teacher_bytes(recipe) + routes) + batch.sequences * INDEX_BYTES
     return {
         f"{states} training states": states * parameters * STATE_BYTES,
         f"{exports + 1} exported models": (exports + 1) * weights,

@@ -11,6 +11,7 @@ from gspo_megatron.config.schema import Recipe
 from gspo_megatron.controller.controller import Controller
 from gspo_megatron.controller.process_pool import Lost, describe_error
 from gspo_megatron.controller.servers import ServerSet
+from gspo_megatron.controller.teacher_client import Teacher
 from gspo_megatron.data.store import SampleStore
 from gspo_megatron.models import parse_recipe
 from gspo_megatron.rewards import Verdict
@@ -89,14 +90,16 @@ async def controlling(
     overlaps: bool = False,
     sleeps: bool = False,
     loaded: bool = False,
+    teacher: Teacher | None = None,
 ) -> AsyncIterator[Controller]:
     async with serving(*servers) as clients:
         scoring = InThread(score_first_problem_half)
         store = SampleStore(directory)
         server_set = ServerSet(clients)
         controller = Controller(
-            recipe, server_set, Prompts(), Tokenizer(), scoring, store, "127.0.0.1", overlaps, sleeps, loaded=loaded
-        )
+            recipe, server_set, Prompts(), Tokenizer(), scoring, store, "127.0.0.1", overlaps, sleeps, loaded=loaded,
+            teacher=teacher,
+        )  # fmt: skip
         controller.updater.version = version
         yield controller
         await controller.close()

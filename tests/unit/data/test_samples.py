@@ -42,6 +42,7 @@ def test_what_cannot_be_trained_is_counted() -> None:
     assert kept.refs == (refs[0], refs[3])
     assert kept.dropped == {"aborted": 1, "empty-answer": 1}
     assert select(refs[:1]).dropped == {}
+    assert select([dataclasses.replace(refs[0], teacher_fault="failed"), refs[3]]).dropped == {"no-teacher": 1}
 
 
 def test_a_file_that_contradicts_its_reference_is_named() -> None:

@@ -104,6 +104,35 @@ def test_a_file_of_an_earlier_version_is_read(stored: tuple[SampleStore, SampleR
     assert store.holds(earlier) and store.read(earlier)[0].tolist() == [5, 6, 7, 10, 11, 12, 13]
 
 
+@pytest.mark.parametrize("routed", [False, True])
+def test_a_teacher_s_log_probs_come_back_beside_the_sampler_s(tmp_path: Path, routed: bool) -> None:
+    store, plain = SampleStore(tmp_path), make_response(4)
+    said = np.array([-0.5, -7.25, 0.0, -1.0], np.float32)
+    routes = np.arange(6 * 2 * 2, dtype=np.uint8).reshape(6, 2, 2) if routed else None
+    ref = store.write(PROMPT, replace(plain, teacher_logprobs=said, routes=routes), 0.5)
+    without = store.write(PROMPT, replace(plain, routes=routes), 0.5)
+    for one, teacher in ((ref, said), (without, None)):
+        assert np.array_equal(store.read(one)[2], plain.logprobs) and store.read(one)[0][3:].tolist() == [
+            10,
+            11,
+            12,
+            13,
+        ]
+        found, rows = store.read_teacher(one), store.read_routes(one)
+        assert (found is None) == (teacher is None) and (found is None or np.array_equal(found, said))
+        assert (rows is None) == (routes is None) and (rows is None or np.array_equal(rows, routes))
+    with pytest.raises(ValueError, match="3 log-probs for 4 tokens"):
+        store.write(PROMPT, replace(plain, teacher_logprobs=said[:3]), 0.5)
+
+
+def test_a_record_that_names_no_rows_has_one(stored: tuple[SampleStore, SampleRef, Path]) -> None:
+    store, ref, file = stored
+    content = bytearray(file.read_bytes())
+    content[HEADER.size - 3] = 0  # as earlier versions wrote it
+    file.write_bytes(content)
+    assert store.read(ref)[0].tolist() == [5, 6, 7, 10, 11, 12, 13] and store.read_teacher(ref) is None
+
+
 @pytest.mark.parametrize("path", ["", "../written_000001.bin@0", "written_000001.bin@-4", "a@b", "/etc/passwd@0"])
 def test_a_place_that_is_none_is_refused(stored: tuple[SampleStore, SampleRef, Path], path: str) -> None:
     store, ref, _ = stored

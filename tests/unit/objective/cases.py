@@ -38,6 +38,7 @@ PRESET_NAMES = (
     "minpro",
     "minirl",
     "ppo",
+    "distillation",
 )
 
 
@@ -230,7 +231,7 @@ def engine(
             layout.context,
             lambda rank, add, part=part: policy_loss(
                 spec,
-                loss_inputs(part, totals, layout.context, rank, layout.token_advantages or spec.has_critic),
+                loss_inputs(part, totals, layout.context, rank, layout.token_advantages or spec.has_token_advantages),
                 add,
             ),
         )

@@ -25,13 +25,13 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def batch(num_tokens: int, num_sequences: int, critic: bool = False) -> LossInputs:
+def batch(num_tokens: int, num_sequences: int, per_token: bool = False) -> LossInputs:
     draw = torch.Generator().manual_seed(0)
     old = -torch.rand(num_tokens, generator=draw) * 3
     current = (old + 1e-3 * torch.randn(num_tokens, generator=draw)).requires_grad_()
     cuts = torch.linspace(0, num_tokens, num_sequences + 1).round().int()
     mask = torch.rand(num_tokens, generator=draw) < 0.9
-    advantages = torch.randn(num_tokens if critic else num_sequences, generator=draw)
+    advantages = torch.randn(num_tokens if per_token else num_sequences, generator=draw)
     return LossInputs(
         current, old, advantages, mask, cuts, BatchTotals(num_sequences, num_tokens),
         old + 0.1 * torch.randn(num_tokens, generator=draw), old,
@@ -44,7 +44,7 @@ def test_nothing_waits_for_the_device(name: str, monkeypatch: pytest.MonkeyPatch
     """The operators that a GPU would run, seen on CPU; the check of values is left out, as it is there."""
     monkeypatch.setattr(loss, "check_values", lambda inputs: None)
     spec = preset(name).replace(correction=["tis", "geometric_mask", "opsm", "veto"], kl="k3", kl_coefficient=0.1)
-    inputs = batch(64, 4, spec.has_critic)
+    inputs = batch(64, 4, spec.has_token_advantages)
     with NoWaiting():
         policy_loss(spec, inputs).loss.backward()
 

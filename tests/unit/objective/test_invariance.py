@@ -130,19 +130,19 @@ def test_sequences_of_one_token() -> None:
     assert_same(got_grads, grads, 1e-13)
 
 
-def empty_inputs(num_sequences: int, critic: bool = False) -> LossInputs:
+def empty_inputs(num_sequences: int, per_token: bool = False) -> LossInputs:
     nothing = torch.empty(0)
     return LossInputs(
-        torch.empty(0, requires_grad=True), nothing, nothing if critic else torch.zeros(num_sequences),
+        torch.empty(0, requires_grad=True), nothing, nothing if per_token else torch.zeros(num_sequences),
         torch.empty(0, dtype=torch.bool), torch.zeros(num_sequences + 1, dtype=torch.int32), BatchTotals(4, 9),
-        nothing, values=nothing, old_values=nothing, returns=nothing, token_advantages=critic,
+        nothing, values=nothing, old_values=nothing, returns=nothing, token_advantages=per_token,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("num_sequences", [0, 3])
 @pytest.mark.parametrize("name", PRESET_NAMES)
 def test_a_rank_with_nothing_has_a_loss_of_zero_with_a_graph(name: str, num_sequences: int) -> None:
-    inputs = empty_inputs(num_sequences, preset(name).has_critic)
+    inputs = empty_inputs(num_sequences, preset(name).has_token_advantages)
     out = policy_loss(preset(name), inputs)
     assert out.loss.item() == 0 and out.loss.requires_grad
     out.loss.backward()

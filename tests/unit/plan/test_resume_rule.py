@@ -14,6 +14,7 @@ from gspo_megatron.config.agent_section import AgentSection
 from gspo_megatron.config.engine_sections import VllmMap
 from gspo_megatron.config.judge_section import JudgeSection
 from gspo_megatron.config.long_responses import EnvironmentSection
+from gspo_megatron.config.teacher_section import TeacherSection
 from gspo_megatron.models import load_recipe
 from gspo_megatron.plan.rules import data_files
 from gspo_megatron.plan.rules.resume import MAY_CHANGE, MUST_STAY, findings, flatten
@@ -91,7 +92,7 @@ NAMES = {
 }  # fmt: skip
 
 
-OPTIONAL = {"reward": JudgeSection, "environment": EnvironmentSection, "agent": AgentSection}
+OPTIONAL = {"reward": JudgeSection, "environment": EnvironmentSection, "agent": AgentSection, "teacher": TeacherSection}
 """Sections that the tiny recipe has not."""
 
 

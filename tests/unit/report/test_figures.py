@@ -47,7 +47,7 @@ def row(step: int, layers: int = 4, minibatches: int = 4) -> dict[str, float]:
         "learning_rate", "clip_fraction_sequences", "log_s_noise", "mismatch_k3", "mismatch_abs_max", "mismatch_ess",
         "mismatch_correlation", "mismatch_ppl_ratio", "canary_mean", "canary_largest", "token_entropy", "entropy",
         "policy_k3", "reference_kl", "eval/mean_length", "seconds/rollout", "seconds/train", "seconds/sync",
-        "value_loss", "value_clipped", "value_mean", "return_mean", "explained_variance",
+        "teacher_kl", "value_loss", "value_clipped", "value_mean", "return_mean", "explained_variance",
     ]  # fmt: skip
     found = {name: chance.random() for name in names}
     found |= {"step": step, "groups": 64, "rollout_tokens": 1000, "seconds/step": 4.0, "eval/problems": 256}

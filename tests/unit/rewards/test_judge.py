@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from gspo_megatron import model_requests
 from gspo_megatron.cli import main
 from gspo_megatron.config.judge_section import JudgeSection
 from gspo_megatron.config.loading import RecipeError
@@ -83,7 +84,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     async def note(seconds: float) -> None:
         made.append(seconds)
 
-    monkeypatch.setattr(judge, "_pause", note)
+    monkeypatch.setattr(model_requests, "_pause", note)
     monkeypatch.setenv("TEST_JUDGE_KEY", KEY)
     return made
 

@@ -18,7 +18,7 @@ from gspo_megatron.policy.attention import zigzag_indices
 from gspo_megatron.trainer.failure_replay import micro_batches
 
 SPEC = ObjectiveSpec.preset("gspo").replace(clip_low=0.1, clip_high=0.2)
-PPO = ObjectiveSpec.preset("ppo")
+PPO, DISTILLATION = ObjectiveSpec.preset("ppo"), ObjectiveSpec.preset("distillation")
 TOTALS = BatchTotals(sequences=2, tokens=10)
 STARTS = torch.tensor([0, 8, 16], dtype=torch.int32)
 
@@ -70,7 +70,9 @@ def write(directory: Path, whole: dict[str, Tensor], context: int, spec: Objecti
 def expected_loss(whole: dict[str, Tensor], spec: ObjectiveSpec = SPEC) -> float:
     values = {name: value for name, value in whole.items() if name != "targets"}
     values["logprobs"] = whole["logprobs"].clone().requires_grad_()
-    return float(policy_loss(spec, LossInputs(**values, totals=TOTALS, token_advantages=spec.has_critic)).loss)
+    return float(
+        policy_loss(spec, LossInputs(**values, totals=TOTALS, token_advantages=spec.has_token_advantages)).loss
+    )
 
 
 @pytest.mark.parametrize("context", [1, 2])
@@ -102,9 +104,21 @@ def test_the_loss_of_a_critic_comes_out_again(tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("context", [1, 2])
+def test_the_loss_of_a_teacher_comes_out_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], context: int
+) -> None:
+    whole = {**pack(), "advantages": critic_pack()["advantages"]}
+    assert main(["debug", str(write(tmp_path / "bundle", whole, context, DISTILLATION))]) == 0
+    said = capsys.readouterr().out
+    found = re.search(r"loss (\S+) over 2 sequences", said)
+    assert found is not None and float(found[1]) == pytest.approx(expected_loss(whole, DISTILLATION), rel=1e-5)
+    assert f"advantage {float(whole['advantages'][3:7].mean()):+.3g}" in said
+
+
+@pytest.mark.parametrize("context", [1, 2])
 def test_the_parts_of_context_parallel_ranks_make_the_pack(tmp_path: Path, context: int) -> None:
     whole = pack()
-    ((_, found),) = micro_batches(write(tmp_path / "bundle", whole, context))
+    ((_, found),) = micro_batches(write(tmp_path / "bundle", whole, context), token_advantages=False)
     assert found.keys() == whole.keys()
     assert all(torch.equal(found[name], value) for name, value in whole.items())
 

@@ -1,4 +1,4 @@
-"""Faults of the critic that planted_faults_objective.py plants: name, file, what stands there, what is planted."""
+"""Faults of critic and teacher that planted_faults_objective.py plants: name, file, what is there, what is planted."""
 
 from __future__ import annotations
 
@@ -54,5 +54,31 @@ CRITIC_FAULTS = (
         "advantages.py",
         "(mask.sum(dtype=torch.float64) for mask in loss_masks), nothing)",
         "(torch.ones_like(mask).sum(dtype=torch.float64) for mask in loss_masks), nothing)",
+    ),
+)
+TEACHER_FAULTS = (
+    (
+        "a teacher's advantage with the other sign",
+        "advantages.py",
+        "teacher.double() - old.double()",
+        "old.double() - teacher.double()",
+    ),
+    (
+        "a teacher's advantage at untrained positions",
+        "advantages.py",
+        "return torch.where(loss_mask, teacher.double() - old.double(), 0.0)",
+        "return teacher.double() - old.double()",
+    ),
+    (
+        "a teacher's advantage in float32",
+        "advantages.py",
+        "teacher.double() - old.double()",
+        "teacher.float() - old.float()",
+    ),
+    (
+        "divergence from the teacher with the other sign",
+        "loss.py",
+        "metrics[TEACHER_KL] = -advantages.sum()",
+        "metrics[TEACHER_KL] = advantages.sum()",
     ),
 )
