@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import re
 from collections.abc import Callable, Mapping
@@ -48,9 +47,8 @@ def make_headers(section: ModelServerSection, name: str) -> dict[str, str]:
     Raises:
         RecipeError: the variable is not set.
     """
-    variable = section.key_variable
-    key = os.environ.get(variable, "").strip() if variable else ""
-    if variable and not key:
+    key, variable = section.read_key(), section.key_variable
+    if key is None:
         raise refuse(
             f"{name.rpartition('.')[2]}-key-missing", f"{name}.key_variable",
             f"the environment variable {variable} is not set where responses are scored",

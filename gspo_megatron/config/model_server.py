@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from urllib.parse import urlsplit
 
@@ -32,6 +33,10 @@ class ModelServerSection(Section):
     attempts: int = Field(default=4, ge=1, le=20)
     """Times that a request is sent when the server is busy (429), failing (408, 5xx), slow or unreachable, with longer
     and longer pauses between. Source: chosen here."""
+
+    def read_key(self) -> str | None:
+        """Return the key; empty = none is sent, None = its variable is not set."""
+        return "" if self.key_variable is None else os.environ.get(self.key_variable, "").strip() or None
 
     @field_validator("url")
     @classmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 from gspo_megatron.config.hooks import load_hook
@@ -34,7 +33,8 @@ def findings(recipe: Recipe, runs_here: bool) -> Iterator[Finding]:
             else (f"{section.name} asks a judge, and none is named", "set reward.judge.url and reward.judge.model")
         )
         yield Finding("judge-mismatch", "error", "reward.judge", message, fix)
-    elif section.judge and (name := section.judge.key_variable) and not os.environ.get(name, "").strip():
+    elif section.judge and section.judge.read_key() is None:
+        name = section.judge.key_variable
         yield Finding(
             "judge-key-missing", "error" if runs_here else "warning", "reward.judge.key_variable",
             f"the environment variable {name} is not set here", f"export {name}=... before the run is started",

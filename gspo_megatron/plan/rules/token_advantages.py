@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 from gspo_megatron.config.objective_spec import ObjectiveSpec
@@ -70,7 +69,8 @@ def findings(recipe: Recipe, runs_here: bool) -> Iterator[Finding]:
             "remove the section teacher, or set objective.preset=distillation",
         )  # fmt: skip
         return
-    if (name := section.key_variable) and not os.environ.get(name, "").strip():
+    if section.read_key() is None:
+        name = section.key_variable
         yield Finding(
             "teacher-key-missing", "error" if runs_here else "warning", "teacher.key_variable",
             f"the environment variable {name} is not set here", f"export {name}=... before the run is started",

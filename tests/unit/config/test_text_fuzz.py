@@ -43,7 +43,8 @@ cold_start: {demonstrations: column_addition, steps: 1, batch_size: 1, lr: 1e-3}
 # Their texts name something that must exist, lie in a section that is left out, or exclude a key that is set.
 NAMES = (
     "objective.preset", "objective.trust", "model.path", "cold_start.path", "reward.judge.url", "reward.judge.model",
-    "reward.judge.key_variable", "tokenizer.rendering", "data.source",
+    "reward.judge.key_variable", "teacher.url", "teacher.model", "teacher.key_variable", "tokenizer.rendering",
+    "data.source",
 )  # fmt: skip
 
 pieces = st.sampled_from((
