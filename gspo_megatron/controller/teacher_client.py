@@ -31,7 +31,7 @@ IMPOSSIBLE = -9999.0
 ROUNDING = 1e-3
 """Largest log-prob: in theory 0."""
 PROBED = 64
-"""Tokens by which the two vocabularies are compared."""
+"""Most tokens by which the two vocabularies are compared; fewer where sequences are shorter."""
 FAILED = "failed"
 """Kind of the fault of a response that was not scored."""
 
@@ -156,7 +156,8 @@ class Teacher:
     async def _other_token(self) -> str:
         """The first token that is another in the teacher's vocabulary, in words; empty = none was found."""
         last = min(self._vocabulary.vocab_size, self._rows) - 1
-        ids = sorted({round(place * last / (PROBED - 1)) for place in range(PROBED)})
+        count = min(PROBED, self._longest - 1)
+        ids = sorted({round(place * last / max(count - 1, 1)) for place in range(count)})
         same = 0
         for token in await self._ask([ids[0], *ids]):
             mine, its = self._vocabulary.decode([token.id]).strip(), (token.text or "").strip()

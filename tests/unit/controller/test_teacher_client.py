@@ -72,6 +72,7 @@ class Server:
             return web.json_response(self.models)
         assert (request.method, request.path) == ("POST", "/v1/completions")
         body = await request.json()
+        assert len(body["prompt"]) <= LONGEST, "no longer than what the run samples"
         self.asked.append(body)
         self.now += 1
         self.most = max(self.most, self.now)
