@@ -46,6 +46,7 @@ class Vocabulary(Protocol):
     @property
     def vocab_size(self) -> int: ...
     def decode(self, ids: Sequence[int]) -> str: ...
+    def pieces(self, ids: Sequence[int]) -> list[str]: ...
 
 
 class Teacher:
@@ -163,7 +164,8 @@ class Teacher:
             mine, its = self._vocabulary.decode([token.id]).strip(), (token.text or "").strip()
             if not mine or not its or "\ufffd" in mine + its:  # a special token, or a part of a character
                 continue
-            if mine != its:
+            # The unknown token is written by its name or by a sign.
+            if its not in (mine, self._vocabulary.pieces([token.id])[0].strip()):
                 return (
                     f"id {token.id} is {shorten(its)!r} there and {shorten(mine)!r} in the student's vocabulary; "
                     "distillation compares probabilities of ids: take a teacher with the student's tokenizer"

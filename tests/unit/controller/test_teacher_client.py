@@ -35,10 +35,15 @@ class Vocabulary:
     vocab_size = ROWS
 
     def decode(self, ids: Sequence[int]) -> str:
-        return " ".join("" if one == 0 else f"t{one}" for one in ids)
+        return " ".join("" if one == 0 else "\u2047" if one == 2 else f"t{one}" for one in ids)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        return ["</s>" if one == 0 else "<unk>" if one == 2 else f" t{one}" for one in ids]
 
 
-def prompt_logprobs(ids: Sequence[int], text: Callable[[int], str | None] = lambda one: f" t{one}") -> list[Any]:
+def prompt_logprobs(
+    ids: Sequence[int], text: Callable[[int], str | None] = lambda one: "<unk>" if one == 2 else f" t{one}"
+) -> list[Any]:
     """As vLLM writes them: the k-th token has log-prob -k / 8."""
     return [None] + [
         {str(one): {"logprob": -at / 8, "rank": 1, "decoded_token": text(one)}} for at, one in enumerate(ids) if at
@@ -285,7 +290,7 @@ STARTS: dict[str, tuple[dict[str, Any], str]] = {
         {"always": broken(400, "Token id 49 is out of vocabulary")}, "answered HTTP 400 Token id 49 is out of"
     ),
     "another vocabulary": (
-        {"always": lambda body: scored(body, text=lambda one: f"t{one + (one > 30)}")},
+        {"always": lambda body: scored(body, text=lambda one: "" if one == 2 else f"t{one + (one > 30)}")},
         "id 31 is 't32' there and 't31' in the student's vocabulary",
     ),
     "no tokenizer": ({"always": lambda body: scored(body, text=lambda one: None)}, "it gives no text of tokens"),
@@ -303,7 +308,7 @@ async def test_what_does_not_fit_is_refused_at_the_start(name: str) -> None:
 
 async def test_a_server_that_does_not_say_its_length_and_parts_of_characters_are_fine() -> None:
     async with teaching(Server({"data": [{"id": "big"}]}, always=lambda body: scored(
-        body, text=lambda one: "\ufffd" if one == 30 else f"t{one}"
+        body, text=lambda one: {2: "<unk>", 31: "\ufffd"}.get(one, f"t{one}")
     ))):  # fmt: skip
         pass
 
