@@ -31,6 +31,7 @@ from gspo_megatron.policy.snapshot import MOMENTS, stepped
 from gspo_megatron.policy.weights import random_pieces
 from gspo_megatron.run_log import RunLog
 from gspo_megatron.trainer.checkpoint import CheckpointWriter
+from gspo_megatron.transport.messages import Accounting, ControllerState, StreamState, TokenCount
 
 MODEL = (
     "num_hidden_layers=8", "hidden_size=256", "moe_intermediate_size=512", "num_experts=16", "vocab_size=4096",
@@ -68,8 +69,9 @@ class Measurements:
         self.target = torch.empty(self.num_bytes, dtype=torch.uint8)
         self.writer = CheckpointWriter(directory / "checkpoints", 1, RunLog(directory, owns_terminal=False))
         self.trainer: Any = SimpleNamespace(
-            policy=policy, version=0, updates=0, skipped=0, objective_sentence=str, on_first_rank=lambda ask: ({}, "t")
-        )
+            policy=policy, version=0, updates=0, skipped=0, objective_sentence=str,
+            on_first_rank=lambda ask: (controller_state(), "t"),
+        )  # fmt: skip
 
     def repeat(self, number: int) -> None:
         """Every way once."""
@@ -89,6 +91,13 @@ class Measurements:
 
     def _note(self, name: str, began: float) -> None:
         self.seconds[name].append(time.perf_counter() - began)
+
+
+def controller_state() -> ControllerState:
+    """Of a controller between two steps."""
+    nothing = Accounting(sampled_tokens=0, taken=TokenCount(), dropped={}, in_flight=TokenCount())
+    stream = StreamState(index=0, position=0, skipped={}, fingerprint="")
+    return ControllerState(stream=stream, groups=(), accounting=nothing, store="", generations=())
 
 
 def main() -> None:

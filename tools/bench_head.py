@@ -12,17 +12,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import ProfilerActivity
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,12 +104,12 @@ def run_case(case: Case) -> dict[str, Any]:
         warm.sum().backward()  # the first product makes room for the library that computes it
         leaf.grad = None
         main_grad.zero_()
-        before = live_bytes(device)
-        logprobs, entropy, _ = chosen_logprobs(leaf, head, targets, TEMPERATURE, chunk, group)
-        (logprobs * signs).sum().backward()
+        with WatchedMemory(device) as memory:
+            logprobs, entropy, _ = chosen_logprobs(leaf, head, targets, TEMPERATURE, chunk, group)
+            (logprobs * signs).sum().backward()
         assert leaf.grad is not None
         outputs = leaf.grad.nbytes + 3 * 4 * case.tokens
-        measured["workspace_bytes"] = peak_bytes(device) - before - outputs
+        measured["workspace_bytes"] = memory.peak - outputs
         return logprobs.detach(), entropy, leaf.grad, main_grad
 
     measured: dict[str, Any] = {}
@@ -156,19 +157,32 @@ def distance(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted.double()).norm() / wanted.double().norm())
 
 
-def live_bytes(device: torch.device) -> int:
-    """Bytes in use now; on the host, of the whole process."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+class WatchedMemory:
+    """The most bytes that torch's allocator had given out above those before, while it is open."""
 
+    def __init__(self, device: torch.device) -> None:
+        self.peak, self._device, self._before = 0, device, 0
+        # Pages of the process would count what malloc keeps, which differs from run to run.
+        self._profile = torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True)
 
-def peak_bytes(device: torch.device) -> int:
-    """The most that were ever in use."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    def __enter__(self) -> WatchedMemory:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+        else:
+            self._profile.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._device.type == "cuda":
+            self.peak = torch.cuda.max_memory_allocated() - self._before
+            return
+        self._profile.__exit__(*error)
+        result = self._profile.profiler and self._profile.profiler.kineto_results
+        assert result is not None
+        events: list[Any] = [it for it in result.events() if it.name() == "[memory]"]
+        changes = sorted((it.start_ns(), it.nbytes()) for it in events)
+        self.peak = max(accumulate(size for _, size in changes), default=0)
 
 
 def start_alone() -> None:

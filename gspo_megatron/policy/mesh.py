@@ -27,7 +27,7 @@ ASKED_ONLY = frozenset(
         "DATA_PARALLEL_GROUP",
         "TENSOR_AND_DATA_PARALLEL_GROUP",
         "TENSOR_AND_DATA_PARALLEL_GROUP_WITH_CP",
-        "EXPERT_TENSOR_MODEL_PIPELINE_PARALLEL_GROUP_WITH_EGTP",
+        "EXPERT_TENSOR_MODEL_PIPELINE_PARALLEL_GROUP",
     }
 )
 """Kinds of groups in which no call of this package communicates; megatron asks their size and rank."""
