@@ -125,6 +125,15 @@ class Controller:
             TokenCounter(store.directory / RECEIVED_TOKENS),
         )
 
+    async def open_teacher(self) -> None:
+        """Connect to the teacher, if there is one: one that does not do ends a run before anything is waited for.
+
+        Raises:
+            Refused: why it does not.
+        """
+        if self._teacher is not None:
+            await self._teacher.start()
+
     async def start(self) -> None:
         """Wait until all servers are there; scoring processes start meanwhile."""
         self.scoring.pool.start()
@@ -133,8 +142,6 @@ class Controller:
         try:
             if self._endpoint is not None:
                 await self._endpoint.start()
-            if self._teacher is not None:
-                await self._teacher.start()
             await asyncio.gather(
                 self.servers.wait_healthy(self.recipe.rollout.start_timeout), self.updater.open_store()
             )

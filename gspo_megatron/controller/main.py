@@ -30,7 +30,7 @@ from gspo_megatron.controller.multi_turn import make_thinking
 from gspo_megatron.controller.scheduler import with_reserve
 from gspo_megatron.controller.scoring import make_scoring_pool
 from gspo_megatron.controller.server_client import ServerClient
-from gspo_megatron.controller.servers import ServerSet
+from gspo_megatron.controller.servers import Refused, ServerSet
 from gspo_megatron.controller.teacher_client import Teacher
 from gspo_megatron.data.store import SampleStore
 from gspo_megatron.models import load_resolved
@@ -124,13 +124,18 @@ def main() -> None:
         controller = build(
             recipe, arguments.run_dir, arguments.host, arguments.servers.split(","), key, arguments.loaded
         )
+        try:
+            await controller.open_teacher()
+        except Refused:
+            await controller.servers.close()  # an open connection would be the last line of the log
+            raise
         return Service(controller, key).application()
 
     try:
         web.run_app(
             application(), host=arguments.host, port=arguments.port, access_log=None, print=None, shutdown_timeout=1.0
         )
-    except RecipeError as error:
+    except (RecipeError, Refused) as error:
         raise SystemExit(f"controller: {error}") from None
     except OSError as error:
         raise SystemExit(f"controller: cannot listen on {arguments.host}:{arguments.port}: {error.strerror}") from None

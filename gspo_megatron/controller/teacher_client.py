@@ -84,10 +84,13 @@ class Teacher:
         self._post = session.post
         try:
             served = vllm_format.read_models(await self._request(session.get, "/models", None, 0))
-            if fault := self._fault_of(served) or await self._other_token():
-                raise Refused(f"teacher.model={self._section.model}: {fault}")
+            fault = self._fault_of(served) or await self._other_token()
         except (TeacherFailed, FormatError) as error:
+            await self.close()
             raise Refused(f"teacher.url: {error}; start `vllm serve` there, or correct the section teacher") from None
+        if fault:
+            await self.close()
+            raise Refused(f"teacher.model={self._section.model}: {fault}")
 
     async def close(self) -> None:
         """Close all connections."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -15,6 +18,7 @@ import pytest
 from aiohttp import web
 
 from gspo_megatron import model_requests
+from gspo_megatron.commands.train_run import prepare_run
 from gspo_megatron.config.loading import RecipeError
 from gspo_megatron.config.objective_spec import ObjectiveSection
 from gspo_megatron.config.teacher_section import TeacherSection
@@ -22,7 +26,10 @@ from gspo_megatron.controller.generation import Generation
 from gspo_megatron.controller.servers import Refused
 from gspo_megatron.controller.teacher_client import Teacher
 from gspo_megatron.data.samples import select
+from gspo_megatron.models import load_recipe
+from gspo_megatron.transport.auth import KEY_VARIABLE
 from gspo_megatron.transport.messages import ControllerState, Empty, EvaluationRequest, RolloutRequest
+from tests.places import ROOT
 from tests.unit.controller.controllers import RECIPE, controlling
 from tests.unit.controller.fakes import FakeServer, make_prompt
 
@@ -320,8 +327,7 @@ async def test_no_server_ends_the_controller_with_a_sentence(tmp_path: Path) -> 
         with pytest.raises(
             Refused, match=r"teacher\.url: .* in 2 attempts; the last: ClientConnectorError.*vllm serve"
         ):
-            await controller.start()
-        assert controller.phase.startswith("failed: teacher.url")
+            await controller.open_teacher()
 
 
 def test_a_key_that_is_not_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,3 +349,18 @@ def test_a_key_that_is_not_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_wrong_section_is_refused(section: dict[str, Any], fault: str) -> None:
     with pytest.raises(ValueError, match=fault):
         recipe(**section)
+
+
+def test_the_controller_s_process_ends_with_the_sentence_before_it_waits_for_anything(tmp_path: Path) -> None:
+    changes = ["objective.preset=distillation", "objective.clip_low=null", "objective.clip_high=null"]
+    taught = 'teacher={"url": "http://127.0.0.1:9/v1", "model": "big", "attempts": 1}'
+    made = load_recipe(ROOT / "recipes" / "tiny_moe.yaml", [*changes, taught, f"run.directory={tmp_path / 'run'}"])
+    run = prepare_run(made)
+    command = [sys.executable, "-m", "gspo_megatron.controller.main", "--run-dir", str(run), "--host", "127.0.0.1"]
+    ended = subprocess.run(
+        [*command, "--port", "0", "--servers", "http://127.0.0.1:9"], capture_output=True, text=True,
+        env={**os.environ, KEY_VARIABLE: "a-key-of-this-test"},
+    )  # fmt: skip
+    assert ended.returncode == 1
+    last = ended.stderr.strip().splitlines()[-1]
+    assert last.startswith("controller: teacher.url: http://127.0.0.1:9/v1 gave no answer in 1 attempts"), ended.stderr
