@@ -184,12 +184,13 @@ def main() -> int:
                 file=sys.stderr,
                 flush=True,
             )
-    found = summarize(runs, chosen.steps) | {"versions": used}
+    summary = summarize(runs, chosen.steps)
+    found = summary | {"versions": used}
     RESULT.write_text(json.dumps(found, indent=1) + "\n")
     if chosen.json:
         print(json.dumps(found))
     shutil.rmtree(work)
-    return int(any(float(found[name]) > most for name, most in TARGETS.items()))
+    return int(any(summary[name] > most for name, most in TARGETS.items()))
 
 
 if __name__ == "__main__":
