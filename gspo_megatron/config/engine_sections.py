@@ -22,10 +22,14 @@ SIGNATURES: dict[str, dict[str, dict[str, dict[str, Any]]]] = json.loads(
     (Path(__file__).parent / "engine_signatures.json").read_text(encoding="utf-8")
 )
 """Engine -> class -> argument -> its form: type in words, choices, fields of a mapping, default."""
-_TYPES: dict[str, Any] = {
-    "bool": bool, "int": int, "float": float, "text": str,
-    "list of int": tuple[int, ...], "list of text": tuple[str, ...], "mapping": dict[str, Any],
-}  # fmt: skip
+_TYPES: dict[str, Any] = {"bool": bool, "text": str, "list of text": tuple[str, ...], "mapping": dict[str, Any]}
+_NUMBERS: dict[str, type[int | float]] = {"int": int, "float": float, "list of int": int}
+_SIZES = (
+    "bucket_size", "block_size", "moe_flex_dispatcher_num_sms", "cudagraph_capture_sizes",
+    "hierarchical_context_parallel_sizes",
+)  # fmt: skip
+"""Arguments whose numbers are 1 or more, and of which a list has one. Both libraries fail on less, but not until nodes
+are allotted, and the plan divides by some."""
 
 
 class EngineMap(Section):
@@ -58,7 +62,14 @@ def _annotation(name: str, form: Mapping[str, Any], own: Collection[str]) -> Any
         return tuple[one, ...] if form["type"].startswith("list") else one
     if "fields" in form:
         return Annotated[dict[str, Any], AfterValidator(_holds_only(form["fields"], own))]
-    return _TYPES[form["type"]]
+    if form["type"] not in _NUMBERS:
+        return _TYPES[form["type"]]
+    default = form["default"] if isinstance(form["default"], int | float) else 0
+    # None has a meaning below 0, but where that is its default.
+    number: Any = Annotated[_NUMBERS[form["type"]], Field(ge=1 if name in _SIZES else min(0, default))]
+    if form["type"].startswith("list"):
+        return Annotated[tuple[number, ...], Field(min_length=int(name in _SIZES))]
+    return number
 
 
 def _holds_only(names: list[str], own: Collection[str]) -> Callable[[dict[str, Any]], dict[str, Any]]:

@@ -111,7 +111,12 @@ def _run(namespace: argparse.Namespace) -> int:
     if namespace.explain_engines:
         from gspo_megatron.plan.engine_text import print_engines
 
-        print_engines(with_placement(recipe, namespace.nodes, namespace.gpu), namespace.json)
+        placed = with_placement(recipe, namespace.nodes, namespace.gpu)
+        plan = make_plan(placed)
+        if plan.refused:
+            _print(plan, namespace)
+            return REFUSED
+        print_engines(placed, namespace.json)
         return 0
     if namespace.least and not namespace.search:
         raise refuse("option-without-search", "--least", f"{namespace.least} without --search", "add --search")

@@ -114,7 +114,7 @@ def _differing(
             default = known[name]["default"]
             if isinstance(default, str):
                 default = default.removeprefix("torch.")
-            if value == default:
+            if value == default and name not in given:
                 continue
             reason = Reason("the recipe says so", f"recipe: {section}.{name}") if name in given else reasons[name]
             yield Row(engine, owner, name, value, default, *reason)

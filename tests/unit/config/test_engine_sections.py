@@ -50,6 +50,30 @@ def test_every_other_argument_is_refused_with_a_reason(section: str) -> None:
     assert {line.split(": ")[0] for line in said.splitlines()} == {f"error [engine-key] {section}.{n}" for n in others}
 
 
+@pytest.mark.parametrize("section", SECTIONS)
+def test_no_number_is_below_zero_where_the_library_s_own_is_not(section: str) -> None:
+    """Both libraries end on one after the nodes are allotted, and a plan with one had negative seconds."""
+    engine, kind = SECTIONS[section]
+    numbers = {
+        name: form["type"]
+        for name, form in arguments_of(engine).items()
+        if name in kind.model_fields and form["type"] in ("int", "float", "list of int")
+        if not isinstance(form["default"], int | float) or form["default"] >= 0
+    }
+    assert len(numbers) > 3
+    for name, form in numbers.items():
+        said = fault_of(f"{section}.{name}={'[-2]' if form.startswith('list') else '-2'}")
+        assert "input should be" in said and f"{section}.{name}" in said, name
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["trainer.megatron.bucket_size=0", "rollout.vllm.block_size=0", "rollout.vllm.cudagraph_capture_sizes=[]"],
+)
+def test_sizes_are_one_or_more(override: str) -> None:
+    assert "at least 1" in fault_of(override).replace("greater than or equal to 1", "at least 1")
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
@@ -99,13 +123,18 @@ def test_values_survive_the_resolved_recipe(tmp_path: Path) -> None:
 
 def values_of(kind: type[BaseModel], name: str, default: Any) -> list[Any]:
     """Every choice of a key, or a value of its type that is not the library's default."""
-    annotation = get_args(kind.model_fields[name].annotation)[0]
+    annotation = plain(get_args(kind.model_fields[name].annotation)[0])
     if name.endswith("_config"):
         return [{"compilation_config": {"cudagraph_mode": "NONE"}, "attention_config": {"flash_attn_version": 2},
                  "kernel_config": {"moe_backend": "triton"}}[name]]  # fmt: skip
     if choices := get_args(annotation):
-        return list(choices) if isinstance(choices[0], str) else [(choices[0](1), choices[0](2))]
+        return list(choices) if isinstance(choices[0], str) else [(plain(choices[0])(1), plain(choices[0])(2))]
     return [not default] if annotation is bool else [64]
+
+
+def plain(annotation: Any) -> Any:
+    """A type without its bounds."""
+    return annotation.__origin__ if hasattr(annotation, "__metadata__") else annotation
 
 
 @cache

@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from gspo_megatron.cli import main
+from gspo_megatron.cluster.exit_codes import REFUSED
 from gspo_megatron.config import RecipeError
 from gspo_megatron.models import load_recipe
-from gspo_megatron.plan import make_plan
+from gspo_megatron.models.megatron_engine import data_parallel_arguments, optimizer_arguments, transformer_arguments
+from gspo_megatron.models.vllm_engine import engine_arguments
+from gspo_megatron.plan import engine_reasons, make_plan
 from gspo_megatron.plan.engine_text import explain_engines, print_engines
 
 GPU = "recipes/qwen3_30b_a3b_gspo.yaml"
@@ -162,6 +166,30 @@ def test_every_setting_of_a_shipped_recipe_has_a_reason(path: Path) -> None:
     rows = explain_engines(load_recipe(path))
     assert {row.engine for row in rows} == {"megatron", "vllm"}
     assert all(len(row.why) > 5 and len(row.source) > 3 and row.value != row.default for row in rows)
+
+
+@pytest.mark.parametrize("path", sorted(Path("recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_argument_has_a_reason_whatever_its_value(path: Path) -> None:
+    recipe = load_recipe(path)
+    trainer, dtype = recipe.trainer, recipe.model.dtype
+    for gpu in (False, True):
+        megatron = transformer_arguments(recipe.arch, trainer, dtype, gpu) | optimizer_arguments(
+            recipe.optimizer, dtype, gpu
+        )
+        assert {*megatron, *data_parallel_arguments(trainer, dtype, gpu)} <= {*engine_reasons.MEGATRON}
+        assert {*engine_arguments(recipe, Path("model"), gpu, sleeps=gpu)} <= {*engine_reasons.VLLM}
+
+
+def test_settings_of_a_refused_recipe_are_not_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", GPU, "--explain-engines", "rollout.vllm.block_size=7"]) == REFUSED
+    said = capsys.readouterr()
+    assert "block_size" in said.out + said.err and "Source:" not in said.out
+
+
+def test_what_the_recipe_sets_to_the_library_s_default_is_shown() -> None:
+    rows = explain_engines(load_recipe(Path(GPU), ["trainer.megatron.moe_permute_fusion=false"]))
+    (row,) = [row for row in rows if row.name == "moe_permute_fusion"]
+    assert row.value is False and row.source == "recipe: trainer.megatron.moe_permute_fusion"
 
 
 def test_what_the_recipe_passes_on_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
