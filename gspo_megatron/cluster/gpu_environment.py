@@ -20,6 +20,7 @@ ONE_QUEUE = "CUDA_DEVICE_MAX_CONNECTIONS"
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 ATTENTION_SWITCHES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 """Of Transformer Engine: 0 takes a kind of attention away."""
+NONDETERMINISTIC = "NVTE_ALLOW_NONDETERMINISTIC_ALGO"
 SCALED_SOFTMAX = "NVTE_APPLY_QK_LAYER_SCALING"
 
 
@@ -34,6 +35,9 @@ def trainer_variables(recipe: Recipe) -> dict[str, str]:
         # Megatron overlaps computing and communication by the order of launches, which one hardware queue keeps, and
         # a Blackwell GPU with any number. Source: Megatron-LM, `validate_args`.
         found[ONE_QUEUE] = "1"
+    if trainer.megatron.given().get("deterministic_mode"):
+        # Megatron's Transformer Engine layers refuse to start without it.
+        found[NONDETERMINISTIC] = "0"
     if recipe.model.dtype == "float32":
         # Transformer Engine would multiply in TF32.
         found["NVIDIA_TF32_OVERRIDE"] = "0"

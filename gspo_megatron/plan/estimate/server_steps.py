@@ -13,15 +13,25 @@ BLOCK = {"gpu": 16, "cpu": CPU_BLOCK}
 """Tokens of a block where the recipe does not say. Source: vLLM's `config/cache.py`, `platforms/cpu.py`."""
 
 
+NO_GRAPH = ("NONE", "0")
+"""`CUDAGraphMode.NONE` by its name and its number, both of which vLLM reads. Source: `config/compilation.py`."""
+
+
+def captures_nothing(recipe: Recipe) -> bool:
+    """Whether a server on GPUs launches every kernel of a step one by one."""
+    given = recipe.rollout.vllm.given()
+    mode = str(given.get("compilation_config", {}).get("cudagraph_mode", ""))
+    return bool(given.get("enforce_eager")) or given.get("optimization_level") == "O0" or mode.upper() in NO_GRAPH
+
+
 def largest_graph(recipe: Recipe, machine: Machine) -> int:
     """Responses of a decoding step up to which vLLM replays a captured graph; 0 = none is captured.
 
     Source: vLLM's `config/vllm.py`, `_set_cudagraph_sizes`.
     """
-    given = recipe.rollout.vllm.given()
-    mode = str(given.get("compilation_config", {}).get("cudagraph_mode", ""))
-    if given.get("enforce_eager") or given.get("optimization_level") == "O0" or mode.upper() == "NONE":
+    if captures_nothing(recipe):
         return 0
+    given = recipe.rollout.vllm.given()
     most = given.get("max_cudagraph_capture_size")
     if sizes := given.get("cudagraph_capture_sizes"):
         return max((size for size in sizes if most is None or size <= most), default=0)

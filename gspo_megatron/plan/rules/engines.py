@@ -129,6 +129,13 @@ def _trainer_layout(recipe: Recipe, arch: Architecture, megatron: dict[str, Any]
             "flex sends tokens between expert-parallel ranks, and trainer.expert_parallel is 1", "remove it",
         )  # fmt: skip
 
+    if megatron.get("use_te_activation_func") and megatron.get("bias_activation_fusion", True):
+        yield Finding(
+            "engine-layout", "error", "trainer.megatron.use_te_activation_func",
+            "true is refused beside bias_activation_fusion, which is on",
+            "set trainer.megatron.bias_activation_fusion=false, or remove it",
+        )  # fmt: skip
+
 
 def _flash_attention(machine: Machine, megatron: dict[str, Any]) -> Iterator[Finding]:
     version = megatron.get("flash_attention_version", 2)

@@ -26,6 +26,7 @@ from gspo_megatron.plan.named_files import (
     digest_files,
     read_digests,
 )
+from gspo_megatron.plan.units import value_text
 from gspo_megatron.run_dir import CheckpointDir, RunDir, complete_checkpoints
 from gspo_megatron.types import Finding
 
@@ -183,7 +184,7 @@ def compare_recipes(
         yield Finding("resume-other-recipe", "error", "run.directory", message, fix)
         return
     for key in other:
-        message = f"{new.get(key)} here, {old.get(key)} in {directory}, which this would resume"
+        message = f"{value_text(new.get(key))} here, {value_text(old.get(key))} in {directory}, which this would resume"
         yield Finding("resume-other-recipe", "error", key, message, fix)
     steps = before.trainer.max_steps, recipe.trainer.max_steps
     if recipe.optimizer.schedule != "constant" and steps[0] != steps[1]:

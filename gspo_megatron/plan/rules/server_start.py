@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from gspo_megatron.cluster.machines import Machine
+from gspo_megatron.cluster.machines import BLACKWELL, HOPPER, Machine
 from gspo_megatron.config.schema import Recipe
-from gspo_megatron.plan.estimate.server_steps import BLOCK
+from gspo_megatron.plan.estimate.server_steps import BLOCK, captures_nothing
+from gspo_megatron.plan.units import value_text
 from gspo_megatron.types import Finding
 
 BLOCK_MULTIPLE = 16
@@ -15,6 +16,9 @@ BLOCK_MULTIPLE = 16
 OTHER_BACKENDS = ("MLA", "MSA", "SPARSE", "ROCM", "XPU", "CPU", "AMX", "SDPA", "NO_ATTENTION")
 """Parts of the names of kernels for another attention or processor. Source: `v1/attention/backends/registry.py`."""
 USUAL_BACKENDS = "FLASH_ATTN, FLASHINFER, TRITON_ATTN or FLEX_ATTENTION"
+KV_TYPES = {"FLASH_ATTN": ("fp8", "fp8_e4m3"), "FLEX_ATTENTION": ()}
+"""Kernels that do not take every fp8 type of keys and values, and the ones that they take. Source:
+`supported_kv_cache_dtypes` of `v1/attention/backends/`."""
 
 
 def findings(recipe: Recipe, machine: Machine) -> Iterator[Finding]:
@@ -24,8 +28,16 @@ def findings(recipe: Recipe, machine: Machine) -> Iterator[Finding]:
     yield from _blocks(recipe, machine, given)
     if machine.is_cpu:
         return
+    yield from _graphs(recipe, machine, given)
+    yield from _kv_types(recipe, machine, given)
     backend = given.get("attention_backend")
-    rows = [("attention_backend", backend), ("attention_config", given.get("attention_config", {}).get("backend"))]
+    inner = given.get("attention_config", {}).get("backend")
+    if backend is not None and inner is not None:
+        yield _error(
+            "attention_config", f"backend={inner} names the kernels a second time (attention_backend={backend})",
+            "remove one of them",
+        )  # fmt: skip
+    rows = [("attention_backend", backend), ("attention_config", inner)]
     for name, value in rows:
         if isinstance(value, str) and any(part in value.upper() for part in OTHER_BACKENDS):
             yield _error(
@@ -83,4 +95,48 @@ def _blocks(recipe: Recipe, machine: Machine, given: dict[str, Any]) -> Iterator
             "num_gpu_blocks_override", f"{count} blocks of {each} tokens, one of them for padding, do not hold a "
             f"sequence of {longest} (prompt and response)",
             f"set it to {-(-longest // each) + 1} or more, or remove it",
+        )  # fmt: skip
+
+
+def _graphs(recipe: Recipe, machine: Machine, given: dict[str, Any]) -> Iterator[Finding]:
+    """Source: `config/vllm.py`, `_set_cudagraph_sizes`."""
+    names = [name for name in ("cudagraph_capture_sizes", "max_cudagraph_capture_size") if name in given]
+    if captures_nothing(recipe):
+        for name in names:
+            yield _error(name, f"{value_text(given[name])} has no effect: no graph is captured", "remove it")
+        return
+    sizes, most = given.get("cudagraph_capture_sizes"), given.get("max_cudagraph_capture_size")
+    if most == 0:
+        yield _error(
+            "max_cudagraph_capture_size", "0 is no size of a graph",
+            "set it to 1 or more, or set enforce_eager=true for none",
+        )  # fmt: skip
+    if sizes and most is not None and most != max(sizes):
+        yield _error(
+            "max_cudagraph_capture_size", f"{most} is not the largest of cudagraph_capture_sizes, {max(sizes)}",
+            "remove one of them",
+        )  # fmt: skip
+
+
+def _kv_types(recipe: Recipe, machine: Machine, given: dict[str, Any]) -> Iterator[Finding]:
+    """Types of keys and values beside the weights', the kernels and the GPU."""
+    kind = str(given.get("kv_cache_dtype", ""))
+    if not kind.startswith("fp8"):
+        return
+    if kind == "fp8_e5m2" and recipe.rollout.weight_dtype == "fp8":
+        yield _error(
+            "kv_cache_dtype", "fp8_e5m2 is refused beside weights in fp8 (rollout.weight_dtype=fp8)",
+            "set it to fp8_e4m3",
+        )  # fmt: skip
+    backend = given.get("attention_backend") or given.get("attention_config", {}).get("backend")
+    taken = KV_TYPES.get(str(backend).upper())
+    if taken is not None and kind not in taken:
+        yield _error(
+            "kv_cache_dtype", f"{backend} has no kernels for {kind}",
+            f"set it to {' or '.join((*taken, 'auto'))}, or name FLASHINFER or TRITON_ATTN",
+        )  # fmt: skip
+    elif taken and machine.device.kind not in (*HOPPER, *BLACKWELL, "gpu"):
+        yield _error(
+            "kv_cache_dtype", f"{backend} has kernels for {kind} on {', '.join((*HOPPER, *BLACKWELL))} only, not on "
+            f"{machine.device.kind}", "remove it, or name TRITON_ATTN",
         )  # fmt: skip

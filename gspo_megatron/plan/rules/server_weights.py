@@ -79,7 +79,8 @@ def _blocks(recipe: Recipe, arch: Architecture) -> Iterator[Finding]:
             form_of(recipe).wanted(parameters)
     except ValueError as error:
         message, _, fix = str(error).partition("; ")
-        spread = ", or set rollout.expert_parallel=true" if arch.num_experts and not rollout.expert_parallel else ""
+        whole = "experts" in message and not rollout.expert_parallel
+        spread = ", or set rollout.expert_parallel=true" if whole else ""
         yield Finding("fp8-blocks", "error", "rollout.tensor_parallel", message, fix + spread)
 
 

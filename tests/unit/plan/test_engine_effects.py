@@ -97,7 +97,9 @@ def seconds(*overrides: str) -> dict[str, float]:
     return plan.compute.seconds
 
 
-@pytest.mark.parametrize("more", ["enforce_eager=true", "optimization_level=O0", "max_cudagraph_capture_size=0"])
+@pytest.mark.parametrize(
+    "more", ["enforce_eager=true", "optimization_level=O0", "compilation_config={cudagraph_mode: 0}"]
+)
 def test_a_step_without_graphs_takes_the_launches_of_its_layers(more: str) -> None:
     """One response of 128 at a time: the host is slower than the GPU, and adds what a step takes beside the layers."""
     few = ["rollout.max_concurrency=1"]

@@ -186,6 +186,53 @@ def test_settings_of_a_refused_recipe_are_not_explained(capsys: pytest.CaptureFi
     assert "block_size" in said.out + said.err and "Source:" not in said.out
 
 
+@pytest.mark.parametrize(
+    ("overrides", "name", "said"),
+    [
+        (
+            ["cudagraph_capture_sizes=[1, 4]", "max_cudagraph_capture_size=8"],
+            "max_cudagraph_capture_size",
+            "largest of",
+        ),
+        (["max_cudagraph_capture_size=0"], "max_cudagraph_capture_size", "no size of a graph"),
+        (["enforce_eager=true", "cudagraph_capture_sizes=[1]"], "cudagraph_capture_sizes", "no graph is captured"),
+        (
+            ["attention_backend=FLASH_ATTN", "attention_config={backend: FLASHINFER}"],
+            "attention_config",
+            "a second time",
+        ),
+        (["attention_backend=FLEX_ATTENTION", "kv_cache_dtype=fp8"], "kv_cache_dtype", "has no kernels for fp8"),
+        (["attention_backend=FLASH_ATTN", "kv_cache_dtype=fp8_e5m2"], "kv_cache_dtype", "has no kernels for fp8_e5m2"),
+    ],
+)
+def test_what_vllm_refuses_at_its_start_is_refused_in_the_plan(overrides: list[str], name: str, said: str) -> None:
+    findings = make_plan(load_recipe(Path(GPU), [f"rollout.vllm.{one}" for one in overrides])).findings
+    assert [one.key for one in findings if one.code == "server-refuses" and said in one.message] == [
+        f"rollout.vllm.{name}"
+    ]
+
+
+def test_keys_in_fp8_follow_the_gpu_and_the_weights() -> None:
+    flash = ["rollout.vllm.attention_backend=FLASH_ATTN", "rollout.vllm.kv_cache_dtype=fp8_e4m3"]
+    assert "server-refuses" not in codes(GPU, *flash)
+    assert codes(GPU, *flash, "placement.gpu=a100")["server-refuses"] == "rollout.vllm.kv_cache_dtype"
+    weights = ["rollout.weight_dtype=fp8", "weight_update.canary_bound=3"]
+    assert "server-refuses" in codes(GPU, *weights, "rollout.vllm.kv_cache_dtype=fp8_e5m2")
+    assert "server-refuses" not in codes(GPU, *weights, "rollout.vllm.kv_cache_dtype=fp8_e4m3")
+
+
+def test_two_kinds_of_activation_are_refused() -> None:
+    te, fused = (f"trainer.megatron.{name}" for name in ("use_te_activation_func=true", "bias_activation_fusion=false"))
+    assert codes(GPU, te)["engine-layout"] == "trainer.megatron.use_te_activation_func"
+    assert "engine-layout" not in codes(GPU, te, fused)
+
+
+def test_the_fix_of_cut_blocks_is_for_what_is_cut() -> None:
+    cut = ["rollout.weight_dtype=fp8", "weight_update.canary_bound=3"]
+    (attention,) = [one for one in make_plan(load_recipe(Path(TINY), cut)).findings if one.code == "fp8-blocks"]
+    assert "proj" in attention.message and "expert_parallel" not in attention.fix
+
+
 def test_what_the_recipe_sets_to_the_library_s_default_is_shown() -> None:
     rows = explain_engines(load_recipe(Path(GPU), ["trainer.megatron.moe_permute_fusion=false"]))
     (row,) = [row for row in rows if row.name == "moe_permute_fusion"]
