@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from gspo_megatron.cluster import gpu_environment
 from gspo_megatron.cluster.gpu_environment import (
     ALLOCATOR,
+    NONDETERMINISTIC,
     OLD_ALLOCATOR,
     ONE_QUEUE,
     RUNNER,
@@ -106,6 +108,16 @@ def test_a_trainer_on_gpus_refuses_what_a_site_sets(monkeypatch: pytest.MonkeyPa
     with pytest.raises(SystemExit, match="NVTE_FLASH_ATTN=0"):
         specs.refuse_fallbacks(recipe())
     specs.refuse_fallbacks(load_recipe(Path("recipes/tiny_moe.yaml"), ["placement.gpu=cpu"]))
+
+
+def test_deterministic_layers_get_the_variable_that_they_ask_for() -> None:
+    """Source: megatron-core, extensions/transformer_engine.py, which ends with RuntimeError otherwise."""
+    asked = trainer_variables(recipe("trainer.megatron.deterministic_mode=true"))
+    assert asked[NONDETERMINISTIC] == "0" and NONDETERMINISTIC not in trainer_variables(recipe())
+    package = find_spec("megatron.core")
+    assert package is not None and package.origin is not None
+    source = Path(package.origin).parent / "extensions" / "transformer_engine.py"
+    assert f'os.getenv("{NONDETERMINISTIC}"' in source.read_text()
 
 
 def test_the_older_runner_is_a_key() -> None:
